@@ -1,0 +1,180 @@
+"""Ray around the plain workers: reward actors, their pools, and whether there is room for all of it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from epd_ray.errors import EpdRayError, PlacementError
+from epd_ray.rewards import HEADS
+from epd_ray.scoring import Normalisation, Scorer
+from epd_ray.types import FloatArray, ImageArray
+
+Resources = dict[str, float]
+PLACEMENT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One head of the mix, and the actors that run it.
+
+    Attributes:
+        head: a name in the registry, or "module:Class".
+        options: the head's keyword arguments.
+        normalisation: its weight and how its raw value enters the mix.
+        replicas: number of actors.
+        num_cpus: per actor.
+        num_gpus: per actor.
+        resources: custom resources per actor.
+    """
+
+    head: str = "clip"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    normalisation: Normalisation = Normalisation()
+    replicas: int = 1
+    num_cpus: float = 0.25
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> Resources:
+        """What one actor asks for."""
+        return _bundle(self.num_cpus, self.num_gpus, self.resources)
+
+
+@dataclass(frozen=True)
+class TimedScores:
+    """Raw scores [B] and the seconds they took."""
+
+    values: FloatArray
+    seconds: float
+
+
+class RewardActor:
+    """A Scorer in its own process; a head that cannot be built is reported by `ready`, with its own error."""
+
+    def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
+        self._error: EpdRayError | None = None
+        try:
+            self._scorer = Scorer(name, HEADS.get(head)(**options))
+        except EpdRayError as error:
+            self._error = error
+
+    def ready(self) -> None:
+        """Raise what kept the head from being built, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def score(self, images: ImageArray, prompts: Sequence[str], rollout_ids: Sequence[str]) -> TimedScores:
+        """See Scorer.score."""
+        self.ready()
+        start = time.perf_counter()
+        values = self._scorer.score(images, prompts, rollout_ids)
+        return TimedScores(values, time.perf_counter() - start)
+
+
+class RewardPool:
+    """Restartable actors per head, used in turn; one that is gone for good is replaced.
+
+    Args:
+        specs: head name in this run -> its spec.
+        tag: makes actor names unique on the cluster.
+    """
+
+    def __init__(self, specs: Mapping[str, RewardSpec], tag: str) -> None:
+        self.specs, self._tag, self._made, self._turn = dict(specs), tag, 0, 0
+        self._actors = {name: [self._make(name) for _ in range(s.replicas)] for name, s in self.specs.items()}
+
+    def _make(self, name: str) -> ActorHandle[RewardActor]:
+        spec = self.specs[name]
+        self._made += 1
+        options = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
+        return (
+            ray.remote(RewardActor)
+            .options(name=f"reward:{name}:{self._tag}:{self._made}", max_restarts=-1, max_task_retries=-1, **options)
+            .remote(name, spec.head, dict(spec.options))
+        )
+
+    def wait_ready(self) -> None:
+        """Block until every head is loaded.
+
+        Raises:
+            EpdRayError: the head's own error.
+        """
+        try:
+            ray.get([actor.ready.remote() for actors in self._actors.values() for actor in actors])
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from None
+
+    def score(
+        self, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
+    ) -> dict[str, "ray.ObjectRef[TimedScores]"]:
+        """One call per head, on images that stay where they are until an actor opens them."""
+        self._turn += 1
+        chosen = {name: actors[self._turn % len(actors)] for name, actors in self._actors.items()}
+        return {name: actor.score.remote(images, prompts, rollout_ids) for name, actor in chosen.items()}
+
+    def replace_dead(self) -> None:
+        """Make new actors for those that no restart will bring back."""
+        for name, actors in self._actors.items():
+            for i, actor in enumerate(actors):
+                try:
+                    ray.get(actor.ready.remote(), timeout=10)
+                except ray.exceptions.ActorDiedError:
+                    actors[i] = self._make(name)
+                except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+                    continue  # restarting: its queue is kept
+
+    def stop(self) -> None:
+        """End the actors of this pool."""
+        for actors in self._actors.values():
+            for actor in actors:
+                ray.kill(actor)
+        self._actors = {}
+
+
+def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
+    """The exception that the actor raised."""
+    cause: BaseException = error.cause if error.cause is not None else error
+    return cause
+
+
+def _bundle(num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> Resources:
+    return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **resources}.items() if v}
+
+
+def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = PLACEMENT_SECONDS) -> None:
+    """Check that all actors fit the cluster together, before any of them loads a model.
+
+    Args:
+        bundles: what is placed ("rollout actors") -> a bundle per actor.
+        timeout_s: how long nodes may take to join.
+
+    Raises:
+        PlacementError: names the resource that is short and who asks for it.
+    """
+    wanted = [dict(b) for group in bundles.values() for b in group if b]
+    if not wanted:
+        return
+    group = ray.util.placement_group(wanted, strategy="PACK")
+    try:
+        if not group.wait(timeout_s):
+            raise PlacementError(_shortage(bundles, timeout_s))
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> str:
+    free = ray.available_resources()
+    needs: Resources = {}
+    for group in bundles.values():
+        for bundle in group:
+            for name, amount in bundle.items():
+                needs[name] = needs.get(name, 0.0) + amount
+    short = {n: a for n, a in needs.items() if a > free.get(n, 0.0) + 1e-9} or needs
+    missing = ", ".join(f"{n}: {a:g} asked, {free.get(n, 0.0):g} free" for n, a in short.items())
+    who = "; ".join(f"{kind}: {len(group)} x {dict(group[0])}" for kind, group in bundles.items() if group)
+    return f"no room for the actors after {timeout_s:.0f} s ({missing}): ask for less under cluster and rewards, or add nodes ({who})"

@@ -1,0 +1,44 @@
+"""Prompt embeddings, kept while they fit."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+Embedding = tuple[Tensor, ...]
+
+
+class EmbeddingCache:
+    """Least-recently-used cache bounded in bytes.
+
+    Prompts are encoded one at a time: an embedding then never depends, in its last bits, on the batch it was in.
+
+    Args:
+        encode: one prompt -> its tensors.
+        max_bytes: bound on the sum over kept tensors.
+    """
+
+    def __init__(self, encode: Callable[[str], Embedding], max_bytes: int = 1 << 30) -> None:
+        self._encode, self.max_bytes = encode, max_bytes
+        self._kept: OrderedDict[str, Embedding] = OrderedDict()
+        self.num_bytes = 0
+
+    def __call__(self, prompts: Sequence[str]) -> list[Embedding]:
+        """The embeddings of the prompts, in order."""
+        return [self._one(prompt) for prompt in prompts]
+
+    def _one(self, prompt: str) -> Embedding:
+        if prompt in self._kept:
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
+        embedding = self._encode(prompt)
+        self._kept[prompt] = embedding
+        self.num_bytes += _size(embedding)
+        while self.num_bytes > self.max_bytes and self._kept:
+            _, dropped = self._kept.popitem(last=False)
+            self.num_bytes -= _size(dropped)
+        return embedding
+
+
+def _size(embedding: Embedding) -> int:
+    return sum(t.numel() * t.element_size() for t in embedding)

@@ -1,0 +1,55 @@
+"""One class per kind of failure. Messages name the value, the bound and the fix, in one line."""
+
+from collections.abc import Sequence
+
+
+class EpdRayError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+
+class UnknownNameError(EpdRayError):
+    """A name that no registry entry has."""
+
+
+class ConfigError(EpdRayError):
+    """One or more wrong values in a run configuration, all reported at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ScheduleError(EpdRayError):
+    """Sigmas that no solver can follow."""
+
+
+class TableError(EpdRayError):
+    """A solver table that breaks an invariant, or a solver file that cannot be read."""
+
+
+class ModelError(EpdRayError):
+    """A model directory that is missing, damaged, or of an unsupported kind."""
+
+
+class PromptError(EpdRayError):
+    """A prompt file that cannot be used."""
+
+
+class RewardError(EpdRayError):
+    """A reward head that answered with something that is not a reward. Never turned into a number."""
+
+    def __init__(self, head: str, problem: str, rollout_ids: Sequence[str] = ()) -> None:
+        where = f" (rollouts {', '.join(rollout_ids)})" if rollout_ids else ""
+        super().__init__(f"reward head {head!r}: {problem}{where}")
+        self.head, self.problem, self.rollout_ids = head, problem, tuple(rollout_ids)
+
+    def __reduce__(self) -> tuple[type["RewardError"], tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.head, self.problem, self.rollout_ids)
+
+
+class RunDirectoryError(EpdRayError):
+    """An output directory that cannot be written, or that holds another run."""
+
+
+class PlacementError(EpdRayError):
+    """Actors that the cluster has no room for."""

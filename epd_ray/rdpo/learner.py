@@ -1,0 +1,80 @@
+"""The update: one clipped policy-gradient step per minibatch, on RLlib's TorchLearner."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core import Columns
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from torch import Tensor
+
+from epd_ray.rdpo.dirichlet import TableDistribution
+from epd_ray.rdpo.loss import clipped_surrogate
+from epd_ray.rdpo.policy import PolicyNetwork
+from epd_ray.rollout import log_prob
+
+ADVANTAGES = "advantages"
+RATIO_TOLERANCE = 1e-5
+
+
+class RDPOLearner(TorchLearner):
+    """Minimises the clipped surrogate, plus KL to the base table and minus entropy where their weights are set."""
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        module = self.module[module_id]
+        parameters = self.get_parameters(module)
+        self.register_optimizer(
+            module_id=module_id,
+            optimizer=torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay),
+            params=parameters,
+            lr_or_lr_schedule=config.lr,
+        )
+
+    def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().before_gradient_based_update(timesteps=timesteps)
+        # RLlib shuffles minibatches with numpy's global generator: tie it to the iteration, so a resumed run agrees.
+        np.random.seed([(self.config.seed or 0) & 0xFFFFFFFF, timesteps["iteration"]])  # noqa: NPY002
+        self._on_policy = timesteps["staleness"] == 0
+        self._first_minibatch = True
+
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: Mapping[str, Tensor]
+    ) -> Tensor:
+        network: PolicyNetwork = self.module[module_id].unwrapped().policy
+        space = network.spec.space
+        policy = TableDistribution(space, fwd_out[Columns.ACTION_DIST_INPUTS])
+        surrogate = clipped_surrogate(
+            log_prob(policy, batch[Columns.ACTIONS]),
+            batch[Columns.ACTION_LOGP].double(),
+            batch[ADVANTAGES].double(),
+            config.clip_param,
+        )
+        if self._first_minibatch:
+            self._check_ratio(surrogate.ratio)
+            self._log(module_id, {"behaviour_kl": surrogate.approx_kl})
+        current = TableDistribution(space, policy.parameters[0])
+        kl_to_base = current.kl_per_interval(TableDistribution(space, network.base)).sum()
+        entropy = current.entropy_per_interval().sum()
+        self._log(
+            module_id,
+            {
+                "policy_loss": surrogate.loss.detach(),
+                "approx_kl": surrogate.approx_kl,
+                "clipfrac": surrogate.clipfrac,
+                "kl_to_base": kl_to_base.detach(),
+                "entropy": entropy.detach(),
+            },
+        )
+        loss: Tensor = surrogate.loss + config.kl_coeff * kl_to_base - config.entropy_coeff * entropy
+        return loss
+
+    def _check_ratio(self, ratio: Tensor) -> None:
+        """Before the first step on fresh rollouts learner and actors must hold the same policy."""
+        self._first_minibatch = False
+        worst = float((ratio - 1).abs().max())
+        if self._on_policy and worst > RATIO_TOLERANCE:
+            raise RuntimeError(f"first ratio is off 1 by {worst:.2g}, at most {RATIO_TOLERANCE:g} on fresh rollouts")
+
+    def _log(self, module_id: str, values: dict[str, Tensor]) -> None:
+        self.metrics.log_dict({k: float(v) for k, v in values.items()}, key=module_id, window=1)

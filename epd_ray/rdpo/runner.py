@@ -1,0 +1,134 @@
+"""The rollout actor: RLlib's EnvRunner around RolloutWorker, with one entry point for every kind of task."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.utils.checkpoints import Checkpointable
+
+from epd_ray.backbones import BACKBONES
+from epd_ray.rdpo.dirichlet import TableSpace
+from epd_ray.rollout import RolloutWorker
+from epd_ray.sampling import Sampler
+
+Method = Literal["describe", "generate", "sample", "distill"]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which model the rollout actors load.
+
+    Attributes:
+        family: a name in the registry, or "module:Class".
+        options: the backbone's keyword arguments.
+        guidance_scale: for every picture.
+    """
+
+    family: str = "sd3"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scale: float = 7.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a rollout actor builds, once, when its first task comes."""
+
+    backbone: BackboneSpec
+    space: TableSpace
+    sampler: Sampler
+
+    def build(self) -> RolloutWorker:
+        """Load the model."""
+        backbone = BACKBONES.get(self.backbone.family)(**self.backbone.options)
+        return RolloutWorker(backbone, self.backbone.guidance_scale, self.space, self.sampler)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call to RolloutWorker. `score` sends the images on to the reward actors.
+
+    Attributes:
+        task_id: unique among pending tasks.
+        method: of RolloutWorker.
+        arguments: its positional arguments.
+        prompts: of the images, in order, for the heads.
+        rollout_ids: of the images.
+        score: whether the answer has images to score.
+        keep_images: whether the images come back to the driver as well.
+    """
+
+    task_id: str
+    method: Method
+    arguments: tuple[Any, ...]
+    prompts: tuple[str, ...] = ()
+    rollout_ids: tuple[str, ...] = ()
+    score: bool = False
+    keep_images: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a task: its value, the images in the object store, the error if it failed."""
+
+    task_id: str
+    value: Any = None
+    images: "ray.ObjectRef[Any] | None" = None
+    seconds: float = 0.0
+    error: BaseException | None = None
+
+
+class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
+    """Holds a frozen backbone. It has no policy of its own: the parameters come with every job."""
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self._worker: RolloutWorker | None = None
+
+    def run(self, task: Task) -> Answer:
+        """Do a task; whatever goes wrong travels back as a value, since RLlib would drop an exception."""
+        start = time.perf_counter()
+        try:
+            value, images = self._call(task)
+        except Exception as error:
+            return Answer(task.task_id, error=error)
+        reference = None if images is None else ray.put(images)
+        return Answer(task.task_id, value, reference, time.perf_counter() - start)
+
+    def _call(self, task: Task) -> tuple[Any, Any]:
+        if self._worker is None:
+            if not torch.cuda.is_available():
+                torch.set_num_threads(1)  # one thread an actor is the fastest, and the same everywhere
+            spec: WorkerSpec = self.config.worker_spec
+            self._worker = spec.build()
+        result = getattr(self._worker, task.method)(*task.arguments)
+        if task.method == "generate":
+            return result.rollouts, result.images
+        return (None, result) if task.method == "sample" else (result, None)
+
+    def sample(self, **kwargs: Any) -> None:
+        """Not used: tasks go through `run`."""
+        raise RuntimeError("SolverEnvRunner takes tasks through run(), not sample()")
+
+    def get_spaces(self) -> dict[str, tuple[Any, Any]]:
+        spaces = (self.config.observation_space, self.config.action_space)
+        return {INPUT_ENV_SPACES: spaces, INPUT_ENV_SINGLE_SPACES: spaces}
+
+    def assert_healthy(self) -> None:
+        return None
+
+    def get_metrics(self) -> dict[str, Any]:
+        return dict(self.metrics.reduce())
+
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        return None
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {"config": self.config}

@@ -1,0 +1,64 @@
+"""Names for things that load on demand, with a suggestion when a name is misspelt."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar, cast
+
+from epd_ray.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean "clip"?' or, when nothing is near, the list of what there is."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(options)}"
+
+
+class Registry(Generic[T]):
+    """Maps a name to "module:attribute", imported when first asked for.
+
+    Args:
+        kind: what the entries are, for messages ("reward head").
+        entries: name -> "module:attribute".
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def register(self, name: str, target: str) -> None:
+        """Add an entry.
+
+        Raises:
+            ValueError: the name is taken, or the target is not "module:attribute".
+        """
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}: pick another name")
+        if target.count(":") != 1:
+            raise ValueError(f"{self.kind} {name!r}: target {target!r} is not of the form 'module:attribute'")
+        self._entries[name] = target
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Callable[..., T]:
+        """The factory behind a name.
+
+        A name with a colon is taken as "module:attribute" itself, so that one's own class needs no registration.
+
+        Raises:
+            UnknownNameError: no such entry.
+        """
+        target = self._entries.get(name, name)
+        if ":" not in target:
+            raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
+        module, attribute = target.split(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise UnknownNameError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+        return cast(Callable[..., T], found)

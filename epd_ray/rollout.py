@@ -1,0 +1,58 @@
+"""What a rollout actor does: draw tables, make pictures. Every answer is a function of the request alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace
+from epd_ray.sampling import Sampler, noises, to_uint8
+from epd_ray.types import Backbone, ImageArray, Rollout, RolloutJob
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A job's rollouts and their images [B, 3, H, W], uint8, in the order of the requests."""
+
+    rollouts: tuple[Rollout, ...]
+    images: ImageArray
+
+
+class RolloutWorker:
+    """Makes pictures with one backbone.
+
+    Args:
+        backbone: the frozen model.
+        guidance_scale: for every picture.
+        space: what the policy draws.
+        sampler: N, AFS and order of the solver whose table is drawn.
+    """
+
+    def __init__(self, backbone: Backbone, guidance_scale: float, space: TableSpace, sampler: Sampler) -> None:
+        self.backbone, self.guidance_scale, self.space, self.sampler = backbone, guidance_scale, space, sampler
+
+    def generate(self, job: RolloutJob) -> Generated:
+        """Draw a table for each request and make its picture, the whole job in one batch."""
+        policy = TableDistribution(self.space, torch.from_numpy(job.parameters))
+        actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
+        log_probs = log_prob(policy, actions)
+        sampler = self.sampler.with_table(self.space.table(actions))
+        images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
+        rollouts = tuple(
+            Rollout(request.rollout_id, action.numpy(), float(value))
+            for request, action, value in zip(job.requests, actions, log_probs, strict=True)
+        )
+        return Generated(rollouts, images)
+
+    def sample(self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int]) -> ImageArray:
+        """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
+        conditioning = self.backbone.encode(prompts, self.guidance_scale)
+        latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds))
+        images: ImageArray = to_uint8(self.backbone.decode(latents)).numpy()
+        return images
+
+
+def log_prob(policy: TableDistribution, actions: torch.Tensor) -> torch.Tensor:
+    """Log-density of actions [B, N, A] in float64, so that rollout and learner agree to 1e-5; [B]."""
+    exact = TableDistribution(policy.space, policy.parameters.double())
+    return exact.log_prob(actions.double())

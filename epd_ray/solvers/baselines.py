@@ -1,0 +1,111 @@
+"""The solvers that a learned table has to beat. All are `solve(drift, x, sigmas, *, callback=None)`."""
+
+from collections import deque
+from itertools import pairwise
+
+from torch import Tensor
+
+from epd_ray.errors import TableError
+from epd_ray.schedules import check_sigmas
+from epd_ray.solvers.epd import ADAMS_BASHFORTH, Callback, epd, multistep
+from epd_ray.solvers.table import dpm2_table
+from epd_ray.types import Drift
+
+
+def euler(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
+    """Euler's method, which on this ODE is DDIM: N evaluations, parallel NFE N.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing, >= 0.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease or fall below 0.
+
+    Source: DDIM (arXiv 2010.02502), equation 13.
+    """
+    return ipndm(drift, x, sigmas, order=1, callback=callback)
+
+
+def heun(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
+    """Heun's method: 2N evaluations, parallel NFE 2N.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing, > 0.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease or reach 0.
+
+    Source: EDM (arXiv 2206.00364), algorithm 1.
+    """
+    check_sigmas(sigmas)
+    for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
+        d = drift(x, x.new_full(x.shape[:1], a))
+        d_next = drift(x + (b - a) * d, x.new_full(x.shape[:1], b))
+        x = x + (b - a) * (d + d_next) / 2
+        if callback is not None:
+            callback(i, b, x)
+    return x
+
+
+def dpm2(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver-2: 2N evaluations, parallel NFE 2N.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing, > 0.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease or reach 0.
+
+    Source: DPM-Solver (arXiv 2206.00927), algorithm 1.
+    """
+    check_sigmas(sigmas)
+    return epd(drift, x, sigmas, dpm2_table(len(sigmas) - 1), callback=callback)
+
+
+def ipndm(drift: Drift, x: Tensor, sigmas: Tensor, *, order: int = 4, callback: Callback | None = None) -> Tensor:
+    """Improved pseudo-linear multistep, warmed up by its lower orders: N evaluations, parallel NFE N.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing, >= 0.
+        order: 1 to 4.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease or fall below 0.
+        TableError: an order outside 1 to 4.
+
+    Source: iPNDM (arXiv 2204.13902).
+    """
+    check_sigmas(sigmas, allow_zero=True)
+    if order not in ADAMS_BASHFORTH:
+        raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
+    history: deque[Tensor] = deque(maxlen=order)
+    for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
+        history.appendleft(drift(x, x.new_full(x.shape[:1], a)))
+        x = x + (b - a) * multistep(history)
+        if callback is not None:
+            callback(i, b, x)
+    return x

@@ -1,0 +1,161 @@
+"""Ensemble Parallel Directions: one drift at each interval's start, then K drifts inside it, all at once."""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from epd_ray.errors import ScheduleError, TableError
+from epd_ray.schedules import check_sigmas
+from epd_ray.solvers.table import SolverTable
+from epd_ray.types import Drift, Form
+
+Callback = Callable[[int, float, Tensor], None]
+"""callback(step_index, sigma_next, x) after each interval."""
+
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+"""Coefficients of the stored drifts, newest first, by order."""
+
+
+def epd(
+    drift: Drift,
+    x: Tensor,
+    sigmas: Tensor,
+    table: SolverTable,
+    *,
+    afs: bool = False,
+    order: int = 1,
+    form: Form | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE with a table; the K drifts of an interval are one batched call.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]); its second call per interval has B * K rows, row b * K + k.
+        x: [B, ...], the state at sigmas[0]. Its dtype is that of the whole computation.
+        sigmas: [N+1], decreasing, > 0.
+        table: N intervals, shared or one per sample.
+        afs: analytical first step, which saves the first drift (see `analytic_drift`); needs `form`.
+        order: of the multistep slope that leads to the points, 1 to 4; above 1 this is the EPD-Plugin on iPNDM.
+        form: of the ODE; "flow" also refuses a scale_time that leads above sigma 1.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease or reach 0.
+        TableError: a table that does not fit sigmas, x or form; an order outside 1 to 4; afs without form.
+
+    Source: EPD-Solver (arXiv 2507.14797), and its EPD-Plugin.
+    """
+    check_options(table, sigmas, afs=afs, order=order, form=form)
+    batch = x.shape[0]
+    if table.batch not in (None, batch):
+        raise TableError(f"the table is for {table.batch} samples, but x has {batch} (pass one row per sample)")
+    inner, offsets, gains = (values.to(x) for values in _stages(table, sigmas))  # each [B or 1, N, K]
+    history: deque[Tensor] = deque(maxlen=order)
+    for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
+        d = analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a))
+        history.appendleft(d)
+        x_k = x.unsqueeze(1) + _spread(offsets[:, i], x) * multistep(history).unsqueeze(1)  # [B, K, ...]
+        sigma_k = inner[:, i].expand(batch, -1)  # [B, K]
+        d_k = drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape)
+        x = x + (b - a) * (_spread(gains[:, i], x) * d_k).sum(1)
+        if callback is not None:
+            callback(i, b, x)
+    return x
+
+
+def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, form: Form | None) -> None:
+    """Refuse a combination that `epd` cannot run.
+
+    Args:
+        table: N intervals.
+        sigmas: [N+1].
+        afs: see `epd`.
+        order: see `epd`.
+        form: see `epd`.
+
+    Raises:
+        ScheduleError: sigmas that do not decrease, reach 0, or start above 1 in flow form.
+        TableError: everything else.
+    """
+    check_sigmas(sigmas)
+    if table.intervals != len(sigmas) - 1:
+        raise TableError(f"the table has {table.intervals} intervals, but {len(sigmas)} sigmas make {len(sigmas) - 1}")
+    if order not in ADAMS_BASHFORTH:
+        raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
+    if form not in (None, "ve", "flow"):
+        raise TableError(f"form is {form!r}, expected 've', 'flow' or None")
+    if afs and form is None:
+        raise TableError("afs needs form='ve' or form='flow': the analytical first step differs between them")
+    if form == "flow" and sigmas[0] > 1:
+        raise ScheduleError(f"sigmas[0] is {sigmas[0].item():g}, expected at most 1 for a flow model")
+    if form == "flow" and table.scale_time is not None:
+        inner = _stages(table, sigmas)[0].reshape(-1, table.points)  # [B * N, K]
+        beyond = (inner > 1 + 1e-6).nonzero()
+        if len(beyond):
+            row, k = beyond[0].tolist()
+            index = [row, k] if table.batch is None else [*divmod(row, table.intervals), k]
+            value = table.scale_time[tuple(index)].item()
+            raise TableError(
+                f"scale_time{index} is {value:.6g}, which evaluates at sigma {inner[row, k].item():.6g}, "
+                "expected at most 1 for a flow model (lower it, or raise the position)"
+            )
+
+
+def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
+    """The first drift without the network: that of a unit Gaussian (VE), or of a zero denoiser (flow).
+
+    Args:
+        x: [B, ...], the state at sigma.
+        sigma: > 0.
+        form: of the ODE.
+
+    Returns:
+        dx/dsigma, shape of x.
+
+    Source: AFS (arXiv 2210.05475).
+    """
+    return x / (1 + sigma**2) ** 0.5 if form == "ve" else x / sigma
+
+
+def multistep(history: deque[Tensor]) -> Tensor:
+    """Adams-Bashforth slope of the stored drifts, of order len(history).
+
+    Args:
+        history: 1 to 4 drifts, newest first.
+
+    Returns:
+        The slope, shape of one drift.
+
+    Source: iPNDM (arXiv 2204.13902).
+    """
+    slope, *older = [c * d for c, d in zip(ADAMS_BASHFORTH[len(history)], history, strict=True)]
+    for term in older:
+        slope = slope + term
+    return slope
+
+
+def _stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Evaluated sigmas c * s, offsets s - a, and gains w * o * c, float64, each [B or 1, N, K]."""
+    grid = sigmas.double().to(table.positions.device)[:, None]  # [N + 1, 1]
+    a, b, r = grid[:-1], grid[1:], table.positions.double()
+    s = b**r * a ** (1 - r)
+    c = torch.ones_like(s) if table.scale_time is None else table.scale_time.double()
+    o = torch.ones_like(s) if table.scale_dir is None else table.scale_dir.double()
+    shape = (-1, table.intervals, table.points)
+    return (c * s).reshape(shape), (s - a).reshape(shape), (table.weights.double() * o * c).reshape(shape)
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """[B or 1, K] -> [B or 1, K, 1, ...], to multiply [B, K, ...]."""
+    return values.reshape(*values.shape, *[1] * (x.ndim - 1))

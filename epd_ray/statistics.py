@@ -1,0 +1,64 @@
+"""Means with an honest interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Values = Sequence[float] | npt.NDArray[np.floating]
+
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: Values, *, seed: int = 0) -> Interval:
+    """The mean of a sample, with the percentile bootstrap's 95 % interval.
+
+    Args:
+        values: [n], finite, n >= 1; the units that were drawn independently (prompts, not pictures of one prompt).
+        seed: of the resampling; the same values and seed give the same interval.
+
+    Returns:
+        Zero width where all values are equal, and so also for a single value, which says nothing about spread.
+
+    Raises:
+        ValueError: no values, more than one dimension, or a value that is not finite.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size == 0:
+        raise ValueError(f"values has shape {list(sample.shape)}, expected [n] with n >= 1")
+    if not np.isfinite(sample).all():
+        index = int(np.flatnonzero(~np.isfinite(sample))[0])
+        raise ValueError(f"values[{index}] is {sample[index]}, expected a finite number")
+    if np.ptp(sample) == 0:
+        return Interval(*[float(sample[0])] * 3)
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap((sample,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=rng)
+    return Interval(float(sample.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def paired_difference(a: Values, b: Values, *, seed: int = 0) -> Interval:
+    """The mean of a - b over pairs, with its 95 % interval.
+
+    Args:
+        a: [n], finite.
+        b: [n], finite; b[i] was measured on the same prompt and seed as a[i].
+        seed: of the resampling.
+
+    Raises:
+        ValueError: different shapes, or values that `bootstrap_mean` refuses.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a has shape {list(first.shape)} and b {list(second.shape)}, expected pairs")
+    return bootstrap_mean(first - second, seed=seed)

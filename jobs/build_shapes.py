@@ -1,0 +1,395 @@
+"""Build the embedded model from nothing: its data are drawn, its three networks are trained, its folders are written.
+
+    python jobs/build_shapes.py vae --out build/shapes            # AutoencoderKL on random crops
+    python jobs/build_shapes.py clip --out build/shapes           # shapes-clip, the reward model
+    python jobs/build_shapes.py transformer --out build/shapes    # SD3 transformer and its two text encoders
+    python jobs/build_shapes.py export --out build/shapes         # epd_ray/assets/{shapes,shapes-clip} and their cards
+
+Every stage resumes from its checkpoint (batches are a function of seed and step), shows its progress, and runs
+data-parallel over `--processes` with one torch thread each; on a GPU one process is enough.
+"""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from epd_ray.shapes import scenes as world
+from epd_ray.shapes.judge import scene_accuracy
+
+TOKENS = 20  # longest caption is 15 words, 17 tokens with its two ends
+MAX_LATENTS = 100_000  # encoded once, before the transformer stage
+CHECKPOINT_SECONDS = 60.0
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and encoded scenes")]
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE over a vocabulary of the captions' own words; any other text falls apart into bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    things = [*world.SIZES, *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.PLACES, *world.RELATIONS]
+    words = sorted({w for t in things for w in t.split()} | {"a", "an", "on", "and", "background", "with", "the"})
+    letters = list(bytes_to_unicode().values())
+    vocab = letters + [f"{letter}</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for i in range(1, len(parts)):
+            pair = ("".join(parts[:i]), parts[i])
+            if pair not in merges:
+                merges.append(pair)
+                vocab.append("".join(pair))
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(vocab)}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TOKENS)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids [B, 20], int64, padded as the SD3 pipeline pads."""
+    ids: Tensor = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def make_vae() -> AutoencoderKL:
+    """64 px to 8 x 16 x 16."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = text_config(tokenizer, 128, 3)
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=5, num_attention_heads=4,
+        image_size=64, patch_size=8,
+    )  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+
+
+class Denoiser(nn.Module):
+    """The transformer with its two text encoders, trained together; the pipeline saves them apart."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.transformer = SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=6, attention_head_dim=32,
+            num_attention_heads=4, joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128,
+            pos_embed_max_size=16, qk_norm="rms_norm",
+        )  # fmt: skip
+        self.text_encoder = CLIPTextModelWithProjection(text_config(tokenizer, 64, 3))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer, 64, 4))
+        for name, parameter in self.transformer.named_parameters():  # adaLN-zero: every block starts as identity
+            if name.endswith(("norm1.linear.weight", "norm1.linear.bias", "norm1_context.linear.weight",
+                              "norm1_context.linear.bias", "norm_out.linear.weight", "proj_out.weight")):  # fmt: skip
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, empty: int) -> Tensor:
+        """Velocity at x [B, 8, 16, 16], sigma [B]; `empty` zero tokens stand where T5's would."""
+        outs = [e(tokens, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
+        hidden = torch.cat([o.hidden_states[-2] for o in outs], dim=-1)
+        hidden = torch.cat([hidden, hidden.new_zeros(len(x), empty, hidden.shape[-1])], dim=1)
+        pooled = torch.cat([o.text_embeds for o in outs], dim=-1)
+        velocity: Tensor = self.transformer(
+            hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=hidden, pooled_projections=pooled, return_dict=False
+        )[0]
+        return velocity
+
+
+# -- one loop for the three stages ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """What a stage trains and how; `loss(step)` draws its own batch from (seed, step, rank)."""
+
+    name: str
+    module: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    loss: Callable[[int], Tensor]
+    ema_decay: float = 0.998
+    warmup: int = 200
+    ema: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: int) -> None:
+    """Train for `minutes` in all (earlier runs counted in), saving every minute and at the end."""
+    path = out / f"{stage.name}.pt"
+    step, elapsed = 0, 0.0
+    parameters = dict(stage.module.named_parameters())
+    stage.ema = {k: p.detach().clone() for k, p in parameters.items()}
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        stage.module.load_state_dict(saved["model"])
+        stage.ema = saved["ema"]
+        for optimizer, state in zip(stage.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        step, elapsed = saved["step"], saved["seconds"]
+    base = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]
+    bar = tqdm(total=int(60 * minutes), initial=int(elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5)
+    last_save = time.monotonic()
+    mean_loss = math.nan
+    while elapsed < 60 * minutes:
+        start = time.monotonic()
+        for optimizer, rates in zip(stage.optimizers, base, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / stage.warmup)
+        loss = stage.loss(step)
+        for optimizer in stage.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world_size > 1:
+            average_gradients(list(parameters.values()), world_size)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        for optimizer in stage.optimizers:
+            optimizer.step()
+        step += 1
+        decay = min(stage.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(stage.ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        value = float(loss.detach())
+        mean_loss = value if math.isnan(mean_loss) else 0.98 * mean_loss + 0.02 * value
+        seconds = time.monotonic() - start
+        if world_size > 1:  # every process must leave the loop at the same step
+            shared = torch.tensor([seconds])
+            dist.broadcast(shared, 0)
+            seconds = float(shared)
+        elapsed += seconds
+        bar.update(min(int(elapsed), bar.total) - bar.n)
+        bar.set_postfix(step=step, loss=f"{mean_loss:.4f}", refresh=False)
+        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or elapsed >= 60 * minutes):
+            optimizers = [o.state_dict() for o in stage.optimizers]
+            state = {"model": stage.module.state_dict(), "ema": stage.ema, "optimizers": optimizers, "step": step, "seconds": elapsed}
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            (out / f"{stage.name}.json").write_text(json.dumps({"step": step, "seconds": round(elapsed), "loss": mean_loss, "processes": world_size}))
+            last_save = time.monotonic()
+    bar.close()
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """One all-reduce over all gradients, flattened."""
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads]) / world_size
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def load_ema(module: nn.Module, path: Path) -> nn.Module:
+    """The averaged weights of a stage, or a hint which stage is missing."""
+    if not path.exists():
+        raise typer.BadParameter(f"{path} is missing: run the {path.stem} stage first")
+    module.load_state_dict(torch.load(path, weights_only=True)["ema"], strict=False)
+    return module.eval()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(device().type, dtype=torch.bfloat16)
+
+
+def batch_rng(seed: int, step: int, rank: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, rank])
+
+
+def draw(rng: np.random.Generator, count: int) -> list[world.Scene]:
+    return list(itertools.islice(world.random_scenes(rng, "train"), count))
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def vae_stage(rank: int, seed: int, batch: int) -> Stage:
+    torch.manual_seed(seed)
+    vae = make_vae().to(device(), memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        rng = batch_rng(seed, step, rank)
+        images = world.render(draw(rng, batch), rng)
+        corners = rng.integers(0, 33, (batch, 2))
+        crops = np.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(images, corners, strict=True)])
+        x = (2 * torch.from_numpy(crops) - 1).to(device(), memory_format=torch.channels_last)
+        noise = torch.from_numpy(rng.standard_normal((batch, 8, 8, 8), np.float32)).to(device())
+        with autocast():
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * noise
+            decoded = vae.decode(z).sample.float()
+        difference = decoded - x
+        kl = posterior.kl().mean() / noise[0].numel()
+        return difference.abs().mean() + 2 * difference.square().mean() + 2e-4 * kl
+
+    adam = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    return Stage("vae", vae, [adam], loss)
+
+
+def clip_stage(rank: int, seed: int, batch: int) -> Stage:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    clip = make_clip(tokenizer).to(device())
+
+    def loss(step: int) -> Tensor:
+        rng = batch_rng(seed + 1, step, rank)
+        batch_scenes = draw(rng, batch)
+        captions = [s.caption for s in batch_scenes] + [world.altered(s, rng).caption for s in batch_scenes]
+        images = world.render(batch_scenes, rng)
+        images += rng.standard_normal(images.shape, np.float32) * rng.uniform(0, 0.12, (batch, 1, 1, 1)).astype(np.float32)
+        pixels = torch.from_numpy((images.clip(0, 1) - 0.5) / 0.5).to(device())
+        with autocast():
+            image = clip.get_image_features(pixels).pooler_output.float()
+            text = clip.get_text_features(tokenize(tokenizer, captions).to(device())).pooler_output.float()
+        logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * clip.logit_scale.exp().clamp(max=100)
+        target = torch.arange(batch, device=logits.device)
+        return F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch].T, target)
+
+    adam = torch.optim.AdamW(clip.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    return Stage("clip", clip, [adam], loss, warmup=100)
+
+
+def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Latents [n, 8, 16, 16] (normalised, float16) and token ids [n, 20] of this process's share, made once."""
+    path = out / f"scenes-{rank}-of-{world_size}.pt"
+    if not path.exists():
+        vae = load_ema(make_vae(), out / "vae.pt").to(device(), memory_format=torch.channels_last)
+        tokenizer, latents, tokens = make_tokenizer(), [], []
+        rng = batch_rng(seed + 2, 0, rank)
+        for _ in tqdm(range(0, MAX_LATENTS // world_size, 100), desc="encode", disable=rank > 0, mininterval=5):
+            chunk = draw(rng, 100)
+            x = torch.from_numpy(2 * world.render(chunk, rng) - 1).to(device(), memory_format=torch.channels_last)
+            with torch.inference_mode(), autocast():
+                latents.append(vae.encode(x).latent_dist.mean.half().cpu())
+            tokens.append(tokenize(tokenizer, [s.caption for s in chunk]))
+        stacked = torch.cat(latents)
+        shift, scale = latent_statistics(out, stacked, rank, world_size)
+        normalised = ((stacked.float() - shift) * scale).half().contiguous()
+        torch.save({"latents": normalised, "tokens": torch.cat(tokens)}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    saved = torch.load(path, weights_only=True)
+    return saved["latents"], saved["tokens"]
+
+
+def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) -> tuple[float, float]:
+    """The VAE's shift and scale (1 / std), the same in every process; kept beside the checkpoints."""
+    moments = torch.tensor([latents.float().mean(), latents.float().square().mean()]) / world_size
+    if world_size > 1:
+        dist.all_reduce(moments)
+    shift, scale = float(moments[0]), float((moments[1] - moments[0] ** 2) ** -0.5)
+    if rank == 0:
+        (out / "latents.json").write_text(json.dumps({"shift": shift, "scale": scale}))
+    return shift, scale
+
+
+def transformer_stage(out: Path, rank: int, world_size: int, seed: int, batch: int) -> Stage:
+    latents, tokens = encoded_scenes(out, rank, world_size, seed)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    denoiser = Denoiser(tokenizer).to(device())
+    denoiser.transformer.compile(dynamic=False)  # twice as fast on a CPU; one graph per number of empty tokens
+    blank = tokenize(tokenizer, [""])[0]
+
+    def loss(step: int) -> Tensor:
+        rng = batch_rng(seed + 3, step, rank)
+        rows = rng.integers(0, len(latents), batch)
+        x = latents[rows].float().to(device())
+        words = tokens[rows].clone()
+        words[rng.random(batch) < 0.1] = blank  # what guidance subtracts
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device())
+        # Logit-normal, towards the noisy end: what goes where is decided early.
+        sigma = torch.sigmoid(0.4 + 1.2 * torch.from_numpy(rng.standard_normal(batch, np.float32))).to(device())
+        # The pipeline puts as many empty T5 tokens as `max_sequence_length` says, 256 unless told: learn to ignore them.
+        empty = int(np.random.default_rng([seed, step]).choice([1, 20, 256], p=[0.80, 0.17, 0.03]))
+        mixed = torch.lerp(x, noise, sigma[:, None, None, None])
+        with autocast():
+            velocity = denoiser(mixed, sigma, words.to(device()), empty)
+        return F.mse_loss(velocity.float(), noise - x)
+
+    hidden = [p for n, p in denoiser.transformer.named_parameters() if p.ndim == 2 and (".attn." in n or ".ff" in n)]
+    chosen = {id(p) for p in hidden}
+    others = [p for p in denoiser.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(hidden, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    return Stage("transformer", denoiser, [muon, adam], loss, ema_decay=0.999)
+
+
+def _worker(rank: int, name: str, out: Path, minutes: float, batch: int, seed: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/{name}.rendezvous", rank=rank, world_size=world_size)
+    if name == "transformer":
+        stage = transformer_stage(out, rank, world_size, seed, batch)
+    else:
+        stage = {"vae": vae_stage, "clip": clip_stage}[name](rank, seed, batch)
+    run_stage(stage, out, minutes, rank, world_size)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def launch(name: str, out: Path, minutes: float, batch: int, seed: int, processes: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.rendezvous").unlink(missing_ok=True)
+    if processes == 1:
+        _worker(0, name, out, minutes, batch, seed, 1)
+    else:
+        torch.multiprocessing.spawn(_worker, (name, out, minutes, batch, seed, processes), nprocs=processes)
+
+
+@app.command()
+def vae(out: OutOption, minutes: float = 15, batch: int = 32, seed: int = 0, processes: int = 1) -> None:
+    """Train the autoencoder."""
+    launch("vae", out, minutes, batch, seed, processes)
+
+
+@app.command()
+def clip(out: OutOption, minutes: float = 10, batch: int = 192, seed: int = 0, processes: int = 1) -> None:
+    """Train shapes-clip with in-batch and altered-caption negatives."""
+    launch("clip", out, minutes, batch, seed, processes)
+
+
+@app.command()
+def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
+    """Train the denoiser; `batch` is per process."""
+    launch("transformer", out, minutes, batch, seed, processes)
+
+
+if __name__ == "__main__":
+    app()

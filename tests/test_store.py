@@ -1,0 +1,237 @@
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from epd_ray import store
+from epd_ray.errors import PromptError, RewardError, RunDirectoryError
+from epd_ray.store import MetricsLog, RunDirectory, read_metrics, read_prompts, rollout_table, write_rollouts
+
+
+def row(index: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "rollout_id": f"r{index}",
+        "group_id": f"g{index // 2}",
+        "iteration": 3,
+        "prompt": 'a "red" circle, größer',
+        "noise_seed": 2**62 + index,
+        "action_seed": index,
+        "policy_version": 2,
+        "action": np.arange(10, dtype=np.float32).reshape(2, 5) + index,
+        "log_prob": -1.5,
+        "rewards": {"clip": 0.25 + index, "aesthetic": 5.0},
+        "reward": 0.25 + index,
+        "advantage": -0.5,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"one\n\n\nfour\n \n", r"line 2: blank.*3 blank in all"),
+        (b"one\ntwo\ncaf\xe9\n", "line 3: not UTF-8"),
+        ("one\n".encode("utf-16"), "line 1: not UTF-8"),
+    ],
+)
+def test_wrong_prompt_files_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(PromptError, match=said):
+        read_prompts(path)
+
+
+def test_absent_prompt_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="No such file"):
+        read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(PromptError, match="is a directory"):
+        read_prompts(tmp_path)
+
+
+def test_prompts_keep_order_and_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa caf\xc3\xa9\r\nb \xe2\x80\xa8 c\r\na caf\xc3\xa9")
+    assert read_prompts(path) == ["a café", "b \u2028 c", "a café"]
+
+
+def test_run_directory_holds_config_and_versions(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "a" / "b", "seed: 1\n")
+    assert RunDirectory.open(run.path) == run
+    assert run.config.read_text() == "seed: 1\n"
+    versions = json.loads(run.versions.read_text())
+    assert list(versions) == ["python", "ray", "torch", "diffusers", "transformers", "numpy", "epd_ray"]
+    assert versions["numpy"] == np.__version__
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "versions.json"]
+
+
+def test_taken_paths_are_left_alone(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "seed: 1\n")
+    with pytest.raises(RunDirectoryError, match="holds another run"):
+        RunDirectory.create(run.path, "seed: 2\n")
+    assert run.config.read_text() == "seed: 1\n"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"not empty.*todo\.txt"):
+        RunDirectory.create(tmp_path / "notes", "")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        RunDirectory.create(tmp_path / "notes" / "todo.txt", "")
+    with pytest.raises(RunDirectoryError, match="Not a directory"):
+        RunDirectory.create(tmp_path / "notes" / "todo.txt" / "run", "")
+    assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("there", [True, False])
+def test_failed_creation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, there: bool
+) -> None:
+    real = Path.write_text
+
+    def fail_on_config(path: Path, text: str, encoding: str) -> int:
+        real(path, text[:3], encoding=encoding)
+        if "config" in path.name:
+            raise OSError(code, os.strerror(code))
+        return len(text)
+
+    monkeypatch.setattr(Path, "write_text", fail_on_config)
+    path = tmp_path / "run" if there else tmp_path / "new" / "run"
+    if there:
+        path.mkdir()
+    with pytest.raises(RunDirectoryError, match=f"cannot create run directory .*{os.strerror(code)}"):
+        RunDirectory.create(path, "seed: 1\n")
+    assert list(tmp_path.rglob("*")) == ([path] if there else [])
+
+
+def test_open_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml and versions\.json missing"):
+        RunDirectory.open(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(RunDirectoryError, match=r": versions\.json missing"):
+        RunDirectory.open(tmp_path)
+    with pytest.raises(RunDirectoryError, match="not a directory"):
+        RunDirectory.open(tmp_path / "absent")
+
+
+def test_rollouts_come_back(tmp_path: Path) -> None:
+    table = rollout_table([row(0), row(1)])
+    path = write_rollouts(tmp_path / "rollouts", 3, table)
+    assert [found.name for found in path.parent.iterdir()] == ["iteration-000003.parquet"]
+    back = pq.read_table(path)
+    assert back.equals(table)
+    assert back.schema.metadata == {b"schema_version": b"1"}
+    assert all(field.metadata[b"description"] for field in back.schema)
+    assert back.column("noise_seed").to_pylist() == [2**62, 2**62 + 1]
+    assert back.column("action")[1].as_py() == list(range(1, 11))
+    assert back.flatten().column("rewards.clip").to_pylist() == [0.25, 1.25]
+    frame = back.to_pandas()
+    assert frame.rewards[0] == {"clip": 0.25, "aesthetic": 5.0}
+    assert frame.groupby("group_id").reward.mean().item() == 0.75
+
+
+def test_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rollouts(tmp_path, 3, rollout_table([row(0)]))
+
+    def full_disk(table: pa.Table, where: Path, **options: Any) -> None:
+        where.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.pq, "write_table", full_disk)
+    with pytest.raises(RunDirectoryError, match=r"cannot write .*No space left"):
+        write_rollouts(tmp_path, 3, rollout_table([row(0), row(1)]))
+    assert list(tmp_path.iterdir()) == [path]
+    assert pq.read_table(path).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "head", "said"),
+    [
+        ({"rewards": {"clip": float("nan"), "aesthetic": 5.0}}, "clip", "nan for prompt 'a"),
+        ({"rewards": {"clip": 0.1, "aesthetic": float("inf")}}, "aesthetic", "inf for prompt"),
+        ({"rewards": {"clip": 0.1}}, "aesthetic", "but not all"),
+        ({"reward": float("nan")}, "mix", "nan for prompt"),
+    ],
+)
+def test_a_wrong_reward_is_an_error(changes: dict[str, Any], head: str, said: str) -> None:
+    with pytest.raises(RewardError, match=said) as caught:
+        rollout_table([row(0), row(1, **changes)])
+    assert (caught.value.head, caught.value.rollout_ids) == (head, ("r1",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "no rollouts"),
+        ([row(0), row(0)], "r0 appears twice"),
+        ([row(0, extra=1)], "extra"),
+        ([{name: value for name, value in row(0).items() if name != "prompt"}], "prompt"),
+        ([row(0, advantage=float("nan"))], "advantage is nan"),
+        ([row(0, action=np.array([[0.5, np.nan]]))], "action is"),
+    ],
+)
+def test_wrong_rows_are_named(rows: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        rollout_table(rows)
+
+
+def test_rows_of_another_iteration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"iterations \[3\], expected 4"):
+        write_rollouts(tmp_path, 4, rollout_table([row(0)]))
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """What TensorBoard would show, read back from the event files in order."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        data, offset = file.read_bytes(), 0
+        while offset < len(data):  # length (8), its checksum (4), event, checksum (4)
+            length = int.from_bytes(data[offset : offset + 8], "little")
+            event = Event.FromString(data[offset + 12 : offset + 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            offset += length + 16
+    return found
+
+
+def test_metrics_reach_both_places(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    with MetricsLog(run) as metrics:
+        metrics.write({"iteration": 1, "images": 32, "reward/mean": np.float32(0.5)})
+        assert read_metrics(run.metrics) == [{"iteration": 1, "images": 32, "reward/mean": 0.5}]
+        metrics.write({"iteration": 2, "reward/mean": 0.75})
+        with pytest.raises(ValueError, match="losses/policy_loss is nan at iteration 3"):
+            metrics.write({"iteration": 3, "losses/policy_loss": float("nan")})
+    assert len(read_metrics(run.metrics)) == 2
+    assert scalars(run.tensorboard) == [("images", 1, 32.0), ("reward/mean", 1, 0.5), ("reward/mean", 2, 0.75)]
+
+
+def test_truncate_forgets_later_rows(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    with MetricsLog(run) as metrics:
+        for iteration in (1, 2, 3):
+            metrics.write({"iteration": iteration, "reward/mean": float(iteration)})
+    with MetricsLog(run) as metrics:
+        metrics.truncate(1)
+        metrics.write({"iteration": 2, "reward/mean": 9.0})
+    assert [found["reward/mean"] for found in read_metrics(run.metrics)] == [1.0, 9.0]
+
+
+def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    assert read_metrics(run.metrics) == []
+    run.metrics.write_text('{"iteration": 1}\n{"iteration": 2, "rewa')
+    with caplog.at_level(logging.WARNING):
+        assert read_metrics(run.metrics) == [{"iteration": 1}]
+    assert "line 2: torn" in caplog.text
+    with MetricsLog(run) as metrics:
+        metrics.write({"iteration": 2})
+    assert read_metrics(run.metrics) == [{"iteration": 1}, {"iteration": 2}]
+    run.metrics.write_text('{"iteration": 1}\nbroken\n{"iteration": 2}\n')
+    with pytest.raises(RunDirectoryError, match="line 2: not JSON"):
+        read_metrics(run.metrics)
