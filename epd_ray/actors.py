@@ -59,7 +59,7 @@ class RewardActor:
     def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
         self._error: EpdRayError | None = None
         try:
-            self._scorer = Scorer(name, HEADS.get(head)(**options))
+            self._scorer = Scorer(name, HEADS.build(head, options))
         except EpdRayError as error:
             self._error = error
 

@@ -18,6 +18,9 @@ class ConfigError(EpdRayError):
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
 
 class ScheduleError(EpdRayError):
     """Sigmas that no solver can follow."""

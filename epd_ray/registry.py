@@ -2,10 +2,11 @@
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from epd_ray.errors import UnknownNameError
+from epd_ray.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -56,9 +57,23 @@ class Registry(Generic[T]):
         target = self._entries.get(name, name)
         if ":" not in target:
             raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
-        module, attribute = target.split(":")
+        module, _, attribute = target.partition(":")
         try:
             found: Any = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: an empty module name
             raise UnknownNameError(f"{self.kind} {name!r} cannot be imported: {error}") from error
         return cast(Callable[..., T], found)
+
+    def build(self, name: str, options: Mapping[str, Any]) -> T:
+        """Make the thing behind a name from keyword arguments.
+
+        Raises:
+            UnknownNameError: no such entry.
+            ConfigError: an argument that its constructor lacks or does not know.
+        """
+        factory = self.get(name)
+        try:
+            inspect.signature(factory).bind(**options)
+        except TypeError as error:
+            raise ConfigError([f"{self.kind} {name!r}: {error} (options given: {', '.join(options) or 'none'})"]) from error
+        return factory(**options)

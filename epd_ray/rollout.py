@@ -5,9 +5,27 @@ from dataclasses import dataclass
 
 import torch
 
-from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace
+from epd_ray.distill import Distiller, DistillTask, NormalEquations
+from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.sampling import Sampler, noises, to_uint8
-from epd_ray.types import Backbone, ImageArray, Rollout, RolloutJob
+from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What the driver needs to know about a model that it does not load.
+
+    Attributes:
+        family: of the backbone.
+        model_id: as given.
+        form: of the ODE.
+        sigmas: [N+1], the schedule of the policy's solver.
+    """
+
+    family: str
+    model_id: str
+    form: Form
+    sigmas: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -31,12 +49,25 @@ class RolloutWorker:
     def __init__(self, backbone: Backbone, guidance_scale: float, space: TableSpace, sampler: Sampler) -> None:
         self.backbone, self.guidance_scale, self.space, self.sampler = backbone, guidance_scale, space, sampler
 
+        self.distiller = Distiller(backbone, guidance_scale)
+
+    def describe(self, num_intervals: int) -> BackboneFacts:
+        """The model's name, form and schedule for N intervals."""
+        b = self.backbone
+        return BackboneFacts(b.family, b.model_id, b.form, tuple(b.sigmas(num_intervals).tolist()))
+
+    def distill(self, task: DistillTask) -> NormalEquations:
+        """See Distiller.normal_equations."""
+        return self.distiller.normal_equations(task)
+
     def generate(self, job: RolloutJob) -> Generated:
         """Draw a table for each request and make its picture, the whole job in one batch."""
-        policy = TableDistribution(self.space, torch.from_numpy(job.parameters))
+        policy = TableDistribution(self.space, torch.from_numpy(job.parameters.copy()))  # Ray's arrays are read-only
         actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
         log_probs = log_prob(policy, actions)
-        sampler = self.sampler.with_table(self.space.table(actions))
+        sigmas = self.backbone.sigmas(self.sampler.intervals)
+        table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
+        sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
         rollouts = tuple(
             Rollout(request.rollout_id, action.numpy(), float(value))

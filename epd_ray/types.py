@@ -78,6 +78,23 @@ class Score:
     value: float
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Pictures drawn for evaluation.
+
+    Attributes:
+        scores: head -> raw values, one per prompt, in order.
+        reward: the mix of them.
+        images: [B, 3, H, W] uint8, when they were asked for.
+        seconds: that the rollout actors worked, summed.
+    """
+
+    scores: dict[str, FloatArray]
+    reward: FloatArray
+    images: ImageArray | None
+    seconds: float
+
+
 class Conditioning(Protocol):
     """Encoded prompts with whatever a backbone's network needs beside them."""
 

@@ -25,6 +25,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -43,6 +46,9 @@ from epd_ray.shapes.judge import scene_accuracy
 TOKENS = 20  # longest caption is 15 words, 17 tokens with its two ends
 MAX_LATENTS = 100_000  # encoded once, before the transformer stage
 CHECKPOINT_SECONDS = 60.0
+SHIFT = 2.0  # of the shipped scheduler
+GUIDANCE = 4.0  # at which the model is measured
+COOLDOWN = 0.3  # the last share of a stage, in which the learning rate falls to 0
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and encoded scenes")]
@@ -52,29 +58,28 @@ OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and e
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE over a vocabulary of the captions' own words; any other text falls apart into bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+    """CLIP's byte-level BPE, trained until each word of the captions is one token; other text falls apart into bytes."""
     things = [*world.SIZES, *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.PLACES, *world.RELATIONS]
     words = sorted({w for t in things for w in t.split()} | {"a", "an", "on", "and", "background", "with", "the"})
-    letters = list(bytes_to_unicode().values())
-    vocab = letters + [f"{letter}</w>" for letter in letters]
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        for i in range(1, len(parts)):
-            pair = ("".join(parts[:i]), parts[i])
-            if pair not in merges:
-                merges.append(pair)
-                vocab.append("".join(pair))
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    ids = {token: i for i, token in enumerate(vocab)}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TOKENS)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    endings = [f"{letter}</w>" for letter in sorted(alphabet)]
+    trainer = BpeTrainer(
+        vocab_size=10_000, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=[*endings, "<|startoftext|>", "<|endoftext|>"],
+    )  # fmt: skip
+    bpe.train_from_iterator(words, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids [B, 20], int64, padded as the SD3 pipeline pads."""
-    ids: Tensor = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(
+        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
     return ids
 
 
@@ -128,7 +133,11 @@ class Denoiser(nn.Module):
         hidden = torch.cat([hidden, hidden.new_zeros(len(x), empty, hidden.shape[-1])], dim=1)
         pooled = torch.cat([o.text_embeds for o in outs], dim=-1)
         velocity: Tensor = self.transformer(
-            hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=hidden, pooled_projections=pooled, return_dict=False
+            hidden_states=x,
+            timestep=1000 * sigma,
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+            return_dict=False,
         )[0]
         return velocity
 
@@ -163,14 +172,16 @@ def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: in
             optimizer.load_state_dict(state)
         step, elapsed = saved["step"], saved["seconds"]
     base = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]
-    bar = tqdm(total=int(60 * minutes), initial=int(elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5)
+    bar = tqdm(
+        total=int(60 * minutes), initial=int(elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5
+    )
     last_save = time.monotonic()
     mean_loss = math.nan
     while elapsed < 60 * minutes:
         start = time.monotonic()
         for optimizer, rates in zip(stage.optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, (step + 1) / stage.warmup)
+                group["lr"] = rate * min(1.0, (step + 1) / stage.warmup, (1 - elapsed / (60 * minutes)) / COOLDOWN)
         loss = stage.loss(step)
         for optimizer in stage.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -195,10 +206,18 @@ def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: in
         bar.set_postfix(step=step, loss=f"{mean_loss:.4f}", refresh=False)
         if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or elapsed >= 60 * minutes):
             optimizers = [o.state_dict() for o in stage.optimizers]
-            state = {"model": stage.module.state_dict(), "ema": stage.ema, "optimizers": optimizers, "step": step, "seconds": elapsed}
+            state = {
+                "model": stage.module.state_dict(),
+                "ema": stage.ema,
+                "optimizers": optimizers,
+                "step": step,
+                "seconds": elapsed,
+            }
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-            (out / f"{stage.name}.json").write_text(json.dumps({"step": step, "seconds": round(elapsed), "loss": mean_loss, "processes": world_size}))
+            (out / f"{stage.name}.json").write_text(
+                json.dumps({"step": step, "seconds": round(elapsed), "loss": mean_loss, "processes": world_size})
+            )
             last_save = time.monotonic()
     bar.close()
 
@@ -266,13 +285,17 @@ def clip_stage(rank: int, seed: int, batch: int) -> Stage:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     clip = make_clip(tokenizer).to(device())
+    clip.vision_model.compile(dynamic=False)
+    clip.text_model.compile(dynamic=False)
 
     def loss(step: int) -> Tensor:
         rng = batch_rng(seed + 1, step, rank)
         batch_scenes = draw(rng, batch)
         captions = [s.caption for s in batch_scenes] + [world.altered(s, rng).caption for s in batch_scenes]
         images = world.render(batch_scenes, rng)
-        images += rng.standard_normal(images.shape, np.float32) * rng.uniform(0, 0.12, (batch, 1, 1, 1)).astype(np.float32)
+        images += rng.standard_normal(images.shape, np.float32) * rng.uniform(0, 0.12, (batch, 1, 1, 1)).astype(
+            np.float32
+        )
         pixels = torch.from_numpy((images.clip(0, 1) - 0.5) / 0.5).to(device())
         with autocast():
             image = clip.get_image_features(pixels).pooler_output.float()
@@ -290,21 +313,22 @@ def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Te
     path = out / f"scenes-{rank}-of-{world_size}.pt"
     if not path.exists():
         vae = load_ema(make_vae(), out / "vae.pt").to(device(), memory_format=torch.channels_last)
-        tokenizer, latents, tokens = make_tokenizer(), [], []
+        latents: list[Tensor] = []
+        captions: list[str] = []
         rng = batch_rng(seed + 2, 0, rank)
         for _ in tqdm(range(0, MAX_LATENTS // world_size, 100), desc="encode", disable=rank > 0, mininterval=5):
             chunk = draw(rng, 100)
             x = torch.from_numpy(2 * world.render(chunk, rng) - 1).to(device(), memory_format=torch.channels_last)
             with torch.inference_mode(), autocast():
                 latents.append(vae.encode(x).latent_dist.mean.half().cpu())
-            tokens.append(tokenize(tokenizer, [s.caption for s in chunk]))
+            captions += [s.caption for s in chunk]
         stacked = torch.cat(latents)
         shift, scale = latent_statistics(out, stacked, rank, world_size)
         normalised = ((stacked.float() - shift) * scale).half().contiguous()
-        torch.save({"latents": normalised, "tokens": torch.cat(tokens)}, path.with_suffix(".tmp"))
+        torch.save({"latents": normalised, "captions": captions}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     saved = torch.load(path, weights_only=True)
-    return saved["latents"], saved["tokens"]
+    return saved["latents"], tokenize(make_tokenizer(), saved["captions"])
 
 
 def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) -> tuple[float, float]:
@@ -354,7 +378,9 @@ def _worker(rank: int, name: str, out: Path, minutes: float, batch: int, seed: i
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/{name}.rendezvous", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{out.resolve()}/{name}.rendezvous", rank=rank, world_size=world_size
+        )
     if name == "transformer":
         stage = transformer_stage(out, rank, world_size, seed, batch)
     else:
@@ -389,6 +415,139 @@ def clip(out: OutOption, minutes: float = 10, batch: int = 192, seed: int = 0, p
 def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
     """Train the denoiser; `batch` is per process."""
     launch("transformer", out, minutes, batch, seed, processes)
+
+
+# -- what ships -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(out: OutOption, assets: Path = Path("epd_ray/assets"), prompts: int = 512, steps: int = 50) -> None:
+    """Write the two model folders, measure them on held-out scenes, and write their cards."""
+    torch.set_num_threads(2)
+    tokenizer = make_tokenizer()
+    export_pipeline(out, assets / "shapes", tokenizer)
+    export_clip(out, assets / "shapes-clip", tokenizer)
+    figures = measure_pipeline(assets / "shapes", prompts, steps) | measure_clip(assets / "shapes-clip", prompts)
+    stages = {name: json.loads((out / f"{name}.json").read_text()) for name in ("vae", "clip", "transformer")}
+    facts = {"figures": figures, "stages": stages, "prompts": prompts, "steps": steps}
+    (assets / "shapes" / "README.md").write_text(PIPELINE_CARD.format(**card_values(facts)))
+    (assets / "shapes-clip" / "README.md").write_text(CLIP_CARD.format(**card_values(facts)))
+    typer.echo(json.dumps(figures, indent=2))
+
+
+def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """A StableDiffusion3Pipeline in the diffusers layout; half-precision weights, which any dtype opens."""
+    denoiser = Denoiser(tokenizer)
+    load_ema(denoiser, out / "transformer.pt")
+    latents = json.loads((out / "latents.json").read_text())
+    vae = load_ema(make_vae(), out / "vae.pt")
+    vae.register_to_config(scaling_factor=latents["scale"], shift_factor=latents["shift"])
+    pipeline = StableDiffusion3Pipeline(
+        transformer=denoiser.transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        text_encoder=denoiser.text_encoder, tokenizer=tokenizer,
+        text_encoder_2=denoiser.text_encoder_2, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+
+
+def export_clip(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """A CLIPModel with its tokenizer and image processor."""
+    clip = load_ema(make_clip(tokenizer), out / "clip.pt")
+    clip.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    size = {"shortest_edge": world.CANVAS}
+    crop = {"height": world.CANVAS, "width": world.CANVAS}
+    CLIPImageProcessorPil(size=size, crop_size=crop, image_mean=half, image_std=half).save_pretrained(folder)
+
+
+def measure_pipeline(folder: Path, prompts: int, steps: int) -> dict[str, float]:
+    """Share of held-out scenes drawn right, by a judge that reads pixels: one and two objects apart."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    figures = {}
+    for name, two_things in (("one_object", 0.0), ("two_objects", 1.0)):
+        scenes = world.distinct_scenes("test", min(prompts // 2, 150), 0, two_things)
+        right: list[bool] = []
+        for i in tqdm(range(0, len(scenes), 32), desc=name):
+            chunk = scenes[i : i + 32]
+            images = pipeline(
+                [s.caption for s in chunk], num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np",
+                max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(i),
+            ).images  # fmt: skip
+            right += scene_accuracy(images.transpose(0, 3, 1, 2).astype(np.float32), chunk).tolist()
+        figures[name] = float(np.mean(right))
+    return figures
+
+
+def measure_clip(folder: Path, prompts: int) -> dict[str, float]:
+    """Share of held-out pictures whose own caption is the nearest of `prompts` held-out ones."""
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    scenes = world.distinct_scenes("test", prompts, 0, 0.5)
+    images = (world.render(scenes, np.random.default_rng(0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    with torch.inference_mode():
+        image = clip.get_image_features(**processor(list(images), return_tensors="pt")).pooler_output
+        text = clip.get_text_features(tokenize(tokenizer, [s.caption for s in scenes])).pooler_output
+    nearest = (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
+    return {"retrieval": float((nearest == torch.arange(prompts)).float().mean())}
+
+
+def card_values(facts: dict[str, dict[str, dict[str, float]]]) -> dict[str, object]:
+    """Flat values for the cards."""
+    values: dict[str, object] = {k: f"{100 * v:.1f} %" for k, v in facts["figures"].items()}
+    for name, stage in facts["stages"].items():
+        values[f"{name}_minutes"] = round(stage["seconds"] / 60)
+        values[f"{name}_steps"] = f"{stage['step']:,}"
+        values[f"{name}_processes"] = stage["processes"]
+    return values | {"prompts": facts["prompts"], "steps": facts["steps"], "guidance": GUIDANCE}
+
+
+PIPELINE_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# shapes
+
+A real, tiny text-to-image model in the layout of Stable Diffusion 3: an SD3 transformer of 3.5 M parameters (6 layers,
+4 heads of 32), an AutoencoderKL (64 px to 8 x 16 x 16) and two CLIP text encoders. It draws one or two flat shapes, 64 x 64 px.
+
+```python
+pipe = StableDiffusion3Pipeline.from_pretrained("shapes", text_encoder_3=None, tokenizer_3=None)
+pipe("a small red circle left of a large blue star on a white background", guidance_scale=4, max_sequence_length=20).images[0]
+```
+
+**Data.** Scenes drawn by `epd_ray/shapes/scenes.py`: 6 colours, 5 shapes, 2 sizes, 3 grounds; one object in 9 places or two
+in 4 relations; 60 % with two. A fifth of all scenes, fixed by a hash of the caption, was never trained on.
+
+**Training** (`jobs/build_shapes.py`, CPU, one thread per process): autoencoder {vae_minutes} minutes ({vae_steps} steps) on
+{vae_processes} core; transformer and text encoders together {transformer_minutes} minutes ({transformer_steps} steps of 96) on
+{transformer_processes} cores.
+
+**Held-out scenes drawn right** at {steps} Euler steps, guidance {guidance}, every attribute, place or relation and the ground,
+judged from the pixels (`epd_ray/shapes/judge.py`): one object {one_object}, two objects {two_objects}.
+
+It knows the words of its captions, in their order, and nothing else.
+"""
+
+CLIP_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+# shapes-clip
+
+A CLIPModel (1.7 M parameters, 64 px, patch 8, 128 wide) on the scenes and captions of `shapes`, trained with in-batch negatives and
+with captions in which one attribute is altered. Trained {clip_minutes} minutes ({clip_steps} steps of 192) on {clip_processes}
+core by `jobs/build_shapes.py`.
+
+It finds the right caption among {prompts} held-out ones for {retrieval} of held-out pictures.
+"""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The embedded models: `shapes` (text to image) and `shapes-clip` (its preference model)."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from epd_ray.errors import ModelError
 
@@ -20,3 +22,14 @@ def resolve_model(model: str) -> str:
         names = ", ".join(EMBEDDED)
         raise ModelError(f"model {model!r} is no directory: give a pipeline directory, a hub id, or one of {names}")
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def require_vocabulary(model: str, tokenizers: Iterable[Any]) -> None:
+    """Refuse tokenizers without words: transformers makes such a one up, silently, where its files are missing.
+
+    Raises:
+        ModelError: a tokenizer that knows its special tokens alone.
+    """
+    for tokenizer in tokenizers:
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ModelError(f"model {model!r} has a {type(tokenizer).__name__} without words: its files are missing")

@@ -1,9 +1,13 @@
 """Frozen diffusion models behind one protocol; each entry loads when first asked for."""
 
-from epd_ray.registry import Registry
-from epd_ray.types import Backbone
+from typing import TYPE_CHECKING
 
-BACKBONES: Registry[Backbone] = Registry(
+from epd_ray.registry import Registry
+
+if TYPE_CHECKING:
+    from epd_ray.types import Backbone
+
+BACKBONES: "Registry[Backbone]" = Registry(
     "backbone",
     {
         "gaussian": "epd_ray.backbones.gaussian:GaussianBackbone",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from epd_ray.assets import resolve_model
+from epd_ray.assets import require_vocabulary, resolve_model
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ModelError
@@ -119,7 +119,7 @@ class SD3Backbone:
     def drift(self, x: Tensor, sigma: Tensor, conditioning: SD3Conditioning) -> Tensor:
         """The network's velocity, which is the drift of flow matching; both guidance halves in one forward."""
         copies = 2 if conditioning.guided else 1
-        velocity = self.pipeline.transformer(
+        velocity: Tensor = self.pipeline.transformer(
             hidden_states=x.to(self.dtype).repeat(copies, 1, 1, 1),
             timestep=(1000 * sigma).float().repeat(copies),
             encoder_hidden_states=conditioning.embeds,
@@ -146,6 +146,7 @@ def load_sd3_pipeline(model: str, dtype: torch.dtype):  # type: ignore[no-untype
         ModelError: with what is wrong and where.
     """
     from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+    from diffusers.utils import is_accelerate_available
 
     location = resolve_model(model)
     try:
@@ -156,19 +157,25 @@ def load_sd3_pipeline(model: str, dtype: torch.dtype):  # type: ignore[no-untype
             )
         without_t5 = index.get("text_encoder_3", [None])[0] is None
         absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(location, torch_dtype=dtype, **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            location, torch_dtype=dtype, low_cpu_mem_usage=is_accelerate_available(), **absent
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(f"model {model!r} cannot be opened: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__module__.startswith("safetensors"):
             raise ModelError(f"model {model!r} has a damaged weight file: {_first_line(error)}") from error
         raise
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
+    require_vocabulary(model, [t for t in tokenizers if t is not None])
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
+        # Without accelerate, diffusers may leave a network in its file's dtype, whatever torch_dtype says.
+        part.to(dtype=dtype).requires_grad_(False)
     return pipeline
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].replace(os.fspath(Path.home()), "~")
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    text = f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    return text.replace(os.fspath(Path.home()), "~")

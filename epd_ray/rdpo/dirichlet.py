@@ -7,7 +7,7 @@ log standard deviations of its logarithm. An action has the same order without t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.distributions import Dirichlet, LogNormal, kl_divergence
 
 from epd_ray.errors import TableError
 from epd_ray.solvers import SolverTable
-from epd_ray.types import FloatArray
+from epd_ray.types import FloatArray, Form
 
 INITIAL_LOG_STD = -3.0
 LOG_STD_RANGE = (-7.0, 2.0)
@@ -180,6 +180,25 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
             value = torch.ones_like(weights) if scale is None else scale.float()
             parameters += [value.log(), torch.full_like(weights, INITIAL_LOG_STD)]
     return torch.cat(parameters, dim=1)
+
+
+def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTable:
+    """For a flow model, lower each time scale until its point is evaluated at sigmas[0] at most.
+
+    A log-normal scale has no upper end, but the model has never seen a sigma above its first. Apply this wherever a
+    drawn or mean table meets a backbone. The action and its log-density stay as drawn: the clamp belongs to what an
+    action does, so the policy gradient is unchanged.
+
+    Args:
+        table: [N, K] or [B, N, K].
+        sigmas: [N+1], decreasing, > 0.
+        form: of the ODE; nothing is clamped in "ve".
+    """
+    if form != "flow" or table.scale_time is None:
+        return table
+    grid, positions = sigmas.double()[:, None], table.positions.double()
+    inner = grid[1:] ** positions * grid[:-1] ** (1 - positions)
+    return replace(table, scale_time=table.scale_time.minimum((grid[0] / inner).to(table.scale_time)))
 
 
 def bound_concentration(parameters: Tensor, points: int, bound: float) -> Tensor:

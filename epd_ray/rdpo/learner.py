@@ -18,7 +18,7 @@ ADVANTAGES = "advantages"
 RATIO_TOLERANCE = 1e-5
 
 
-class RDPOLearner(TorchLearner):
+class RDPOLearner(TorchLearner):  # type: ignore[misc]
     """Minimises the clipped surrogate, plus KL to the base table and minus entropy where their weights are set."""
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
@@ -34,7 +34,7 @@ class RDPOLearner(TorchLearner):
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         super().before_gradient_based_update(timesteps=timesteps)
         # RLlib shuffles minibatches with numpy's global generator: tie it to the iteration, so a resumed run agrees.
-        np.random.seed([(self.config.seed or 0) & 0xFFFFFFFF, timesteps["iteration"]])  # noqa: NPY002
+        np.random.seed([(self.config.seed or 0) & 0xFFFFFFFF, timesteps["iteration"]])
         self._on_policy = timesteps["staleness"] == 0
         self._first_minibatch = True
 

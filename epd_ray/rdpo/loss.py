@@ -50,7 +50,9 @@ def leave_one_out(rewards: Tensor, group_ids: Sequence[str]) -> Advantages:
         spreads.append(spread)
         if spread >= SPREAD_FLOOR:
             values[rows] = (inside - inside.mean()) * size / (size - 1)
-    values = values / values.std(correction=0).clamp_min(STD_FLOOR) if any(s >= SPREAD_FLOOR for s in spreads) else values
+    values = (
+        values / values.std(correction=0).clamp_min(STD_FLOOR) if any(s >= SPREAD_FLOOR for s in spreads) else values
+    )
     return Advantages(values, sum(spreads) / len(spreads), sum(s < SPREAD_FLOOR for s in spreads))
 
 

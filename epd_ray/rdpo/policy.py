@@ -68,10 +68,10 @@ class PolicyNetwork(nn.Module):
     @torch.no_grad()
     def parameters_array(self) -> FloatArray:
         """`forward()` as numpy, for the rollout jobs."""
-        return self().numpy().copy()
+        return np.array(self().numpy(), np.float32)
 
 
-class TableActions(Distribution):
+class TableActions(Distribution):  # type: ignore[misc]
     """RLlib's view of TableDistribution; `space` is bound by get_partial_dist_cls."""
 
     def __init__(self, parameters: Tensor, space: TableSpace) -> None:
@@ -106,7 +106,7 @@ class TableActions(Distribution):
         return self.table.kl_per_interval(other.table).sum(-1)
 
 
-class SolverTableModule(TorchRLModule):
+class SolverTableModule(TorchRLModule):  # type: ignore[misc]
     """RLModule around PolicyNetwork; `model_config["policy"]` is a PolicySpec. Observations are ignored."""
 
     def setup(self) -> None:

@@ -44,7 +44,7 @@ class WorkerSpec:
 
     def build(self) -> RolloutWorker:
         """Load the model."""
-        backbone = BACKBONES.get(self.backbone.family)(**self.backbone.options)
+        backbone = BACKBONES.build(self.backbone.family, self.backbone.options)
         return RolloutWorker(backbone, self.backbone.guidance_scale, self.space, self.sampler)
 
 

@@ -1,13 +1,12 @@
 """CLIP score, over any transformers CLIPModel."""
 
-import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from epd_ray.assets import resolve_model
+from epd_ray.assets import require_vocabulary, resolve_model
 from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ModelError
 
@@ -25,6 +24,7 @@ class ClipHead:
     """
 
     def __init__(self, *, model: str, device: str = "auto", dtype: str = "float32", scaled: bool = False) -> None:
+        from safetensors import SafetensorError
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         location = resolve_model(model)
@@ -34,8 +34,9 @@ class ClipHead:
             self.network = CLIPModel.from_pretrained(location, dtype=self.dtype).to(self.device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(location)
             self.processor = CLIPImageProcessorPil.from_pretrained(location)
-        except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"CLIP model {model!r} cannot be opened: {str(error).splitlines()[0]}") from error
+        require_vocabulary(model, [self.tokenizer])
 
     @torch.inference_mode()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -5,8 +5,9 @@ batch renders in a few milliseconds and edges are anti-aliased.
 """
 
 import math
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +96,28 @@ def _article(thing: Thing) -> str:
     return f"a {thing}"
 
 
+def parse(caption: str) -> Scene | None:
+    """The scene that a caption tells, or None when it is no caption of this world."""
+    match = _CAPTION.fullmatch(caption)
+    if match is None:
+        return None
+    first, where, relation, second, background = match.group("first", "place", "relation", "second", "background")
+    things = tuple(Thing(*t.split()) for t in (first, second) if t is not None)
+    return Scene(things, where or relation, background)
+
+
+def _caption_pattern() -> re.Pattern[str]:
+    def one_of(words: Iterable[str]) -> str:
+        return "|".join(sorted(words, key=len, reverse=True))
+
+    thing = f"(?:{one_of(SIZES)}) (?:{one_of(COLOURS)}) (?:{one_of(SHAPES)})"
+    layout = f"(?:(?P<place>{one_of(PLACES)})|(?P<relation>{one_of(RELATIONS)}) a (?P<second>{thing}))"
+    return re.compile(f"a (?P<first>{thing}) {layout} on a (?P<background>{one_of(BACKGROUNDS)}) background")
+
+
+_CAPTION = _caption_pattern()
+
+
 def random_scene(rng: np.random.Generator, num_things: int) -> Scene:
     """A scene of one or two different things, uniform over every attribute."""
 
@@ -169,7 +192,9 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator) -> Array:
             rows = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
             if not rows:
                 continue
-            alpha = coverage(shape, np.stack([centers[i][slot] for i in rows]), np.array([radii[i][slot] for i in rows]))
+            alpha = coverage(
+                shape, np.stack([centers[i][slot] for i in rows]), np.array([radii[i][slot] for i in rows])
+            )
             ink = np.array([COLOURS[scenes[i].things[slot].colour] for i in rows], np.float32)[:, :, None, None]
             images[rows] += alpha[:, None] * (ink - images[rows])
     return images
@@ -203,7 +228,7 @@ def coverage(shape: str, centers: Array, radii: Array) -> Array:
     x = axis[None, None, :] - centers[:, 0, None, None]
     y = axis[None, :, None] - centers[:, 1, None, None]
     distance = _signed_distance(shape, x, y, radii[:, None, None])
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(0.5 - distance, 0, 1), np.float32)
 
 
 def _signed_distance(shape: str, x: Array, y: Array, r: Array) -> Array:

@@ -1,0 +1,164 @@
+"""A comparison of samplers on the same prompts and seeds, with paired intervals."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from epd_ray.sampling import ENDS_AT_ZERO, Kind, Sampler, baseline
+from epd_ray.shapes.judge import scene_accuracy
+from epd_ray.shapes.scenes import CANVAS, parse
+from epd_ray.statistics import bootstrap_mean, paired_difference
+from epd_ray.store import RunDirectory, write_text
+from epd_ray.types import FloatArray, ImageArray, Sampled
+
+SCENE_ACCURACY = "scene_accuracy"
+OURS = ("rdpo", "distilled")
+Draw = Callable[[Sampler, Sequence[str], Sequence[int], bool], Sampled]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler's results, per prompt."""
+
+    sampler: Sampler
+    values: dict[str, FloatArray]
+    seconds_per_image: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All samplers on one set of prompts and seeds.
+
+    Attributes:
+        split: "validation", "test", or where the prompts came from.
+        prompts: B prompts.
+        seeds: their noise seeds.
+        rows: per sampler.
+    """
+
+    split: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    def summary(self) -> dict[str, object]:
+        """Means with intervals, and the paired differences of ours to each of the others; ready for JSON."""
+        metrics = list(self.rows[0].values)
+        by_key = {row.sampler.key: row for row in self.rows}
+        pairs = [(a, b) for a in OURS for b in by_key if a in by_key and b != a and (a, b) != OURS[::-1]]
+        differences = [
+            {"metric": m, "solver": a, "against": b}
+            | asdict(paired_difference(by_key[a].values[m], by_key[b].values[m]))
+            for m, (a, b) in product(metrics, pairs)
+        ]
+        solvers = [
+            {
+                "key": row.sampler.key,
+                "label": row.sampler.label,
+                "kind": row.sampler.kind,
+                "intervals": row.sampler.intervals,
+                "parallel_nfe": row.sampler.parallel_nfe,
+                "model_evals": row.sampler.model_evals,
+                "seconds_per_image": row.seconds_per_image,
+                "metrics": {m: asdict(bootstrap_mean(v)) for m, v in row.values.items()},
+            }
+            for row in self.rows
+        ]
+        return {
+            "split": self.split,
+            "prompts": len(self.prompts),
+            "metrics": metrics,
+            "solvers": solvers,
+            "differences": differences,
+        }
+
+    def table(self) -> pa.Table:
+        """One row per sampler and prompt."""
+        columns: dict[str, list[object]] = {"solver": [], "prompt": [], "noise_seed": []}
+        for row in self.rows:
+            columns["solver"] += [row.sampler.key] * len(self.prompts)
+            columns["prompt"] += self.prompts
+            columns["noise_seed"] += self.seeds
+            for metric, values in row.values.items():
+                columns.setdefault(metric, []).extend(values.tolist())
+        return pa.table(columns)
+
+
+def rivals(kinds: Sequence[Kind], ours: Sampler, equal_evals: bool) -> list[Sampler]:
+    """Each method at our sequential depth and, with `equal_evals`, at our number of evaluations.
+
+    Where a method with two evaluations an interval cannot meet an odd number, it gets one more.
+    """
+    costs = [ours.parallel_nfe, *([ours.model_evals] if equal_evals else [])]
+    found: dict[str, Sampler] = {}
+    for cost, kind in product(costs, kinds):
+        sampler = baseline(kind, cost if kind in ENDS_AT_ZERO else cost + cost % 2)
+        found.setdefault(sampler.key, sampler)
+    return list(found.values())
+
+
+def compare(
+    draw: Draw,
+    samplers: Sequence[Sampler],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    split: str,
+    after_each: Callable[[Sampler, Row, ImageArray], None],
+) -> Comparison:
+    """Draw every sampler's pictures and score them.
+
+    Args:
+        draw: makes and scores pictures (RDPO.sample_scored).
+        samplers: with distinct keys.
+        prompts: B prompts.
+        seeds: B noise seeds, the same for all samplers.
+        split: for the record.
+        after_each: called with a sampler's results and pictures.
+    """
+    scenes = [parse(p) for p in prompts]
+    rows = []
+    for sampler in samplers:
+        sampled = draw(sampler, prompts, seeds, True)
+        assert sampled.images is not None
+        values = dict(sampled.scores)
+        if all(s is not None for s in scenes) and sampled.images.shape[-2:] == (CANVAS, CANVAS):
+            pictures = np.asarray(sampled.images, np.float32) / np.float32(255)
+            values[SCENE_ACCURACY] = scene_accuracy(pictures, [s for s in scenes if s is not None]).astype(np.float32)
+        rows.append(Row(sampler, values, sampled.seconds / len(prompts)))
+        after_each(sampler, rows[-1], sampled.images)
+    return Comparison(split, tuple(prompts), tuple(seeds), tuple(rows))
+
+
+def save_pictures(run: RunDirectory, key: str, images: ImageArray) -> None:
+    """images/samples/<key>/NNN.png, the same number for the same prompt and seed."""
+    folder = run.samples / key
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:03d}.png")
+
+
+def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) -> None:
+    """evaluation.parquet, evaluation.json, and the prompts of the kept pictures."""
+    pq.write_table(comparison.table(), run.evaluation_rows)
+    run.samples.mkdir(parents=True, exist_ok=True)
+    write_text(run.samples / "prompts.json", json.dumps(comparison.prompts[:pictures], indent=2))
+    write_text(run.evaluation, json.dumps(comparison.summary(), indent=2))
+
+
+def headline(summary: dict[str, object]) -> list[str]:
+    """A few lines for the terminal: every sampler's scores, then our paired differences."""
+    lines = []
+    for s in summary["solvers"]:  # type: ignore[attr-defined]
+        scores = "  ".join(f"{m} {v['mean']:.4f}" for m, v in s["metrics"].items())
+        lines.append(f"{s['label']:<18} NFE {s['parallel_nfe']:>2} ({s['model_evals']:>2} evaluations)  {scores}")
+    for d in summary["differences"]:  # type: ignore[attr-defined]
+        if d["solver"] == OURS[0]:
+            low_high = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
+            lines.append(f"ours minus {d['against']:<10} {d['metric']:<15} {d['mean']:+.4f}  95 % {low_high}")
+    return lines

@@ -1,0 +1,58 @@
+"""Training prompts and held-out ones, from the embedded model's world or from a file."""
+
+from dataclasses import dataclass
+
+from epd_ray.config import SHAPES, PromptsConfig
+from epd_ray.errors import PromptError
+from epd_ray.shapes.scenes import Split, distinct_scenes
+from epd_ray.store import read_prompts
+
+ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}  # how many scenes there are
+TWO_THINGS: dict[Split, int] = {"train": 16961, "validation": 2155, "test": 2124}
+
+
+@dataclass(frozen=True)
+class PromptSplits:
+    """Three lists that share no prompt."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def load_prompts(config: PromptsConfig, seed: int) -> PromptSplits:
+    """The prompts of a run; the same ones for the same arguments.
+
+    Args:
+        config: where from and how many. A file's last distinct prompts are held out, validation before test.
+        seed: of the scenes; a file's order is its own.
+
+    Raises:
+        PromptError: a file that cannot be used, or fewer prompts than are asked for.
+    """
+    if config.train == SHAPES:
+        return PromptSplits(
+            train=_captions("train", config.num_train, seed, config.two_things),
+            validation=_captions("validation", config.validation, seed, config.two_things),
+            test=_captions("test", config.test, seed, config.two_things),
+        )
+    prompts = list(dict.fromkeys(read_prompts(config.train)))  # a prompt in two places would leak into the test
+    held_out = config.validation + config.test
+    if len(prompts) <= held_out:
+        raise PromptError(
+            f"{config.train} has {len(prompts)} distinct prompts, more than {held_out} are needed "
+            "(lower prompts.validation and prompts.test, or add prompts)"
+        )
+    first_test = len(prompts) - config.test
+    first_validation = len(prompts) - held_out
+    return PromptSplits(prompts[:first_validation], prompts[first_validation:first_test], prompts[first_test:])
+
+
+def _captions(split: Split, count: int, seed: int, two_things: float) -> list[str]:
+    available = (ONE_THING[split] if two_things < 1 else 0) + (TWO_THINGS[split] if two_things > 0 else 0)
+    if count > available:
+        raise PromptError(
+            f"{count} {split} prompts asked, {available} scenes exist with prompts.two_things={two_things:g} "
+            "(ask for fewer, or set it to 0.5)"
+        )
+    return [scene.caption for scene in distinct_scenes(split, count, seed, two_things)]

@@ -1,0 +1,206 @@
+"""RDPOConfig: everything about an RDPO run that RLlib does not know already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from epd_ray.actors import RewardSpec
+from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
+from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
+from epd_ray.rdpo.runner import BackboneSpec, SolverEnvRunner, WorkerSpec
+from epd_ray.sampling import Sampler
+from epd_ray.solvers import SolverTable
+
+Baseline = Literal["per_prompt", "mixed"]
+EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20})
+EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
+
+
+def uniform_table(intervals: int, points: int) -> SolverTable:
+    """Evenly spaced positions with equal weights: where to start without stage 1."""
+    import torch
+
+    positions = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)
+    return SolverTable(positions.repeat(intervals, 1), torch.full((intervals, points), 1 / points, dtype=torch.float64))
+
+
+class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
+    """Configures RDPO; the defaults fine-tune the embedded model's solver.
+
+    Example:
+        >>> algo = RDPOConfig().solver(concentration=20).rollouts(group_size=8).build_algo()
+        >>> algo.train()
+        >>> algo.mean_table()
+    """
+
+    def __init__(self, algo_class: Any = None) -> None:
+        from epd_ray.rdpo.algorithm import RDPO
+
+        super().__init__(algo_class=algo_class or RDPO)
+        self.env_runner_cls = SolverEnvRunner
+        self.num_env_runners = 2
+        self.num_learners = 1
+        self.merge_env_runner_states = self.broadcast_env_runner_states = False
+        self.restart_failed_env_runners = True
+        self.delay_between_env_runner_restarts_s = 1.0
+        self.env_runner_health_probe_timeout_s = 5.0
+        self.enable_env_runner_and_connector_v2 = self.enable_rl_module_and_learner = True
+        self.num_cpus_per_env_runner, self.num_cpus_per_learner, self.num_cpus_for_main_process = 0.75, 0.25, 0
+        self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = 2e-3, 1.0, 1, 16
+        self.shuffle_batch_per_epoch = True
+        self.clip_param, self.kl_coeff, self.entropy_coeff, self.weight_decay = 0.2, 0.0, 0.0, 0.01
+        self.table: SolverTable = uniform_table(3, 2)
+        self.concentration, self.concentration_bound = 30.0, 5.0
+        self.scale_dir = self.scale_time = self.afs = False
+        self.order, self.hidden_width, self.hidden_depth = 1, 128, 2
+        self.backbone_spec = EMBEDDED_BACKBONE
+        self.prompts: tuple[str, ...] = ()
+        self.prompts_per_iteration, self.group_size, self.images_per_job = 8, 4, 8
+        self.same_latent, self.baseline, self.max_staleness = True, "per_prompt", 1
+        self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
+
+    def solver(
+        self,
+        *,
+        table: SolverTable | None = NotProvided,
+        concentration: float = NotProvided,
+        concentration_bound: float = NotProvided,
+        scale_dir: bool = NotProvided,
+        scale_time: bool = NotProvided,
+        afs: bool = NotProvided,
+        order: int = NotProvided,
+        hidden_width: int = NotProvided,
+        hidden_depth: int = NotProvided,
+    ) -> "RDPOConfig":
+        """The table to start from and the policy around it.
+
+        Args:
+            table: [N, K]; its mean is where the policy starts.
+            concentration: c0, total Dirichlet concentration of each simplex at the start.
+            concentration_bound: largest total, times c0.
+            scale_dir: draw direction scales too.
+            scale_time: draw time scales too.
+            afs: analytical first step.
+            order: of the multistep slope that leads to the points, 1 to 4.
+            hidden_width: of the policy's residual layers.
+            hidden_depth: number of residual layers.
+        """
+        return self._assign(locals())
+
+    def backbone(
+        self,
+        *,
+        family: str = NotProvided,
+        options: Mapping[str, Any] = NotProvided,
+        guidance_scale: float = NotProvided,
+    ) -> "RDPOConfig":
+        """The frozen model: its family in the registry, its constructor's arguments, and the guidance."""
+        given: dict[str, Any] = {"family": family, "options": options, "guidance_scale": guidance_scale}
+        chosen = {k: v for k, v in given.items() if v is not NotProvided}
+        self.backbone_spec = replace(self.backbone_spec, **chosen)
+        return self
+
+    def rollouts(  # type: ignore[override]
+        self,
+        *,
+        prompts: Sequence[str] = NotProvided,
+        prompts_per_iteration: int = NotProvided,
+        group_size: int = NotProvided,
+        images_per_job: int = NotProvided,
+        same_latent: bool = NotProvided,
+        baseline: Baseline = NotProvided,
+        max_staleness: int = NotProvided,
+    ) -> "RDPOConfig":
+        """What an iteration draws.
+
+        Args:
+            prompts: to train on; the embedded scenes when empty.
+            prompts_per_iteration: P.
+            group_size: G, images per prompt.
+            images_per_job: batch of one actor call, whatever the number of actors.
+            same_latent: images of a group share their noise.
+            baseline: "per_prompt", or the reference's "mixed" one.
+            max_staleness: how many updates old the policy behind a rollout may be; 0 is fully synchronous.
+        """
+        return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
+
+    def rewards(self, heads: Mapping[str, RewardSpec]) -> "RDPOConfig":
+        """The heads of the mix and their actors, by name."""
+        self.reward_specs = dict(heads)
+        return self
+
+    def training(  # type: ignore[override]
+        self,
+        *,
+        clip_param: float = NotProvided,
+        kl_coeff: float = NotProvided,
+        entropy_coeff: float = NotProvided,
+        weight_decay: float = NotProvided,
+        **rllib: Any,
+    ) -> "RDPOConfig":
+        """The update: PPO's clip, weights of KL to the base and of entropy, and RLlib's own (lr, num_epochs ...)."""
+        super().training(**rllib)
+        given = locals()
+        names = ("clip_param", "kl_coeff", "entropy_coeff", "weight_decay")
+        return self._assign({name: given[name] for name in names})
+
+    def _assign(self, given: dict[str, Any]) -> "RDPOConfig":
+        for name, value in given.items():
+            if value is not NotProvided and name not in ("self", "__class__"):
+                setattr(self, name, value)
+        return self
+
+    @property
+    def space(self) -> TableSpace:
+        """What the policy draws."""
+        return TableSpace(self.table.points, self.scale_dir, self.scale_time)
+
+    @property
+    def images_per_iteration(self) -> int:
+        """P * G."""
+        return int(self.prompts_per_iteration * self.group_size)
+
+    @property
+    def worker_spec(self) -> WorkerSpec:
+        """What each rollout actor builds."""
+        sampler = Sampler("epd", self.table.intervals, "policy", "policy", None, self.afs, self.order)
+        return WorkerSpec(self.backbone_spec, self.space, sampler)
+
+    @property
+    def policy_spec(self) -> PolicySpec:
+        """What the learner builds."""
+        base = base_parameters(self.table, self.space, self.concentration)
+        bound = self.concentration * self.concentration_bound
+        rows = tuple(tuple(row) for row in base.tolist())
+        return PolicySpec(self.space, rows, bound, self.hidden_width, self.hidden_depth, self.seed or 0)
+
+    def get_default_learner_class(self) -> type[RDPOLearner]:
+        return RDPOLearner
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        return RLModuleSpec(module_class=SolverTableModule, model_config={"policy": self.policy_spec})
+
+    def validate(self) -> None:
+        self.create_local_env_runner = self.num_env_runners == 0  # else the driver would load the backbone too
+        shape = (self.table.intervals, self.space.action_width)
+        self.observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+        self.action_space = gym.spaces.Box(0, np.inf, shape, np.float32)
+        super().validate()
+        if self.group_size < 2:
+            self._value_error(f"group_size is {self.group_size}, leave-one-out needs at least 2 images per prompt")
+        if self.max_staleness < 0 or self.images_per_job < 1:
+            self._value_error("max_staleness must be at least 0 and images_per_job at least 1")
+        if self.concentration_bound < 1:
+            self._value_error(
+                f"concentration_bound is {self.concentration_bound}, at least 1 (times the start) is needed"
+            )
+        if self.num_learners > 1:
+            self._value_error(f"num_learners is {self.num_learners}: the policy is a few kilobytes, use 0 or 1")
+        if not self.reward_specs:
+            self._value_error("rewards() needs at least one head")

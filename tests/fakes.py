@@ -1,0 +1,34 @@
+"""Heads that misbehave, and a backbone whose pictures show nothing but the table."""
+
+import torch
+
+from epd_ray.backbones.simulated import SimulatedBackbone
+
+
+class NanHead:
+    model_id = "nan"
+
+    def score(self, images, prompts):
+        scores = torch.zeros(len(prompts))
+        scores[0] = float("nan")
+        return scores
+
+
+class ShortHead:
+    model_id = "short"
+
+    def score(self, images, prompts):
+        return torch.zeros(len(prompts) - 1)
+
+
+class TableBackbone(SimulatedBackbone):
+    """dx/dsigma = sigma from x = 0: brightness is 1 + sum over intervals of (b - a) * sum_k w_k s_k, whatever the prompt."""
+
+    def initial(self, noise):
+        return torch.zeros_like(noise)
+
+    def drift(self, x, sigma, conditioning):
+        return sigma.view(-1, 1, 1, 1).expand_as(x)
+
+    def decode(self, x):
+        return (1 + x).clamp(0, 1)

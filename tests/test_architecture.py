@@ -1,0 +1,150 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
+RAY_ROOMS = ("actors", "rdpo", "monitor", "session", "run", "bench", "doctor", "cli")  # and jobs/
+
+# A module imports from its own layer or from those above it in this list. What is not listed is a front end.
+LAYERS = (
+    ("errors", "types"),
+    ("registry", "devices", "schedules", "statistics", "assets", "store"),
+    ("solvers", "shapes"),
+    PURE,
+    ("backbones", "rewards", "sampling"),
+    ("config", "prompts", "rollout", "scoring", "distill", "evaluate"),
+    ("actors", "rdpo"),
+)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text()) for path in sorted((ROOT / "epd_ray").rglob("*.py"))}
+JOBS = {name_of(path): ast.parse(path.read_text()) for path in sorted((ROOT / "jobs").rglob("*.py"))}
+
+
+def imports(tree: ast.Module, *, at_start: bool = False) -> Iterator[str]:
+    """Imported modules, those inside functions too unless `at_start`; "from a import b" is a.b where that is one."""
+    for node in tree.body if at_start else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            base = node.module or ""
+            yield from (n if (n := f"{base}.{alias.name}") in MODULES else base for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer(module: str) -> int:
+    """The layer with the longest matching name."""
+    found = [
+        (len(full), rank)
+        for rank, names in enumerate(LAYERS)
+        for full in (name if name.startswith("epd_ray") else f"epd_ray.{name}" for name in names)
+        if within(module, full)
+    ]
+    return max(found)[1] if found else len(LAYERS)
+
+
+def own_imports(module: str, *, at_start: bool = False) -> set[str]:
+    return {name for name in imports(MODULES[module], at_start=at_start) if within(name, "epd_ray")}
+
+
+def may_use_ray(module: str) -> bool:
+    return module not in PURE and any(within(module, f"epd_ray.{room}") for room in RAY_ROOMS)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [f"{m} -> {i}" for m in MODULES for i in own_imports(m) if layer(i) > layer(m)]
+    assert not wrong
+    assert layer("epd_ray.rdpo.loss") < layer("epd_ray.backbones.sd3") < layer("epd_ray.rdpo.learner")
+
+
+def test_no_cycles() -> None:
+    graph = {m: own_imports(m, at_start=True) & MODULES.keys() - {m} for m in MODULES}
+    while leaves := [m for m, targets in graph.items() if not targets & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"import cycle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("package", ["epd_ray.backbones", "epd_ray.rewards", "epd_ray.rdpo", "ray"])
+def test_solvers_know_nothing_of(package: str) -> None:
+    assert not [
+        (m, i) for m in MODULES if within(m, "epd_ray.solvers") for i in imports(MODULES[m]) if within(i, package)
+    ]
+
+
+def test_ray_stays_in_its_rooms() -> None:
+    users = {m for m, tree in MODULES.items() if any(within(i, "ray") for i in imports(tree))}
+    assert not {m for m in users if not may_use_ray(m)}
+    assert {"epd_ray.actors", "epd_ray.rdpo.policy"} <= users
+
+
+def test_backbone_names_stay_in_backbones() -> None:
+    families = {p.stem for p in (ROOT / "epd_ray" / "backbones").glob("*.py")} - {"__init__", "cache"}
+    for module in MODULES:
+        if not within(module, "epd_ray.backbones"):
+            targets = {f"epd_ray.backbones.{family}" for family in families} & set(imports(MODULES[module]))
+            assert not targets, f"{module} imports {targets}"
+
+
+def test_the_package_needs_neither_jobs_nor_tests() -> None:
+    assert not [(m, i) for m, t in MODULES.items() for i in imports(t) if i.split(".")[0] in ("jobs", "tests")]
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+def set_to(node: ast.Call, name: str, value: bool) -> bool:
+    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in node.keywords)
+
+
+UNSAFE: dict[str, Callable[[ast.Call], bool]] = {
+    "torch.load": lambda node: not set_to(node, "weights_only", True),
+    "np.load": lambda node: any(k.arg == "allow_pickle" for k in node.keywords),
+    **{
+        f"{module}.{f}": lambda _: True
+        for module in ("pickle", "cloudpickle", "dill", "joblib")
+        for f in ("load", "loads")
+    },
+}
+
+
+def unsafe_loads(tree: ast.Module) -> list[str]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [ast.unparse(c) for c in calls if UNSAFE.get(called(c), lambda _: False)(c)]
+
+
+def test_nothing_unpickles() -> None:
+    assert unsafe_loads(ast.parse("torch.load(path); torch.load(path, weights_only=False); pickle.loads(data)")) != []
+    assert unsafe_loads(ast.parse("torch.load(path, weights_only=True); np.load(path)")) == []
+    found = {m: bad for m, tree in {**MODULES, **JOBS}.items() if (bad := unsafe_loads(tree))}
+    assert not found
+    hidden = {m for m, tree in {**MODULES, **JOBS}.items() for i in imports(tree) if i in ("pickle", "dill", "joblib")}
+    assert not hidden
+
+
+def test_importing_the_plain_modules_imports_no_ray() -> None:
+    plain = [m for m in MODULES if not may_use_ray(m) and m != "epd_ray.__main__"]
+    assert {"epd_ray.solvers", "epd_ray.rollout", "epd_ray.scoring", "epd_ray.rdpo.loss"} <= set(plain)
+    check = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'ray' not in sys.modules, f'{name} imports ray'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check, *plain], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]

@@ -1,0 +1,194 @@
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock, create_autospec
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from epd_ray import cli, doctor, report, run
+from epd_ray.config import RunConfig
+from epd_ray.errors import PromptError, RewardError
+from epd_ray.progress import LineObserver
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def train(monkeypatch) -> Mock:
+    fake = create_autospec(run.train, return_value=["reward 0.7 -> 0.8"])
+    monkeypatch.setattr(run, "train", fake)
+    return fake
+
+
+def test_help_imports_nothing_heavy_and_is_quick():
+    script = (
+        "import sys\nfrom epd_ray.cli import main\ntry:\n    main()\nfinally:\n"
+        "    print({'torch', 'ray', 'numpy', 'pydantic', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    root, seconds = Path(cli.__file__).parents[1], []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run(
+            [sys.executable, "-c", script, "--help"], cwd=root, capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert shown.stdout.endswith("set()\n")
+    assert min(seconds) < 1.5
+    for command in ("train", "sample", "evaluate", "report", "doctor"):
+        assert command in shown.stdout
+
+
+def test_train_says_what_it_will_do_and_what_came_of_it(train):
+    result = invoke("train", "rdpo.lr=1e-3", "--out", "mine", "seed=7")
+    assert result.exit_code == 0, result.output
+    config, out, observer = train.call_args.args
+    assert (config.rdpo.lr, config.seed, out) == (1e-3, 7, Path("mine"))
+    assert isinstance(observer, LineObserver)
+    *plan, headline, page, solver = result.stdout.splitlines()
+    assert plan == list(run.describe(config))
+    assert (headline, page, solver) == ("reward 0.7 -> 0.8", "report: mine/report.html", "solver: mine/solver")
+
+
+def test_train_names_a_new_directory(train):
+    assert invoke("train", "name=first").exit_code == 0
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-first", str(train.call_args.args[1]))
+    assert train.call_args.args[0] == RunConfig(name="first")
+
+
+def test_train_reports_all_problems_and_writes_nothing(tmp_path, train):
+    (tmp_path / "run.yaml").write_text("rdpo: {group_size: 1}\nsolvr: {points: 3}\n")
+    before = sorted(tmp_path.iterdir())
+    result = invoke("train", "--config", "run.yaml", "solver.points=0", "solver.intervals=0", "--out", "mine")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[1] for line in lines] == [
+        " solver.intervals",
+        " solver.points",
+        " rdpo.group_size",
+        " solvr",
+    ]
+    assert all(line.startswith("error: ") for line in lines)
+    assert lines[-1].endswith("did you mean 'solver'?")
+    assert not train.called
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trian",), "Did you mean 'train'?"),
+        (("train", "--confg", "x"), "--config"),
+        (("train", "--config", "absent.yaml"), "error: cannot read the configuration absent.yaml"),
+        (("train", "--resume", "mine", "seed=1"), "error: --resume continues with the run's own configuration"),
+        (("train", "--resume", "mine"), "error: mine is not a directory"),
+        (("sample", "--prompt", "a star"), "--solver"),
+        (("evaluate", "mine", "--count", 0), "--count"),
+        (("evaluate", "mine", "--split", "train"), "validation"),
+        (("evaluate", "mine"), "error: mine is not a directory"),
+        (("report", "mine"), "error: mine holds no run"),
+    ],
+)
+def test_bad_input_is_exit_code_2_without_a_traceback(arguments, said):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"a\n\n", "blank"), (b"\xff\n", "not UTF-8")])
+def test_bad_prompt_file_stops_before_anything_is_written(tmp_path, content, said):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    result = invoke("train", "prompts.train=prompts.txt", "--out", "mine")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "mine").exists()
+
+
+def test_users_errors_have_a_line_each(train):
+    train.side_effect = RewardError("clip", "gave nan", ["r1", "r2"])
+    result = invoke("train")
+    assert (result.exit_code, result.stderr) == (2, "error: reward head 'clip': gave nan (rollouts r1, r2)\n")
+
+
+def test_other_errors_keep_their_traceback(train):
+    train.side_effect = ZeroDivisionError("a bug")
+    assert isinstance(invoke("train").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_interrupt_says_how_to_continue(tmp_path, train, begun):
+    def interrupted(config, out, observer):
+        if begun:
+            out.mkdir()
+            (out / "config.yaml").touch()
+        raise KeyboardInterrupt
+
+    train.side_effect = interrupted
+    result = invoke("train", "--out", "my run")
+    assert result.exit_code == 130
+    assert result.stderr == ("stopped; continue with: epd-ray train --resume 'my run'\n" if begun else "stopped\n")
+
+
+def test_resume(monkeypatch):
+    fake = create_autospec(run.resume, return_value=["better"])
+    monkeypatch.setattr(run, "resume", fake)
+    result = invoke("train", "--resume", "mine")
+    assert result.stdout.splitlines() == ["better", "report: mine/report.html", "solver: mine/solver"]
+    assert fake.call_args.args[0] == Path("mine")
+
+
+def test_sample(monkeypatch):
+    fake = create_autospec(run.sample)
+    monkeypatch.setattr(run, "sample", fake)
+    result = invoke("sample", "--solver", "mine/solver", "--prompt", "a star", "--prompt", "a cross", "--seed", 3)
+    assert (result.exit_code, result.stdout) == (0, "picture: sample.png\n")
+    fake.assert_called_once_with("mine/solver", ["a star", "a cross"], 3, Path("sample.png"), None, "auto", "auto")
+
+
+def test_evaluate(monkeypatch):
+    fake = create_autospec(run.evaluate, return_value=["better"])
+    monkeypatch.setattr(run, "evaluate", fake)
+    result = invoke("evaluate", "mine", "--count", 64, "--prompts", "held.txt", "--split", "validation")
+    assert result.stdout.splitlines() == ["better", "report: mine/report.html"]
+    assert fake.call_args.args[:4] == (Path("mine"), 64, Path("held.txt"), "validation")
+
+
+def test_evaluate_names_the_users_error(monkeypatch):
+    fake = create_autospec(run.evaluate, side_effect=PromptError("held.txt is empty"))
+    monkeypatch.setattr(run, "evaluate", fake)
+    assert invoke("evaluate", "mine").stderr == "error: held.txt is empty\n"
+
+
+def test_report(monkeypatch):
+    fake = create_autospec(report.write_report, return_value=Path("mine/report.html"))
+    monkeypatch.setattr(report, "write_report", fake)
+    assert invoke("report", "mine").stdout == "report: mine/report.html\n"
+
+
+def test_doctor_finds_a_missing_model_and_package(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**20))
+    monkeypatch.setattr(doctor, "EMBEDDED", {"whole": tmp_path, "absent": tmp_path / "nowhere"})
+    monkeypatch.setattr(doctor, "PACKAGES", {"torch": "Tensor", "no_such_package": "x"})
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "1.0 MiB" in result.stdout
+    assert "model absent: reinstall epd-ray, or run jobs/build_shapes.py" in result.stdout
+    assert "no_such_package: pip install epd-ray installs it" in result.stdout
+
+
+def test_doctor_is_content(monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("torch", "2.13.0")])
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert "2.13.0" in result.stdout

@@ -1,0 +1,161 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from epd_ray.config import BackboneConfig, RunConfig, load_config, to_yaml
+from epd_ray.errors import ConfigError
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, overrides)
+    return list(raised.value.problems)
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "run.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_defaults_are_the_embedded_run_and_fit_two_cores():
+    config = load_config(None)
+    assert config == RunConfig()
+    assert config.rewards["clip"].options == {"model": "shapes-clip"}
+    cluster = config.cluster
+    rewards = sum(reward.replicas * reward.num_cpus for reward in config.rewards.values())
+    assert cluster.rollout_actors * cluster.rollout_cpus + cluster.learner_cpus + rewards <= 2
+
+
+def test_every_key_is_described():
+    sections = [
+        field.annotation for field in RunConfig.model_fields.values() if hasattr(field.annotation, "model_fields")
+    ]
+    assert len(sections) == 8
+    for section in sections:
+        assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_file_then_overrides(tmp_path):
+    path = written(tmp_path, "seed: 3\nrdpo:\n  lr: 1e-3\n  clip: 0.3\nsolver:\n")
+    config = load_config(path, ["rdpo.clip=2.5e-1", "evaluation.baselines=[euler]", "rewards.clip.weight=2"])
+    assert (config.seed, config.rdpo.lr, config.rdpo.clip) == (3, 1e-3, 0.25)
+    assert config.evaluation.baselines == ("euler",)
+    assert config.rewards["clip"].weight == 2
+    assert config.rewards["clip"].options == {"model": "shapes-clip"}
+
+
+def test_the_files_heads_replace_the_default_one(tmp_path):
+    config = load_config(written(tmp_path, "rewards: {mine: {head: 'a.b:Head', options: {lr: 1e-3}}}"))
+    assert list(config.rewards) == ["mine"]
+    assert config.rewards["mine"].options == {"lr": 1e-3}
+
+
+def test_resolved_yaml_reads_back(tmp_path):
+    config = load_config(None, ["rdpo.lr=1e-7", "name=large-2", "prompts.train='a ü.txt'"])
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+    assert list(yaml.safe_load(to_yaml(config))) == list(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rdpo.group_size=1", "rdpo.group_size: is 1, at least 2 is needed (leave-one-out"),
+        ("solver.points=0", "solver.points: is 0, at least 1 is needed"),
+        ("solver.intervals=0", "solver.intervals: is 0, at least 1 is needed"),
+        ("solver.order=5", "solver.order: is 5, at most 4 is possible"),
+        ("rdpo.lr=0", "rdpo.lr: is 0, more than 0 is needed"),
+        ("rdpo.lr=.inf", "rdpo.lr: is inf, expected a finite number"),
+        ("rdpo.iterations=true", "rdpo.iterations: is True, expected a valid integer"),
+        ("rdpo.iterations='8'", "rdpo.iterations: is '8', expected a valid integer"),
+        ("rdpo.minibatch=33", "rdpo.minibatch: is 33, at most prompts_per_iteration * group_size = 32 is possible"),
+        ("rdpo.baseline=mix", "rdpo.baseline: unknown 'mix'; did you mean 'mixed'?"),
+        ("rdpo.gruop_size=4", "rdpo.gruop_size: unknown key; did you mean 'group_size'?"),
+        ("group_size=4", "group_size: unknown key; did you mean 'rdpo.group_size'?"),
+        ("rpdo.group_size=4", "rpdo: unknown key; did you mean 'rdpo'?"),
+        ("rewards.clip.wieght=4", "rewards.clip.wieght: unknown key; did you mean 'weight'?"),
+        ("rewards.clip.head=clpi", "rewards.clip.head: unknown reward head 'clpi'; did you mean 'clip'?"),
+        ("rewards.clip.weight=0", "rewards: weights add up to 0, at least one head needs a positive weight"),
+        ("rewards={}", "rewards: is {}, at least 1 is needed"),
+        ("rewards.a b={}", "rewards.a b: is 'a b', expected letters, digits, - and _ alone"),
+        ("rewards.clip={low: 1, high: 0}", "rewards.clip.high: is 0, more than low (1) is needed"),
+        ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; did you mean 'sd3'?"),
+        ("backbone.options={a: 1}", "backbone.options: a given, but family sd3 has its own keys"),
+        ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown 'heunn'; did you mean 'heun'?"),
+        ("distill.grid=1", "distill: grid is 1, at least solver.points = 2 is needed"),
+        ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.5 is needed"),
+        ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
+        ("cluster=3", "cluster: is 3, expected a mapping of keys"),
+        ("prompts.train=shape", "prompts.train: is 'shape', expected 'shapes' or the path of a .txt file"),
+        ("name=../x", "name: is '../x', expected letters"),
+        ("name.x=1", "name.x: name is 'shapes', which has no keys"),
+        ("rdpo.lr", "rdpo.lr: expected key=value"),
+        ("rdpo..lr=1", "rdpo..lr=1: expected key=value"),
+        ("rdpo.lr=[1", "rdpo.lr: '[1' is not YAML: expected ',' or ']'"),
+        ("rdpo.lr=2026-99-99", "rdpo.lr: '2026-99-99' is not YAML: month must be in 1..12"),
+    ],
+)
+def test_one_wrong_value_gives_one_line(override, said):
+    (problem,) = problems(override)
+    assert problem.startswith(said)
+    assert "\n" not in problem
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    path = written(tmp_path, "rdpo: {group_size: 1, lr: -1, minibatc: 3}\nsolver: {points: 0}\nsed: 1\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, ["cluster.rollout_actors=-1", "nothing"])
+    keys = {problem.split(":")[0] for problem in raised.value.problems}
+    assert keys == {
+        "rdpo.group_size",
+        "rdpo.lr",
+        "rdpo.minibatc",
+        "solver.points",
+        "sed",
+        "cluster.rollout_actors",
+        "nothing",
+    }
+    assert str(raised.value).count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- 1\n- 2\n", r"holds \[1, 2\], expected a mapping"),
+        ("a: [1\nb: 2\n", r"is not YAML: .*\(line 2\)"),
+        (b"name: \xff\n", "is not UTF-8"),
+        ("!!python/object/apply:os.getcwd []\n", "is not YAML: could not determine a constructor"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, content, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        load_config(written(tmp_path, content))
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "."])
+def test_files_that_cannot_be_read(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_config(tmp_path / name)
+
+
+def test_an_empty_file_is_the_default(tmp_path):
+    assert load_config(written(tmp_path, "# nothing yet\n")) == RunConfig()
+
+
+def test_the_embedded_backbone_gets_its_own_keys():
+    arguments = load_config(None, ["backbone.resolution=64"]).backbone.arguments
+    assert arguments == {
+        "model": "shapes",
+        "resolution": 64,
+        "device": "auto",
+        "dtype": "auto",
+        "max_sequence_length": 20,
+        "embedding_cache_mib": 1024,
+    }
+
+
+def test_other_backbones_get_their_options():
+    assert BackboneConfig(family="simulated", options={"latency": 0.1}).arguments == {"latency": 0.1}
+    assert BackboneConfig(family="gaussian", model="mine").arguments == {"model": "mine"}

@@ -1,0 +1,182 @@
+"""The algorithm on real Ray actors, with a backbone and a head that cost nothing."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from epd_ray.actors import PLACEMENT_SECONDS, require_room
+from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
+from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.sampling import Sampler, baseline
+
+
+ACTORS = ("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1")
+
+
+def run(algo, iterations):
+    for _ in range(iterations):
+        algo.train()
+    return algo.checksum()
+
+
+def test_iteration_reports_rows_and_metrics(build):
+    algo = build(*ACTORS)
+    result = algo.train()
+    last = algo.last
+    assert last.number == 1 and len(last.rows) == 32
+    assert len({r["rollout_id"] for r in last.rows}) == 32
+    groups = {r["group_id"]: {q["prompt"] for q in last.rows if q["group_id"] == r["group_id"]} for r in last.rows}
+    assert len(groups) == 8 and all(len(prompts) == 1 for prompts in groups.values())
+    for r in last.rows:  # one latent a group
+        assert {q["noise_seed"] for q in last.rows if q["group_id"] == r["group_id"]} == {r["noise_seed"]}
+    assert len({r["action_seed"] for r in last.rows}) == 32
+    assert abs(np.mean([r["advantage"] for r in last.rows])) < 1e-6
+    assert last.metrics["losses/behaviour_kl"] == pytest.approx(0, abs=1e-9)  # first iteration: nothing is stale
+    assert result["env_runners"]["episode_return_mean"] == pytest.approx(last.metrics["reward/mean"])
+
+
+def test_starts_as_the_base_table_and_learns(build):
+    algo = build("rdpo.staleness=0", "backbone.family=tests.fakes:TableBackbone", "rewards.sim.options={target: 1.0}")
+    start = algo.mean_table()
+    torch.testing.assert_close(start.positions, algo.config.table.positions.float(), atol=1e-6, rtol=0)
+    prompts, seeds = [f"prompt {i}" for i in range(16)], list(range(16))
+    before = algo.sample_scored(_sampler(algo, start), prompts, seeds).reward.mean()
+    run(algo, 40)
+    after = algo.sample_scored(_sampler(algo, algo.mean_table()), prompts, seeds).reward.mean()
+    assert after > before + 0.05  # brighter: points and weights move to where sigma is small
+    assert (algo.mean_table().positions.mean() - start.positions.mean()) > 0.02
+
+
+def _sampler(algo, table):
+    return Sampler("epd", table.intervals, "t", "t", table)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_staleness_is_exact_and_logged(build, staleness):
+    algo = build(f"rdpo.staleness={staleness}")
+    seen = [(algo.train(), algo.last.metrics["staleness"])[1] for _ in range(4)]
+    assert seen == [min(i, staleness) for i in range(4)]
+    versions = {r["policy_version"] for r in algo.last.rows}
+    assert versions == {3 - staleness}
+    if staleness:
+        assert algo.last.metrics["losses/behaviour_kl"] > 0
+
+
+def test_results_do_not_depend_on_actors(build):
+    assert run(build(*ACTORS), 3) == run(build(), 3)
+
+
+def test_another_seed_is_another_run(build):
+    assert run(build("seed=1"), 2) != run(build("seed=2"), 2)
+
+
+def test_mixed_baseline_and_own_noise_are_the_references(build):
+    algo = build("rdpo.baseline=mixed", "rdpo.same_latent=false")
+    algo.train()
+    rows = algo.last.rows
+    group = [r for r in rows if r["group_id"] == rows[0]["group_id"]]
+    assert len(group) == 4 and len({r["prompt"] for r in group}) == 4
+    assert len({r["noise_seed"] for r in rows}) == 32
+
+
+def test_exported_state_continues_bit_identically(build):
+    undisturbed = run(build(), 5)
+    first = build()
+    run(first, 3)
+    state = first.export_state()
+    second = build()
+    second.import_state(state)
+    assert second.policy_version == 3
+    assert run(second, 2) == undisturbed
+
+
+def test_rllib_checkpoint_restores(build, tmp_path):
+    algo = build()
+    run(algo, 2)
+    algo.save_to_path(str(tmp_path / "checkpoint"))
+    other = build()
+    other.restore_from_path(str(tmp_path / "checkpoint"))
+    assert other.checksum() == algo.checksum()
+    assert run(other, 1) == run(algo, 1)
+
+
+@pytest.mark.slow
+def test_killed_actors_change_nothing(build):
+    undisturbed = run(build(), 6)
+    algo = build(*ACTORS, "backbone.options={latency: 0.02}")
+    run(algo, 2)
+    pids = algo.env_runner_group.foreach_env_runner(lambda r: os.getpid(), local_env_runner=False)
+    os.kill(pids[0], signal.SIGKILL)
+    run(algo, 1)
+    ray.kill(algo._rewards._actors["sim"][0], no_restart=True)
+    run(algo, 1)
+    learner = algo.learner_group._worker_manager.actors()[0]
+    ray.kill(learner)
+    assert run(algo, 2) == undisturbed
+
+
+def test_concentration_stays_bounded(build):
+    algo = build("rdpo.concentration_bound=1.5", "rdpo.lr=0.05")
+    run(algo, 6)
+    policy = algo.distribution()
+    for part in (policy.segments, policy.weights):
+        assert float(part.concentration.sum(-1).max()) <= 1.5 * 30 * (1 + 1e-5)
+
+
+def test_distilled_table_is_near_the_teacher(build):
+    algo = build()
+    prompts, seeds = tuple(f"prompt {i}" for i in range(8)), tuple(range(8))
+    fits = algo.distill(prompts, seeds, grid=7, teacher_steps=4, min_weight=0.05)
+    assert len(fits) == 3
+    assert all(f.residual < 0.05 and abs(sum(f.weights) - 1) < 1e-9 and min(f.weights) >= 0.05 - 1e-9 for f in fits)
+
+
+def test_rebase_refuses_after_training(build):
+    algo = build()
+    algo.train()
+    with pytest.raises(RuntimeError, match="after 1 updates"):
+        algo.rebase(algo.mean_table())
+
+
+def test_wrong_reward_stops_with_rollout_ids(build):
+    algo = build("rewards={bad: {head: 'tests.fakes:NanHead'}}")
+    with pytest.raises(RewardError, match="not finite") as error:
+        algo.train()
+    assert error.value.rollout_ids
+    algo = build("rewards={bad: {head: 'tests.fakes:ShortHead'}}")
+    with pytest.raises(RewardError, match="gave shape"):
+        algo.train()
+
+
+def test_missing_model_is_named(build):
+    with pytest.raises(ModelError, match="no directory"):
+        build("backbone.family=sd3", "backbone.model=/nowhere/at/all")
+    with pytest.raises(EpdRayError, match="modle"):
+        build("rewards={clip: {head: clip, options: {modle: shapes-clip}}}")
+
+
+def test_no_room_is_said_in_time(small_ray):
+    start = time.monotonic()
+    with pytest.raises(PlacementError, match=r"CPU: 64.5 asked.*rollout actors: 1 x"):
+        require_room({"rollout actors": [{"CPU": 64.0}], "learner": [{"CPU": 0.5}]}, timeout_s=1)
+    assert time.monotonic() - start < 10
+    assert PLACEMENT_SECONDS <= 30
+    require_room({"learner": [{"CPU": 0.5}]}, timeout_s=10)
+
+
+def test_group_of_one_is_refused(small_ray):
+    with pytest.raises(ValueError, match="at least 2"):
+        RDPOConfig().rollouts(group_size=1).build_algo()
+
+
+def test_baselines_run_on_the_same_actors(build):
+    algo = build()
+    for kind in ("euler", "heun", "dpm2", "ipndm"):
+        sampled = algo.sample_scored(baseline(kind, 6), ["a", "b", "c"], [1, 2, 3], keep_images=True)
+        assert sampled.images.shape == (3, 3, 8, 8) and sampled.images.dtype == np.uint8
+        assert sampled.reward.shape == (3,)

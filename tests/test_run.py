@@ -1,0 +1,165 @@
+"""Whole runs on the simulated backbone: what they leave, how they stop, how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from epd_ray.checkpoint import load_newest
+from epd_ray.config import load_config
+from epd_ray.errors import RewardError, RunDirectoryError, TableError
+from epd_ray.report import write_report
+from epd_ray.run import describe, evaluate, resume, train
+from epd_ray.solvers import Solver
+from epd_ray.store import read_metrics
+
+TINY = [
+    "backbone.family=simulated",
+    "rewards={sim: {head: simulated, options: {target: 0.4}}}",
+    "prompts.validation=8",
+    "prompts.test=8",
+    "prompts.num_train=16",
+    "distill.prompts=8",
+    "rdpo.iterations=6",
+    "evaluation.every=2",
+    "checkpoint.every=2",
+    "cluster.rollout_actors=0",
+    "cluster.learner_actors=0",
+]
+
+
+class Quiet:
+    """An observer that counts, and that can press Ctrl-C."""
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.steps, self.interrupt_after, self.stages = 0, interrupt_after, []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append(name)
+
+    def advance(self, steps: int = 1, /, **numbers: float) -> None:
+        if self.stages[-1] == "fine-tuning" and numbers:
+            self.steps += steps
+            if self.steps == self.interrupt_after:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None: ...
+
+    def done(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def finished(small_ray, tmp_path_factory):  # type: ignore[no-untyped-def]
+    out = tmp_path_factory.mktemp("runs") / "run"
+    lines = train(load_config(None, TINY), out, Quiet())
+    return out, lines
+
+
+def table(path: Path) -> list[list[float]]:
+    return Solver.from_pretrained(path).table.positions.tolist()
+
+
+def test_run_leaves_everything(finished):
+    out, lines = finished
+    assert any("EPD + RDPO" in line for line in lines) and any("ours minus distilled" in line for line in lines)
+    for name in ("config.yaml", "versions.json", "report.html", "evaluation.json", "evaluation.parquet"):
+        assert (out / name).stat().st_size > 0, name
+    assert [m["iteration"] for m in read_metrics(out / "metrics.jsonl")] == list(range(1, 7))
+    assert len(list((out / "rollouts").glob("*.parquet"))) == 6
+    rows = pq.read_table(out / "rollouts").to_pylist()
+    assert len({r["rollout_id"] for r in rows}) == 6 * 32
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 3
+    meta = Solver.from_pretrained(out / "solver").meta
+    assert meta["backbone"] == "simulated" and meta["guidance_scale"] == 7.0
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert {s["key"] for s in summary["solvers"]} >= {"rdpo", "distilled", "euler-6", "euler-9", "heun-10"}
+    assert (out / "images" / "contact_sheet.png").stat().st_size > 0
+    assert load_config(out / "config.yaml") == load_config(None, TINY)
+
+
+def test_interrupted_run_resumes_to_the_same_end(finished, tmp_path):
+    out, _ = finished
+    again = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(None, TINY), again, Quiet(interrupt_after=3))
+    write_report(again)  # a stopped run can be looked at
+    resume(again, Quiet())
+    assert table(again / "solver") == table(out / "solver")
+    for i in range(1, 7):
+        name = f"rollouts/iteration-{i:06d}.parquet"
+        assert pq.read_table(again / name) == pq.read_table(out / name)
+    assert [m["iteration"] for m in read_metrics(again / "metrics.jsonl")] == list(range(1, 7))
+
+
+def test_damaged_checkpoint_falls_back(finished, tmp_path, caplog):
+    out, _ = finished
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for path in (out / "checkpoints").glob("*.pt"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    newest = max(folder.glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    state = load_newest(folder)
+    assert state is not None and state["algorithm"]["rdpo"]["iteration"] == 4
+    assert "damaged" in caplog.text
+    assert load_newest(tmp_path / "nothing") is None
+
+
+def test_evaluate_on_other_prompts(finished, tmp_path):
+    out, _ = finished
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na house\n")
+    lines = evaluate(out, None, prompts, "test", Quiet())
+    assert any("DDIM / Euler" in line for line in lines)
+    assert json.loads((out / "evaluation.json").read_text())["prompts"] == 3
+
+
+def test_occupied_directory_is_refused_before_anything_starts(finished):
+    out, _ = finished
+    before = sorted(p.name for p in out.iterdir())
+    with pytest.raises(RunDirectoryError):
+        train(load_config(None, TINY), out, Quiet())
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_start_table_of_another_shape_is_refused(finished, tmp_path):
+    out, _ = finished
+    config = load_config(None, [*TINY, f"distill.table={out / 'solver'}", "solver.points=3"])
+    with pytest.raises(TableError, match="3 intervals of 2 points"):
+        train(config, tmp_path / "new", Quiet())
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
+    config = load_config(None, [*TINY, "rewards={bad: {head: 'tests.fakes:NanHead'}}"])
+    with pytest.raises(RewardError, match="rollouts "):
+        train(config, tmp_path / "run", Quiet())
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    assert "report" in write_report(tmp_path / "run").name
+
+
+def test_describe_says_what_and_how_long():
+    what, how_long = describe(load_config(None))
+    assert "45 iterations, 1440 images" in what and "minutes" in how_long
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_and_an_exit_code(tmp_path):
+    out = tmp_path / "run"
+    overrides = [*TINY, "rdpo.iterations=500", "backbone.options={latency: 0.01}"]
+    command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(out), *overrides]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    deadline = time.monotonic() + 120
+    while not list(out.glob("rollouts/*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"epd-ray train --resume {out}" in errors and "Traceback" not in errors
+    assert load_newest(out / "checkpoints")["algorithm"]["rdpo"]["iteration"] >= 1
