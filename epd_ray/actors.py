@@ -33,7 +33,7 @@ class RewardSpec:
 
     head: str = "clip"
     options: Mapping[str, Any] = field(default_factory=dict)
-    normalisation: Normalisation = Normalisation()
+    normalisation: Normalisation = field(default_factory=Normalisation)
     replicas: int = 1
     num_cpus: float = 0.25
     num_gpus: float = 0.0
@@ -177,4 +177,5 @@ def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> s
     short = {n: a for n, a in needs.items() if a > free.get(n, 0.0) + 1e-9} or needs
     missing = ", ".join(f"{n}: {a:g} asked, {free.get(n, 0.0):g} free" for n, a in short.items())
     who = "; ".join(f"{kind}: {len(group)} x {dict(group[0])}" for kind, group in bundles.items() if group)
-    return f"no room for the actors after {timeout_s:.0f} s ({missing}): ask for less under cluster and rewards, or add nodes ({who})"
+    fix = "ask for less under cluster and rewards, or add nodes"
+    return f"no room for the actors after {timeout_s:.0f} s ({missing}): {fix} ({who})"

@@ -11,10 +11,10 @@ from epd_ray.config import RunConfig, load_config
 from epd_ray.distill import as_table
 from epd_ray.prompts import load_prompts
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.run import noise_seeds
 from epd_ray.sampling import Sampler
 from epd_ray.session import algorithm
 from epd_ray.statistics import bootstrap_mean
+from epd_ray.trainer import noise_seeds
 
 SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false")
 REFERENCE = (
@@ -59,10 +59,8 @@ def overlap(iterations: int = 12) -> Record:
     medians = {}
     for staleness in (0, 1):
         # 4 jobs on 2 actors, 6 drift calls of 40 ms each: 0.48 s; one head scores 4 jobs in 0.12 s each: 0.48 s.
-        config = load_config(
-            None,
-            [*SIMULATED, f"rdpo.staleness={staleness}", "backbone.options={latency: 0.04}", "rewards.sim.options={latency: 0.12}"],
-        )  # fmt: skip
+        latencies = ("backbone.options={latency: 0.04}", "rewards.sim.options={latency: 0.12}")
+        config = load_config(None, [*SIMULATED, *latencies, f"rdpo.staleness={staleness}"])
         with algorithm(config, [f"prompt {i}" for i in range(64)]) as algo:
             seconds = [_timed(algo.train) for _ in range(iterations)]
         medians[staleness] = statistics.median(seconds[2:])

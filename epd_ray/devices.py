@@ -18,7 +18,8 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError([f"device {name!r} is not available ({str(error).splitlines()[0]}): use auto or cpu"]) from error
+        why = str(error).splitlines()[0]
+        raise ConfigError([f"device {name!r} is not available ({why}): use auto or cpu"]) from error
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -37,7 +37,8 @@ class Registry(Generic[T]):
             ValueError: the name is taken, or the target is not "module:attribute".
         """
         if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}: pick another name")
+            taken = self._entries[name]
+            raise ValueError(f"{self.kind} {name!r} is registered already, as {taken!r}: pick another name")
         if target.count(":") != 1:
             raise ValueError(f"{self.kind} {name!r}: target {target!r} is not of the form 'module:attribute'")
         self._entries[name] = target
@@ -75,5 +76,6 @@ class Registry(Generic[T]):
         try:
             inspect.signature(factory).bind(**options)
         except TypeError as error:
-            raise ConfigError([f"{self.kind} {name!r}: {error} (options given: {', '.join(options) or 'none'})"]) from error
+            given = ", ".join(options) or "none"
+            raise ConfigError([f"{self.kind} {name!r}: {error} (options given: {given})"]) from error
         return factory(**options)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -24,122 +24,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
 
 from epd_ray.shapes import scenes as world
-from epd_ray.shapes.judge import scene_accuracy
+from epd_ray.shapes.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
+from epd_ray.shapes.release import release
 
-TOKENS = 20  # longest caption is 15 words, 17 tokens with its two ends
 MAX_LATENTS = 100_000  # encoded once, before the transformer stage
 CHECKPOINT_SECONDS = 60.0
-SHIFT = 2.0  # of the shipped scheduler
-GUIDANCE = 4.0  # at which the model is measured
 COOLDOWN = 0.3  # the last share of a stage, in which the learning rate falls to 0
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and encoded scenes")]
-
-
-# -- networks ---------------------------------------------------------------------------------------------------------
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE, trained until each word of the captions is one token; other text falls apart into bytes."""
-    things = [*world.SIZES, *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.PLACES, *world.RELATIONS]
-    words = sorted({w for t in things for w in t.split()} | {"a", "an", "on", "and", "background", "with", "the"})
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    endings = [f"{letter}</w>" for letter in sorted(alphabet)]
-    trainer = BpeTrainer(
-        vocab_size=10_000, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False,
-        special_tokens=[*endings, "<|startoftext|>", "<|endoftext|>"],
-    )  # fmt: skip
-    bpe.train_from_iterator(words, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS)
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [B, 20], int64, padded as the SD3 pipeline pads."""
-    ids: Tensor = tokenizer(
-        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-    return ids
-
-
-def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-
-
-def make_vae() -> AutoencoderKL:
-    """64 px to 8 x 16 x 16."""
-    return AutoencoderKL(
-        block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-
-
-def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    text = text_config(tokenizer, 128, 3)
-    vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=5, num_attention_heads=4,
-        image_size=64, patch_size=8,
-    )  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
-
-
-class Denoiser(nn.Module):
-    """The transformer with its two text encoders, trained together; the pipeline saves them apart."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.transformer = SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=6, attention_head_dim=32,
-            num_attention_heads=4, joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128,
-            pos_embed_max_size=16, qk_norm="rms_norm",
-        )  # fmt: skip
-        self.text_encoder = CLIPTextModelWithProjection(text_config(tokenizer, 64, 3))
-        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer, 64, 4))
-        for name, parameter in self.transformer.named_parameters():  # adaLN-zero: every block starts as identity
-            if name.endswith(("norm1.linear.weight", "norm1.linear.bias", "norm1_context.linear.weight",
-                              "norm1_context.linear.bias", "norm_out.linear.weight", "proj_out.weight")):  # fmt: skip
-                nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, empty: int) -> Tensor:
-        """Velocity at x [B, 8, 16, 16], sigma [B]; `empty` zero tokens stand where T5's would."""
-        outs = [e(tokens, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
-        hidden = torch.cat([o.hidden_states[-2] for o in outs], dim=-1)
-        hidden = torch.cat([hidden, hidden.new_zeros(len(x), empty, hidden.shape[-1])], dim=1)
-        pooled = torch.cat([o.text_embeds for o in outs], dim=-1)
-        velocity: Tensor = self.transformer(
-            hidden_states=x,
-            timestep=1000 * sigma,
-            encoder_hidden_states=hidden,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        return velocity
 
 
 # -- one loop for the three stages ------------------------------------------------------------------------------------
@@ -229,14 +126,6 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
     dist.all_reduce(flat)
     for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
         parameter.grad = part.view_as(parameter)
-
-
-def load_ema(module: nn.Module, path: Path) -> nn.Module:
-    """The averaged weights of a stage, or a hint which stage is missing."""
-    if not path.exists():
-        raise typer.BadParameter(f"{path} is missing: run the {path.stem} stage first")
-    module.load_state_dict(torch.load(path, weights_only=True)["ema"], strict=False)
-    return module.eval()
 
 
 def device() -> torch.device:
@@ -359,7 +248,7 @@ def transformer_stage(out: Path, rank: int, world_size: int, seed: int, batch: i
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device())
         # Logit-normal, towards the noisy end: what goes where is decided early.
         sigma = torch.sigmoid(0.4 + 1.2 * torch.from_numpy(rng.standard_normal(batch, np.float32))).to(device())
-        # The pipeline puts as many empty T5 tokens as `max_sequence_length` says, 256 unless told: learn to ignore them.
+        # The pipeline puts `max_sequence_length` empty T5 tokens, 256 unless told: learn to ignore them.
         empty = int(np.random.default_rng([seed, step]).choice([1, 20, 256], p=[0.80, 0.17, 0.03]))
         mixed = torch.lerp(x, noise, sigma[:, None, None, None])
         with autocast():
@@ -417,137 +306,10 @@ def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int 
     launch("transformer", out, minutes, batch, seed, processes)
 
 
-# -- what ships -------------------------------------------------------------------------------------------------------
-
-
 @app.command()
 def export(out: OutOption, assets: Path = Path("epd_ray/assets"), prompts: int = 512, steps: int = 50) -> None:
-    """Write the two model folders, measure them on held-out scenes, and write their cards."""
-    torch.set_num_threads(2)
-    tokenizer = make_tokenizer()
-    export_pipeline(out, assets / "shapes", tokenizer)
-    export_clip(out, assets / "shapes-clip", tokenizer)
-    figures = measure_pipeline(assets / "shapes", prompts, steps) | measure_clip(assets / "shapes-clip", prompts)
-    stages = {name: json.loads((out / f"{name}.json").read_text()) for name in ("vae", "clip", "transformer")}
-    facts = {"figures": figures, "stages": stages, "prompts": prompts, "steps": steps}
-    (assets / "shapes" / "README.md").write_text(PIPELINE_CARD.format(**card_values(facts)))
-    (assets / "shapes-clip" / "README.md").write_text(CLIP_CARD.format(**card_values(facts)))
-    typer.echo(json.dumps(figures, indent=2))
-
-
-def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """A StableDiffusion3Pipeline in the diffusers layout; half-precision weights, which any dtype opens."""
-    denoiser = Denoiser(tokenizer)
-    load_ema(denoiser, out / "transformer.pt")
-    latents = json.loads((out / "latents.json").read_text())
-    vae = load_ema(make_vae(), out / "vae.pt")
-    vae.register_to_config(scaling_factor=latents["scale"], shift_factor=latents["shift"])
-    pipeline = StableDiffusion3Pipeline(
-        transformer=denoiser.transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        text_encoder=denoiser.text_encoder, tokenizer=tokenizer,
-        text_encoder_2=denoiser.text_encoder_2, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-
-
-def export_clip(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """A CLIPModel with its tokenizer and image processor."""
-    clip = load_ema(make_clip(tokenizer), out / "clip.pt")
-    clip.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    half = [0.5, 0.5, 0.5]
-    size = {"shortest_edge": world.CANVAS}
-    crop = {"height": world.CANVAS, "width": world.CANVAS}
-    CLIPImageProcessorPil(size=size, crop_size=crop, image_mean=half, image_std=half).save_pretrained(folder)
-
-
-def measure_pipeline(folder: Path, prompts: int, steps: int) -> dict[str, float]:
-    """Share of held-out scenes drawn right, by a judge that reads pixels: one and two objects apart."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    figures = {}
-    for name, two_things in (("one_object", 0.0), ("two_objects", 1.0)):
-        scenes = world.distinct_scenes("test", min(prompts // 2, 150), 0, two_things)
-        right: list[bool] = []
-        for i in tqdm(range(0, len(scenes), 32), desc=name):
-            chunk = scenes[i : i + 32]
-            images = pipeline(
-                [s.caption for s in chunk], num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np",
-                max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(i),
-            ).images  # fmt: skip
-            right += scene_accuracy(images.transpose(0, 3, 1, 2).astype(np.float32), chunk).tolist()
-        figures[name] = float(np.mean(right))
-    return figures
-
-
-def measure_clip(folder: Path, prompts: int) -> dict[str, float]:
-    """Share of held-out pictures whose own caption is the nearest of `prompts` held-out ones."""
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
-    scenes = world.distinct_scenes("test", prompts, 0, 0.5)
-    images = (world.render(scenes, np.random.default_rng(0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    with torch.inference_mode():
-        image = clip.get_image_features(**processor(list(images), return_tensors="pt")).pooler_output
-        text = clip.get_text_features(tokenize(tokenizer, [s.caption for s in scenes])).pooler_output
-    nearest = (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
-    return {"retrieval": float((nearest == torch.arange(prompts)).float().mean())}
-
-
-def card_values(facts: dict[str, dict[str, dict[str, float]]]) -> dict[str, object]:
-    """Flat values for the cards."""
-    values: dict[str, object] = {k: f"{100 * v:.1f} %" for k, v in facts["figures"].items()}
-    for name, stage in facts["stages"].items():
-        values[f"{name}_minutes"] = round(stage["seconds"] / 60)
-        values[f"{name}_steps"] = f"{stage['step']:,}"
-        values[f"{name}_processes"] = stage["processes"]
-    return values | {"prompts": facts["prompts"], "steps": facts["steps"], "guidance": GUIDANCE}
-
-
-PIPELINE_CARD = """\
----
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# shapes
-
-A real, tiny text-to-image model in the layout of Stable Diffusion 3: an SD3 transformer of 3.5 M parameters (6 layers,
-4 heads of 32), an AutoencoderKL (64 px to 8 x 16 x 16) and two CLIP text encoders. It draws one or two flat shapes, 64 x 64 px.
-
-```python
-pipe = StableDiffusion3Pipeline.from_pretrained("shapes", text_encoder_3=None, tokenizer_3=None)
-pipe("a small red circle left of a large blue star on a white background", guidance_scale=4, max_sequence_length=20).images[0]
-```
-
-**Data.** Scenes drawn by `epd_ray/shapes/scenes.py`: 6 colours, 5 shapes, 2 sizes, 3 grounds; one object in 9 places or two
-in 4 relations; 60 % with two. A fifth of all scenes, fixed by a hash of the caption, was never trained on.
-
-**Training** (`jobs/build_shapes.py`, CPU, one thread per process): autoencoder {vae_minutes} minutes ({vae_steps} steps) on
-{vae_processes} core; transformer and text encoders together {transformer_minutes} minutes ({transformer_steps} steps of 96) on
-{transformer_processes} cores.
-
-**Held-out scenes drawn right** at {steps} Euler steps, guidance {guidance}, every attribute, place or relation and the ground,
-judged from the pixels (`epd_ray/shapes/judge.py`): one object {one_object}, two objects {two_objects}.
-
-It knows the words of its captions, in their order, and nothing else.
-"""
-
-CLIP_CARD = """\
----
-license: apache-2.0
-library_name: transformers
----
-# shapes-clip
-
-A CLIPModel (1.7 M parameters, 64 px, patch 8, 128 wide) on the scenes and captions of `shapes`, trained with in-batch negatives and
-with captions in which one attribute is altered. Trained {clip_minutes} minutes ({clip_steps} steps of 192) on {clip_processes}
-core by `jobs/build_shapes.py`.
-
-It finds the right caption among {prompts} held-out ones for {retrieval} of held-out pictures.
-"""
+    """Write epd_ray/assets/{shapes,shapes-clip} with their measured figures."""
+    typer.echo(json.dumps(release(out, assets, prompts, steps), indent=2))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import pytest
 
 from epd_ray.config import load_config
-from epd_ray.session import rdpo_config, ray_session
+from epd_ray.session import ray_session, rdpo_config
 
 SIMULATED = [
     "backbone.family=simulated",

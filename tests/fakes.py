@@ -22,7 +22,7 @@ class ShortHead:
 
 
 class TableBackbone(SimulatedBackbone):
-    """dx/dsigma = sigma from x = 0: brightness is 1 + sum over intervals of (b - a) * sum_k w_k s_k, whatever the prompt."""
+    """dx/dsigma = sigma from x = 0, whatever the prompt: brightness is 1 + sum_i (b - a) * sum_k w_k s_k."""
 
     def initial(self, noise):
         return torch.zeros_like(noise)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
-RAY_ROOMS = ("actors", "rdpo", "monitor", "session", "run", "bench", "doctor", "cli")  # and jobs/
+RAY_ROOMS = ("actors", "rdpo", "monitor", "session", "trainer", "run", "bench", "doctor", "cli")  # and jobs/
 
 # A module imports from its own layer or from those above it in this list. What is not listed is a front end.
 LAYERS = (

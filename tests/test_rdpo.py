@@ -14,7 +14,6 @@ from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.sampling import Sampler, baseline
 
-
 ACTORS = ("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1")
 
 

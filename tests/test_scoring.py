@@ -43,6 +43,7 @@ def test_scores_pass_through() -> None:
     assert images.dtype == torch.float32 and (images.min(), images.max()) == (0, 1) and prompts == PROMPTS
 
 
+@pytest.mark.filterwarnings("error")
 def test_read_only_images_are_accepted() -> None:
     images = IMAGES.copy()
     images.flags.writeable = False  # as they come out of Ray's object store

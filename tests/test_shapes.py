@@ -16,6 +16,7 @@ from epd_ray.shapes.scenes import (
     Split,
     Thing,
     altered,
+    coverage,
     distinct_scenes,
     parse,
     random_scene,
@@ -134,3 +135,19 @@ def test_the_largest_things_stay_apart_and_on_the_canvas(shape: str, relation: s
     assert all((found := look(image)) is not None and len(found[1]) == 2 for image in images)
     border = np.concatenate([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], axis=-1)
     assert (border.max(axis=1) > 0.5).mean() < 0.01  # a tip may touch the edge
+
+
+@pytest.mark.parametrize(
+    ("shape", "inside", "outside"),  # x, y from the centre at radius 13; y points down
+    [
+        ("circle", [(0, -11), (8, 8)], [(0, -14), (10, 10)]),
+        ("square", [(9, 9), (-9, 9)], [(13, 0), (0, 13)]),
+        ("triangle", [(0, -12), (10, 6), (-10, 6)], [(0, 9), (9, -6), (-9, -6)]),
+        ("star", [(0, -12), (7, 10), (-7, 10), (12, -4)], [(0, 8), (8, -10), (8, 3)]),
+        ("cross", [(12, 0), (0, 12), (3, -11)], [(7, 7), (-7, 7)]),
+    ],
+)
+def test_outlines(shape: str, inside: list[tuple[int, int]], outside: list[tuple[int, int]]) -> None:
+    ink = coverage(shape, np.full((1, 2), 32.5, np.float32), np.full(1, 13.0, np.float32))[0]
+    assert [ink[32 + y, 32 + x] for x, y in inside] == [1.0] * len(inside)
+    assert [ink[32 + y, 32 + x] for x, y in outside] == [0.0] * len(outside)

@@ -1,8 +1,6 @@
 """Random-weight models of a few thousand parameters, saved in the layouts that people's real ones have."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -17,18 +15,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from epd_ray.shapes.networks import make_tokenizer, text_config
+
 TOKENS = 20
 WIDTH = 32
-
-
-def load_job(name: str) -> ModuleType:
-    """A script of jobs/ as a module."""
-    path = Path(__file__).parent.parent / "jobs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -43,8 +33,7 @@ def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
 
 def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
     """An SD3 pipeline for 16 px images: latents [4, 8, 8], joint attention over 64 channels."""
-    builders = load_job("build_shapes")
-    tokenizer = builders.make_tokenizer()
+    tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = SD3Transformer2DModel(
@@ -57,7 +46,7 @@ def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06,
         )  # fmt: skip
-        encoders = [CLIPTextModelWithProjection(builders.text_config(tokenizer, WIDTH, n)) for n in (2, 3)]
+        encoders = [CLIPTextModelWithProjection(text_config(tokenizer, WIDTH, n)) for n in (2, 3)]
         t5_encoder, t5_tokenizer = tiny_t5() if t5 else (None, None)
     StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -69,13 +58,12 @@ def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
 
 def save_clip(directory: Path, size: int = 32) -> Path:
     """A CLIPModel for images of `size` pixels, with its tokenizer and image processor."""
-    builders = load_job("build_shapes")
-    tokenizer = builders.make_tokenizer()
+    tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=64, projection_dim=WIDTH, num_hidden_layers=2, num_attention_heads=2,
         image_size=size, patch_size=8,
     )  # fmt: skip
-    text = builders.text_config(tokenizer, WIDTH, 2)
+    text = text_config(tokenizer, WIDTH, 2)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)

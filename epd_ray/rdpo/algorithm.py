@@ -1,6 +1,5 @@
 """RDPO: residual Dirichlet policy optimisation of a solver table, as an RLlib Algorithm."""
 
-import hashlib
 import os
 import time
 import zlib
@@ -27,10 +26,10 @@ from ray.tune import PlacementGroupFactory
 
 from epd_ray.actors import RewardPool, require_room
 from epd_ray.distill import DistillTask, Fit, best_points, position_grid
+from epd_ray.rdpo.batch import Row, join, propose, summarise
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.dirichlet import TableDistribution, base_parameters, clamp_scale_time
 from epd_ray.rdpo.learner import ADVANTAGES
-from epd_ray.rdpo.loss import leave_one_out
 from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline
 from epd_ray.rdpo.policy import PolicyNetwork
 from epd_ray.rdpo.runner import Task
@@ -39,7 +38,7 @@ from epd_ray.sampling import Sampler
 from epd_ray.scoring import mix
 from epd_ray.shapes.scenes import distinct_scenes
 from epd_ray.solvers import SolverTable
-from epd_ray.types import FloatArray, RolloutJob, RolloutRequest, Sampled
+from epd_ray.types import FloatArray, RolloutJob, Sampled
 
 RDPO_RESULTS = "rdpo"
 EMBEDDED_PROMPTS = 256
@@ -57,7 +56,7 @@ class Iteration:
 
     number: int
     metrics: dict[str, float]
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Row, ...]
 
 
 class RDPO(Algorithm):  # type: ignore[misc]
@@ -155,32 +154,11 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
-    def _requests(self, iteration: int) -> list[tuple[RolloutRequest, ...]]:
-        """The iteration's requests in jobs of fixed composition; a function of (seed, iteration)."""
-        c = self.config
-        rng = np.random.default_rng([c.seed or 0, iteration])
-        few = len(self._prompts) < c.prompts_per_iteration
-        chosen = rng.choice(len(self._prompts), c.prompts_per_iteration, replace=few)
-        noise = rng.integers(2**62, size=(c.prompts_per_iteration, c.group_size))
-        if c.same_latent:
-            noise = np.repeat(noise[:, :1], c.group_size, axis=1)
-        action = rng.integers(2**62, size=(c.prompts_per_iteration, c.group_size))
-        requests = []
-        for index in range(c.images_per_iteration):
-            p, g = divmod(index, c.group_size)
-            # The reference reads its prompt-major batch as (G, P): "mixed" compares rows that share index mod P.
-            group = p if c.baseline == "per_prompt" else index % c.prompts_per_iteration
-            digest = hashlib.blake2b(f"{c.seed or 0}:{iteration}:{index}".encode(), digest_size=8).hexdigest()
-            request = RolloutRequest(
-                digest, f"{iteration}-{group}", self._prompts[chosen[p]], int(noise[p, g]), int(action[p, g])
-            )
-            requests.append(request)
-        return [tuple(requests[i : i + c.images_per_job]) for i in range(0, len(requests), c.images_per_job)]
-
     def _jobs(self, iteration: int) -> list[RolloutJob]:
         version = max(0, iteration - self.config.max_staleness)
         parameters = self._window[version]
-        return [RolloutJob((iteration, i), version, parameters, r) for i, r in enumerate(self._requests(iteration))]
+        requests = propose(self.config, self._prompts, iteration)
+        return [RolloutJob((iteration, i), version, parameters, r) for i, r in enumerate(requests)]
 
     def _fill(self) -> None:
         """Submit iterations up to the staleness bound."""
@@ -198,7 +176,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         jobs = self._jobs(iteration)
         outcomes = self._pipeline.collect([_task_id(job) for job in jobs])
         collected = time.perf_counter()
-        rows, metrics = self._join(jobs, outcomes)
+        rows = join(jobs, outcomes, self.config.normalisations)
+        metrics = summarise(rows, outcomes)
         losses = self._learn(rows, jobs[0])
         learned = time.perf_counter()
         self._iteration_done += 1
@@ -216,48 +195,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self.last = Iteration(self._iteration_done, metrics, tuple(rows))
         self._log(metrics)
 
-    def _join(
-        self, jobs: Sequence[RolloutJob], outcomes: Sequence[Outcome]
-    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Requests, rollouts and scores by rollout id; rewards, advantages and what is logged about them."""
-        rows: list[dict[str, Any]] = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            reward = mix(outcome.scores, {n: s.normalisation for n, s in self.config.reward_specs.items()})
-            ids = [r.rollout_id for r in job.requests]
-            heads = {name: dict(zip(ids, values.tolist(), strict=True)) for name, values in outcome.scores.items()}
-            mixed = dict(zip(ids, reward.tolist(), strict=True))
-            drawn = {r.rollout_id: r for r in outcome.value}
-            for request in job.requests:
-                rollout = drawn[request.rollout_id]
-                rows.append(
-                    {
-                        "rollout_id": request.rollout_id,
-                        "group_id": request.group_id,
-                        "iteration": job.job_id[0] + 1,
-                        "prompt": request.prompt,
-                        "noise_seed": request.noise_seed,
-                        "action_seed": request.action_seed,
-                        "policy_version": job.policy_version,
-                        "action": rollout.action.ravel().tolist(),
-                        "log_prob": rollout.log_prob,
-                        "rewards": {name: values[request.rollout_id] for name, values in heads.items()},
-                        "reward": mixed[request.rollout_id],
-                    }
-                )
-        advantages = leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
-        for row, value in zip(rows, advantages.values.tolist(), strict=True):
-            row["advantage"] = value
-        metrics = {f"reward/{h}": float(np.mean([r["rewards"][h] for r in rows])) for h in self.config.reward_specs}
-        metrics |= {
-            "reward/mean": float(np.mean([r["reward"] for r in rows])),
-            "reward/group_std": advantages.group_spread,
-            "reward/silent_groups": float(advantages.silent_groups),
-            "time/generate": sum(o.generate_seconds for o in outcomes),
-            "time/score": sum(o.score_seconds for o in outcomes),
-        }
-        return rows, metrics
-
-    def _learn(self, rows: Sequence[dict[str, Any]], job: RolloutJob) -> dict[str, float]:
+    def _learn(self, rows: Sequence[Row], job: RolloutJob) -> dict[str, float]:
         shape = (len(rows), *job.parameters.shape[:1], self.config.space.action_width)
         batch = SampleBatch(
             {
@@ -336,7 +274,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         outcomes = self._run(tasks)
         scores = {h: np.concatenate([o.scores[h] for o in outcomes]) for h in self.config.reward_specs}
         images = np.concatenate([o.images for o in outcomes if o.images is not None]) if keep_images else None
-        reward = mix(scores, {n: s.normalisation for n, s in self.config.reward_specs.items()})
+        reward = mix(scores, self.config.normalisations)
         return Sampled(scores, reward, images, sum(o.generate_seconds for o in outcomes))
 
     def distill(

@@ -15,6 +15,7 @@ from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
 from epd_ray.rdpo.runner import BackboneSpec, SolverEnvRunner, WorkerSpec
 from epd_ray.sampling import Sampler
+from epd_ray.scoring import Normalisation
 from epd_ray.solvers import SolverTable
 
 Baseline = Literal["per_prompt", "mixed"]
@@ -160,6 +161,11 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def space(self) -> TableSpace:
         """What the policy draws."""
         return TableSpace(self.table.points, self.scale_dir, self.scale_time)
+
+    @property
+    def normalisations(self) -> dict[str, Normalisation]:
+        """How each head's values enter the reward."""
+        return {name: spec.normalisation for name, spec in self.reward_specs.items()}
 
     @property
     def images_per_iteration(self) -> int:

@@ -122,7 +122,7 @@ class RolloutPipeline:
             if not waiting:
                 return
             pending = waiting.pop(0)
-            # One call an actor: RLlib misaligns lists of arguments when an actor is busy, and drops what is over its limit.
+            # One call an actor: RLlib misaligns lists of arguments when one is busy, and drops what is over its limit.
             sent = self._runners.foreach_env_runner_async(
                 "run", tag=TAG, kwargs={"task": pending.task}, remote_worker_ids=[runner]
             )

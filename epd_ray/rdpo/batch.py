@@ -1,0 +1,96 @@
+"""An iteration's batch: what is asked for, and what comes back, joined by rollout id."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from epd_ray.rdpo.loss import Advantages, leave_one_out
+from epd_ray.scoring import Normalisation, mix
+from epd_ray.types import RolloutJob, RolloutRequest
+
+if TYPE_CHECKING:
+    from epd_ray.rdpo.config import RDPOConfig
+    from epd_ray.rdpo.pipeline import Outcome
+
+Row = dict[str, Any]
+"""A rollout with its scores and advantage, as store.rollout_table takes it."""
+
+
+def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> list[tuple[RolloutRequest, ...]]:
+    """An iteration's requests in jobs of fixed composition; a function of (seed, iteration).
+
+    Args:
+        config: P, G, the images per job, the groups' kind.
+        prompts: to choose from.
+        iteration: from 0.
+    """
+    seed = config.seed or 0
+    rng = np.random.default_rng([seed, iteration])
+    shape = (config.prompts_per_iteration, config.group_size)
+    chosen = rng.choice(len(prompts), shape[0], replace=len(prompts) < shape[0])
+    noise = rng.integers(2**62, size=shape)
+    if config.same_latent:
+        noise = np.repeat(noise[:, :1], shape[1], axis=1)
+    action = rng.integers(2**62, size=shape)
+    requests = []
+    for index in range(config.images_per_iteration):
+        p, g = divmod(index, shape[1])
+        # The reference reads its prompt-major batch as (G, P): "mixed" compares rows that share index mod P.
+        group = p if config.baseline == "per_prompt" else index % shape[0]
+        digest = hashlib.blake2b(f"{seed}:{iteration}:{index}".encode(), digest_size=8).hexdigest()
+        prompt, seeds = prompts[chosen[p]], (int(noise[p, g]), int(action[p, g]))
+        requests.append(RolloutRequest(digest, f"{iteration}-{group}", prompt, *seeds))
+    size = config.images_per_job
+    return [tuple(requests[i : i + size]) for i in range(0, len(requests), size)]
+
+
+def join(jobs: Sequence[RolloutJob], outcomes: Sequence["Outcome"], heads: Mapping[str, Normalisation]) -> list[Row]:
+    """Requests, rollouts and scores by rollout id, with rewards and advantages.
+
+    Args:
+        jobs: of one iteration.
+        outcomes: theirs, in the same order.
+        heads: how each head's values enter the reward.
+    """
+    rows: list[Row] = []
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        ids = [r.rollout_id for r in job.requests]
+        scores = {name: dict(zip(ids, values.tolist(), strict=True)) for name, values in outcome.scores.items()}
+        rewards = dict(zip(ids, mix(outcome.scores, heads).tolist(), strict=True))
+        drawn = {r.rollout_id: r for r in outcome.value}
+        for request in job.requests:
+            rollout = drawn[request.rollout_id]
+            rows.append(
+                {
+                    **vars(request),
+                    "iteration": job.job_id[0] + 1,
+                    "policy_version": job.policy_version,
+                    "action": rollout.action.ravel().tolist(),
+                    "log_prob": rollout.log_prob,
+                    "rewards": {name: values[request.rollout_id] for name, values in scores.items()},
+                    "reward": rewards[request.rollout_id],
+                }
+            )
+    for row, value in zip(rows, _advantages(rows).values.tolist(), strict=True):
+        row["advantage"] = value
+    return rows
+
+
+def _advantages(rows: Sequence[Row]) -> Advantages:
+    return leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
+
+
+def summarise(rows: Sequence[Row], outcomes: Sequence["Outcome"]) -> dict[str, float]:
+    """What is logged about a batch: rewards, their spread inside the groups, seconds of the workers."""
+    advantages = _advantages(rows)
+    heads = {f"reward/{head}": float(np.mean([r["rewards"][head] for r in rows])) for head in rows[0]["rewards"]}
+    return heads | {
+        "reward/mean": float(np.mean([r["reward"] for r in rows])),
+        "reward/group_std": advantages.group_spread,
+        "reward/silent_groups": float(advantages.silent_groups),
+        "time/generate": sum(o.generate_seconds for o in outcomes),
+        "time/score": sum(o.score_seconds for o in outcomes),
+    }
