@@ -1,5 +1,6 @@
 """The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
 
+import errno
 import os
 import shlex
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from epd_ray.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
+DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
 app = typer.Typer(
     help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
@@ -42,6 +44,12 @@ def _ending(run: Path | None = None) -> Iterator[None]:
     except EpdRayError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+    except OSError as error:
+        if error.errno not in DISK_PROBLEMS:
+            raise
+        where = error.filename or "the disk"
+        typer.echo(f"error: {where}: {error.strerror} (make room, or choose another --out)", err=True)
         raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
         begun = run is not None and (run / "config.yaml").is_file()

@@ -8,7 +8,9 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from epd_ray.backbones import BACKBONES
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import RunConfig, load_config, to_yaml
 from epd_ray.errors import RunDirectoryError, TableError
@@ -16,7 +18,7 @@ from epd_ray.evaluate import rivals
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits, load_prompts
 from epd_ray.report import write_report
-from epd_ray.sampling import learned
+from epd_ray.sampling import learned, noises, to_uint8
 from epd_ray.session import algorithm
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.store import RunDirectory, read_prompts
@@ -88,7 +90,13 @@ def resume(run_path: Path, observer: Observer) -> list[str]:
 def _given_table(config: RunConfig) -> SolverTable | None:
     if config.distill.table is None:
         return None
-    table = Solver.from_pretrained(config.distill.table).table
+    solver = Solver.from_pretrained(config.distill.table)
+    table, made_for = solver.table, solver.meta.get("backbone", config.backbone.family)
+    if made_for != config.backbone.family:
+        raise TableError(
+            f"{config.distill.table} is for the backbone family {made_for}, the run uses {config.backbone.family}: "
+            "take a solver of the same family"
+        )
     wanted = (config.solver.intervals, config.solver.points)
     if (table.intervals, table.points) != wanted:
         raise TableError(
@@ -187,22 +195,19 @@ def sample(
         device: as everywhere.
         dtype: of the network.
     """
-    from PIL import Image
-
-    from epd_ray.backbones import BACKBONES
-    from epd_ray.sampling import noises, to_uint8
-
     solver = Solver.from_pretrained(solver_path)
     meta = dict(solver.meta)
-    family = str(meta.get("backbone", "sd3"))
-    chosen = model or str(meta.get("model_id", ""))
-    options: dict[str, Any] = {"model": chosen, "device": device, "dtype": dtype}
-    if chosen == "shapes":
-        options["max_sequence_length"] = 20
-    backbone = BACKBONES.build(family, options)
-    conditioning = backbone.encode(list(prompts), float(meta.get("guidance_scale", 7.0)))  # type: ignore[arg-type]
-    sampler = learned(solver, "sample", "sample")
-    latents = sampler.run(backbone, conditioning, noises(backbone, [seed + i for i in range(len(prompts))]))
+    if "backbone" not in meta:
+        raise TableError(f"{solver_path} does not say which backbone it is for: only solvers of a run can be sampled")
+    options: dict[str, Any] = dict(meta.get("options") or {})  # type: ignore[arg-type]
+    if "device" in options:
+        options |= {"device": device, "dtype": dtype}
+    if model is not None:
+        options["model"] = model
+    backbone = BACKBONES.build(str(meta["backbone"]), options)
+    conditioning = backbone.encode(list(prompts), float(meta["guidance_scale"]))  # type: ignore[arg-type]
+    noise = noises(backbone, [seed + i for i in range(len(prompts))])
+    latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
     images = to_uint8(backbone.decode(latents)).permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(list(images), axis=1)).save(out)

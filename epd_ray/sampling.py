@@ -27,6 +27,7 @@ class Sampler:
         table: [N, K] or [B, N, K] for "epd", else None.
         afs: analytical first step ("epd" alone).
         order: of the multistep slope ("epd": 1 to 4).
+        sigmas: [N+1], where a saved solver brings its own; else the backbone's.
     """
 
     kind: Kind
@@ -36,6 +37,7 @@ class Sampler:
     table: SolverTable | None = None
     afs: bool = False
     order: int = 1
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def parallel_nfe(self) -> int:
@@ -52,9 +54,12 @@ class Sampler:
         return replace(self, table=table)
 
     def run(self, backbone: Backbone, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """From unit noise [B, ...] to latents [B, ...], on the backbone's own schedule."""
+        """From unit noise [B, ...] to latents [B, ...]."""
         drift = conditioned_drift(backbone, conditioning)
-        sigmas = backbone.sigmas(self.intervals, final_zero=self.kind in ENDS_AT_ZERO)
+        if self.sigmas is not None:
+            sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        else:
+            sigmas = backbone.sigmas(self.intervals, final_zero=self.kind in ENDS_AT_ZERO)
         x = backbone.initial(noise)
         if self.table is not None:
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
@@ -76,7 +81,8 @@ def baseline(kind: Kind, parallel_nfe: int) -> Sampler:
 
 def learned(solver: Solver, key: str, label: str) -> Sampler:
     """A sampler around a saved solver."""
-    return Sampler("epd", solver.table.intervals, key, label, solver.table, solver.afs, solver.order)
+    sigmas = tuple(solver.sigmas.tolist())
+    return Sampler("epd", solver.table.intervals, key, label, solver.table, solver.afs, solver.order, sigmas)
 
 
 def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:

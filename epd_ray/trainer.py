@@ -104,7 +104,7 @@ class Trainer:
         about = {
             "backbone": facts.family,
             "model_id": facts.model_id,
-            "resolution": backbone.resolution,
+            "options": backbone.arguments,
             "guidance_scale": backbone.guidance_scale,
             "rewards": {name: head.weight for name, head in self.config.rewards.items()},
             **meta,

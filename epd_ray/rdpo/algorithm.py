@@ -14,6 +14,7 @@ import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID, Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -88,7 +89,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         super().setup(config)
         self._prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
         self._rewards = RewardPool(own.reward_specs, f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}")
-        self._pipeline = RolloutPipeline(self.env_runner_group, self._rewards, self.restore_env_runners)
+        self._pipeline = RolloutPipeline(self.env_runner_group, self._rewards)
         self._rewards.wait_ready()
         self.facts: BackboneFacts = self._run([Task("describe", "describe", (own.table.intervals,))])[0].value
         self._iteration_done = 0
@@ -96,6 +97,11 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
         self._sample_calls = 0
         self._remember()
+
+    def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
+        """Take restarted actors back. They hold no policy, so there is no learner state to send them."""
+        restored: list[int] = env_runner_group.probe_unhealthy_env_runners()
+        return restored
 
     def cleanup(self) -> None:
         super().cleanup()

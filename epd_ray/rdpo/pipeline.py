@@ -63,11 +63,10 @@ class RolloutPipeline:
     Args:
         runners: RLlib's group of SolverEnvRunners, remote or local.
         rewards: the heads' actors.
-        restore: brings lost runners back (Algorithm.restore_env_runners).
     """
 
-    def __init__(self, runners: EnvRunnerGroup, rewards: RewardPool, restore: Any) -> None:
-        self._runners, self._rewards, self._restore = runners, rewards, restore
+    def __init__(self, runners: EnvRunnerGroup, rewards: RewardPool) -> None:
+        self._runners, self._rewards = runners, rewards
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
         self._done: dict[str, Outcome] = {}
         self._next_restore = 0.0
@@ -101,7 +100,7 @@ class RolloutPipeline:
         self._take_answers()
         self._take_scores()
         if time.monotonic() > self._next_restore:
-            self._restore(self._runners)
+            self._runners.probe_unhealthy_env_runners()
             self._next_restore = time.monotonic() + RESTORE_SECONDS
 
     def _start(self) -> None:
@@ -114,9 +113,6 @@ class RolloutPipeline:
             self._on_answer(self._runners.local_env_runner.run(pending.task))
             return
         healthy = self._runners.healthy_env_runner_ids()
-        for pending in self._pending.values():
-            if pending.runner is not None and pending.runner not in healthy:
-                self._requeue(pending, f"rollout actor {pending.runner} was lost")
         busy = {p.runner for p in self._pending.values()}
         for runner in (r for r in healthy if r not in busy):
             if not waiting:
@@ -129,12 +125,22 @@ class RolloutPipeline:
             pending.runner = runner if sent else None
 
     def _take_answers(self) -> None:
-        if not any(p.runner is not None for p in self._pending.values()) or not self._runners.num_remote_env_runners():
+        if not self._runners.num_remote_env_runners():
             return
+        working = [p for p in self._pending.values() if p.runner is not None]
         scoring = any(p.scores for p in self._pending.values())
+        if not working:
+            if self._pending and not scoring:
+                time.sleep(POLL_SECONDS)  # all actors are lost and on their way back
+            return
         wait = 0.0 if scoring else POLL_SECONDS
         for _, answer in self._runners.fetch_ready_async_reqs(tags=TAG, timeout_seconds=wait):
             self._on_answer(answer)
+        # Fetching is what finds an actor dead; look now, before it is restored and seems never to have been away.
+        healthy = self._runners.healthy_env_runner_ids()
+        for pending in working:
+            if pending.runner is not None and pending.runner not in healthy:
+                self._requeue(pending, f"rollout actor {pending.runner} was lost")
 
     def _on_answer(self, answer: Answer) -> None:
         pending = self._pending.get(answer.task_id)
