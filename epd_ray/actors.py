@@ -1,8 +1,11 @@
 """Ray around the plain workers: reward actors, their pools, and whether there is room for all of it."""
 
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +18,30 @@ from epd_ray.types import FloatArray, ImageArray
 
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
+ONE_MACHINE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def start_ray(address: str | None = None) -> None:
+    """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    os.environ.update(ONE_MACHINE)
+    # Actors import the package from where the driver has it, installed or not.
+    here = str(Path(__file__).parent.parent)
+    paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, 2),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        **quiet,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,29 @@
 """From a run's configuration to live actors."""
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 
-from epd_ray.actors import RewardSpec
+from epd_ray.actors import RewardSpec, start_ray
 from epd_ray.config import RunConfig
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
 from epd_ray.scoring import Normalisation
 from epd_ray.solvers import SolverTable
 
-ONE_MACHINE = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors that ask for no GPU keep seeing the devices there are
-}
-
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Join a Ray cluster, or start one on this machine's loopback and end it afterwards; one that runs is used.
+    """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
 
     Args:
-        address: of a cluster; None for a local one, unless a submitted job names its cluster.
+        address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
     """
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
-    # Actors import the package from where the driver has it, installed or not.
-    here = str(Path(__file__).parent.parent)
-    paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-    environment = {"env_vars": {"PYTHONPATH": paths}}
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if address is not None:
-        ray.init(address=address, **quiet)
-    else:
-        os.environ.update(ONE_MACHINE)
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, 2),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            runtime_env=environment,
-            **quiet,
-        )
+    start_ray(address)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import RewardPool, require_room
+from epd_ray.actors import RewardPool, require_room, start_ray
 from epd_ray.distill import DistillTask, Fit, best_points, position_grid
 from epd_ray.rdpo.batch import Row, join, propose, summarise
 from epd_ray.rdpo.config import RDPOConfig
@@ -84,6 +84,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def setup(self, config: RDPOConfig) -> None:
         own: RDPOConfig = self.config
+        if not ray.is_initialized():
+            start_ray()
         if not ray.util.get_current_placement_group():  # under Tune the trial's group holds the room already
             require_room(_bundles(own))
         super().setup(config)

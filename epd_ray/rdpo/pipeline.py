@@ -21,6 +21,7 @@ TAG = "run"
 POLL_SECONDS = 0.005
 RESTORE_SECONDS = 2.0
 MAX_ATTEMPTS = 3
+MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
 LOST = (
     ray.exceptions.OwnerDiedError,
     ray.exceptions.ObjectLostError,
@@ -52,6 +53,7 @@ class Outcome:
 class _Pending:
     task: Task
     attempts: int = 0
+    losses: int = 0
     runner: int | None = None
     answer: Answer | None = None
     scores: dict[str, "ray.ObjectRef[TimedScores]"] = field(default_factory=dict)
@@ -191,10 +193,12 @@ class RolloutPipeline:
         del self._pending[pending.task.task_id]
 
     def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None) -> None:
-        """Back to the queue; errors of the task itself count towards its limit, lost actors do not."""
+        """Back to the queue, unless its own errors or the actors lost with it are too many."""
         pending.runner, pending.answer, pending.scores = None, None, {}
         self.retries += 1
         pending.attempts += int(error is not None)
-        if pending.attempts >= MAX_ATTEMPTS:
-            raise RuntimeError(f"task {pending.task.task_id} failed {MAX_ATTEMPTS} times, last with {why}") from error
+        pending.losses += int(error is None)
+        if pending.attempts >= MAX_ATTEMPTS or pending.losses >= MAX_LOSSES:
+            times = pending.attempts + pending.losses
+            raise RuntimeError(f"task {pending.task.task_id} failed {times} times, last with {why}") from error
         log.warning("task %s runs again: %s", pending.task.task_id, why)
