@@ -1,6 +1,7 @@
 """The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
 
 import errno
+import logging
 import os
 import shlex
 import time
@@ -33,6 +34,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run director
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # Ray's and RLlib's notices would break the progress display
+    logging.getLogger("ray").setLevel(logging.ERROR)
     app()
 
 

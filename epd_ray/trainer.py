@@ -135,7 +135,7 @@ class Trainer:
         start = time.perf_counter()
         self.algo.train()
         last = self.algo.last
-        row = {"iteration": last.number, "images": last.number * images, **last.metrics}
+        row = {"iteration": last.number, "images": images, **last.metrics}
         write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from epd_ray.actors import PLACEMENT_SECONDS, require_room
+from epd_ray.checkpoint import load_newest, save_checkpoint
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.sampling import Sampler, baseline
@@ -179,3 +180,23 @@ def test_baselines_run_on_the_same_actors(build):
         sampled = algo.sample_scored(baseline(kind, 6), ["a", "b", "c"], [1, 2, 3], keep_images=True)
         assert sampled.images.shape == (3, 3, 8, 8) and sampled.images.dtype == np.uint8
         assert sampled.reward.shape == (3,)
+
+
+def test_scales_train_and_survive_a_checkpoint(build, tmp_path):
+    scales = ("rdpo.scale_dir=true", "rdpo.scale_time=true")
+    algo = build(*scales)
+    run(algo, 3)
+    table = algo.mean_table()
+    assert table.scale_dir is not None and table.scale_time is not None
+    assert float((table.scale_dir - 1).abs().max()) > 1e-4
+    path = save_checkpoint(tmp_path, 3, algo.export_state(), keep=1)
+    again = build(*scales)
+    again.import_state(load_newest(path.parent))
+    torch.testing.assert_close(again.mean_table().scale_dir, table.scale_dir)
+    assert run(again, 1) == run(algo, 1)
+
+
+def test_policy_options_reach_the_learner(build):
+    base = run(build(), 2)
+    for option in ("rdpo.kl_coeff=0.5", "rdpo.entropy_coeff=0.1", "rdpo.epochs=2", "rdpo.clip=0.01", "rdpo.lr=1e-4"):
+        assert run(build(option), 2) != base, option

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import load_config
 from epd_ray.errors import RewardError, RunDirectoryError, TableError
 from epd_ray.report import write_report
-from epd_ray.run import describe, evaluate, resume, train
+from epd_ray.run import describe, evaluate, resume, sample, train
 from epd_ray.solvers import Solver
 from epd_ray.store import read_metrics
 
@@ -134,6 +135,20 @@ def test_start_table_of_another_shape_is_refused(finished, tmp_path):
     with pytest.raises(TableError, match="3 intervals of 2 points"):
         train(config, tmp_path / "new", Quiet())
     assert not (tmp_path / "new").exists()
+
+
+def test_start_table_of_another_family_is_refused(finished, tmp_path):
+    out, _ = finished
+    config = load_config(None, [*TINY, f"distill.table={out / 'solver'}", "backbone.family=gaussian"])
+    with pytest.raises(TableError, match="family simulated"):
+        train(config, tmp_path / "new", Quiet())
+    assert not (tmp_path / "new").exists()
+
+
+def test_saved_solver_draws_again(finished, tmp_path):
+    out, _ = finished
+    picture = sample(str(out / "solver"), ["a", "b"], 0, tmp_path / "new" / "two.png", None, "auto", "auto")
+    assert Image.open(picture).size == (16, 8)
 
 
 def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
