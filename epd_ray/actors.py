@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from epd_ray.errors import EpdRayError, PlacementError
+from epd_ray.errors import EpdRayError, ModelError, PlacementError
 from epd_ray.rewards import HEADS
 from epd_ray.scoring import Normalisation, Scorer
 from epd_ray.types import FloatArray, ImageArray
@@ -89,6 +89,8 @@ class RewardActor:
             self._scorer = Scorer(name, HEADS.build(head, options))
         except EpdRayError as error:
             self._error = error
+        except Exception as error:  # anybody's class may stand here; its own words go to the user
+            self._error = ModelError(f"reward head {name!r} cannot be built: {type(error).__name__}: {error}")
 
     def ready(self) -> None:
         """Raise what kept the head from being built, if anything did."""
@@ -149,11 +151,13 @@ class RewardPool:
         for name, actors in self._actors.items():
             for i, actor in enumerate(actors):
                 try:
-                    ray.get(actor.ready.remote(), timeout=10)
+                    ray.get(actor.ready.remote(), timeout=1)
                 except ray.exceptions.ActorDiedError:
                     actors[i] = self._make(name)
                 except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
-                    continue  # restarting: its queue is kept
+                    continue  # busy or restarting: its queue is kept
+                except ray.exceptions.RayTaskError as error:
+                    raise unwrap(error) from None
 
     def stop(self) -> None:
         """End the actors of this pool."""

@@ -3,18 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 
-import numpy as np
-
-from epd_ray.config import RunConfig, load_config
+from epd_ray.config import load_config
 from epd_ray.distill import as_table
 from epd_ray.prompts import load_prompts
-from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.sampling import Sampler
 from epd_ray.session import algorithm
-from epd_ray.statistics import bootstrap_mean
-from epd_ray.trainer import noise_seeds
+from epd_ray.trainer import distil, held_out
 
 SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false")
 REFERENCE = (
@@ -78,52 +72,39 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def reference(seed: int = 0, every: int = 1) -> Record:
+def reference(seed: int = 0) -> Record:
     """Images that ours needs for the held-out reward that the reference's settings have after 3,200 images.
 
-    Both start from the same distilled table and are judged on the same held-out prompts and seeds, of which neither
-    trains on any. The reference: mixed baseline, own noise per image, its learning rate, batch and concentration.
+    Both start from the same distilled table and are judged on the same held-out prompts and seeds, which neither
+    trains on. The reference: mixed baseline, own noise per image, its learning rate, batch and concentration.
     """
     ours = load_config(None, [f"seed={seed}"])
     theirs = load_config(None, [f"seed={seed}", *REFERENCE])
     prompts = load_prompts(ours.prompts, seed)
-    with ExitStack() as stack:
-        algo = stack.enter_context(algorithm(theirs, prompts.train))
-        chosen = prompts.train[: ours.distill.prompts]
-        fits = algo.distill(
-            chosen, noise_seeds(ours, "distill", len(chosen)), grid=ours.distill.grid,
-            teacher_steps=ours.distill.teacher_steps, min_weight=ours.distill.min_weight,
-        )  # fmt: skip
-        table = as_table(fits)
-        algo.rebase(table)
-        start = _held_out(algo, ours, prompts.validation)
+    with algorithm(theirs, prompts.train) as algo:
+        fits = distil(ours, prompts, algo)
+        algo.rebase(as_table(fits))
+        start = held_out(ours, prompts, algo)
         while algo.policy_version * algo.config.images_per_iteration < REFERENCE_IMAGES:
             algo.train()
-        target = _held_out(algo, ours, prompts.validation)
-    images, reached = None, start
-    with algorithm(ours, prompts.train, table) as algo:
-        while images is None and algo.policy_version * algo.config.images_per_iteration < REFERENCE_IMAGES:
+        target = held_out(ours, prompts, algo)
+    curve = []
+    with algorithm(ours, prompts.train, as_table(fits)) as algo:
+        for _ in range(REFERENCE_IMAGES // algo.config.images_per_iteration):
             algo.train()
-            if algo.policy_version % every == 0:
-                reached = _held_out(algo, ours, prompts.validation)
-                if reached >= target:
-                    images = algo.policy_version * algo.config.images_per_iteration
+            curve.append(held_out(ours, prompts, algo))
+            if curve[-1] >= target:
+                break
+        images = len(curve) * algo.config.images_per_iteration if curve[-1] >= target else None
     return {
         "seed": seed,
         "distilled_reward": start,
         "reference_reward": target,
         "reference_images": REFERENCE_IMAGES,
-        "our_reward": reached,
+        "our_reward": curve[-1],
         "our_images": images,
         "ratio": None if images is None else images / REFERENCE_IMAGES,
     }
-
-
-def _held_out(algo: RDPO, config: RunConfig, prompts: list[str]) -> float:
-    table = algo.mean_table()
-    sampler = Sampler("epd", table.intervals, "held-out", "held-out", table, config.solver.afs, config.solver.order)
-    seeds = noise_seeds(config, "validation", len(prompts))
-    return bootstrap_mean(np.asarray(algo.sample_scored(sampler, prompts, seeds).reward)).mean
 
 
 CASES: dict[str, Callable[[], Record]] = {"overhead": overhead, "overlap": overlap, "reference": reference}

@@ -34,9 +34,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run director
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # Ray's and RLlib's notices would break the progress display
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
     logging.getLogger("ray").setLevel(logging.ERROR)
     app()
 
@@ -151,7 +149,7 @@ def evaluate(
 
         with _observed() as observer:
             headline = run.evaluate(path, count, prompts, split, observer)
-        _say([*headline, f"report: {path / 'report.html'}"])
+        _say(headline)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
 
 SHAPES = "shapes"
+RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy"}
 
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
@@ -190,7 +191,7 @@ class EvaluationConfig(_Section):
     baselines: tuple[Literal["euler", "heun", "dpm2", "ipndm"], ...] = Field(
         default=("euler", "heun", "dpm2", "ipndm"), strict=False, description="at the same parallel NFE"
     )
-    equal_evals: bool = Field(default=True, description="also Euler at the same total evaluations")
+    equal_evals: bool = Field(default=True, description="also at the same total evaluations")
     pictures: int = Field(default=8, ge=0, description="rows of the contact sheet")
 
 
@@ -234,6 +235,14 @@ class RunConfig(_Section):
 
     @field_validator("rewards")
     @classmethod
+    def _free_names(cls, rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        taken = sorted(RESERVED_HEADS.intersection(rewards))
+        if taken:
+            raise ValueError(f"{taken[0]!r} is the name of another column or metric: call the head something else")
+        return rewards
+
+    @field_validator("rewards")
+    @classmethod
     def _weighted(cls, rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
         if not sum(reward.weight for reward in rewards.values()):
             raise ValueError("weights add up to 0, at least one head needs a positive weight")
@@ -242,7 +251,10 @@ class RunConfig(_Section):
     @field_validator("distill")
     @classmethod
     def _solvable(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
-        points = info.data["solver"].points if "solver" in info.data else 1
+        solver = info.data.get("solver", SolverConfig())
+        points = solver.points
+        if distill.enabled and distill.table is None and (solver.afs or solver.order > 1):
+            raise ValueError("fits plain EPD only: set distill.enabled=false with solver.afs or solver.order > 1")
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
         if distill.min_weight * points >= 1:

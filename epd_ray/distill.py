@@ -88,9 +88,9 @@ class Distiller:
             x = epd(drift, start, sigmas[: i + 1], fitted)
         directions = drifts_inside(drift, x, float(sigmas[i]), float(sigmas[i + 1]), task.grid)  # [M, B, ...]
         step = float(sigmas[i + 1] - sigmas[i])
-        flat = directions.flatten(1).double()
-        wanted = ((target - x) / step).flatten().double()
-        return NormalEquations((flat @ flat.T).cpu().numpy(), (flat @ wanted).cpu().numpy(), float(wanted @ wanted))
+        flat = directions.flatten(1).cpu().double()  # on the CPU: some devices have no float64
+        wanted = ((target - x) / step).flatten().cpu().double()
+        return NormalEquations((flat @ flat.T).numpy(), (flat @ wanted).numpy(), float(wanted @ wanted))
 
     def _teacher_states(self, task: DistillTask, drift: Drift, start: Tensor, sigmas: Tensor) -> list[Tensor]:
         """The teacher's state at the end of each interval."""

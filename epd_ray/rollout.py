@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from epd_ray.distill import Distiller, DistillTask, NormalEquations
+from epd_ray.errors import ModelError
 from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.sampling import Sampler, noises, to_uint8
 from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
@@ -79,7 +80,12 @@ class RolloutWorker:
         """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
         conditioning = self.backbone.encode(prompts, self.guidance_scale)
         latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds))
-        images: ImageArray = to_uint8(self.backbone.decode(latents)).numpy()
+        pictures = self.backbone.decode(latents)
+        broken = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
+        if broken:
+            named = "; ".join(f"{prompts[i]!r} with seed {noise_seeds[i]}" for i in broken[:3])
+            raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")
+        images: ImageArray = to_uint8(pictures).numpy()
         return images
 
 

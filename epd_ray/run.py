@@ -1,8 +1,11 @@
 """A whole run: distil, fine-tune, compare, report. What the command line and the jobs call."""
 
+import json
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,18 +15,19 @@ from PIL import Image
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.checkpoint import load_newest
-from epd_ray.config import RunConfig, load_config, to_yaml
-from epd_ray.errors import RunDirectoryError, TableError
-from epd_ray.evaluate import rivals
+from epd_ray.config import SHAPES, RunConfig, load_config, to_yaml
+from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
+from epd_ray.evaluate import headline, rivals
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits, load_prompts
 from epd_ray.report import write_report
 from epd_ray.sampling import learned, noises, to_uint8
 from epd_ray.session import algorithm
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.store import RunDirectory, read_prompts
+from epd_ray.store import RunDirectory, read_prompts, write_text
 from epd_ray.trainer import Trainer, comparison, noise_seeds
 
+PROMPTS = "prompts.json"
 SECONDS_PER_PASS = 0.005  # the embedded model on one core, for the estimate before a run
 SECONDS_TO_START = 30.0
 
@@ -39,14 +43,15 @@ def describe(config: RunConfig) -> tuple[str, str]:
     drifts = images * evals + validations * config.prompts.validation * evals + config.prompts.test * compared
     drifts += distilled if config.distill.enabled and config.distill.table is None else 0
     passes = drifts * (2 if config.backbone.guidance_scale > 1 else 1)
+    model = config.backbone.arguments.get("model", config.backbone.family)
     what = (
-        f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {2 * s.intervals - s.afs}) on "
-        f"{config.backbone.model} against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
+        f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {2 * s.intervals - s.afs}) on {model} "
+        f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
     )
     minutes = (SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, config.cluster.rollout_actors)) / 60
     duration = (
         f"about {minutes:.0f} minutes with {config.cluster.rollout_actors} rollout actors on CPU cores"
-        if config.backbone.model == "shapes"
+        if model == SHAPES
         else "the first iteration will tell how long it takes"
     )
     return what, f"{passes:,} network passes in all, {duration}."
@@ -70,21 +75,34 @@ def train(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     prompts = load_prompts(config.prompts, config.seed)
     start_table = _given_table(config)
     run = RunDirectory.create(out, to_yaml(config))
-    return _go_on(config, run, prompts, start_table, None, observer)
+    write_text(run.path / PROMPTS, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
+    try:
+        return _go_on(config, run, start_table, None, observer)
+    except EpdRayError:
+        if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
+            shutil.rmtree(run.path)
+        raise
 
 
 def resume(run_path: Path, observer: Observer) -> list[str]:
-    """Continue a run from its newest checkpoint; the same arguments as `train` otherwise."""
+    """Continue a run from its newest checkpoint; the same otherwise as `train`."""
     run = RunDirectory.open(run_path)
     config = load_config(run.config)
-    return _go_on(
-        config,
-        run,
-        load_prompts(config.prompts, config.seed),
-        _given_table(config),
-        load_newest(run.checkpoints),
-        observer,
-    )
+    checkpoint = load_newest(run.checkpoints)
+    start_table = _given_table(config) if checkpoint is None else None
+    return _go_on(config, run, start_table, checkpoint, observer)
+
+
+def saved_prompts(run: RunDirectory) -> PromptSplits:
+    """The prompts that a run was begun with, whatever has become of the file that they came from.
+
+    Raises:
+        RunDirectoryError: they are missing or damaged.
+    """
+    try:
+        return PromptSplits(**json.loads((run.path / PROMPTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{run.path / PROMPTS} cannot be read ({error}): the run cannot go on") from error
 
 
 def _given_table(config: RunConfig) -> SolverTable | None:
@@ -109,15 +127,15 @@ def _given_table(config: RunConfig) -> SolverTable | None:
 def _go_on(
     config: RunConfig,
     run: RunDirectory,
-    prompts: PromptSplits,
     start_table: SolverTable | None,
     checkpoint: dict[str, Any] | None,
     observer: Observer,
 ) -> list[str]:
+    prompts = saved_prompts(run)
     observer.stage("starting actors", 1)
     with ExitStack() as stack:
-        stack.enter_context(_stop_signals())
         algo = stack.enter_context(algorithm(config, prompts.train, start_table))
+        stack.enter_context(_stop_signals())  # after Ray, which sets its own handler
         observer.advance()
         trainer = Trainer(config, run, prompts, algo, observer)
         if checkpoint is None:
@@ -146,11 +164,13 @@ def _stop_signals() -> Iterator[None]:
 
 
 def evaluate(run_path: Path, count: int | None, prompts_file: Path | None, split: str, observer: Observer) -> list[str]:
-    """Compare a run's solver with the baselines again, on other or more prompts; rewrites its evaluation and report.
+    """Compare a run's solver with the baselines again, on other or more prompts.
+
+    The results and a report go to RUN/evaluations/<prompts>-<count>; the run's own stay as they are.
 
     Args:
         run_path: a run with a solver.
-        count: number of prompts; the run's own when None.
+        count: number of prompts; all there are when None. Embedded scenes are drawn anew, as many as asked.
         prompts_file: one prompt a line, instead of the split.
         split: "validation" or "test".
         observer: sees the progress.
@@ -159,26 +179,49 @@ def evaluate(run_path: Path, count: int | None, prompts_file: Path | None, split
     config = load_config(run.config)
     if not (run.solver / "solver.json").exists():
         raise RunDirectoryError(f"{run_path} has no solver yet: continue it with epd-ray train --resume {run_path}")
-    if count is not None:
-        config = config.model_copy(update={"prompts": config.prompts.model_copy(update={split: count})})
-    prompts = (
-        read_prompts(prompts_file)[:count]
-        if prompts_file
-        else getattr(load_prompts(config.prompts, config.seed), split)
-    )
+    prompts = _evaluation_prompts(config, run, count, prompts_file, split)
+    name = f"{prompts_file.stem if prompts_file else split}-{len(prompts)}"
+    target = _evaluation_directory(run, name)
     ours = learned(Solver.from_pretrained(run.solver), "rdpo", "EPD + RDPO")
     start = learned(Solver.from_pretrained(run.distilled), "distilled", "EPD distilled")
     samplers = [ours, start, *rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
     observer.stage("starting actors", 1)
-    with algorithm(local, prompts, start.table) as algo:
+    with algorithm(local, prompts, None) as algo:
         observer.advance()
-        where = str(prompts_file.name) if prompts_file else split
         seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
-        lines = comparison(config, run, algo, samplers, prompts, seeds, where, observer)
-    write_report(run.path)
+        keep = config.evaluation.pictures
+        found = comparison(algo.sample_scored, samplers, prompts, seeds, name, target, keep, observer)
+    report = write_report(target.path)
     observer.done()
-    return lines
+    return [*headline(found.summary()), f"report: {report}"]
+
+
+def _evaluation_prompts(
+    config: RunConfig, run: RunDirectory, count: int | None, prompts_file: Path | None, split: str
+) -> list[str]:
+    if prompts_file is not None:
+        held_out = read_prompts(prompts_file)
+    elif config.prompts.train == SHAPES and count is not None:
+        prompts = config.prompts.model_copy(update={split: count})
+        held_out = getattr(load_prompts(prompts, config.seed), split)
+    else:
+        held_out = getattr(saved_prompts(run), split)
+    if count is not None and count > len(held_out):
+        raise PromptError(f"{count} prompts asked, {len(held_out)} there: lower --count or give more prompts")
+    return held_out[:count]
+
+
+def _evaluation_directory(run: RunDirectory, name: str) -> RunDirectory:
+    """A fresh run directory with what a report needs besides the evaluation."""
+    target = RunDirectory(run.path / "evaluations" / name)
+    shutil.rmtree(target.path, ignore_errors=True)
+    target.path.mkdir(parents=True)
+    for source in (run.config, run.versions, run.metrics):
+        shutil.copy(source, target.path)
+    shutil.copytree(run.solver, target.solver)
+    shutil.copytree(run.distilled, target.distilled)
+    return target
 
 
 def sample(

@@ -1,5 +1,6 @@
 """From a run's configuration to live actors."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -108,3 +109,4 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
             yield algo
         finally:
             algo.stop()
+            shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own

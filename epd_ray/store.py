@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -286,15 +287,17 @@ class MetricsLog:
     """Appends a run's scalars to metrics.jsonl and to TensorBoard.
 
     Args:
-        run: an existing run directory; rows that are there already stay, a torn last one goes.
+        run: an existing run directory; a torn last row goes, the others stay.
+        keep_until: rows after this iteration go too, in both places.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._path, self._tensorboard = run.metrics, str(run.tensorboard)
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            self._replace(read_metrics(self._path))
+    def __init__(self, run: RunDirectory, keep_until: int | None = None) -> None:
+        self._path = run.metrics
+        kept = [r for r in read_metrics(self._path) if keep_until is None or r["iteration"] <= keep_until]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(self._tensorboard)
+        purge = None if keep_until is None else keep_until + 1
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge, filename_suffix=f".{time.time_ns()}")
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row.
@@ -317,19 +320,9 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def truncate(self, iteration: int) -> None:
-        """Forget the rows after an iteration, in both places."""
-        self.close()
-        self._replace([row for row in read_metrics(self._path) if row["iteration"] <= iteration])
-        self._file = self._path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(self._tensorboard, purge_step=iteration + 1)
-
     def close(self) -> None:
         self._file.close()
         self._writer.close()
-
-    def _replace(self, rows: Sequence[Mapping[str, float]]) -> None:
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -10,8 +10,8 @@ import torch
 
 from epd_ray.checkpoint import save_checkpoint
 from epd_ray.config import RunConfig
-from epd_ray.distill import as_table
-from epd_ray.evaluate import Row, compare, headline, rivals, save_comparison, save_pictures
+from epd_ray.distill import Fit, as_table
+from epd_ray.evaluate import Comparison, Draw, Row, compare, headline, rivals, save_comparison, save_pictures
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
@@ -19,7 +19,7 @@ from epd_ray.sampling import Sampler, learned
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.statistics import bootstrap_mean
 from epd_ray.store import MetricsLog, RunDirectory, rollout_table, write_rollouts
-from epd_ray.types import ImageArray
+from epd_ray.types import FloatArray, ImageArray
 
 STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
 
@@ -61,6 +61,31 @@ def noise_seeds(config: RunConfig, stream: str, count: int) -> list[int]:
     return seeds
 
 
+def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> list[Fit]:
+    """Stage 1 on the first training prompts."""
+    chosen = prompts.train[: config.distill.prompts]
+    return algo.distill(
+        chosen,
+        noise_seeds(config, "distill", len(chosen)),
+        grid=config.distill.grid,
+        teacher_steps=config.distill.teacher_steps,
+        min_weight=config.distill.min_weight,
+    )
+
+
+def validation_rewards(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> FloatArray:
+    """A table's reward on each validation prompt, always with the same seeds."""
+    s = config.solver
+    sampler = Sampler("epd", s.intervals, "validation", "validation", table, s.afs, s.order)
+    seeds = noise_seeds(config, "validation", len(prompts.validation))
+    return algo.sample_scored(sampler, prompts.validation, seeds).reward
+
+
+def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
+    """The current mean table's reward on the validation prompts."""
+    return float(validation_rewards(config, prompts, algo, algo.mean_table()).mean())
+
+
 class Trainer:
     """The stages of a run on a built algorithm, and what they leave in the run directory."""
 
@@ -77,32 +102,23 @@ class Trainer:
         table = start_table
         residuals: list[float] = []
         if table is None and self.config.distill.enabled:
-            table, residuals = self._distill()
+            self.observer.stage("distilling", 1)
+            fits = distil(self.config, self.prompts, self.algo)
+            self.observer.advance()
+            table, residuals = as_table(fits), [f.residual for f in fits]
             self.algo.rebase(table)
         table = table or self.algo.mean_table()
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
         self.run.metrics.unlink(missing_ok=True)
-        self._validate(table, 0)
+        with MetricsLog(self.run) as log:
+            log.write({"iteration": 0, "images": 0, **self._validate(table, 0)})
+        self._mark()
         self._checkpoint()
-
-    def _distill(self) -> tuple[SolverTable, list[float]]:
-        settings = self.config.distill
-        self.observer.stage("distilling", 1)
-        chosen = self.prompts.train[: settings.prompts]
-        fits = self.algo.distill(
-            chosen,
-            noise_seeds(self.config, "distill", len(chosen)),
-            grid=settings.grid,
-            teacher_steps=settings.teacher_steps,
-            min_weight=settings.min_weight,
-        )
-        self.observer.advance()
-        return as_table(fits), [f.residual for f in fits]
 
     def _solver(self, table: SolverTable, **meta: Any) -> Solver:
         facts, backbone = self.algo.facts, self.config.backbone
         about = {
-            "backbone": facts.family,
+            "backbone": backbone.family,
             "model_id": facts.model_id,
             "options": backbone.arguments,
             "guidance_scale": backbone.guidance_scale,
@@ -116,48 +132,61 @@ class Trainer:
 
     def fine_tune(self) -> None:
         """RDPO until the last iteration; a checkpoint every few iterations and at an interrupt."""
-        r = self.config.rdpo
+        iterations = self.config.rdpo.iterations
         done = self.algo.policy_version
-        self.observer.stage("fine-tuning", r.iterations)
+        self.observer.stage("fine-tuning", iterations)
         self.observer.advance(done)
-        images = r.prompts_per_iteration * r.group_size
-        with MetricsLog(self.run) as log:
-            log.truncate(done)
+        self.algo.last_iteration = iterations
+        with MetricsLog(self.run, keep_until=done) as log:
             try:
-                while self.algo.policy_version < r.iterations:
-                    self._iterate(log, images)
+                while self.algo.policy_version < iterations:
+                    self._iterate(log)
             except KeyboardInterrupt:
                 self._checkpoint()
                 raise
         self._checkpoint()
 
-    def _iterate(self, log: MetricsLog, images: int) -> None:
+    def _iterate(self, log: MetricsLog) -> None:
         start = time.perf_counter()
         self.algo.train()
         last = self.algo.last
+        images = len(last.rows)
         row = {"iteration": last.number, "images": images, **last.metrics}
         write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)
         log.write(row)
+        self._mark()
         if last.number % self.config.checkpoint.every == 0:
             self._checkpoint()
-        seconds = time.perf_counter() - start
-        shown = {"reward": row["reward/mean"], "images/s": images / seconds}
+        shown = {"reward": row["reward/mean"], "images/s": images / (time.perf_counter() - start)}
         if "validation/reward" in row:
             shown["held-out"] = row["validation/reward"]
         self.observer.advance(1, **shown)
 
+    def _mark(self) -> None:
+        """Remember the state after a whole iteration: a signal may come in the middle of one."""
+        self._whole = self.algo.policy_version, {"algorithm": self.algo.export_state(), "best": dict(vars(self.best))}
+
+    def _checkpoint(self) -> None:
+        save_checkpoint(self.run.checkpoints, *self._whole, self.config.checkpoint.keep)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where a checkpoint was made; what was written after it is written again, the same."""
+        self.algo.import_state(checkpoint["algorithm"])
+        self.best = Best(**checkpoint["best"])
+        self._save_best()
+        for path in self.run.rollouts.glob("iteration-*.parquet"):
+            if int(path.stem.rpartition("-")[2]) > self.algo.policy_version:
+                path.unlink()
+        self._mark()
+
     def _validate(self, table: SolverTable, iteration: int) -> dict[str, float]:
         """Score a table on the validation split; the best one so far becomes the solver to take home."""
-        prompts = self.prompts.validation
-        sampler = self._sampler(table, "validation", "validation")
-        sampled = self.algo.sample_scored(sampler, prompts, noise_seeds(self.config, "validation", len(prompts)))
-        interval = bootstrap_mean(sampled.reward)
+        interval = bootstrap_mean(validation_rewards(self.config, self.prompts, self.algo, table))
         better = self.best.take(table, interval.mean, iteration)
         if better:
-            meta = {"stage": "rdpo", "iteration": iteration, "validation_reward": round(interval.mean, 6)}
-            self._solver(table, **meta).save_pretrained(self.run.solver)
+            self._save_best()
         return {
             "validation/reward": interval.mean,
             "validation/low": interval.low,
@@ -165,53 +194,44 @@ class Trainer:
             "validation/best": float(better),
         }
 
-    def _sampler(self, table: SolverTable, key: str, label: str) -> Sampler:
-        return learned(self._solver(table), key, label)
-
-    def _checkpoint(self) -> None:
-        state = {"algorithm": self.algo.export_state(), "best": vars(self.best)}
-        save_checkpoint(self.run.checkpoints, self.algo.policy_version, state, self.config.checkpoint.keep)
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint was made; what was written after it is written again, the same."""
-        self.algo.import_state(checkpoint["algorithm"])
-        self.best = Best(**checkpoint["best"])
-        for path in self.run.rollouts.glob("iteration-*.parquet"):
-            if int(path.stem.rpartition("-")[2]) > self.algo.policy_version:
-                path.unlink()
+    def _save_best(self, **rewards: Any) -> None:
+        stage = "rdpo" if self.best.iteration else "distilled"
+        meta = {"stage": stage, "iteration": self.best.iteration, "validation_reward": round(self.best.reward, 6)}
+        self._solver(self.best.table, **meta, **rewards).save_pretrained(self.run.solver)
 
     # -- the comparison -----------------------------------------------------------------------------------------------
 
     def compare_all(self) -> list[str]:
-        """Ours, the distilled table and the baselines on the test split."""
-        ours = self._sampler(self.best.table, "rdpo", "EPD + RDPO")
+        """Ours, the distilled table and the baselines on the test split; the solver's card gets its figures."""
+        ours = learned(Solver.from_pretrained(self.run.solver), "rdpo", "EPD + RDPO")
         start = learned(Solver.from_pretrained(self.run.distilled), "distilled", "EPD distilled")
         others = rivals(self.config.evaluation.baselines, ours, self.config.evaluation.equal_evals)
         prompts = self.prompts.test
         seeds = noise_seeds(self.config, "test", len(prompts))
-        return comparison(
-            self.config, self.run, self.algo, [ours, start, *others], prompts, seeds, "test", self.observer
-        )
+        draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
+        found = comparison(draw, [ours, start, *others], prompts, seeds, "test", self.run, keep, self.observer)
+        means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}
+        self._save_best(test_before=means["distilled"], test_after=means["rdpo"])
+        return headline(found.summary())
 
 
 def comparison(
-    config: RunConfig,
-    run: RunDirectory,
-    algo: RDPO,
+    draw: Draw,
     samplers: Sequence[Sampler],
     prompts: Sequence[str],
     seeds: Sequence[int],
     split: str,
+    run: RunDirectory,
+    pictures: int,
     observer: Observer,
-) -> list[str]:
-    """Compare samplers on the actors, write the results, return them in a few lines."""
+) -> Comparison:
+    """Compare samplers, showing the progress, and write the results and the first `pictures` of each to the run."""
     observer.stage("comparing", len(samplers))
-    pictures = config.evaluation.pictures
 
     def show(sampler: Sampler, row: Row, images: ImageArray) -> None:
         save_pictures(run, sampler.key, images[:pictures])
         observer.advance(1, **{name: float(values.mean()) for name, values in row.values.items()})
 
-    found = compare(algo.sample_scored, samplers, prompts, seeds, split, show)
+    found = compare(draw, samplers, prompts, seeds, split, show)
     save_comparison(run, found, pictures)
-    return headline(found.summary())
+    return found

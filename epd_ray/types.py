@@ -70,15 +70,6 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One head's raw value for one rollout."""
-
-    rollout_id: str
-    head: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Sampled:
     """Pictures drawn for evaluation.
 

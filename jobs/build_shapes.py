@@ -61,6 +61,7 @@ def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: in
     step, elapsed = 0, 0.0
     parameters = dict(stage.module.named_parameters())
     stage.ema = {k: p.detach().clone() for k, p in parameters.items()}
+    base = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]  # a checkpoint holds scheduled ones
     if path.exists():
         saved = torch.load(path, weights_only=True)
         stage.module.load_state_dict(saved["model"])
@@ -68,7 +69,6 @@ def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: in
         for optimizer, state in zip(stage.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         step, elapsed = saved["step"], saved["seconds"]
-    base = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]
     bar = tqdm(
         total=int(60 * minutes), initial=int(elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5
     )
@@ -200,7 +200,7 @@ def clip_stage(rank: int, seed: int, batch: int) -> Stage:
 def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Latents [n, 8, 16, 16] (normalised, float16) and token ids [n, 20] of this process's share, made once."""
     path = out / f"scenes-{rank}-of-{world_size}.pt"
-    if not path.exists():
+    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
         vae = load_ema(make_vae(), out / "vae.pt").to(device(), memory_format=torch.channels_last)
         latents: list[Tensor] = []
         captions: list[str] = []

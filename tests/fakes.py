@@ -14,6 +14,17 @@ class NanHead:
         return scores
 
 
+class LateNanHead(NanHead):
+    """Sound for the first 3 batches."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def score(self, images, prompts):
+        self.calls += 1
+        return torch.zeros(len(prompts)) if self.calls <= 3 else super().score(images, prompts)
+
+
 class ShortHead:
     model_id = "short"
 

@@ -160,7 +160,7 @@ def test_evaluate(monkeypatch):
     fake = create_autospec(run.evaluate, return_value=["better"])
     monkeypatch.setattr(run, "evaluate", fake)
     result = invoke("evaluate", "mine", "--count", 64, "--prompts", "held.txt", "--split", "validation")
-    assert result.stdout.splitlines() == ["better", "report: mine/report.html"]
+    assert result.stdout.splitlines() == ["better"]
     assert fake.call_args.args[:4] == (Path("mine"), 64, Path("held.txt"), "validation")
 
 

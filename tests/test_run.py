@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from epd_ray import trainer
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import load_config
-from epd_ray.errors import RewardError, RunDirectoryError, TableError
+from epd_ray.errors import ModelError, PromptError, RewardError, RunDirectoryError, TableError
+from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
 from epd_ray.run import describe, evaluate, resume, sample, train
 from epd_ray.solvers import Solver
@@ -71,7 +73,7 @@ def test_run_leaves_everything(finished):
     assert any("EPD + RDPO" in line for line in lines) and any("ours minus distilled" in line for line in lines)
     for name in ("config.yaml", "versions.json", "report.html", "evaluation.json", "evaluation.parquet"):
         assert (out / name).stat().st_size > 0, name
-    assert [m["iteration"] for m in read_metrics(out / "metrics.jsonl")] == list(range(1, 7))
+    assert [m["iteration"] for m in read_metrics(out / "metrics.jsonl")] == list(range(7))
     assert len(list((out / "rollouts").glob("*.parquet"))) == 6
     rows = pq.read_table(out / "rollouts").to_pylist()
     assert len({r["rollout_id"] for r in rows}) == 6 * 32
@@ -95,7 +97,39 @@ def test_interrupted_run_resumes_to_the_same_end(finished, tmp_path):
     for i in range(1, 7):
         name = f"rollouts/iteration-{i:06d}.parquet"
         assert pq.read_table(again / name) == pq.read_table(out / name)
-    assert [m["iteration"] for m in read_metrics(again / "metrics.jsonl")] == list(range(1, 7))
+    assert [m["iteration"] for m in read_metrics(again / "metrics.jsonl")] == list(range(7))
+
+
+@pytest.mark.parametrize("where", ["sample_scored", "write_rollouts", "_remember"])
+def test_interrupt_inside_an_iteration_loses_nothing(finished, tmp_path, monkeypatch, where):
+    out, _ = finished
+    owner = trainer if where == "write_rollouts" else RDPO
+    original, calls = getattr(owner, where), []
+
+    def interrupt_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, where, interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(None, TINY), tmp_path / "again", Quiet())
+    resume(tmp_path / "again", Quiet())
+    assert table(tmp_path / "again" / "solver") == table(out / "solver")
+    assert pq.read_table(tmp_path / "again" / "rollouts") == pq.read_table(out / "rollouts")
+    assert read_validation(tmp_path / "again") == read_validation(out)
+
+
+def read_validation(run: Path) -> list[float | None]:
+    return [m.get("validation/reward") for m in read_metrics(run / "metrics.jsonl")]
+
+
+def test_model_that_cannot_be_opened_leaves_nothing(small_ray, tmp_path):
+    broken = [*TINY, "backbone.family=sd3", "backbone.model=/nowhere/at/all"]
+    with pytest.raises(ModelError, match="no directory"):
+        train(load_config(None, broken), tmp_path / "run", Quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_checkpoint_falls_back(finished, tmp_path, caplog):
@@ -118,7 +152,12 @@ def test_evaluate_on_other_prompts(finished, tmp_path):
     prompts.write_text("a cat\na dog\na house\n")
     lines = evaluate(out, None, prompts, "test", Quiet())
     assert any("DDIM / Euler" in line for line in lines)
-    assert json.loads((out / "evaluation.json").read_text())["prompts"] == 3
+    own = out / "evaluations" / "prompts-3"
+    assert json.loads((own / "evaluation.json").read_text())["prompts"] == 3
+    assert (own / "report.html").stat().st_size > 0
+    assert json.loads((out / "evaluation.json").read_text())["prompts"] == 8  # the run's own result stays
+    with pytest.raises(PromptError, match="4 prompts asked, 3 there"):
+        evaluate(out, 4, prompts, "test", Quiet())
 
 
 def test_occupied_directory_is_refused_before_anything_starts(finished):
@@ -156,7 +195,11 @@ def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
     with pytest.raises(RewardError, match="rollouts "):
         train(config, tmp_path / "run", Quiet())
     assert load_config(tmp_path / "run" / "config.yaml") == config
-    assert "report" in write_report(tmp_path / "run").name
+    late = load_config(None, [*TINY, "rewards={bad: {head: 'tests.fakes:LateNanHead'}}"])
+    with pytest.raises(RewardError, match="rollouts "):
+        train(late, tmp_path / "late", Quiet())
+    assert load_config(tmp_path / "late" / "config.yaml") == late
+    assert "report" in write_report(tmp_path / "late").name
 
 
 def test_describe_says_what_and_how_long():
@@ -165,7 +208,8 @@ def test_describe_says_what_and_how_long():
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_and_an_exit_code(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     out = tmp_path / "run"
     overrides = [*TINY, "rdpo.iterations=500", "backbone.options={latency: 0.01}"]
     command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(out), *overrides]
@@ -173,7 +217,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_and_an_exit_code(tmp_path):
     deadline = time.monotonic() + 120
     while not list(out.glob("rollouts/*")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"epd-ray train --resume {out}" in errors and "Traceback" not in errors

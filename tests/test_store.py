@@ -216,8 +216,7 @@ def test_truncate_forgets_later_rows(tmp_path: Path) -> None:
     with MetricsLog(run) as metrics:
         for iteration in (1, 2, 3):
             metrics.write({"iteration": iteration, "reward/mean": float(iteration)})
-    with MetricsLog(run) as metrics:
-        metrics.truncate(1)
+    with MetricsLog(run, keep_until=1) as metrics:
         metrics.write({"iteration": 2, "reward/mean": 9.0})
     assert [found["reward/mean"] for found in read_metrics(run.metrics)] == [1.0, 9.0]
 

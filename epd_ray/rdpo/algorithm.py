@@ -88,6 +88,15 @@ class RDPO(Algorithm):  # type: ignore[misc]
             start_ray()
         if not ray.util.get_current_placement_group():  # under Tune the trial's group holds the room already
             require_room(_bundles(own))
+        self._rewards: RewardPool | None = None
+        try:
+            self._build(config)
+        except BaseException:
+            self.cleanup()  # nobody else holds the actors that are up already
+            raise
+
+    def _build(self, config: RDPOConfig) -> None:
+        own: RDPOConfig = self.config
         super().setup(config)
         self._prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
         self._rewards = RewardPool(own.reward_specs, f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}")
@@ -98,7 +107,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._submitted = 0
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
         self._sample_calls = 0
-        self._remember()
+        self.last_iteration: int | None = None  # nothing is drawn beyond it
+        self._remember(self._fetch_learner_state())
 
     def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
         """Take restarted actors back. They hold no policy, so there is no learner state to send them."""
@@ -107,7 +117,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         super().cleanup()
-        if hasattr(self, "_rewards"):
+        if self._rewards is not None:
             self._rewards.stop()
 
     def _run(self, tasks: Sequence[Task]) -> list[Outcome]:
@@ -116,11 +126,14 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     # -- the policy at the driver -------------------------------------------------------------------------------------
 
-    def _remember(self) -> None:
-        """Keep the learner's small state: it feeds the rollouts, the checkpoints, and a learner that must be remade."""
-        state = self.learner_group.get_state(
+    def _fetch_learner_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.learner_group.get_state(
             components=[f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", f"{COMPONENT_LEARNER}/{COMPONENT_OPTIMIZER}"]
         )
+        return state
+
+    def _remember(self, state: dict[str, Any]) -> None:
+        """Keep the learner's small state: it feeds the rollouts, the checkpoints, and a learner that must be remade."""
         self._learner_state = state
         network = PolicyNetwork(self.config.policy_spec)
         module = state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
@@ -158,7 +171,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self.learner_group.set_state(self._learner_state)
         self._pipeline.discard()
         self._submitted = 0
-        self._remember()
+        self._remember(self._fetch_learner_state())
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +183,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def _fill(self) -> None:
         """Submit iterations up to the staleness bound."""
-        while self._submitted <= self._iteration_done + self.config.max_staleness:
+        end = self._iteration_done + self.config.max_staleness
+        if self.last_iteration is not None:
+            end = min(end, max(self.last_iteration - 1, self._iteration_done))
+        while self._submitted <= end:
             self._pipeline.submit(_rollout_task(job) for job in self._jobs(self._submitted))
             self._submitted += 1
 
@@ -184,12 +200,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
         jobs = self._jobs(iteration)
         outcomes = self._pipeline.collect([_task_id(job) for job in jobs])
         collected = time.perf_counter()
-        rows = join(jobs, outcomes, self.config.normalisations)
-        metrics = summarise(rows, outcomes)
+        rows, advantages = join(jobs, outcomes, self.config.normalisations)
+        metrics = summarise(rows, advantages, outcomes)
         losses = self._learn(rows, jobs[0])
         learned = time.perf_counter()
-        self._iteration_done += 1
-        self._remember()
         self._fill()
         self._pipeline.poll()
         metrics |= losses | self._policy_metrics()
@@ -226,13 +240,18 @@ class RDPO(Algorithm):  # type: ignore[misc]
             "shuffle_batch_per_epoch": self.config.shuffle_batch_per_epoch,
         }
         try:
-            results = self.learner_group.update(**arguments)
-        except ray.exceptions.RayActorError:
+            results, state = self._update(arguments)
+        except (ray.exceptions.RayActorError, IndexError):  # the latter is RLlib's, for no answer from the only learner
             self._remake_learner()
-            results = self.learner_group.update(**arguments)
+            results, state = self._update(arguments)
+        self._iteration_done += 1
+        self._remember(state)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         names = ("policy_loss", "approx_kl", "clipfrac", "behaviour_kl")
         return {f"losses/{n}": float(self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, n))) for n in names}
+
+    def _update(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return self.learner_group.update(**arguments), self._fetch_learner_state()
 
     def _remake_learner(self) -> None:
         """A dead learner actor is replaced by one with the state after the last update."""
@@ -340,7 +359,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._pipeline.discard()
         self._iteration_done = self._submitted = own["iteration"]
         self._window = OrderedDict((int(v), np.asarray(p, np.float32)) for v, p in sorted(own["window"].items()))
-        self._remember()
+        self._remember(self._fetch_learner_state())
 
     def checksum(self) -> int:
         """CRC of the current parameters: equal for equal runs."""

@@ -47,7 +47,9 @@ def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> lis
     return [tuple(requests[i : i + size]) for i in range(0, len(requests), size)]
 
 
-def join(jobs: Sequence[RolloutJob], outcomes: Sequence["Outcome"], heads: Mapping[str, Normalisation]) -> list[Row]:
+def join(
+    jobs: Sequence[RolloutJob], outcomes: Sequence["Outcome"], heads: Mapping[str, Normalisation]
+) -> tuple[list[Row], Advantages]:
     """Requests, rollouts and scores by rollout id, with rewards and advantages.
 
     Args:
@@ -74,18 +76,14 @@ def join(jobs: Sequence[RolloutJob], outcomes: Sequence["Outcome"], heads: Mappi
                     "reward": rewards[request.rollout_id],
                 }
             )
-    for row, value in zip(rows, _advantages(rows).values.tolist(), strict=True):
+    advantages = leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
+    for row, value in zip(rows, advantages.values.tolist(), strict=True):
         row["advantage"] = value
-    return rows
+    return rows, advantages
 
 
-def _advantages(rows: Sequence[Row]) -> Advantages:
-    return leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
-
-
-def summarise(rows: Sequence[Row], outcomes: Sequence["Outcome"]) -> dict[str, float]:
-    """What is logged about a batch: rewards, their spread inside the groups, seconds of the workers."""
-    advantages = _advantages(rows)
+def summarise(rows: Sequence[Row], advantages: Advantages, outcomes: Sequence["Outcome"]) -> dict[str, float]:
+    """What is logged about a batch: rewards, their spread inside the groups, seconds that the workers spent in all."""
     heads = {f"reward/{head}": float(np.mean([r["rewards"][head] for r in rows])) for head in rows[0]["rewards"]}
     return heads | {
         "reward/mean": float(np.mean([r["reward"] for r in rows])),

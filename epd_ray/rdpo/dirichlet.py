@@ -176,6 +176,8 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
     parameters = [torch.log(concentration * segments), torch.log(concentration * weights)]
     scales = ((space.scale_dir, table.scale_dir), (space.scale_time, table.scale_time))
     for trained, scale in scales:
+        if scale is not None and not trained:
+            raise TableError("the start table has scales that would be lost: set rdpo.scale_dir and rdpo.scale_time")
         if trained:
             value = torch.ones_like(weights) if scale is None else scale.float()
             parameters += [value.log(), torch.full_like(weights, INITIAL_LOG_STD)]

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 TAG = "run"
 POLL_SECONDS = 0.005
 RESTORE_SECONDS = 2.0
+PROBE_SECONDS = 1.0  # meanwhile nothing is handed out
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
 LOST = (
@@ -80,9 +81,11 @@ class RolloutPipeline:
             self._pending[task.task_id] = _Pending(task)
 
     def discard(self) -> None:
-        """Forget all tasks; what runs on finishes unseen."""
+        """Forget all tasks, once the actors have finished those that they are at."""
         self._pending.clear()
         self._done.clear()
+        while self._runners.num_remote_env_runners() and self._runners.num_in_flight_async_reqs(TAG):
+            self._runners.fetch_ready_async_reqs(tags=TAG, timeout_seconds=0.1)
 
     def collect(self, task_ids: Iterable[str]) -> list[Outcome]:
         """Block until these tasks are done; their outcomes in the order asked.
@@ -102,7 +105,7 @@ class RolloutPipeline:
         self._take_answers()
         self._take_scores()
         if time.monotonic() > self._next_restore:
-            self._runners.probe_unhealthy_env_runners()
+            self._runners.probe_unhealthy_env_runners(timeout_seconds=PROBE_SECONDS)
             self._next_restore = time.monotonic() + RESTORE_SECONDS
 
     def _start(self) -> None:

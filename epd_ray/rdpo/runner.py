@@ -94,9 +94,9 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
         start = time.perf_counter()
         try:
             value, images = self._call(task)
+            reference = None if images is None else ray.put(images)
         except Exception as error:
             return Answer(task.task_id, error=error)
-        reference = None if images is None else ray.put(images)
         return Answer(task.task_id, value, reference, time.perf_counter() - start)
 
     def _call(self, task: Task) -> tuple[Any, Any]:
