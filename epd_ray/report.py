@@ -159,6 +159,7 @@ def write_report(run: Path) -> Path:
             has_validation=any("validation/reward" in row for row in rows),
             drawing=drawing,
             timings=_timings(rows),
+            stages=_load(dict[str, float], files.stages) or {},
             config=files.config.read_text(encoding="utf-8") if files.config.is_file() else None,
             versions=_load(dict[str, str], files.versions),
         )

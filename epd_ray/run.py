@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -132,21 +133,40 @@ def _go_on(
     observer: Observer,
 ) -> list[str]:
     prompts = saved_prompts(run)
+    clock = StageClock()
     observer.stage("starting actors", 1)
     with ExitStack() as stack:
         algo = stack.enter_context(algorithm(config, prompts.train, start_table))
         stack.enter_context(_stop_signals())  # after Ray, which sets its own handler
         observer.advance()
+        clock.lap("starting actors")
         trainer = Trainer(config, run, prompts, algo, observer)
         if checkpoint is None:
             trainer.begin(start_table)
         else:
             trainer.restore(checkpoint)
+        clock.lap("distilling")
         trainer.fine_tune()
+        clock.lap("fine-tuning")
         lines = trainer.compare_all()
+        clock.lap("comparing")
+    write_text(run.stages, json.dumps(clock.seconds))
     write_report(run.path)
     observer.done()
     return lines
+
+
+class StageClock:
+    """Seconds per stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The stage ends now."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
 
 
 @contextmanager

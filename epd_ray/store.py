@@ -210,6 +210,10 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def stages(self) -> Path:
+        return self.path / "stages.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
