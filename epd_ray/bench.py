@@ -52,8 +52,8 @@ def overlap(iterations: int = 12) -> Record:
     """Seconds per iteration with staleness 1 against 0, where generating and scoring take equally long."""
     medians = {}
     for staleness in (0, 1):
-        # 4 jobs on 2 actors, 6 drift calls of 40 ms each: 0.48 s; one head scores 4 jobs in 0.12 s each: 0.48 s.
-        latencies = ("backbone.options={latency: 0.04}", "rewards.sim.options={latency: 0.12}")
+        # 4 jobs on 2 actors, 4 drift calls of 60 ms each: 0.48 s; one head scores 4 jobs in 0.12 s each: 0.48 s.
+        latencies = ("backbone.options={latency: 0.06}", "rewards.sim.options={latency: 0.12}")
         config = load_config(None, [*SIMULATED, *latencies, f"rdpo.staleness={staleness}"])
         with algorithm(config, [f"prompt {i}" for i in range(64)]) as algo:
             seconds = [_timed(algo.train) for _ in range(iterations)]

@@ -77,7 +77,7 @@ class BackboneConfig(_Section):
 class SolverConfig(_Section):
     """The solver's shape: N intervals of K points."""
 
-    intervals: int = Field(default=3, ge=1, le=1000, description="N")
+    intervals: int = Field(default=2, ge=1, le=1000, description="N")
     points: int = Field(default=2, ge=1, le=64, description="K, evaluated in one batch")
     afs: bool = Field(default=False, description="analytical first step: one evaluation less")
     order: int = Field(default=1, ge=1, le=4, description="of the multistep slope that leads to the points")

@@ -15,6 +15,7 @@ SIMULATED = [
     "backbone.family=simulated",
     "rewards={sim: {head: simulated}}",
     "distill.enabled=false",
+    "solver.intervals=3",
     "cluster.rollout_actors=0",  # in the test's own process, which starts at once; tests of actors ask for them
     "cluster.learner_actors=0",
 ]

@@ -25,6 +25,7 @@ from epd_ray.store import read_metrics
 TINY = [
     "backbone.family=simulated",
     "rewards={sim: {head: simulated, options: {target: 0.4}}}",
+    "solver.intervals=3",
     "prompts.validation=8",
     "prompts.test=8",
     "prompts.num_train=16",
