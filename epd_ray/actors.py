@@ -27,7 +27,9 @@ ONE_MACHINE = {
 def start_ray(address: str | None = None) -> None:
     """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback."""
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
+        logging.getLogger(name).setLevel(logging.ERROR)
     if address is not None:
         ray.init(address=address, **quiet)
         return

@@ -1,7 +1,6 @@
 """The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
 
 import errno
-import logging
 import os
 import shlex
 import time
@@ -35,7 +34,6 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
-    logging.getLogger("ray").setLevel(logging.ERROR)
     app()
 
 
