@@ -64,8 +64,22 @@ def policy_of(case: dict[str, Any]) -> TableDistribution:
     return replace(base, parameters=base.parameters + tensor(case["residual"]))
 
 
-def distribution(space: TableSpace, table: SolverTable = SCALED, concentration: float = 20.0) -> TableDistribution:
-    return TableDistribution(space, base_parameters(table, space, concentration))
+def scaled_for(space: TableSpace) -> SolverTable:
+    """SCALED with only the scales that the space draws."""
+    return replace(
+        SCALED,
+        scale_dir=SCALED.scale_dir if space.scale_dir else None,
+        scale_time=SCALED.scale_time if space.scale_time else None,
+    )
+
+
+def distribution(space: TableSpace, table: SolverTable | None = None, concentration: float = 20.0) -> TableDistribution:
+    return TableDistribution(space, base_parameters(table or scaled_for(space), space, concentration))
+
+
+def test_scales_are_not_dropped_in_silence() -> None:
+    with pytest.raises(TableError, match="scales that would be lost"):
+        base_parameters(SCALED, TableSpace(2), 10.0)
 
 
 def spec(space: TableSpace, bound: float = 100.0) -> PolicySpec:
