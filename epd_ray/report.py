@@ -391,9 +391,9 @@ def _solver_drawing(tables: Mapping[str, Solver]) -> Figure:
     sigmas = next(iter(tables.values())).sigmas.tolist()
     for line, (a, b) in enumerate(itertools.pairwise(sigmas), 1):
         axes.plot((0, 1), (line, line), color=RULE, lw=1.4, zorder=1)
-        axes.text(-0.015, line, f"{a:.3g}", color=MUTED, ha="right", va="center")
-        axes.text(1.015, line, f"{b:.3g}", color=MUTED, va="center")
-    axes.set(xlim=(-0.1, 1.1), ylim=(intervals + 0.6, 0.4))
+        axes.text(-0.045, line, f"{a:.3g}", color=MUTED, ha="right", va="center")
+        axes.text(1.045, line, f"{b:.3g}", color=MUTED, va="center")
+    axes.set(xlim=(-0.14, 1.14), ylim=(intervals + 0.6, 0.4))
     axes.set_axis_off()
     figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, borderpad=0)
     return figure
