@@ -121,7 +121,7 @@ def test_widths_and_start(space: TableSpace) -> None:
     mean = policy.mean_table()
     assert torch.allclose(mean.positions, BASE.positions, atol=1e-6)
     assert torch.allclose(mean.weights, BASE.weights, atol=1e-6)
-    lift = float(np.exp(np.exp(-6) / 2))  # a log-normal's mean lies exp(std^2 / 2) above its median: METHOD section 5
+    lift = float(np.exp(np.exp(-6) / 2))  # a log-normal's mean lies exp(std^2 / 2) above its median
     for name, value in (("scale_dir", 1.1), ("scale_time", 0.9)):
         scale = getattr(mean, name)
         assert (scale is not None) == getattr(space, name)

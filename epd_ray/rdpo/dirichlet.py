@@ -156,7 +156,7 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
     Args:
         table: one table [N, K]; segments and weights of at least 0.001.
         space: what is drawn.
-        concentration: c0, the total concentration of each simplex per interval (METHOD: 10 to 30).
+        concentration: c0, the total concentration of each simplex per interval (10 to 30 in practice).
 
     Raises:
         TableError: a per-sample table, another K, or an entry too small to be a mean.
