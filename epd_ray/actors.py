@@ -1,5 +1,6 @@
 """Ray around the plain workers: reward actors, their pools, and whether there is room for all of it."""
 
+import json
 import logging
 import os
 import time
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 
+from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError, PlacementError
+from epd_ray.memory import Memory, peak_memory
 from epd_ray.rewards import HEADS
-from epd_ray.scoring import Normalisation, Scorer
+from epd_ray.scoring import Scorer
 from epd_ray.types import FloatArray, ImageArray
 
 Resources = dict[str, float]
@@ -24,26 +28,50 @@ ONE_MACHINE = {
 }
 
 
-def start_ray(address: str | None = None) -> None:
-    """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback."""
+HANDED_ON = ("HF_TOKEN", "HF_HOME")
+"""Environment variables that actors get, unless the run says otherwise."""
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
+
+
+def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> None:
+    """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback.
+
+    Args:
+        address: of a cluster.
+        env: names of environment variables; those that are set here reach every actor.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
         logging.getLogger(name).setLevel(logging.ERROR)
     if address is not None:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, runtime_env={"env_vars": _variables(env)}, **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
     here = str(Path(__file__).parent.parent)
     paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, 2),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        **quiet,
-    )
+    several = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported, before it was set here
+    try:
+        ray.init(
+            address="local",  # else Ray would join one that somebody else has started on this machine
+            num_cpus=max(os.cpu_count() or 1, 2),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": {**_variables(env), "PYTHONPATH": paths}},
+            **quiet,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several
+
+
+def _variables(names: Sequence[str]) -> dict[str, str]:
+    """Those that are set, apart from what a submitted job has in its runtime environment (Ray refuses them twice)."""
+    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}")
+    there = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in names if name in os.environ and name not in there}
 
 
 @dataclass(frozen=True)
@@ -52,26 +80,30 @@ class RewardSpec:
 
     Attributes:
         head: a name in the registry, or "module:Class".
+        target: the "module:Class" that runs in its place, where a published package does the head's work.
         options: the head's keyword arguments.
-        normalisation: its weight and how its raw value enters the mix.
+        weight: share in the mix, relative to the other heads.
         replicas: number of actors.
         num_cpus: per actor.
         num_gpus: per actor.
         resources: custom resources per actor.
+        python: interpreter of an environment of its own (see environments); None for the driver's.
     """
 
     head: str = "clip"
+    target: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    normalisation: Normalisation = field(default_factory=Normalisation)
+    weight: float = 1.0
     replicas: int = 1
     num_cpus: float = 0.25
     num_gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
+    python: str | None = None
 
     @property
     def bundle(self) -> Resources:
         """What one actor asks for."""
-        return _bundle(self.num_cpus, self.num_gpus, self.resources)
+        return resources(self.num_cpus, self.num_gpus, self.resources)
 
 
 @dataclass(frozen=True)
@@ -106,6 +138,10 @@ class RewardActor:
         values = self._scorer.score(images, prompts, rollout_ids)
         return TimedScores(values, time.perf_counter() - start)
 
+    def memory(self) -> Memory:
+        """Peaks of this actor."""
+        return peak_memory()
+
 
 class RewardPool:
     """Restartable actors per head, used in turn; one that is gone for good is replaced.
@@ -122,11 +158,17 @@ class RewardPool:
     def _make(self, name: str) -> ActorHandle[RewardActor]:
         spec = self.specs[name]
         self._made += 1
-        options = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
+        options: dict[str, Any] = {
+            "num_cpus": spec.num_cpus,
+            "num_gpus": spec.num_gpus,
+            "resources": dict(spec.resources),
+        }
+        if spec.python is not None:
+            options["runtime_env"] = runtime_env(spec.python)
         return (
             ray.remote(RewardActor)
             .options(name=f"reward:{name}:{self._tag}:{self._made}", max_restarts=-1, max_task_retries=-1, **options)
-            .remote(name, spec.head, dict(spec.options))
+            .remote(name, spec.target or spec.head, dict(spec.options))
         )
 
     def wait_ready(self) -> None:
@@ -147,6 +189,10 @@ class RewardPool:
         self._turn += 1
         chosen = {name: actors[self._turn % len(actors)] for name, actors in self._actors.items()}
         return {name: actor.score.remote(images, prompts, rollout_ids) for name, actor in chosen.items()}
+
+    def memory(self) -> dict[str, Memory]:
+        """Peaks of each head's first actor."""
+        return {name: ray.get(actors[0].memory.remote()) for name, actors in self._actors.items()}
 
     def replace_dead(self) -> None:
         """Make new actors for those that no restart will bring back."""
@@ -175,8 +221,9 @@ def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
     return cause
 
 
-def _bundle(num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> Resources:
-    return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **resources}.items() if v}
+def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:
+    """What an actor asks for, without what it does not need."""
+    return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **custom}.items() if v}
 
 
 def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = PLACEMENT_SECONDS) -> None:

@@ -1,222 +1,46 @@
-"""A run's configuration: typed, every default in one place, all problems reported at once.
+"""A run's configuration: the defaults, a YAML file, overrides; all problems reported at once."""
 
-The defaults are the run that `epd-ray train` makes on the embedded model.
-"""
-
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from epd_ray.backbones import BACKBONES
 from epd_ray.errors import ConfigError
-from epd_ray.registry import Registry, did_you_mean
-from epd_ray.rewards import HEADS
+from epd_ray.registry import did_you_mean
+from epd_ray.scoring import REFERENCE
+from epd_ray.sections import (
+    AUTO,
+    BUILTIN,
+    RESERVED_HEADS,
+    SHAPES,
+    BackboneConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    DistillConfig,
+    EvaluationConfig,
+    Name,
+    PromptsConfig,
+    RDPOSection,
+    RewardConfig,
+    Section,
+    SolverConfig,
+)
 
-SHAPES = "shapes"
-RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy"}
-
-Positive = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # safe in paths, columns and metrics
-
-
-def _registered(registry: Registry[Any], name: str) -> str:
-    if ":" not in name and name not in registry.names():
-        raise ValueError(f"unknown {registry.kind} {name!r}{did_you_mean(name, registry.names())}")
-    return name
-
-
-class _Section(BaseModel):
-    # strict: "8" and true are no integers. validate_default: the validators below also judge what was left out.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
-
-
-class BackboneConfig(_Section):
-    """Which frozen model is driven, and how."""
-
-    family: str = Field(default="sd3", description="a backbone's registry name, or module:Class")
-    model: str = Field(default=SHAPES, description="pipeline directory, hub id, or an embedded model's name")
-    guidance_scale: Amount = Field(default=7.0, description="weight of the prompt; at most 1 means no guidance")
-    resolution: int | None = Field(
-        default=None, ge=8, multiple_of=8, description="pixels per side; null: the model's own"
-    )
-    device: str = Field(default="auto", description="auto (cuda, mps, cpu), or a torch device")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the network")
-    # T5 tokens. Without T5 the pipeline pads with empty ones, which the transformer computes all the same.
-    max_sequence_length: int = Field(default=20, ge=1, le=512, description="T5 tokens a prompt")
-    embedding_cache_mib: int = Field(default=1024, ge=0, description="bound on the cached prompt embeddings")
-    options: dict[str, JsonValue] = Field(default={}, description="constructor arguments of a family other than sd3")
-
-    @field_validator("family")
-    @classmethod
-    def _known(cls, family: str) -> str:
-        return _registered(BACKBONES, family)
-
-    @field_validator("options")
-    @classmethod
-    def _for_others(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
-        if options and info.data.get("family") == "sd3":
-            raise ValueError(f"{', '.join(options)} given, but family sd3 has its own keys (set backbone.<key>)")
-        return options
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the backbone's constructor."""
-        if self.family == "sd3":
-            return self.model_dump(exclude={"family", "guidance_scale", "options"})
-        named = {} if self.model == SHAPES else {"model": self.model}
-        return {**named, **self.options}
+# What changes when the model is not the embedded one, unless the file or an override says otherwise.
+FOR_OTHER_MODELS: dict[str, Any] = {
+    "backbone": {"guidance_scale": None, "max_sequence_length": None},
+    "prompts": {"train": BUILTIN},
+    "rewards": {"hpsv2": {"head": "hpsv2.1"}},
+}
 
 
-class SolverConfig(_Section):
-    """The solver's shape: N intervals of K points."""
-
-    intervals: int = Field(default=2, ge=1, le=1000, description="N")
-    points: int = Field(default=2, ge=1, le=64, description="K, evaluated in one batch")
-    afs: bool = Field(default=False, description="analytical first step: one evaluation less")
-    order: int = Field(default=1, ge=1, le=4, description="of the multistep slope that leads to the points")
-
-
-class PromptsConfig(_Section):
-    """Training prompts, and those held out."""
-
-    train: str = Field(default=SHAPES, description="shapes, or a .txt file with one prompt a line")
-    num_train: Positive = Field(default=256, description="training prompts of shapes; a file gives all that it holds")
-    validation: Positive = Field(default=48, description="prompts that choose the best table")
-    test: Positive = Field(default=128, description="prompts that the result is reported on")
-    two_things: float = Field(default=0.5, ge=0, le=1, description="share of shapes with two objects")
-
-    @field_validator("train")
-    @classmethod
-    def _source(cls, train: str) -> str:
-        if train != SHAPES and not train.endswith(".txt"):
-            raise ValueError(f"is {train!r}, expected {SHAPES!r} or the path of a .txt file")
-        return train
-
-
-class RewardConfig(_Section):
-    """One head of the mix: weight * clip((value + shift) / scale, low, high), and its actors."""
-
-    head: str = Field(default="clip", description="a head's registry name, or module:Class")
-    options: dict[str, JsonValue] = Field(default={}, description="the head's constructor arguments")
-    weight: Amount = Field(default=1.0, description="share in the mix, relative to the other heads")
-    shift: float = Field(default=0.0, description="added to the raw value")
-    scale: float = Field(default=1.0, gt=0, description="divides the shifted value")
-    low: float | None = Field(default=None, description="lower bound of the result")
-    high: float | None = Field(default=None, description="upper bound of the result")
-    replicas: Positive = Field(default=1, description="number of actors")
-    num_cpus: Amount = Field(default=0.25, description="per actor")
-    num_gpus: Amount = Field(default=0.0, description="per actor")
-    resources: dict[str, Amount] = Field(default={}, description="custom Ray resources per actor")
-
-    @field_validator("head")
-    @classmethod
-    def _known(cls, head: str) -> str:
-        return _registered(HEADS, head)
-
-    @field_validator("high")
-    @classmethod
-    def _above_low(cls, high: float | None, info: ValidationInfo) -> float | None:
-        low = info.data.get("low")
-        if high is not None and low is not None and high <= low:
-            raise ValueError(f"is {high:g}, more than low ({low:g}) is needed")
-        return high
-
-
-class DistillConfig(_Section):
-    """Stage 1: least squares against a finer solver."""
-
-    enabled: bool = Field(default=True, description="false: start from evenly spaced points of equal weight")
-    table: str | None = Field(default=None, description="a solver directory to start from instead")
-    prompts: Positive = Field(default=32, description="training prompts that are followed")
-    grid: Positive = Field(default=11, description="positions tried per interval")
-    teacher_steps: Positive = Field(default=6, description="the teacher's steps per interval")
-    min_weight: float = Field(
-        default=0.05, ge=0.001, lt=1, description="smallest weight of a point, so that it can be drawn"
-    )
-
-
-class RDPOSection(_Section):
-    """Stage 2: the policy and its update."""
-
-    iterations: int = Field(default=45, ge=0, description="updates; 0 keeps the table of stage 1")
-    prompts_per_iteration: Positive = Field(default=8, description="P")
-    group_size: int = Field(default=4, description="G, images per prompt")
-    same_latent: bool = Field(default=True, description="images of a group share their noise")
-    baseline: Literal["per_prompt", "mixed"] = Field(default="per_prompt", description="mixed: the reference's")
-    lr: float = Field(default=2e-3, gt=0, le=1, description="of AdamW")
-    weight_decay: Amount = Field(default=0.01, description="of AdamW")
-    clip: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the clipped surrogate")
-    epochs: Positive = Field(default=1, description="passes over an iteration's images")
-    minibatch: Positive = Field(default=16, description="images per gradient step")
-    grad_clip: float = Field(default=1.0, gt=0, description="bound on the gradient's norm")
-    kl_coeff: Amount = Field(default=0.0, description="weight of the KL to the table of stage 1")
-    entropy_coeff: Amount = Field(default=0.0, description="weight of the entropy")
-    concentration: float = Field(default=30.0, gt=0, description="total Dirichlet concentration at the start")
-    concentration_bound: float = Field(default=5.0, ge=1, description="its largest value, times the start")
-    scale_dir: bool = Field(default=False, description="train direction scales too")
-    scale_time: bool = Field(default=False, description="train time scales too")
-    hidden_width: Positive = Field(default=128, description="of the policy network")
-    hidden_depth: Positive = Field(default=2, description="of the policy network")
-    staleness: int = Field(default=1, ge=0, description="updates a rollout's policy may be old; 0: fully synchronous")
-
-    @field_validator("group_size")
-    @classmethod
-    def _leaves_one_out(cls, size: int) -> int:
-        if size < 2:
-            raise ValueError(f"is {size}, at least 2 is needed (leave-one-out compares the images of a group)")
-        return size
-
-    @field_validator("minibatch")
-    @classmethod
-    def _fits(cls, minibatch: int, info: ValidationInfo) -> int:
-        prompts, size = info.data.get("prompts_per_iteration"), info.data.get("group_size")
-        if prompts and size and minibatch > prompts * size:
-            raise ValueError(
-                f"is {minibatch}, at most prompts_per_iteration * group_size = {prompts * size} is possible"
-            )
-        return minibatch
-
-
-class EvaluationConfig(_Section):
-    """What the learned solver is compared with."""
-
-    every: Positive = Field(default=5, description="iterations between validations")
-    baselines: tuple[Literal["euler", "heun", "dpm2", "ipndm"], ...] = Field(
-        default=("euler", "heun", "dpm2", "ipndm"), strict=False, description="at the same parallel NFE"
-    )
-    equal_evals: bool = Field(default=True, description="also at the same total evaluations")
-    pictures: int = Field(default=8, ge=0, description="rows of the contact sheet")
-
-
-class ClusterConfig(_Section):
-    """Where the actors run and what they ask for. The defaults fit two cores with one reward actor."""
-
-    address: str | None = Field(default=None, description="of a Ray cluster; null: a local one on loopback")
-    rollout_actors: int = Field(default=2, ge=0, description="0: in the driver")
-    rollout_cpus: Amount = Field(default=0.75, description="per actor")
-    rollout_gpus: Amount = Field(default=0.0, description="per actor")
-    rollout_resources: dict[str, Amount] = Field(default={}, description="custom Ray resources per actor")
-    images_per_job: Positive = Field(default=8, description="batch of one call, whatever the number of actors")
-    learner_actors: int = Field(default=1, ge=0, le=1, description="0: in the driver")
-    learner_cpus: Amount = Field(default=0.25, description="of the learner")
-    learner_gpus: Amount = Field(default=0.0, description="of the learner")
-
-
-class CheckpointConfig(_Section):
-    """What a resumed run continues from."""
-
-    every: Positive = Field(default=5, description="iterations between checkpoints")
-    keep: Positive = Field(default=3, description="newest ones that stay on disk")
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
     name: Name = Field(default="shapes", description="ends the run directory's name")
@@ -248,13 +72,36 @@ class RunConfig(_Section):
             raise ValueError("weights add up to 0, at least one head needs a positive weight")
         return rewards
 
+    @field_validator("rdpo")
+    @classmethod
+    def _normalisable(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
+        unknown = [r.head for r in info.data.get("rewards", {}).values() if r.head not in REFERENCE]
+        if rdpo.normalisation == "reference" and unknown:
+            raise ValueError(f"normalisation: the reference has none for {unknown[0]!r}, take zscore or none")
+        return rdpo
+
+    @field_validator("cluster")
+    @classmethod
+    def _encodable(cls, cluster: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
+        family = info.data.get("backbone", BackboneConfig()).family
+        if cluster.encoder_actors and family != AUTO:
+            raise ValueError(f"encoder_actors is 1, but family {family!r} has no text encoders that open apart: set 0")
+        return cluster
+
+    @field_validator("rdpo")
+    @classmethod
+    def _keeps_scales(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
+        distill = info.data.get("distill")
+        scales = distill is not None and distill.enabled and distill.table is None and distill.scale_range > 0
+        if scales and not (rdpo.scale_dir and rdpo.scale_time):
+            raise ValueError("distill.scale_range finds scales that would be lost: set scale_dir and scale_time too")
+        return rdpo
+
     @field_validator("distill")
     @classmethod
     def _solvable(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
         solver = info.data.get("solver", SolverConfig())
         points = solver.points
-        if distill.enabled and distill.table is None and (solver.afs or solver.order > 1):
-            raise ValueError("fits plain EPD only: set distill.enabled=false with solver.afs or solver.order > 1")
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
         if distill.min_weight * points >= 1:
@@ -274,9 +121,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: every problem there is, one line each.
     """
-    written = {} if path is None else _read(path)
-    # Sections are filled up by their own defaults; the file's heads replace the default one.
-    data = {**RunConfig().model_dump(mode="json"), **{k: v for k, v in written.items() if v is not None}}
+    written = {k: v for k, v in ({} if path is None else _read(path)).items() if v is not None}
+    data = _fill(_defaults(written, overrides), written)
     problems = [problem for override in overrides if (problem := _apply(data, override))]
     try:
         config = RunConfig.model_validate(data)
@@ -290,6 +136,28 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration: every key, in order; `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Every key's default, for the model that the file and the overrides name."""
+    asked = copy.deepcopy(written)
+    for override in overrides:
+        _apply(asked, override)
+    backbone = asked.get("backbone")
+    backbone = backbone if isinstance(backbone, dict) else {}
+    defaults = RunConfig().model_dump(mode="json")
+    if backbone.get("family", AUTO) == AUTO and backbone.get("model", SHAPES) != SHAPES:
+        defaults = _fill(defaults, FOR_OTHER_MODELS)
+    return defaults
+
+
+def _fill(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Sections keep the defaults of what they leave out; heads given replace the default one."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        section = key != "rewards" and isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        merged[key] = {**defaults[key], **value} if section else value
+    return merged
 
 
 class _Loader(yaml.SafeLoader):
@@ -381,5 +249,5 @@ def _nearest_key(location: Sequence[str]) -> str:
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo]:
-    is_section = isinstance(annotation, type) and issubclass(annotation, _Section)
+    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation.model_fields if is_section else {}

@@ -18,36 +18,11 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from epd_ray.sampling import conditioned_drift, noises
-from epd_ray.solvers import SolverTable, dpm2, epd
-from epd_ray.types import Backbone, Drift
+from epd_ray.shard import Fit, Interval, Points
 
 Matrix = npt.NDArray[np.float64]
-END_MARGIN = 0.02  # positions keep this distance from 0 and 1: a Dirichlet cannot sit on its border
+END_MARGIN = 0.02  # positions keep this distance from 0, 1 and each other: a Dirichlet cannot sit on its border
 RIDGE = 1e-9
-
-
-@dataclass(frozen=True)
-class DistillTask:
-    """One interval of one shard.
-
-    Attributes:
-        intervals: N of the whole schedule.
-        positions: the intervals fitted so far, [n][K].
-        weights: likewise.
-        grid: positions to try, M increasing values in (0, 1).
-        teacher_steps: DPM-Solver-2 steps of the teacher per interval.
-        prompts: of the shard.
-        noise_seeds: one per prompt.
-    """
-
-    intervals: int
-    positions: tuple[tuple[float, ...], ...]
-    weights: tuple[tuple[float, ...], ...]
-    grid: tuple[float, ...]
-    teacher_steps: int
-    prompts: tuple[str, ...]
-    noise_seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,93 +37,41 @@ class NormalEquations:
         return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.target + other.target)
 
 
-class Distiller:
-    """A shard's share of the work; keeps the teacher's states between intervals and remakes them when it has none.
+@torch.no_grad()
+def normal_equations(interval: Interval, grid: Sequence[float]) -> NormalEquations:
+    """The least-squares problem of an interval, summed over its B prompts.
+
+    The device holds one forward of B rows at a time. The CPU holds the drifts, 4 bytes for each of M * B latents, and
+    one prompt's in float64 (not every device has it).
 
     Args:
-        backbone: the frozen model.
-        guidance_scale: for student and teacher.
+        interval: B prompts.
+        grid: M positions to try, in (0, 1).
     """
-
-    def __init__(self, backbone: Backbone, guidance_scale: float) -> None:
-        self.backbone, self.guidance_scale = backbone, guidance_scale
-        self._teacher: dict[tuple[object, ...], list[Tensor]] = {}
-
-    def normal_equations(self, task: DistillTask) -> NormalEquations:
-        """The least-squares problem of the interval after those that the task has tables for."""
-        i = len(task.positions)
-        conditioning = self.backbone.encode(task.prompts, self.guidance_scale)
-        drift = conditioned_drift(self.backbone, conditioning)
-        sigmas = self.backbone.sigmas(task.intervals)
-        start = self.backbone.initial(noises(self.backbone, task.noise_seeds))
-        target = self._teacher_states(task, drift, start, sigmas)[i]
-        x = start
-        if i:
-            fitted = SolverTable(torch.tensor(task.positions), torch.tensor(task.weights))
-            x = epd(drift, start, sigmas[: i + 1], fitted)
-        directions = drifts_inside(drift, x, float(sigmas[i]), float(sigmas[i + 1]), task.grid)  # [M, B, ...]
-        step = float(sigmas[i + 1] - sigmas[i])
-        flat = directions.flatten(1).cpu().double()  # on the CPU: some devices have no float64
-        wanted = ((target - x) / step).flatten().cpu().double()
-        return NormalEquations((flat @ flat.T).numpy(), (flat @ wanted).numpy(), float(wanted @ wanted))
-
-    def _teacher_states(self, task: DistillTask, drift: Drift, start: Tensor, sigmas: Tensor) -> list[Tensor]:
-        """The teacher's state at the end of each interval."""
-        key = (task.intervals, task.teacher_steps, task.prompts, task.noise_seeds)
-        if key not in self._teacher:
-            states: list[Tensor] = []
-            fine = refine(sigmas, task.teacher_steps)
-
-            def keep(step: int, sigma: float, x: Tensor) -> None:
-                if (step + 1) % task.teacher_steps == 0:
-                    states.append(x)
-
-            dpm2(drift, start, fine, callback=keep)
-            self._teacher = {key: states}  # one shard at a time: latents of one job
-        return self._teacher[key]
+    directions = drifts_inside(interval, grid)  # M of [B, ...]
+    step = float(interval.sigmas[1] - interval.sigmas[0])
+    wanted = ((interval.target - interval.x) / step).cpu()
+    total = NormalEquations(np.zeros((len(grid), len(grid))), np.zeros(len(grid)), 0.0)
+    for row in range(len(wanted)):
+        flat = torch.stack([d[row].flatten() for d in directions]).double()  # [M, L]
+        goal = wanted[row].flatten().double()
+        total = total + NormalEquations((flat @ flat.T).numpy(), (flat @ goal).numpy(), float(goal @ goal))
+    return total
 
 
-def refine(sigmas: Tensor, steps: int) -> Tensor:
-    """Each interval of sigmas [N+1] in `steps` equal parts; [N * steps + 1]."""
-    parts = torch.linspace(0, 1, steps + 1, dtype=sigmas.dtype)[:-1]
-    inner = sigmas[:-1, None] + (sigmas[1:] - sigmas[:-1])[:, None] * parts
-    return torch.cat([inner.flatten(), sigmas[-1:]])
-
-
-def drifts_inside(drift: Drift, x: Tensor, a: float, b: float, grid: Sequence[float]) -> Tensor:
-    """The drifts of the EPD points at each position of the grid, [M, B, ...]; one position a call bounds the memory."""
-    d = drift(x, x.new_full(x.shape[:1], a))
+def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
+    """The drifts of the EPD points at each position of the grid, M of [B, ...] on the CPU, one position a call."""
+    (a, b), x = interval.sigmas.tolist(), interval.x
     found = []
     for r in grid:
         s = b**r * a ** (1 - r)
-        found.append(drift(x + (s - a) * d, x.new_full(x.shape[:1], s)))
-    return torch.stack(found)
+        found.append(interval.drift(x + (s - a) * interval.slope, x.new_full(x.shape[:1], s)).cpu())
+    return found
 
 
 def position_grid(count: int) -> tuple[float, ...]:
     """`count` positions from 0.02 to 0.98."""
     return tuple(np.linspace(END_MARGIN, 1 - END_MARGIN, count).round(6).tolist())
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The best K points of an interval.
-
-    Attributes:
-        positions: [K], increasing.
-        weights: [K], at least `min_weight`, summing to 1.
-        residual: relative squared distance that is left, in units of the teacher's step.
-    """
-
-    positions: tuple[float, ...]
-    weights: tuple[float, ...]
-    residual: float
-
-
-def as_table(fits: Sequence[Fit]) -> SolverTable:
-    """The table of one fit per interval."""
-    positions = torch.tensor([f.positions for f in fits], dtype=torch.float64)
-    return SolverTable(positions, torch.tensor([f.weights for f in fits], dtype=torch.float64))
 
 
 def best_points(equations: NormalEquations, grid: Sequence[float], points: int, min_weight: float) -> Fit:
@@ -167,7 +90,7 @@ def best_points(equations: NormalEquations, grid: Sequence[float], points: int, 
         weights = simplex_least_squares(gram, cross, min_weight)
         residual = float(weights @ gram @ weights - 2 * weights @ cross + equations.target) / equations.target
         if best is None or residual < best.residual:
-            best = Fit(tuple(grid[j] for j in index), tuple(weights.tolist()), residual)
+            best = Fit(Points(tuple(grid[j] for j in index), tuple(weights.tolist())), residual)
     assert best is not None
     return best
 

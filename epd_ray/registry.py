@@ -47,6 +47,10 @@ class Registry(Generic[T]):
         """All names, sorted."""
         return sorted(self._entries)
 
+    def targets(self) -> set[str]:
+        """Every "module:attribute"."""
+        return set(self._entries.values())
+
     def get(self, name: str) -> Callable[..., T]:
         """The factory behind a name.
 

@@ -1,14 +1,17 @@
 """What a rollout actor does: draw tables, make pictures. Every answer is a function of the request alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import JsonValue
 
-from epd_ray.distill import Distiller, DistillTask, NormalEquations
+from epd_ray.distill import NormalEquations, normal_equations
+from epd_ray.distill_gradient import Loss, distill_loss
 from epd_ray.errors import ModelError
 from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.sampling import Sampler, noises, to_uint8
+from epd_ray.shard import Points, Shard, ShardStates
 from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
 
 
@@ -21,12 +24,16 @@ class BackboneFacts:
         model_id: as given.
         form: of the ODE.
         sigmas: [N+1], the schedule of the policy's solver.
+        guidance_scale: that the pictures are made with.
+        more: resolution, revision and scheduler, as JSON values.
     """
 
     family: str
     model_id: str
     form: Form
     sigmas: tuple[float, ...]
+    guidance_scale: float
+    more: Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,25 @@ class RolloutWorker:
     def __init__(self, backbone: Backbone, guidance_scale: float, space: TableSpace, sampler: Sampler) -> None:
         self.backbone, self.guidance_scale, self.space, self.sampler = backbone, guidance_scale, space, sampler
 
-        self.distiller = Distiller(backbone, guidance_scale)
+        self.states = ShardStates(backbone, guidance_scale)
 
     def describe(self, num_intervals: int) -> BackboneFacts:
         """The model's name, form and schedule for N intervals."""
         b = self.backbone
-        return BackboneFacts(b.family, b.model_id, b.form, tuple(b.sigmas(num_intervals).tolist()))
+        sigmas = tuple(b.sigmas(num_intervals).tolist())
+        return BackboneFacts(b.family, b.model_id, b.form, sigmas, self.guidance_scale, dict(b.facts))
 
-    def distill(self, task: DistillTask) -> NormalEquations:
-        """See Distiller.normal_equations."""
-        return self.distiller.normal_equations(task)
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """See Backbone.truncated."""
+        return self.backbone.truncated(prompts)
+
+    def distill(self, shard: Shard, grid: Sequence[float]) -> NormalEquations:
+        """See epd_ray.distill.normal_equations."""
+        return normal_equations(self.states.interval(shard), grid)
+
+    def distill_loss(self, shard: Shard, points: Points, gradient: bool) -> Loss:
+        """See epd_ray.distill_gradient.distill_loss."""
+        return distill_loss(self.states.interval(shard), points, gradient)
 
     def generate(self, job: RolloutJob) -> Generated:
         """Draw a table for each request and make its picture, the whole job in one batch."""
@@ -79,7 +95,8 @@ class RolloutWorker:
     def sample(self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int]) -> ImageArray:
         """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
         conditioning = self.backbone.encode(prompts, self.guidance_scale)
-        latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds))
+        with torch.inference_mode():
+            latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds))
         pictures = self.backbone.decode(latents)
         broken = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
         if broken:

@@ -1,33 +1,40 @@
 """A whole run: distil, fine-tune, compare, report. What the command line and the jobs call."""
 
 import json
+import logging
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.checkpoint import load_newest
-from epd_ray.config import SHAPES, RunConfig, load_config, to_yaml
+from epd_ray.config import RunConfig, load_config, to_yaml
 from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
 from epd_ray.evaluate import headline, rivals
 from epd_ray.progress import Observer
+from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
 from epd_ray.sampling import learned, noises, to_uint8
+from epd_ray.sections import AUTO, BUILTIN, SHAPES
 from epd_ray.session import algorithm
-from epd_ray.solvers import Solver, SolverTable
-from epd_ray.store import RunDirectory, read_prompts, write_text
+from epd_ray.solvers import Solver, check_fit
+from epd_ray.store import RunDirectory, write_text
 from epd_ray.trainer import Trainer, comparison, noise_seeds
+from epd_ray.types import Backbone
 
+log = logging.getLogger(__name__)
 PROMPTS = "prompts.json"
 SECONDS_PER_PASS = 0.005  # the embedded model on one core, for the estimate before a run
 SECONDS_TO_START = 30.0
@@ -41,9 +48,13 @@ def describe(config: RunConfig) -> tuple[str, str]:
     validations = 1 + r.iterations // e.every
     compared = evals * 2 + (2 * s.intervals + evals * e.equal_evals) * len(e.baselines)
     distilled = config.distill.prompts * s.intervals * (2 * config.distill.teacher_steps + config.distill.grid + 1)
+    if config.distill.method == "gradient":  # a step costs about four passes a point
+        distilled += (
+            (4 * config.distill.steps * config.distill.batch + 2 * config.distill.prompts) * s.points * s.intervals
+        )
     drifts = images * evals + validations * config.prompts.validation * evals + config.prompts.test * compared
     drifts += distilled if config.distill.enabled and config.distill.table is None else 0
-    passes = drifts * (2 if config.backbone.guidance_scale > 1 else 1)
+    passes = drifts * (2 if (config.backbone.guidance_scale or 0) > 1 else 1)
     model = config.backbone.arguments.get("model", config.backbone.family)
     what = (
         f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {2 * s.intervals - s.afs}) on {model} "
@@ -74,11 +85,11 @@ def train(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
     prompts = load_prompts(config.prompts, config.seed)
-    start_table = _given_table(config)
+    start = given_solver(config)
     run = RunDirectory.create(out, to_yaml(config))
     write_text(run.path / PROMPTS, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
     try:
-        return _go_on(config, run, start_table, None, observer)
+        return _go_on(config, run, start, None, observer)
     except EpdRayError:
         if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
             shutil.rmtree(run.path)
@@ -90,8 +101,8 @@ def resume(run_path: Path, observer: Observer) -> list[str]:
     run = RunDirectory.open(run_path)
     config = load_config(run.config)
     checkpoint = load_newest(run.checkpoints)
-    start_table = _given_table(config) if checkpoint is None else None
-    return _go_on(config, run, start_table, checkpoint, observer)
+    start = given_solver(config) if checkpoint is None else None
+    return _go_on(config, run, start, checkpoint, observer)
 
 
 def saved_prompts(run: RunDirectory) -> PromptSplits:
@@ -106,29 +117,24 @@ def saved_prompts(run: RunDirectory) -> PromptSplits:
         raise RunDirectoryError(f"{run.path / PROMPTS} cannot be read ({error}): the run cannot go on") from error
 
 
-def _given_table(config: RunConfig) -> SolverTable | None:
+def given_solver(config: RunConfig) -> Solver | None:
     if config.distill.table is None:
         return None
     solver = Solver.from_pretrained(config.distill.table)
-    table, made_for = solver.table, solver.meta.get("backbone", config.backbone.family)
-    if made_for != config.backbone.family:
-        raise TableError(
-            f"{config.distill.table} is for the backbone family {made_for}, the run uses {config.backbone.family}: "
-            "take a solver of the same family"
-        )
+    table = solver.table
     wanted = (config.solver.intervals, config.solver.points)
     if (table.intervals, table.points) != wanted:
         raise TableError(
             f"{config.distill.table} has {table.intervals} intervals of {table.points} points, the run {wanted[0]} of "
             f"{wanted[1]}: set solver.intervals and solver.points to match"
         )
-    return table
+    return solver
 
 
 def _go_on(
     config: RunConfig,
     run: RunDirectory,
-    start_table: SolverTable | None,
+    start: Solver | None,
     checkpoint: dict[str, Any] | None,
     observer: Observer,
 ) -> list[str]:
@@ -136,13 +142,14 @@ def _go_on(
     clock = StageClock()
     observer.stage("starting actors", 1)
     with ExitStack() as stack:
-        algo = stack.enter_context(algorithm(config, prompts.train, start_table))
+        algo = stack.enter_context(algorithm(config, prompts.train, None if start is None else start.table))
         stack.enter_context(_stop_signals())  # after Ray, which sets its own handler
         observer.advance()
         clock.lap("starting actors")
+        _warn_of_long_prompts(algo, prompts)
         trainer = Trainer(config, run, prompts, algo, observer)
         if checkpoint is None:
-            trainer.begin(start_table)
+            trainer.begin(start)
         else:
             trainer.restore(checkpoint)
         clock.lap("distilling")
@@ -154,6 +161,12 @@ def _go_on(
     write_report(run.path)
     observer.done()
     return lines
+
+
+def _warn_of_long_prompts(algo: RDPO, prompts: PromptSplits) -> None:
+    every = [*prompts.train, *prompts.validation, *prompts.test]
+    if cut := algo.truncated(every):
+        log.warning("%d of %d prompts are longer than the model reads: their ends are cut", cut, len(every))
 
 
 class StageClock:
@@ -222,7 +235,7 @@ def _evaluation_prompts(
 ) -> list[str]:
     if prompts_file is not None:
         held_out = read_prompts(prompts_file)
-    elif config.prompts.train == SHAPES and count is not None:
+    elif config.prompts.train in (SHAPES, BUILTIN) and count is not None:
         prompts = config.prompts.model_copy(update={split: count})
         held_out = getattr(load_prompts(prompts, config.seed), split)
     else:
@@ -244,34 +257,68 @@ def _evaluation_directory(run: RunDirectory, name: str) -> RunDirectory:
     return target
 
 
-def sample(
-    solver_path: str, prompts: Sequence[str], seed: int, out: Path, model: str | None, device: str, dtype: str
-) -> Path:
-    """Draw one picture per prompt with a saved solver, side by side into one PNG.
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `sample` may do otherwise than the solver's own file says.
 
-    Args:
-        solver_path: directory or hub id.
-        prompts: at least one.
-        seed: of the noise; prompt i uses seed + i.
-        out: a .png.
-        model: the solver's own when None.
+    Attributes:
+        model: pipeline directory or hub id; the solver's own when None.
+        guidance_scale: the solver's own when None.
+        resolution: pixels per side; the solver's own when None.
         device: as everywhere.
         dtype: of the network.
     """
-    solver = Solver.from_pretrained(solver_path)
-    meta = dict(solver.meta)
-    if "backbone" not in meta:
-        raise TableError(f"{solver_path} does not say which backbone it is for: only solvers of a run can be sampled")
-    options: dict[str, Any] = dict(meta.get("options") or {})  # type: ignore[arg-type]
-    if "device" in options:
-        options |= {"device": device, "dtype": dtype}
-    if model is not None:
-        options["model"] = model
-    backbone = BACKBONES.build(str(meta["backbone"]), options)
-    conditioning = backbone.encode(list(prompts), float(meta["guidance_scale"]))  # type: ignore[arg-type]
+
+    model: str | None = None
+    guidance_scale: float | None = None
+    resolution: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, options: SampleOptions) -> Path:
+    """Draw one picture per prompt with a saved solver, side by side into one PNG.
+
+    Args:
+        solver_name: directory, preset or hub id.
+        prompts: at least one.
+        seed: of the noise; prompt i uses seed + i.
+        out: a .png.
+        options: see SampleOptions.
+    """
+    solver = Solver.from_pretrained(solver_name)
+    backbone = _backbone_of(solver, solver_name, options)
+    guidance = options.guidance_scale
+    if guidance is None:
+        guidance = float(solver.meta.get("guidance_scale", backbone.default_guidance))  # type: ignore[arg-type]
+    warnings = check_fit(solver, solver_name, backbone.family, backbone.form, guidance, backbone.facts)
+    if cut := backbone.truncated(prompts):
+        warnings.append(f"{cut} of {len(prompts)} prompts are longer than the model reads: their ends are cut")
+    for warning in warnings:
+        log.warning(warning)
+    conditioning = backbone.encode(list(prompts), guidance)
     noise = noises(backbone, [seed + i for i in range(len(prompts))])
-    latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
+    with torch.inference_mode():
+        latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
     images = to_uint8(backbone.decode(latents)).permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(list(images), axis=1)).save(out)
     return out
+
+
+def _backbone_of(solver: Solver, name: str, options: SampleOptions) -> Backbone:
+    """The model that a solver's file names, or the one asked for instead."""
+    meta = dict(solver.meta)
+    if "backbone" not in meta or (options.model is None and "model_id" not in meta):
+        raise TableError(f"{name} does not say which model it is for: take the solver of a run, or a preset")
+    registry, arguments = str(meta.get("registry", AUTO)), dict(meta.get("options") or {})  # type: ignore[arg-type]
+    if registry != AUTO:
+        return BACKBONES.build(registry, arguments | ({"model": options.model} if options.model else {}))
+    arguments |= {
+        "model": options.model or meta["model_id"],
+        "revision": meta.get("revision") if options.model is None else None,
+        "resolution": options.resolution or meta.get("resolution"),
+        "device": options.device,
+        "dtype": options.dtype,
+    }
+    return BACKBONES.build(registry, arguments)

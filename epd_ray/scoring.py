@@ -44,7 +44,6 @@ class Scorer:
 class Normalisation:
     """How a head's raw value enters the mix: clip((x + shift) / scale, low, high)."""
 
-    weight: float = 1.0
     shift: float = 0.0
     scale: float = 1.0
     low: float | None = None
@@ -54,8 +53,37 @@ class Normalisation:
         return np.asarray(np.clip((values + self.shift) / self.scale, self.low, self.high), np.float32)
 
 
-def mix(scores: Mapping[str, FloatArray], heads: Mapping[str, Normalisation]) -> FloatArray:
-    """The weighted mean of the normalised scores, float32 [B]."""
-    total = sum(h.weight for h in heads.values())
-    parts = [heads[name].weight / total * heads[name](values) for name, values in scores.items()]
+REFERENCE = {
+    "hpsv2.1": Normalisation(low=0.0, high=1.0),
+    "pickscore": Normalisation(scale=26.0, low=0.0, high=1.0),
+    "imagereward": Normalisation(shift=3.1, scale=10.0, low=0.0, high=1.0),
+    "clip": Normalisation(low=0.0, high=1.0),
+    "aesthetic": Normalisation(scale=10.0, low=0.0, high=1.0),
+}
+"""The reference's clamps, by registry name, on the published packages' values. Source: RDPO (arXiv 2512.22796)."""
+
+
+def standardise(values: FloatArray) -> Normalisation:
+    """The z-score over values [B]; a head that gives one value for everything counts for nothing.
+
+    Args:
+        values: raw scores of one head, at least one.
+    """
+    wide = values.astype(np.float64)
+    return Normalisation(shift=-float(wide.mean()), scale=float(wide.std()) or 1.0)
+
+
+def mix(
+    scores: Mapping[str, FloatArray], weights: Mapping[str, float], normalisations: Mapping[str, Normalisation]
+) -> FloatArray:
+    """The weighted mean of the normalised scores, float32 [B].
+
+    Args:
+        scores: head -> raw values [B].
+        weights: head -> share, >= 0, not all 0.
+        normalisations: by head; raw values where there is none.
+    """
+    total = sum(weights.values())
+    as_it_is = Normalisation()
+    parts = [weights[name] / total * normalisations.get(name, as_it_is)(values) for name, values in scores.items()]
     return np.asarray(np.sum(parts, axis=0), np.float32)

@@ -1,30 +1,33 @@
 """From a run's configuration to live actors."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
 
-from epd_ray.actors import RewardSpec, start_ray
+from epd_ray.actors import HANDED_ON, RewardSpec, start_ray
 from epd_ray.config import RunConfig
+from epd_ray.encoder import EncoderSpec
+from epd_ray.environments import package_spec
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
-from epd_ray.scoring import Normalisation
+from epd_ray.sections import RewardConfig
 from epd_ray.solvers import SolverTable
 
 
 @contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, env: Sequence[str] = HANDED_ON) -> Iterator[None]:
     """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
 
     Args:
         address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
+        env: names of the environment variables that actors get.
     """
     if ray.is_initialized():
         yield
         return
-    start_ray(address)
+    start_ray(address, env)
     try:
         yield
     finally:
@@ -34,18 +37,7 @@ def ray_session(address: str | None) -> Iterator[None]:
 def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
     """The algorithm's configuration of a run, starting from `table` (evenly spaced points when None)."""
     rdpo, cluster = config.rdpo, config.cluster
-    heads = {
-        name: RewardSpec(
-            head=r.head,
-            options=r.options,
-            normalisation=Normalisation(r.weight, r.shift, r.scale, r.low, r.high),
-            replicas=r.replicas,
-            num_cpus=r.num_cpus,
-            num_gpus=r.num_gpus,
-            resources=r.resources,
-        )
-        for name, r in config.rewards.items()
-    }
+    heads = {name: _reward_spec(reward) for name, reward in config.rewards.items()}
     built: RDPOConfig = (
         RDPOConfig()
         .solver(
@@ -64,6 +56,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             options=config.backbone.arguments,
             guidance_scale=config.backbone.guidance_scale,
         )
+        .encoder(EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus) if cluster.encoder_actors else None)
         .rollouts(
             prompts=prompts,
             prompts_per_iteration=rdpo.prompts_per_iteration,
@@ -73,7 +66,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             baseline=rdpo.baseline,
             max_staleness=rdpo.staleness,
         )
-        .rewards(heads)
+        .rewards(heads, normalisation=rdpo.normalisation)
         .training(
             lr=rdpo.lr,
             weight_decay=rdpo.weight_decay,
@@ -100,10 +93,25 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
     return built
 
 
+def _reward_spec(reward: RewardConfig) -> RewardSpec:
+    target, python = package_spec(reward.head) if reward.backend == "package" else (None, None)
+    return RewardSpec(
+        head=reward.head,
+        target=target,
+        options=reward.options,
+        weight=reward.weight,
+        replicas=reward.replicas,
+        num_cpus=reward.num_cpus,
+        num_gpus=reward.num_gpus,
+        resources=reward.resources,
+        python=None if python is None else str(python),
+    )
+
+
 @contextmanager
 def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
     """A built RDPO on a Ray session, both ended afterwards."""
-    with ray_session(config.cluster.address):
+    with ray_session(config.cluster.address, config.cluster.env):
         algo: RDPO = rdpo_config(config, prompts, table).build_algo()
         try:
             yield algo

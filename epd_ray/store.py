@@ -1,6 +1,5 @@
 """What a run keeps on disk: prompts in; configuration, rollouts and metrics out."""
 
-import codecs
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tensorboardX import SummaryWriter
 
-from epd_ray.errors import PromptError, RewardError, RunDirectoryError
+from epd_ray.errors import RewardError, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -56,32 +55,6 @@ def rollout_schema(heads: Sequence[str]) -> pa.Schema:
     scores = pa.struct([pa.field(head, pa.float32(), nullable=False) for head in heads])
     described = pa.field("rewards", scores, nullable=False, metadata={"description": "each head's raw score"})
     return ROLLOUT_SCHEMA.insert(ROLLOUT_SCHEMA.get_field_index("reward"), described)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one per line, in order; duplicates stay.
-
-    Raises:
-        PromptError: no such file, no text file, nothing in it, a blank line, or bytes that are not UTF-8.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise PromptError(f"{path} is a directory, expected a text file with one prompt per line")
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise PromptError(f"cannot read prompts from {path}: {error.strerror}") from error
-    if not lines:
-        raise PromptError(f"{path} is empty, expected one prompt per line")
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(line.decode("utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    if blank := [number for number, prompt in enumerate(prompts, start=1) if not prompt]:
-        raise PromptError(f"{path}, line {blank[0]}: blank, expected a prompt ({len(blank)} blank in all; remove them)")
-    return prompts
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The stages of a run on live actors, and what each leaves in the run directory."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,21 @@ import torch
 
 from epd_ray.checkpoint import save_checkpoint
 from epd_ray.config import RunConfig
-from epd_ray.distill import Fit, as_table
+from epd_ray.distill_gradient import Descent
 from epd_ray.evaluate import Comparison, Draw, Row, compare, headline, rivals, save_comparison, save_pictures
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler, learned
-from epd_ray.solvers import Solver, SolverTable
+from epd_ray.shard import Fit, as_table
+from epd_ray.solvers import Solver, SolverTable, check_fit
+from epd_ray.stage_one import StageOne, fit_table
 from epd_ray.statistics import bootstrap_mean
 from epd_ray.store import MetricsLog, RunDirectory, rollout_table, write_rollouts
 from epd_ray.types import FloatArray, ImageArray
 
+log = logging.getLogger(__name__)
 STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
 
 
@@ -64,13 +69,35 @@ def noise_seeds(config: RunConfig, stream: str, count: int) -> list[int]:
 def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> list[Fit]:
     """Stage 1 on the first training prompts."""
     chosen = prompts.train[: config.distill.prompts]
-    return algo.distill(
-        chosen,
-        noise_seeds(config, "distill", len(chosen)),
-        grid=config.distill.grid,
-        teacher_steps=config.distill.teacher_steps,
-        min_weight=config.distill.min_weight,
+    stage = stage_one(config, chosen, noise_seeds(config, "distill", len(chosen)))
+    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts))
+
+
+def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -> StageOne:
+    """What a run fits, on some prompts."""
+    s, d = config.solver, config.distill
+    return StageOne(
+        intervals=s.intervals,
+        points=s.points,
+        prompts=tuple(prompts),
+        noise_seeds=tuple(seeds),
+        shard_size=config.cluster.images_per_job,
+        teacher_steps=d.teacher_steps,
+        grid=d.grid,
+        min_weight=d.min_weight,
+        afs=s.afs,
+        order=s.order,
     )
+
+
+def descent_of(config: RunConfig, facts: BackboneFacts) -> Descent | None:
+    """How a run descends the gradient, if it does."""
+    d = config.distill
+    if d.method == "least_squares":
+        return None
+    batch = max(1, round(d.batch / config.cluster.images_per_job))
+    max_sigma = facts.sigmas[0] if facts.form == "flow" else None
+    return Descent(d.steps, d.lr, batch, d.min_weight, d.scale_range, max_sigma)
 
 
 def validation_rewards(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> FloatArray:
@@ -86,6 +113,21 @@ def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
     return float(validation_rewards(config, prompts, algo, algo.mean_table()).mean())
 
 
+def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
+    """A run's solver, with what it was made for and from."""
+    about = {
+        "backbone": facts.family,
+        "model_id": facts.model_id,
+        **facts.more,
+        "guidance_scale": facts.guidance_scale,
+        "registry": config.backbone.family,
+        "options": config.backbone.portable,
+        **meta,
+    }
+    sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
+    return Solver(table, sigmas, facts.form, config.solver.afs, config.solver.order, about)
+
+
 class Trainer:
     """The stages of a run on a built algorithm, and what they leave in the run directory."""
 
@@ -97,9 +139,13 @@ class Trainer:
 
     # -- stage 1 ------------------------------------------------------------------------------------------------------
 
-    def begin(self, start_table: SolverTable | None) -> None:
+    def begin(self, start: Solver | None) -> None:
         """Distil where asked, save the table of the start, and validate it."""
-        table = start_table
+        if start is not None:
+            facts, name = self.algo.facts, str(self.config.distill.table)
+            for warning in check_fit(start, name, facts.family, facts.form, facts.guidance_scale, facts.more):
+                log.warning(warning)
+        table = None if start is None else start.table
         residuals: list[float] = []
         if table is None and self.config.distill.enabled:
             self.observer.stage("distilling", 1)
@@ -110,23 +156,14 @@ class Trainer:
         table = table or self.algo.mean_table()
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
         self.run.metrics.unlink(missing_ok=True)
-        with MetricsLog(self.run) as log:
-            log.write({"iteration": 0, "images": 0, **self._validate(table, 0)})
+        with MetricsLog(self.run) as metrics:
+            metrics.write({"iteration": 0, "images": 0, **self._validate(table, 0)})
         self._mark()
         self._checkpoint()
 
     def _solver(self, table: SolverTable, **meta: Any) -> Solver:
-        facts, backbone = self.algo.facts, self.config.backbone
-        about = {
-            "backbone": backbone.family,
-            "model_id": facts.model_id,
-            "options": backbone.arguments,
-            "guidance_scale": backbone.guidance_scale,
-            "rewards": {name: head.weight for name, head in self.config.rewards.items()},
-            **meta,
-        }
-        sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
-        return Solver(table, sigmas, facts.form, self.config.solver.afs, self.config.solver.order, about)
+        rewards = {name: head.weight for name, head in self.config.rewards.items()}
+        return made_by(self.config, self.algo.facts, table, rewards=rewards, **meta)
 
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 
@@ -137,16 +174,16 @@ class Trainer:
         self.observer.stage("fine-tuning", iterations)
         self.observer.advance(done)
         self.algo.last_iteration = iterations
-        with MetricsLog(self.run, keep_until=done) as log:
+        with MetricsLog(self.run, keep_until=done) as metrics:
             try:
                 while self.algo.policy_version < iterations:
-                    self._iterate(log)
+                    self._iterate(metrics)
             except KeyboardInterrupt:
                 self._checkpoint()
                 raise
         self._checkpoint()
 
-    def _iterate(self, log: MetricsLog) -> None:
+    def _iterate(self, metrics: MetricsLog) -> None:
         start = time.perf_counter()
         self.algo.train()
         last = self.algo.last
@@ -155,7 +192,7 @@ class Trainer:
         write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)
-        log.write(row)
+        metrics.write(row)
         self._mark()
         if last.number % self.config.checkpoint.every == 0:
             self._checkpoint()
@@ -211,7 +248,7 @@ class Trainer:
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
         found = comparison(draw, [ours, start, *others], prompts, seeds, "test", self.run, keep, self.observer)
         means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}
-        self._save_best(test_before=means["distilled"], test_after=means["rdpo"])
+        self._save_best(rewards_before=means["distilled"], rewards_after=means["rdpo"])
         return headline(found.summary())
 
 

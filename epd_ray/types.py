@@ -1,11 +1,12 @@
 """The records that travel between stages. All frozen; rows are joined by id, never by position."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 from torch import Tensor
 
 Drift = Callable[[Tensor, Tensor], Tensor]
@@ -97,14 +98,28 @@ class Conditioning(Protocol):
 
 
 class Backbone(Protocol):
-    """A frozen diffusion model as the ODE dx/dsigma = drift(x, sigma). The only door to a model."""
+    """A frozen diffusion model as the ODE dx/dsigma = drift(x, sigma). The only door to a model.
+
+    Attributes:
+        family: a solver fits models of its own family alone.
+        model_id: as the user names it.
+        form: of the ODE.
+        default_guidance: the guidance scale that its family is usually run with.
+        facts: what a solver file keeps beside these, as JSON values: resolution, revision, scheduler.
+    """
 
     family: str
     model_id: str
     form: Form
+    default_guidance: float
+    facts: Mapping[str, JsonValue]
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditioning:
         """Conditioning of length B for B prompts."""
+        ...
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the model reads; their ends are cut."""
         ...
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
@@ -120,7 +135,7 @@ class Backbone(Protocol):
         ...
 
     def drift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """dx/dsigma at x [B, ...], sigma [B]; float32."""
+        """dx/dsigma at x [B, ...], sigma [B]; float32; differentiable in x and sigma."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:

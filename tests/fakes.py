@@ -43,3 +43,23 @@ class TableBackbone(SimulatedBackbone):
 
     def decode(self, x):
         return (1 + x).clamp(0, 1)
+
+
+class Quiet:
+    """An observer that counts, and that can press Ctrl-C."""
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.steps, self.interrupt_after, self.stages = 0, interrupt_after, []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append(name)
+
+    def advance(self, steps: int = 1, /, **numbers: float) -> None:
+        if self.stages[-1] == "fine-tuning" and numbers:
+            self.steps += steps
+            if self.steps == self.interrupt_after:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None: ...
+
+    def done(self) -> None: ...

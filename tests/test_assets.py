@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPModel
 
 from epd_ray.assets import EMBEDDED
-from epd_ray.backbones.sd3 import SD3Backbone
+from epd_ray.backbones.auto import open_backbone
 from epd_ray.rewards.clip import ClipHead
 from epd_ray.sampling import baseline, noises
 from epd_ray.shapes.release import measure_clip, measure_pipeline
@@ -37,7 +37,7 @@ def test_both_open_with_plain_calls_and_fit_16_megabytes():
 def test_euler_equals_the_pipeline_on_the_shipped_weights():
     pipeline = open_pipeline(torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    backbone = SD3Backbone(model="shapes", device="cpu", dtype="float32", max_sequence_length=20)
+    backbone = open_backbone(model="shapes", device="cpu", dtype="float32", max_sequence_length=20)
     prompts = [s.caption for s in distinct_scenes("test", 3, 0, 0.5)]
     noise = noises(backbone, [1, 2, 3])
     theirs = pipeline(

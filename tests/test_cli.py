@@ -153,7 +153,7 @@ def test_sample(monkeypatch):
     monkeypatch.setattr(run, "sample", fake)
     result = invoke("sample", "--solver", "mine/solver", "--prompt", "a star", "--prompt", "a cross", "--seed", 3)
     assert (result.exit_code, result.stdout) == (0, "picture: sample.png\n")
-    fake.assert_called_once_with("mine/solver", ["a star", "a cross"], 3, Path("sample.png"), None, "auto", "auto")
+    fake.assert_called_once_with("mine/solver", ["a star", "a cross"], 3, Path("sample.png"), run.SampleOptions())
 
 
 def test_evaluate(monkeypatch):

@@ -1,3 +1,4 @@
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -60,6 +62,13 @@ def test_long_prompts_are_cut_and_unknown_words_are_spelt(folder: Path) -> None:
     assert scores.isfinite().all()
 
 
+def test_prompts_are_cleaned(folder: Path) -> None:
+    head = ClipHead(model=str(folder), device="cpu", batch_size=2)
+    images = pictures(32, 32)[:1].repeat(3, 1, 1, 1)
+    scores = head.score(images, ["“red” &amp; blue", '"red" & blue', "red blue"])
+    assert torch.allclose(scores[0], scores[1], atol=1e-6) and (scores[0] - scores[2]).abs() > 1e-4
+
+
 def test_half_precision_network_gives_float32_scores(folder: Path) -> None:
     images = pictures(32, 32)
     half = ClipHead(model=str(folder), device="cpu", dtype="bfloat16").score(images, PROMPTS)
@@ -67,14 +76,19 @@ def test_half_precision_network_gives_float32_scores(folder: Path) -> None:
     assert torch.allclose(half, direct(folder, images)[0], atol=0.02)
 
 
+def drop_weight(path: Path) -> None:
+    save_file({k: v for k, v in load_file(path).items() if k != "text_projection.weight"}, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (shutil.rmtree, "is no directory"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 100), "cannot be opened"),
+        (lambda d: drop_weight(d / "model.safetensors"), "lacks text_projection.weight, or has them in another shape"),
         (lambda d: (d / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda d: (d / "preprocessor_config.json").unlink(), "Can't load image processor"),
-        (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "a CLIPTokenizer without words"),
+        (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "without tokenizer.json or vocab.json"),
     ],
 )
 def test_damage_is_a_model_error(folder: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -84,3 +98,10 @@ def test_damage_is_a_model_error(folder: Path, tmp_path: Path, damage: Callable[
     with pytest.raises(ModelError, match=message) as caught:
         ClipHead(model=str(copy), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_defaults() -> None:
+    parameters = inspect.signature(ClipHead).parameters
+    assert parameters["model"].default == "openai/clip-vit-large-patch14" and parameters["dtype"].default == "auto"
+    head = ClipHead(model="shapes-clip", device="cpu")
+    assert head.model_id == "shapes-clip" and head.revision is None

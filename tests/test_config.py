@@ -1,10 +1,13 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from epd_ray.config import BackboneConfig, RunConfig, load_config, to_yaml
+from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.config import RunConfig, load_config, to_yaml
 from epd_ray.errors import ConfigError
+from epd_ray.sections import BackboneConfig
 
 
 def problems(*overrides: str) -> list[str]:
@@ -79,15 +82,20 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rewards.clip.weight=0", "rewards: weights add up to 0, at least one head needs a positive weight"),
         ("rewards={}", "rewards: is {}, at least 1 is needed"),
         ("rewards.a b={}", "rewards.a b: is 'a b', expected letters, digits, - and _ alone"),
-        ("rewards.clip={low: 1, high: 0}", "rewards.clip.high: is 0, more than low (1) is needed"),
-        ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; did you mean 'sd3'?"),
-        ("backbone.options={a: 1}", "backbone.options: a given, but family sd3 has its own keys"),
+        ("rewards.clip={low: 1}", "rewards.clip.low: unknown key"),
+        ("rdpo.normalisation=zscor", "rdpo.normalisation: unknown 'zscor'; did you mean 'zscore'?"),
+        ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
+        ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
+        ("backbone.offload=disk", "backbone.offload: unknown 'disk'; known: model, none, sequential"),
         ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown 'heunn'; did you mean 'heun'?"),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 2 is needed"),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.5 is needed"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
         ("cluster=3", "cluster: is 3, expected a mapping of keys"),
-        ("prompts.train=shape", "prompts.train: is 'shape', expected 'shapes' or the path of a .txt file"),
+        (
+            "prompts.train=shape",
+            "prompts.train: is 'shape', expected 'shapes', 'builtin' or the path of a file (.txt, .csv",
+        ),
         ("name=../x", "name: is '../x', expected letters"),
         ("name.x=1", "name.x: name is 'shapes', which has no keys"),
         ("rdpo.lr", "rdpo.lr: expected key=value"),
@@ -147,13 +155,33 @@ def test_an_empty_file_is_the_default(tmp_path):
 def test_the_embedded_backbone_gets_its_own_keys():
     arguments = load_config(None, ["backbone.resolution=64"]).backbone.arguments
     assert arguments == {
-        "model": "shapes",
-        "resolution": 64,
-        "device": "auto",
-        "dtype": "auto",
-        "max_sequence_length": 20,
-        "embedding_cache_mib": 1024,
+        name: value
+        for name, value in asdict(PipelineOptions("shapes", resolution=64, max_sequence_length=20)).items()
+        if name != "parts"
     }
+
+
+@pytest.mark.parametrize("how", ["override", "file"])
+def test_another_model_brings_its_own_defaults(tmp_path, how):
+    model = "stabilityai/stable-diffusion-3-medium-diffusers"
+    path = written(tmp_path, f"backbone: {{model: {model}, dtype: float16}}\n") if how == "file" else None
+    config = load_config(path, [f"backbone.model={model}"] if how == "override" else [])
+    assert config.backbone.model == model and config.backbone.guidance_scale is None
+    assert config.backbone.max_sequence_length is None and config.prompts.train == "builtin"
+    assert {name: r.head for name, r in config.rewards.items()} == {"hpsv2": "hpsv2.1"}
+    assert config.backbone.dtype == ("float16" if how == "file" else "auto")
+    given = ["rewards={mine: {head: clip}}", "backbone.guidance_scale=4.5", "prompts.train=a.txt"]
+    chosen = load_config(path, [f"backbone.model={model}", *given])
+    assert list(chosen.rewards) == ["mine"] and chosen.backbone.guidance_scale == 4.5
+    assert chosen.prompts.train == "a.txt" and chosen.prompts.test == RunConfig().prompts.test
+
+
+def test_the_references_clamps_are_for_its_heads():
+    mine = "rewards={mine: {head: simulated}}"
+    with pytest.raises(ConfigError, match="rdpo: normalisation: the reference has none for 'simulated'"):
+        load_config(None, ["rdpo.normalisation=reference", mine])
+    assert load_config(None, ["rdpo.normalisation=zscore", mine]).rdpo.normalisation == "zscore"
+    assert load_config(None, ["rdpo.normalisation=reference"]).rdpo.normalisation == "reference"
 
 
 def test_other_backbones_get_their_options():

@@ -1,4 +1,4 @@
-"""Stage 1 by least squares: the small problem exactly, and the table against what it replaces."""
+"""Stage 1 by least squares: the small problem exactly, shards, and the table against what it replaces."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,18 @@ import torch
 from scipy.optimize import minimize
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.distill import Distiller, DistillTask, as_table, best_points, position_grid, refine, simplex_least_squares
+from epd_ray.distill import best_points, normal_equations, position_grid, simplex_least_squares
+from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler, baseline, noises
+from epd_ray.shard import Points, Shard, ShardStates, as_table, refine
+from epd_ray.solvers import epd
+from epd_ray.solvers.table import dpm2_table
+from epd_ray.stage_one import StageOne, fit_table
 
 PROMPTS = tuple(f"prompt {i}" for i in range(8))
 SEEDS = tuple(range(8))
+STAGE = StageOne(3, 2, PROMPTS, SEEDS, shard_size=8, teacher_steps=4, grid=7, min_weight=0.05)
+TWO = (Points((0.2, 0.7), (0.5, 0.5)), Points((0.3, 0.6), (0.4, 0.6)))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -32,27 +39,54 @@ def test_simplex_least_squares_is_optimal(size):
         assert loss(ours) <= reference.fun + 1e-6 * abs(reference.fun)
 
 
-def task(prompts, seeds, fits=(), grid=7):
-    return DistillTask(
-        3, tuple(f.positions for f in fits), tuple(f.weights for f in fits), position_grid(grid), 4, prompts, seeds
-    )
+def worker(backbone):
+    return RolloutWorker(backbone, 1.0, None, None)
 
 
-def distil(backbone):
-    distiller, fits = Distiller(backbone, 1.0), []
-    for _ in range(3):
-        fits.append(best_points(distiller.normal_equations(task(PROMPTS, SEEDS, fits)), position_grid(7), 2, 0.05))
-    return as_table(fits)
+def on(*workers):
+    """Runs tasks on workers in turn."""
+    return lambda method, calls: [getattr(workers[i % len(workers)], method)(*c) for i, c in enumerate(calls)]
 
 
-def test_shards_add_up_to_the_whole():
+def distil(backbone, stage=STAGE):
+    return as_table(fit_table(on(worker(backbone)), stage, backbone.sigmas(stage.intervals).tolist()))
+
+
+def test_equations_are_those_of_all_drifts_at_once():
+    backbone, grid = GaussianBackbone(components=2), position_grid(5)
+    interval = ShardStates(backbone, 1.0).interval(Shard(PROMPTS, SEEDS, 3, TWO[:1], 4))
+    (a, b), x = interval.sigmas.tolist(), interval.x
+    d = interval.drift(x, torch.full((8,), a))
+    inner = [b**r * a ** (1 - r) for r in grid]
+    drifts = torch.stack([interval.drift(x + (s - a) * d, torch.full((8,), s)) for s in inner]).flatten(1).double()
+    wanted = ((interval.target - x) / (b - a)).flatten().double()
+    found = normal_equations(interval, grid)
+    np.testing.assert_allclose(found.gram, drifts @ drifts.T, rtol=1e-6)
+    np.testing.assert_allclose(found.cross, drifts @ wanted, rtol=1e-5)
+    assert found.target == pytest.approx(float(wanted @ wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 2, 5), (1,) * 8])
+def test_shards_add_up_to_the_whole(sizes):
     backbone = GaussianBackbone(components=2)
-    whole = Distiller(backbone, 1.0).normal_equations(task(PROMPTS, SEEDS))
-    halves = [Distiller(backbone, 1.0).normal_equations(task(PROMPTS[i], SEEDS[i])) for i in (slice(4), slice(4, 8))]
-    total = halves[0] + halves[1]
+    whole, *parts = [
+        worker(backbone).distill(Shard(PROMPTS[i:j], SEEDS[i:j], 3, TWO, 4), position_grid(7))
+        for i, j in [(0, 8), *zip(np.cumsum((0, *sizes)).tolist(), np.cumsum(sizes).tolist(), strict=False)]
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     np.testing.assert_allclose(total.gram, whole.gram, rtol=1e-6)
-    np.testing.assert_allclose(total.cross, whole.cross, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(total.cross, whole.cross, rtol=1e-6)
     assert total.target == pytest.approx(whole.target, rel=1e-6)
+
+
+def test_number_of_workers_changes_no_bit():
+    backbone = GaussianBackbone(components=2)
+    stage = StageOne(3, 2, PROMPTS, SEEDS, shard_size=3, teacher_steps=4, grid=7, min_weight=0.05)
+    sigmas = backbone.sigmas(3).tolist()
+    one, three = (fit_table(on(*(worker(backbone) for _ in range(n))), stage, sigmas) for n in (1, 3))
+    assert one == three
 
 
 def test_table_is_nearer_the_teacher_than_the_baselines():
@@ -69,14 +103,67 @@ def test_table_is_nearer_the_teacher_than_the_baselines():
     assert learned < 0.5 * min(distance(baseline(kind, 6)) for kind in ("heun", "dpm2"))
 
 
-def test_teacher_states_are_remade_when_lost():
+@pytest.mark.parametrize(("afs", "order"), [(True, 1), (False, 2), (True, 3)])
+def test_residual_is_that_of_the_solver_that_is_deployed(afs, order):
+    """With the analytical first step and multistep slopes too."""
     backbone = GaussianBackbone(components=2)
-    warm = Distiller(backbone, 1.0)
-    first = best_points(warm.normal_equations(task(PROMPTS, SEEDS)), position_grid(7), 2, 0.05)
-    again = task(PROMPTS, SEEDS, [first])
-    np.testing.assert_array_equal(
-        warm.normal_equations(again).gram, Distiller(backbone, 1.0).normal_equations(again).gram
-    )
+    stage = StageOne(3, 2, PROMPTS, SEEDS, 8, teacher_steps=4, grid=7, min_weight=0.05, afs=afs, order=order)
+    fits = fit_table(on(worker(backbone)), stage, backbone.sigmas(3).tolist())
+    conditioning, sigmas = backbone.encode(PROMPTS, 1.0), backbone.sigmas(3)
+    start, states = backbone.initial(noises(backbone, SEEDS)), []
+    for s, table, options in (
+        (refine(sigmas, 4), dpm2_table(12), {}),
+        (sigmas, as_table(fits), {"afs": afs, "order": order, "form": "flow"}),
+    ):
+        states.append([start])
+        keep = states[-1].append
+        epd(lambda x, t: backbone.drift(x, t, conditioning.repeat(len(x) // 8)), start, s, table,
+            callback=lambda _, sigma, x, keep=keep: keep(x), **options)  # fmt: skip
+    teacher, student = states[0][::4], states[1]
+    for i, fit in enumerate(fits):
+        left = float((student[i + 1] - teacher[i + 1]).square().sum() / (teacher[i + 1] - student[i]).square().sum())
+        assert fit.residual == pytest.approx(left, rel=1e-3, abs=1e-7)
+
+
+def test_states_are_remade_when_lost(monkeypatch):
+    backbone = GaussianBackbone(components=2)
+    shards = [Shard(PROMPTS[i : i + 4], SEEDS[i : i + 4], 3, TWO, 4) for i in (0, 4)]
+    warm, grid = worker(backbone), position_grid(7)
+    first = [warm.distill(s, grid) for s in shards]
+    assert len(warm.states._kept) == 4
+    monkeypatch.setattr("epd_ray.shard.KEPT_BYTES", 0)
+    short = worker(backbone)
+    for shard, before in zip([*shards, *shards], first * 2, strict=True):
+        for again in (warm.distill(shard, grid), short.distill(shard, grid)):
+            np.testing.assert_array_equal(again.gram, before.gram)
+            np.testing.assert_array_equal(again.cross, before.cross)
+    assert len(short.states._kept) == 1
+
+
+def test_states_are_made_once():
+    calls = []
+
+    class Counting(GaussianBackbone):
+        def drift(self, x, sigma, conditioning):
+            calls.append(len(x))
+            return super().drift(x, sigma, conditioning)
+
+    counted, grid = worker(Counting()), position_grid(7)
+    shards = [Shard(PROMPTS[i : i + 4], SEEDS[i : i + 4], 3, TWO[:1], 4) for i in (0, 4)]
+    for shard in shards:
+        counted.distill(shard, grid)
+    assert len(calls) == 2 * (2 * 12 + 3 + 7)  # the teacher, one interval of the student and the next slope, the grid
+    assert max(calls) == 8  # the student's K points are one call; nothing else has more rows than prompts
+    for shard in shards:
+        counted.distill(shard, grid)
+    assert len(calls) == 2 * (2 * 12 + 3 + 7) + 2 * 7
+
+
+def test_fit_keeps_the_weights_that_a_dirichlet_can_draw():
+    backbone = GaussianBackbone(components=2)
+    equations = worker(backbone).distill(Shard(PROMPTS, SEEDS, 3, (), 4), position_grid(7))
+    fit = best_points(equations, position_grid(7), 2, 0.3)
+    assert min(fit.points.weights) >= 0.3 - 1e-9 and abs(sum(fit.points.weights) - 1) < 1e-9
 
 
 def test_refined_schedule_keeps_its_ends():

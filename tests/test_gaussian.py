@@ -127,7 +127,7 @@ def test_refuses_values_out_of_range(make: Any, error: type[Exception], message:
 
 
 def test_registered_and_cheap_to_import() -> None:
-    assert {"gaussian", "sd3", "simulated"} <= set(BACKBONES.names())
+    assert {"auto", "gaussian", "simulated"} <= set(BACKBONES.names())
     assert isinstance(BACKBONES.get("gaussian")(), GaussianBackbone)
     assert isinstance(BACKBONES.get("simulated")(latency=0.0), SimulatedBackbone)
     check = (

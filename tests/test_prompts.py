@@ -1,12 +1,14 @@
+import re
+from collections import Counter
 from itertools import combinations, product
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from epd_ray.config import PromptsConfig
 from epd_ray.errors import PromptError
-from epd_ray.prompts import ONE_THING, TWO_THINGS, load_prompts
+from epd_ray.prompts import ONE_THING, TWO_THINGS, builtin_prompts, load_prompts
+from epd_ray.sections import BUILTIN, PromptsConfig
 from epd_ray.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Split, Thing
 
 
@@ -76,3 +78,54 @@ def test_files_that_cannot_be_used(tmp_path, content, said):
     with pytest.raises(PromptError, match=said) as raised:
         load_prompts(PromptsConfig(train=path, validation=1, test=1), seed=0)
     assert "\n" not in str(raised.value)
+
+
+SPLITS = get_args(Split)
+SMALL = "a an and as at by for from in into is it its of on one over that the to two under with"
+
+
+def words(prompt: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9']+", prompt.lower())) - set(SMALL.split())
+
+
+def overlap(a: set[str], b: set[str]) -> float:
+    """Share of the smaller set's words that the other has too."""
+    return len(a & b) / min(len(a), len(b))
+
+
+def test_builtin_prompts_are_many_and_of_natural_length() -> None:
+    prompts = [row.prompt for split in SPLITS for row in builtin_prompts(split)]
+    assert [len(builtin_prompts(split)) for split in SPLITS] == [432, 60, 132]
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts) == 624
+    lengths = [len(prompt.split()) for prompt in prompts]
+    assert min(lengths) >= 5 and max(lengths) <= 40
+    assert sum(length > 20 for length in lengths) >= 40
+    assert len(set().union(*map(words, prompts))) > 2000, "few different words"
+    assert all(prompt == prompt.strip() and "\n" not in prompt and prompt.isprintable() for prompt in prompts)
+
+
+def test_builtin_categories_are_balanced_and_take_turns() -> None:
+    counts = {split: Counter(row.category for row in builtin_prompts(split)) for split in SPLITS}
+    assert len(counts["train"]) == 12
+    for split, each in (("train", 36), ("validation", 5), ("test", 11)):
+        assert set(counts[split].values()) == {each} and counts[split].keys() == counts["train"].keys()
+        assert len({row.category for row in builtin_prompts(split)[:12]}) == 12
+
+
+def test_builtin_held_out_prompts_are_no_copies() -> None:
+    train = [words(row.prompt) for row in builtin_prompts("train")]
+    held_out = [row.prompt for split in ("validation", "test") for row in builtin_prompts(split)]
+    nearest = [max(overlap(words(prompt), other) for other in train) for prompt in held_out]
+    assert max(nearest) <= 0.6  # measured; two prompts about the same scene have more than 0.8
+    assert sum(nearest) / len(nearest) < 0.35
+    copy = words("Three pears and a plum on a round blue plate")
+    assert max(overlap(copy, other) for other in train) > 0.6, "the measure sees no copy"
+
+
+def test_builtin_prompts_can_be_chosen() -> None:
+    splits = load_prompts(PromptsConfig.model_construct(train=BUILTIN, num_train=256, validation=48, test=128), seed=3)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (256, 48, 128)
+    assert not set(splits.train) & {*splits.validation, *splits.test}
+    assert splits.test == [row.prompt for row in builtin_prompts("test")][:128]
+    with pytest.raises(PromptError, match="433 train prompts asked, 432 are built in"):
+        load_prompts(PromptsConfig.model_construct(train=BUILTIN, num_train=433, validation=1, test=1), seed=0)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from epd_ray.cli import app
 from epd_ray.config import load_config
@@ -32,11 +34,15 @@ def test_readme_has_commands():
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_command_parses(command):
-    group = typer.main.get_command(app)
-    subcommand = group.get_command(None, command[1])
-    context = subcommand.make_context(command[1], command[2:])
-    if command[1] == "train" and context.params["overrides"]:
-        load_config(None, context.params["overrides"])
+    node, words = typer.main.get_command(app), command[1:]
+    while hasattr(node, "commands"):
+        name, *words = words
+        node = node.get_command(None, name)
+    context = node.make_context(name, words)
+    config = context.params.get("config")
+    assert config is None or (ROOT / config).is_file()
+    if context.params.get("overrides") or config:
+        load_config(config and ROOT / config, context.params["overrides"] or [])
 
 
 def test_checks_use_the_readmes_install_line():
@@ -51,9 +57,23 @@ def test_pictures_exist():
         assert (ROOT / path).is_file(), path
 
 
+def python(code, folder):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=600)
+
+
 @pytest.mark.slow
-def test_python_example_runs():
-    (example,) = blocks("python")
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT, timeout=600)
+def test_the_training_example_runs():
+    result = python(blocks("python")[0], ROOT)
     assert result.returncode == 0, result.stderr
     assert "SolverTable" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_examples_that_take_a_solver_home_run_one_after_the_other(tmp_path):
+    (tmp_path / "epd_ray").symlink_to(ROOT / "epd_ray")
+    pipeline, parallel = blocks("python")[1:]
+    again = 'pipe("a small red circle in the center", guidance_scale=4.5).images[0].save("again.png")\n'
+    result = python(f"{pipeline}\n{parallel}\n{again}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    circle, at_once = (np.asarray(Image.open(tmp_path / name), float) for name in ("circle.png", "again.png"))
+    assert circle.shape == (64, 64, 3) and circle.std() > 5 and at_once.std() > 5

@@ -1,5 +1,7 @@
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +9,73 @@ import pytest
 import torch
 
 from epd_ray.backbones import BACKBONES
+from epd_ray.backbones.auto import FAMILIES
 from epd_ray.errors import UnknownNameError
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
 from epd_ray.schedules import check_sigmas
 from epd_ray.types import Backbone, RewardHead
-from tests.tiny_models import TOKENS, save_clip, save_sd3
+from tests import tiny_heads, tiny_models
+from tests.families import edit
+from tests.test_http import Server, decoded, scores, send
+from tests.tiny_models import TOKENS, save_clip
 
 PROMPTS = ["a small red circle", "a large blue star"]
 MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {  # entries that need files: builder, more options
-    "sd3": (save_sd3, {"device": "cpu", "dtype": "float32", "max_sequence_length": TOKENS}),
+    "aesthetic": (tiny_heads.save_aesthetic, {"device": "cpu"}),
     "clip": (save_clip, {"device": "cpu"}),
+    "hpsv2.1": (tiny_heads.save_hpsv2, {"device": "cpu"}),
+    "imagereward": (tiny_heads.save_imagereward, {"device": "cpu"}),
+    "mps": (tiny_heads.save_mps, {"device": "cpu"}),
+    "pickscore": (save_clip, {"device": "cpu"}),
 }
 
 
+def save_ddim(folder: Path) -> Path:
+    edit(tiny_models.save_ddpm(folder) / "model_index.json", _class_name="DDIMPipeline")
+    return folder
+
+
+PIPELINES: dict[str, Callable[[Path], Path]] = {  # of the backbone "auto"
+    "DDIMPipeline": save_ddim,
+    "DDPMPipeline": tiny_models.save_ddpm,
+    "FluxPipeline": tiny_models.save_flux,
+    "LDMPipeline": tiny_models.save_ldm,
+    "StableDiffusion3Pipeline": tiny_models.save_sd3,
+    "StableDiffusionPipeline": tiny_models.save_sd,
+    "StableDiffusionXLPipeline": tiny_models.save_sdxl,
+}
+UNCONDITIONAL = {"DDIMPipeline", "DDPMPipeline", "LDMPipeline"}
+AUTO = {"device": "cpu", "dtype": "float32", "resolution": 16, "max_sequence_length": TOKENS}
+
+
 @pytest.fixture(scope="session")
-def make_entry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Registry[Any], str], Any]:
+def make_entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Registry[Any], str], Any]]:
     """Makes any registry entry, with a tiny model of its own where it needs one."""
     folders: dict[str, Path] = {}
+    servers: list[Server] = []
 
     def make(registry: Registry[Any], name: str) -> Any:
-        if name not in MODELS:
+        if name == "http":
+            servers.append(Server(brightness))
+            threading.Thread(target=servers[-1].http.serve_forever, daemon=True).start()
+            return registry.get(name)(url=servers[-1].url)
+        if name not in {*MODELS, *PIPELINES}:
             return registry.get(name)()
-        save, options = MODELS[name]
+        save, options = (PIPELINES[name], AUTO) if name in PIPELINES else MODELS[name]
         if name not in folders:
             folders[name] = save(tmp_path_factory.mktemp(name))
-        return registry.get(name)(model=str(folders[name]), **options)
+        return registry.get("auto" if name in PIPELINES else name)(model=str(folders[name]), **options)
 
-    return make
+    yield make
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def brightness(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    """What a scoring server does: the mean of each picture."""
+    send(handler, scores([float(image.mean()) for image in decoded(asked)]))
 
 
 def shelf() -> Registry[Any]:
@@ -90,7 +131,7 @@ def test_suggestions() -> None:
     assert did_you_mean("x", ["b", "a"]) == "; known: a, b"
 
 
-@pytest.mark.parametrize("name", BACKBONES.names())
+@pytest.mark.parametrize("name", [name for name in BACKBONES.names() if name != "auto"] + FAMILIES.names())
 def test_backbones_keep_their_contract(name: str, make_entry: Callable[[Registry[Any], str], Any]) -> None:
     backbone, twin = make_entry(BACKBONES, name), make_entry(BACKBONES, name)
     assert isinstance(backbone.family, str) and backbone.model_id and backbone.form in ("ve", "flow")
@@ -106,14 +147,15 @@ def test_backbones_keep_their_contract(name: str, make_entry: Callable[[Registry
     assert len(conditioning) == 2 and len(conditioning.repeat(3)) == 6 and len(backbone.encode(PROMPTS, 1.0)) == 2
     noise = torch.stack([backbone.noise(0), backbone.noise(1)])
     x, sigma = backbone.initial(noise), torch.full((2,), float(backbone.sigmas(4)[1]))
-    assert x.shape == noise.shape and torch.equal(x, backbone.initial(noise))
+    assert len(x) == 2 and x.numel() == noise.numel() and torch.equal(x, backbone.initial(noise))
     d = backbone.drift(x, sigma, conditioning)
     assert d.shape == x.shape and d.dtype == torch.float32 and d.isfinite().all()
     assert torch.equal(d, twin.drift(x, sigma, twin.encode(PROMPTS, 3.0)))
     rows = backbone.drift(x.repeat_interleave(2, 0), sigma.repeat_interleave(2), conditioning.repeat(2))
     assert torch.allclose(rows, d.repeat_interleave(2, 0), atol=1e-5)
     swapped = backbone.drift(x, sigma, backbone.encode(PROMPTS[::-1], 3.0))
-    assert (d - swapped).abs().max() > 1e-3
+    assert ((d - swapped).abs().max() > 1e-3) == (name not in UNCONDITIONAL)
+    assert backbone.default_guidance >= 1 and backbone.truncated([""]) == 0
     images = backbone.decode(5 * x)
     assert images.ndim == 4 and images.shape[:2] == (2, 3) and images.dtype == torch.float32
     assert images.device.type == "cpu" and 0 <= images.min() < images.max() <= 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from epd_ray.config import load_config
 from epd_ray.errors import ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
-from epd_ray.run import describe, evaluate, resume, sample, train
+from epd_ray.run import SampleOptions, describe, evaluate, resume, sample, train
 from epd_ray.solvers import Solver
 from epd_ray.store import read_metrics
+from tests.fakes import Quiet
 
 TINY = [
     "backbone.family=simulated",
@@ -36,26 +38,6 @@ TINY = [
     "cluster.rollout_actors=0",
     "cluster.learner_actors=0",
 ]
-
-
-class Quiet:
-    """An observer that counts, and that can press Ctrl-C."""
-
-    def __init__(self, interrupt_after: int | None = None) -> None:
-        self.steps, self.interrupt_after, self.stages = 0, interrupt_after, []
-
-    def stage(self, name: str, total: int) -> None:
-        self.stages.append(name)
-
-    def advance(self, steps: int = 1, /, **numbers: float) -> None:
-        if self.stages[-1] == "fine-tuning" and numbers:
-            self.steps += steps
-            if self.steps == self.interrupt_after:
-                raise KeyboardInterrupt
-
-    def note(self, text: str) -> None: ...
-
-    def done(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +109,7 @@ def read_validation(run: Path) -> list[float | None]:
 
 
 def test_model_that_cannot_be_opened_leaves_nothing(small_ray, tmp_path):
-    broken = [*TINY, "backbone.family=sd3", "backbone.model=/nowhere/at/all"]
+    broken = [*TINY, "backbone.family=auto", "backbone.model=/nowhere/at/all"]
     with pytest.raises(ModelError, match="no directory"):
         train(load_config(None, broken), tmp_path / "run", Quiet())
     assert not (tmp_path / "run").exists()
@@ -187,8 +169,27 @@ def test_start_table_of_another_family_is_refused(finished, tmp_path):
 
 def test_saved_solver_draws_again(finished, tmp_path):
     out, _ = finished
-    picture = sample(str(out / "solver"), ["a", "b"], 0, tmp_path / "new" / "two.png", None, "auto", "auto")
+    picture = sample(str(out / "solver"), ["a", "b"], 0, tmp_path / "new" / "two.png", SampleOptions())
     assert Image.open(picture).size == (16, 8)
+
+
+def test_a_solver_used_otherwise_than_trained_says_so(finished, tmp_path, caplog):
+    out, _ = finished
+    sample(str(out / "solver"), ["a"], 0, tmp_path / "same.png", SampleOptions())
+    assert not caplog.records
+    sample(str(out / "solver"), ["a"], 0, tmp_path / "other.png", SampleOptions(guidance_scale=3.0))
+    (record,) = caplog.records
+    assert "was trained at guidance_scale 7.0, the pictures are made at 3.0" in record.message
+
+
+def test_a_solver_for_another_family_draws_nothing(finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out / "solver", tmp_path / "solver")
+    file = tmp_path / "solver" / "solver.json"
+    file.write_text(file.read_text().replace('"backbone": "simulated"', '"backbone": "sd3"'))
+    with pytest.raises(TableError, match="is for the backbone family sd3, the model is of the family simulated"):
+        sample(str(tmp_path / "solver"), ["a"], 0, tmp_path / "none.png", SampleOptions())
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):

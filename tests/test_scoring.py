@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epd_ray import errors
 from epd_ray.errors import ConfigError, EpdRayError, RewardError
-from epd_ray.scoring import Normalisation, Scorer, mix
+from epd_ray.scoring import REFERENCE, Normalisation, Scorer, mix, standardise
 
 IDS, PROMPTS = ["r1", "r2"], ["one", "two"]
 IMAGES = np.stack([np.zeros((3, 2, 2), np.uint8), np.full((3, 2, 2), 255, np.uint8)])
@@ -89,15 +89,32 @@ def test_all_errors_have_one_base() -> None:
 
 
 def test_mix_by_hand() -> None:
-    heads = {
-        "clip": Normalisation(weight=3.0, shift=-0.2, scale=0.1),
-        "size": Normalisation(weight=1.0, low=0.0, high=1.0),
-    }
+    weights = {"clip": 3.0, "size": 1.0}
+    heads = {"clip": Normalisation(shift=-0.2, scale=0.1), "size": Normalisation(low=0.0, high=1.0)}
     scores = {"size": np.array([5.0, -2.0], np.float32), "clip": np.array([0.3, 0.2], np.float32)}
-    mixed = mix(scores, heads)  # clip: 1, 0; size: 1, 0; weights 3/4 and 1/4
+    mixed = mix(scores, weights, heads)  # clip: 1, 0; size: 1, 0; weights 3/4 and 1/4
     assert mixed.dtype == np.float32 and mixed.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     scores["size"] = np.array([0.5, 0.25], np.float32)
-    assert mix(scores, heads).tolist() == pytest.approx([0.875, 0.0625], abs=1e-6)
+    assert mix(scores, weights, heads).tolist() == pytest.approx([0.875, 0.0625], abs=1e-6)
+
+    assert mix(scores, weights, {}).tolist() == pytest.approx([0.35, 0.2125], abs=1e-6)
+
+
+def test_standardise() -> None:
+    values = np.array([1.0, 2.0, 6.0], np.float32)
+    assert standardise(values)(values).tolist() == pytest.approx(((values - 3) / np.sqrt(14 / 3)).tolist(), abs=1e-6)
+    assert standardise(np.full(3, 0.7, np.float32))(np.float32([0.7, 1.2])).tolist() == pytest.approx(
+        [0, 0.5], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "raw", "expected"),
+    [("hpsv2.1", 0.28, 0.28), ("pickscore", 20.8, 0.8), ("imagereward", 0.9, 0.4), ("aesthetic", 5.5, 0.55),
+     ("clip", 1.7, 1.0), ("imagereward", -4.0, 0.0)],
+)  # fmt: skip
+def test_the_references_clamps(head: str, raw: float, expected: float) -> None:
+    assert REFERENCE[head](np.float32([raw])).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from epd_ray import store
 from epd_ray.errors import PromptError, RewardError, RunDirectoryError
-from epd_ray.store import MetricsLog, RunDirectory, read_metrics, read_prompts, rollout_table, write_rollouts
+from epd_ray.prompt_files import read_prompts
+from epd_ray.store import MetricsLog, RunDirectory, read_metrics, rollout_table, write_rollouts
 
 
 def row(index: int, **changes: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert (before is None and after is None) or torch.equal(before, after)
     assert torch.equal(loaded.sigmas, SIGMAS)
     assert (loaded.form, loaded.afs, loaded.order, loaded.meta) == ("flow", True, 3, meta)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "solver.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "scheduler_config.json", "solver.json"]
     assert "[ 0.2, 0.6 ]" in path.read_text()
     card = (path.parent / "README.md").read_text()
     assert (

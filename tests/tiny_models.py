@@ -3,11 +3,29 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LDMPipeline,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     T5Config,
@@ -53,6 +71,116 @@ def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
         text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=tokenizer, tokenizer_2=tokenizer,
         text_encoder_3=t5_encoder, tokenizer_3=t5_tokenizer,
     ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def tiny_vae(channels: int, shift: float | None, *, quant: bool = False) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=quant, use_post_quant_conv=quant, scaling_factor=0.8, shift_factor=shift, force_upcast=False,
+    )  # fmt: skip
+
+
+def tiny_unet(cross_attention: int, **options: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_attention, attention_head_dim=8, norm_num_groups=4, **options,
+    )  # fmt: skip
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def save_sd(directory: Path, *, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion 1.5 or (with v prediction) 2.1 pipeline for 16 px images: latents [4, 8, 8]."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        unet = tiny_unet(WIDTH)
+        vae = tiny_vae(4, None, quant=True)
+        text_encoder = CLIPTextModel(text_config(tokenizer, WIDTH, 2))
+    StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+        scheduler=PNDMScheduler(**SD_BETAS, skip_prk_steps=True, prediction_type=prediction_type),
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def save_sdxl(directory: Path) -> Path:
+    """An SDXL pipeline for 16 px images: two text encoders, sizes embedded, zeros for the empty prompt."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        unet = tiny_unet(
+            2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=1,
+            use_linear_projection=True, projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+        )  # fmt: skip
+        vae = tiny_vae(4, None, quant=True)
+        first = CLIPTextModel(text_config(tokenizer, WIDTH, 2))
+        second = CLIPTextModelWithProjection(text_config(tokenizer, WIDTH, 3))
+    StableDiffusionXLPipeline(
+        unet=unet, vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer, tokenizer_2=tokenizer,
+        scheduler=PNDMScheduler(**SD_BETAS, skip_prk_steps=True),
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def save_flux(directory: Path, *, guidance_embeds: bool = True) -> Path:
+    """A FLUX.1-dev pipeline for 16 px images: latents [4, 8, 8] packed to 16 tokens of 16 channels."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=2 * WIDTH, pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        vae = tiny_vae(4, 0.06)
+        text_encoder = CLIPTextModel(text_config(tokenizer, WIDTH, 2))
+        t5_encoder, t5_tokenizer = tiny_t5()
+    pipeline = FluxPipeline(
+        transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
+        text_encoder_2=t5_encoder, tokenizer_2=t5_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=4,
+            max_image_seq_len=64,
+        ),
+    )  # fmt: skip
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def save_ddpm(directory: Path) -> Path:
+    """An unconditional pixel model, as google/ddpm-cifar10-32: images of 16 px."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        unet = UNet2DModel(
+            sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4, attention_head_dim=8,
+        )  # fmt: skip
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(directory)
+    return directory
+
+
+def save_ldm(directory: Path) -> Path:
+    """An unconditional latent model, as CompVis/ldm-celebahq-256: images of 16 px, latents [3, 8, 8]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        unet = UNet2DModel(
+            sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4, attention_head_dim=8,
+        )  # fmt: skip
+        vqvae = VQModel(
+            block_out_channels=(8, 16), layers_per_block=1, latent_channels=3, norm_num_groups=4, num_vq_embeddings=32,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+        )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
+    LDMPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler).save_pretrained(directory)
     return directory
 
 

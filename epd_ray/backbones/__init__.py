@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 BACKBONES: "Registry[Backbone]" = Registry(
     "backbone",
     {
+        "auto": "epd_ray.backbones.auto:open_backbone",
         "gaussian": "epd_ray.backbones.gaussian:GaussianBackbone",
-        "sd3": "epd_ray.backbones.sd3:SD3Backbone",
         "simulated": "epd_ray.backbones.simulated:SimulatedBackbone",
     },
 )

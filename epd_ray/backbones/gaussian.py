@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import ModelError
@@ -106,6 +107,7 @@ class GaussianBackbone:
     """
 
     family = "gaussian"
+    default_guidance = 1.0
 
     def __init__(
         self,
@@ -130,6 +132,7 @@ class GaussianBackbone:
         self.model_id = model or f"gaussian-{form}"
         self.form: Form = form
         self._shape = (3, size, size)
+        self.facts: dict[str, JsonValue] = {"resolution": size, "revision": None}
         low = (1e-3 if form == "flow" else 2e-3) if sigma_min is None else sigma_min
         self._bounds = (low, 80.0 if sigma_max is None else sigma_max)
         means = text_normal(f"model:{self.model_id}", (components, *self._shape)) * (0.5 if components > 1 else 0.0)
@@ -143,6 +146,10 @@ class GaussianBackbone:
             for prompt in prompts
         ]
         return GaussianConditioning(guidance_scale * torch.stack(pictures))
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """0: any length is read."""
+        return 0
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
         """Polynomial with rho 7 (VE) or shifted by 3 (flow): [num_intervals + 1], float64; `final_zero`: ends at 0."""

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 
+from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.gaussian import GaussianBackbone, GaussianConditioning
@@ -26,11 +27,13 @@ class SimulatedBackbone:
     """
 
     family = "simulated"
+    default_guidance = 1.0
 
     def __init__(self, *, model: str | None = None, latency: float = 0.0, size: int = 8) -> None:
         if not (math.isfinite(latency) and latency >= 0):
             raise ModelError(f"latency is {latency:g} seconds, expected a finite number of at least 0")
         self.model_id = model or "simulated"
+        self.facts: dict[str, JsonValue] = {"resolution": size, "revision": None}
         self._latency = latency
         self.form: Form = "flow"
         self._inner = GaussianBackbone(model=self.model_id, form=self.form, components=2, size=size)
@@ -38,6 +41,10 @@ class SimulatedBackbone:
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> GaussianConditioning:
         """Conditioning of length B for B prompts."""
         return self._inner.encode(prompts, guidance_scale)
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """0: any length is read."""
+        return 0
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
         """Flow sigmas [num_intervals + 1], float64, decreasing from 1; ends at 0 only when `final_zero`."""

@@ -5,12 +5,13 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID, Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
@@ -25,18 +26,19 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import RewardPool, require_room, start_ray
-from epd_ray.distill import DistillTask, Fit, best_points, position_grid
+from epd_ray.actors import RewardPool, require_room, start_ray, unwrap
+from epd_ray.encoder import EncoderActor, start_encoder
+from epd_ray.errors import ConfigError
+from epd_ray.memory import Memory
 from epd_ray.rdpo.batch import Row, join, propose, summarise
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.dirichlet import TableDistribution, base_parameters, clamp_scale_time
 from epd_ray.rdpo.learner import ADVANTAGES
 from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline
 from epd_ray.rdpo.policy import PolicyNetwork
-from epd_ray.rdpo.runner import Task
+from epd_ray.rdpo.runner import Method, Task
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler
-from epd_ray.scoring import mix
 from epd_ray.shapes.scenes import distinct_scenes
 from epd_ray.solvers import SolverTable
 from epd_ray.types import FloatArray, RolloutJob, Sampled
@@ -66,6 +68,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
     Everything an iteration does follows from (seed, iteration, policy), so a retried or resumed one is the same.
     """
 
+    config: RDPOConfig
     learner_group: LearnerGroup
 
     @classmethod
@@ -74,11 +77,12 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """RLlib's request plus the reward actors: under Tune they must live in the trial's placement group."""
+        """RLlib's request plus our own actors: under Tune they must live in the trial's placement group."""
         request = super().default_resource_request(config)
         own = config if isinstance(config, RDPOConfig) else cls.get_default_config().update_from_dict(config)
-        rewards = [spec.bundle for spec in own.reward_specs.values() for _ in range(spec.replicas) if spec.bundle]
-        return PlacementGroupFactory(request.bundles + rewards, strategy=request.strategy)
+        asked = placement(own)
+        extra = [bundle for kind in ("encoder actor", "reward actors") for bundle in asked[kind] if bundle]
+        return PlacementGroupFactory(request.bundles + extra, strategy=request.strategy)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -87,8 +91,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         if not ray.is_initialized():
             start_ray()
         if not ray.util.get_current_placement_group():  # under Tune the trial's group holds the room already
-            require_room(_bundles(own))
+            require_room(placement(own))
         self._rewards: RewardPool | None = None
+        self._encoder: ActorHandle[EncoderActor] | None = None
         try:
             self._build(config)
         except BaseException:
@@ -96,19 +101,42 @@ class RDPO(Algorithm):  # type: ignore[misc]
             raise
 
     def _build(self, config: RDPOConfig) -> None:
+        tag = f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}"
+        self._start_encoder(tag)
         own: RDPOConfig = self.config
         super().setup(config)
         self._prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
-        self._rewards = RewardPool(own.reward_specs, f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}")
+        self._rewards = RewardPool(own.reward_specs, tag)
         self._pipeline = RolloutPipeline(self.env_runner_group, self._rewards)
         self._rewards.wait_ready()
+        self._wait_for_encoder()
         self.facts: BackboneFacts = self._run([Task("describe", "describe", (own.table.intervals,))])[0].value
+        self._mixer = own.mixer()
         self._iteration_done = 0
         self._submitted = 0
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
-        self._sample_calls = 0
+        self._sample_calls = self._work_calls = 0
         self.last_iteration: int | None = None  # nothing is drawn beyond it
         self._remember(self._fetch_learner_state())
+
+    def _start_encoder(self, tag: str) -> None:
+        """Start the encoder actor where one is asked for, and let the rollout actors know its name."""
+        own: RDPOConfig = self.config
+        if own.encoder_spec is None:
+            return
+        name, model = f"encoder:{tag}", own.backbone_spec
+        self._encoder = start_encoder(name, model.family, model.options, own.encoder_spec)
+        self._encoder.ready.remote()  # it loads while the others start
+        self.config = own.copy(copy_frozen=False)
+        self.config.backbone_spec = replace(model, encoder=name)
+        self.config.freeze()
+
+    def _wait_for_encoder(self) -> None:
+        if self._encoder is not None:
+            try:
+                ray.get(self._encoder.ready.remote())
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from None
 
     def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
         """Take restarted actors back. They hold no policy, so there is no learner state to send them."""
@@ -119,6 +147,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         super().cleanup()
         if self._rewards is not None:
             self._rewards.stop()
+        if self._encoder is not None:
+            ray.kill(self._encoder)
 
     def _run(self, tasks: Sequence[Task]) -> list[Outcome]:
         self._pipeline.submit(tasks)
@@ -194,13 +224,16 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def training_step(self) -> None:
         """Collect one iteration's scored rollouts, learn from them, and keep the actors busy with the next."""
+        if not self.config.reward_specs:
+            raise ConfigError(["rewards() names no head: nothing to learn from (distilling and sampling work)"])
         start = time.perf_counter()
         iteration = self._iteration_done
         self._fill()
         jobs = self._jobs(iteration)
         outcomes = self._pipeline.collect([_task_id(job) for job in jobs])
         collected = time.perf_counter()
-        rows, advantages = join(jobs, outcomes, self.config.normalisations)
+        self._mixer.observe([outcome.scores for outcome in outcomes])
+        rows, advantages = join(jobs, outcomes, self._mixer.train)
         metrics = summarise(rows, advantages, outcomes)
         losses = self._learn(rows, jobs[0])
         learned = time.perf_counter()
@@ -289,6 +322,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
             prompts: B prompts.
             noise_seeds: B seeds.
             keep_images: bring the pictures to the driver.
+
+        Returns:
+            Scores by head; without heads none, and rewards that are not a number.
         """
         self._sample_calls += 1
         size = self.config.images_per_job
@@ -297,47 +333,49 @@ class RDPO(Algorithm):  # type: ignore[misc]
             part, seeds = tuple(prompts[i : i + size]), tuple(noise_seeds[i : i + size])
             ids = tuple(f"{sampler.key}:{j}" for j in range(i, i + len(part)))
             name = f"sample-{self._sample_calls}-{i}"
-            tasks.append(Task(name, "sample", (sampler, part, seeds), part, ids, score=True, keep_images=keep_images))
+            tasks.append(
+                Task(name, "sample", (sampler, part, seeds), part, ids, bool(self.config.reward_specs), keep_images)
+            )
         outcomes = self._run(tasks)
         scores = {h: np.concatenate([o.scores[h] for o in outcomes]) for h in self.config.reward_specs}
         images = np.concatenate([o.images for o in outcomes if o.images is not None]) if keep_images else None
-        reward = mix(scores, self.config.normalisations)
+        reward = self._mixer.held_out(scores) if scores else np.full(len(prompts), np.nan, np.float32)
         return Sampled(scores, reward, images, sum(o.generate_seconds for o in outcomes))
 
-    def distill(
-        self, prompts: Sequence[str], noise_seeds: Sequence[int], *, grid: int, teacher_steps: int, min_weight: float
-    ) -> list[Fit]:
-        """Stage 1 on the rollout actors: the least-squares table, one fit per interval.
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the model reads."""
+        count: int = self._run([Task("truncated", "truncated", (tuple(prompts),))])[0].value
+        return count
 
-        Args:
-            prompts: to follow the teacher on.
-            noise_seeds: one each.
-            grid: number of positions to try.
-            teacher_steps: of the teacher, per interval.
-            min_weight: of each point.
+    def work(self, method: Method, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a worker's method once per tuple, on whichever rollout actors are free; the answers in order."""
+        self._work_calls += 1
+        outcomes = self._run([Task(f"{method}-{self._work_calls}-{i}", method, a) for i, a in enumerate(arguments)])
+        return [outcome.value for outcome in outcomes]
+
+    def rehearse(self) -> list[Outcome]:
+        """Generate and score two batches as training would, one after the other, and learn nothing.
+
+        They are the first two jobs of the first iteration; an iteration of one job does it twice.
         """
-        positions = position_grid(grid)
-        size = self.config.images_per_job
-        fits: list[Fit] = []
-        for interval in range(self.config.table.intervals):
-            so_far = tuple(f.positions for f in fits), tuple(f.weights for f in fits)
-            tasks = []
-            for i in range(0, len(prompts), size):
-                shard = tuple(prompts[i : i + size]), tuple(noise_seeds[i : i + size])
-                work = DistillTask(self.config.table.intervals, *so_far, positions, teacher_steps, *shard)
-                tasks.append(Task(f"distill-{interval}-{i}", "distill", (work,)))
-            parts = [outcome.value for outcome in self._run(tasks)]
-            equations = parts[0]
-            for part in parts[1:]:
-                equations = equations + part
-            fits.append(best_points(equations, positions, self.config.table.points, min_weight))
-        return fits
+        jobs = self._jobs(0)
+        return [self._run([_rollout_task(job)])[0] for job in (jobs[0], jobs[min(1, len(jobs) - 1)])]
+
+    def memory(self) -> dict[str, Memory]:
+        """Peaks of one actor of each kind; of the driver, where that makes the pictures."""
+        runners = self.env_runner_group
+        local = not runners.num_remote_env_runners()
+        found = {"rollout": runners.foreach_env_runner("memory", local_env_runner=local)[0]}
+        if self._encoder is not None:
+            found["encoder"] = ray.get(self._encoder.memory.remote())
+        assert self._rewards is not None
+        return found | {f"reward {name}": memory for name, memory in self._rewards.memory().items()}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
-        state[RDPO_RESULTS] = {"iteration": self._iteration_done, "window": dict(self._window)}
+        state[RDPO_RESULTS] = self._own_state()
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -347,8 +385,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def export_state(self) -> dict[str, Any]:
         """What a run needs to go on exactly: learner, optimiser, staleness window. Plain numbers and arrays."""
-        own = {"iteration": self._iteration_done, "window": dict(self._window)}
-        return {RDPO_RESULTS: own, COMPONENT_LEARNER: self._learner_state[COMPONENT_LEARNER]}
+        return {RDPO_RESULTS: self._own_state(), COMPONENT_LEARNER: self._learner_state[COMPONENT_LEARNER]}
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"iteration": self._iteration_done, "window": dict(self._window), "mixer": self._mixer.state()}
 
     def import_state(self, state: dict[str, Any]) -> None:
         """Go on from `export_state`."""
@@ -357,6 +397,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def _take_over(self, own: dict[str, Any]) -> None:
         self._pipeline.discard()
+        self._mixer.restore(own["mixer"])
         self._iteration_done = self._submitted = own["iteration"]
         self._window = OrderedDict((int(v), np.asarray(p, np.float32)) for v, p in sorted(own["window"].items()))
         self._remember(self._fetch_learner_state())
@@ -375,7 +416,8 @@ def _rollout_task(job: RolloutJob) -> Task:
     return Task(_task_id(job), "generate", (job,), prompts, tuple(r.rollout_id for r in job.requests), score=True)
 
 
-def _bundles(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
+def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
+    """What is placed -> what each actor asks for."""
     runner = {"CPU": config.num_cpus_per_env_runner, "GPU": config.num_gpus_per_env_runner}
     runner |= config.custom_resources_per_env_runner
     learner = {"CPU": config.num_cpus_per_learner, "GPU": config.num_gpus_per_learner}
@@ -386,5 +428,6 @@ def _bundles(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
     return {
         "rollout actors": [bundle(runner)] * config.num_env_runners,
         "learner": [bundle(learner)] * config.num_learners,
+        "encoder actor": [] if config.encoder_spec is None else [config.encoder_spec.bundle],
         "reward actors": [s.bundle for s in config.reward_specs.values() for _ in range(s.replicas)],
     }

@@ -1,15 +1,14 @@
 """An iteration's batch: what is asked for, and what comes back, joined by rollout id."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from epd_ray.rdpo.loss import Advantages, leave_one_out
-from epd_ray.scoring import Normalisation, mix
-from epd_ray.types import RolloutJob, RolloutRequest
+from epd_ray.types import FloatArray, RolloutJob, RolloutRequest
 
 if TYPE_CHECKING:
     from epd_ray.rdpo.config import RDPOConfig
@@ -48,20 +47,22 @@ def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> lis
 
 
 def join(
-    jobs: Sequence[RolloutJob], outcomes: Sequence["Outcome"], heads: Mapping[str, Normalisation]
+    jobs: Sequence[RolloutJob],
+    outcomes: Sequence["Outcome"],
+    mix: Callable[[Mapping[str, FloatArray]], FloatArray],
 ) -> tuple[list[Row], Advantages]:
     """Requests, rollouts and scores by rollout id, with rewards and advantages.
 
     Args:
         jobs: of one iteration.
         outcomes: theirs, in the same order.
-        heads: how each head's values enter the reward.
+        mix: raw scores of a job by head -> its rewards.
     """
     rows: list[Row] = []
     for job, outcome in zip(jobs, outcomes, strict=True):
         ids = [r.rollout_id for r in job.requests]
         scores = {name: dict(zip(ids, values.tolist(), strict=True)) for name, values in outcome.scores.items()}
-        rewards = dict(zip(ids, mix(outcome.scores, heads).tolist(), strict=True))
+        rewards = dict(zip(ids, mix(outcome.scores).tolist(), strict=True))
         drawn = {r.rollout_id: r for r in outcome.value}
         for request in job.requests:
             rollout = drawn[request.rollout_id]

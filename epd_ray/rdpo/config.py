@@ -10,16 +10,17 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from epd_ray.actors import RewardSpec
+from epd_ray.encoder import EncoderSpec
 from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
 from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.rdpo.mixing import Mixer, Mode
 from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
 from epd_ray.rdpo.runner import BackboneSpec, SolverEnvRunner, WorkerSpec
 from epd_ray.sampling import Sampler
-from epd_ray.scoring import Normalisation
 from epd_ray.solvers import SolverTable
 
 Baseline = Literal["per_prompt", "mixed"]
-EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20})
+EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20}, guidance_scale=7.0)
 EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
 
 
@@ -61,10 +62,12 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.scale_dir = self.scale_time = self.afs = False
         self.order, self.hidden_width, self.hidden_depth = 1, 128, 2
         self.backbone_spec = EMBEDDED_BACKBONE
+        self.encoder_spec: EncoderSpec | None = None
         self.prompts: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size, self.images_per_job = 8, 4, 8
         self.same_latent, self.baseline, self.max_staleness = True, "per_prompt", 1
         self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
+        self.normalisation: Mode = "none"
 
     def solver(
         self,
@@ -99,13 +102,17 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         *,
         family: str = NotProvided,
         options: Mapping[str, Any] = NotProvided,
-        guidance_scale: float = NotProvided,
+        guidance_scale: float | None = NotProvided,
     ) -> "RDPOConfig":
-        """The frozen model: its family in the registry, its constructor's arguments, and the guidance."""
+        """The frozen model: registry name, constructor's arguments, guidance scale (None: its family's usual one)."""
         given: dict[str, Any] = {"family": family, "options": options, "guidance_scale": guidance_scale}
         chosen = {k: v for k, v in given.items() if v is not NotProvided}
         self.backbone_spec = replace(self.backbone_spec, **chosen)
         return self
+
+    def encoder(self, spec: EncoderSpec | None) -> "RDPOConfig":
+        """An actor for the text encoders, which rollout actors then do without; None: each has its own."""
+        return self._assign({"encoder_spec": spec})
 
     def rollouts(  # type: ignore[override]
         self,
@@ -131,10 +138,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         """
         return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
 
-    def rewards(self, heads: Mapping[str, RewardSpec]) -> "RDPOConfig":
-        """The heads of the mix and their actors, by name."""
+    def rewards(self, heads: Mapping[str, RewardSpec], *, normalisation: Mode = NotProvided) -> "RDPOConfig":
+        """The heads of the mix and their actors, by name; how raw scores enter the mix (see Mixer)."""
         self.reward_specs = dict(heads)
-        return self
+        return self._assign({"normalisation": normalisation})
 
     def training(  # type: ignore[override]
         self,
@@ -162,10 +169,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         """What the policy draws."""
         return TableSpace(self.table.points, self.scale_dir, self.scale_time)
 
-    @property
-    def normalisations(self) -> dict[str, Normalisation]:
-        """How each head's values enter the reward."""
-        return {name: spec.normalisation for name, spec in self.reward_specs.items()}
+    def mixer(self) -> Mixer:
+        """A fresh mix of the heads."""
+        weights = {name: spec.weight for name, spec in self.reward_specs.items()}
+        return Mixer(weights, {name: spec.head for name, spec in self.reward_specs.items()}, self.normalisation)
 
     @property
     def images_per_iteration(self) -> int:
@@ -208,5 +215,5 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             )
         if self.num_learners > 1:
             self._value_error(f"num_learners is {self.num_learners}: the policy is a few kilobytes, use 0 or 1")
-        if not self.reward_specs:
-            self._value_error("rewards() needs at least one head")
+        if self.encoder_spec is not None and self.backbone_spec.family != "auto":
+            self._value_error(f"encoder() is for family 'auto', this one is {self.backbone_spec.family!r}")

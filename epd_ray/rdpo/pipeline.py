@@ -40,14 +40,19 @@ class Outcome:
         scores: head -> raw values [B], empty for tasks without scoring.
         images: [B, 3, H, W] uint8 when the task keeps them.
         generate_seconds: in the rollout actor.
-        score_seconds: in the slowest head.
+        head_seconds: head -> in its actor.
     """
 
     value: Any
     scores: dict[str, FloatArray]
     images: ImageArray | None
     generate_seconds: float
-    score_seconds: float
+    head_seconds: dict[str, float]
+
+    @property
+    def score_seconds(self) -> float:
+        """In the slowest head."""
+        return max(self.head_seconds.values(), default=0.0)
 
 
 @dataclass
@@ -191,7 +196,7 @@ class RolloutPipeline:
             {name: s.values for name, s in scores.items()},
             images,
             answer.seconds,
-            max((s.seconds for s in scores.values()), default=0.0),
+            {name: s.seconds for name, s in scores.items()},
         )
         del self._pending[pending.task.task_id]
 

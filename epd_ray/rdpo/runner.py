@@ -1,22 +1,26 @@
 """The rollout actor: RLlib's EnvRunner around RolloutWorker, with one entry point for every kind of task."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import ray
 import torch
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
+from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
+from epd_ray.encoder import embed_with
+from epd_ray.memory import Memory, peak_memory
 from epd_ray.rdpo.dirichlet import TableSpace
 from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler
+from epd_ray.types import Backbone
 
-Method = Literal["describe", "generate", "sample", "distill"]
+Method = Literal["describe", "truncated", "generate", "sample", "distill", "distill_loss"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,26 @@ class BackboneSpec:
     Attributes:
         family: a name in the registry, or "module:Class".
         options: the backbone's keyword arguments.
-        guidance_scale: for every picture.
+        guidance_scale: for every picture; None: the usual one of its family.
+        encoder: name of the actor that embeds the prompts (family "auto"); None: each rollout actor does.
     """
 
-    family: str = "sd3"
+    family: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
-    guidance_scale: float = 7.0
+    guidance_scale: float | None = None
+    encoder: str | None = None
+
+    def open(self) -> Backbone:
+        """Load the model, without its text encoders where an actor has them."""
+        if self.encoder is None:
+            return BACKBONES.build(self.family, self.options)
+        backbone = BACKBONES.build(self.family, {**self.options, "parts": "image"})
+        cast(_Textless, backbone).encode_with(embed_with(self.encoder))
+        return backbone
+
+
+class _Textless(Protocol):
+    def encode_with(self, embed: Callable[[str], tuple[Tensor, ...]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,8 +62,11 @@ class WorkerSpec:
 
     def build(self) -> RolloutWorker:
         """Load the model."""
-        backbone = BACKBONES.build(self.backbone.family, self.backbone.options)
-        return RolloutWorker(backbone, self.backbone.guidance_scale, self.space, self.sampler)
+        backbone = self.backbone.open()
+        guidance_scale = self.backbone.guidance_scale
+        if guidance_scale is None:
+            guidance_scale = backbone.default_guidance
+        return RolloutWorker(backbone, guidance_scale, self.space, self.sampler)
 
 
 @dataclass(frozen=True)
@@ -109,6 +130,10 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
         if task.method == "generate":
             return result.rollouts, result.images
         return (None, result) if task.method == "sample" else (result, None)
+
+    def memory(self) -> Memory:
+        """Peaks of this process."""
+        return peak_memory()
 
     def sample(self, **kwargs: Any) -> None:
         """Not used: tasks go through `run`."""

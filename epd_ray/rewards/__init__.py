@@ -10,7 +10,13 @@ if TYPE_CHECKING:
 HEADS: "Registry[RewardHead]" = Registry(
     "reward head",
     {
+        "aesthetic": "epd_ray.rewards.aesthetic:AestheticHead",
         "clip": "epd_ray.rewards.clip:ClipHead",
+        "hpsv2.1": "epd_ray.rewards.hpsv2:HpsV21Head",
+        "http": "epd_ray.rewards.http:HttpHead",
+        "imagereward": "epd_ray.rewards.imagereward:ImageRewardHead",
+        "mps": "epd_ray.rewards.mps:MpsHead",
+        "pickscore": "epd_ray.rewards.pickscore:PickScoreHead",
         "simulated": "epd_ray.rewards.simulated:SimulatedHead",
     },
 )

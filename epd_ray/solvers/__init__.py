@@ -2,6 +2,7 @@
 
 from epd_ray.solvers.baselines import dpm2, euler, heun, ipndm
 from epd_ray.solvers.epd import Callback, epd
+from epd_ray.solvers.fit import check_fit
 from epd_ray.solvers.solver import Solver
 from epd_ray.solvers.table import SolverTable, dpm2_table, heun_table
 from epd_ray.types import Form
@@ -11,6 +12,7 @@ __all__ = [
     "Form",
     "Solver",
     "SolverTable",
+    "check_fit",
     "dpm2",
     "dpm2_table",
     "epd",

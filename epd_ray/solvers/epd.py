@@ -60,7 +60,7 @@ def epd(
     batch = x.shape[0]
     if table.batch not in (None, batch):
         raise TableError(f"the table is for {table.batch} samples, but x has {batch} (pass one row per sample)")
-    inner, offsets, gains = (values.to(x) for values in _stages(table, sigmas))  # each [B or 1, N, K]
+    inner, offsets, gains = (values.to(x) for values in stages(table, sigmas))  # each [B or 1, N, K]
     history: deque[Tensor] = deque(maxlen=order)
     for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
         d = analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a))
@@ -100,7 +100,7 @@ def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, 
     if form == "flow" and sigmas[0] > 1:
         raise ScheduleError(f"sigmas[0] is {sigmas[0].item():g}, expected at most 1 for a flow model")
     if form == "flow" and table.scale_time is not None:
-        inner = _stages(table, sigmas)[0].reshape(-1, table.points)  # [B * N, K]
+        inner = stages(table, sigmas)[0].reshape(-1, table.points)  # [B * N, K]
         beyond = (inner > 1 + 1e-6).nonzero()
         if len(beyond):
             row, k = beyond[0].tolist()
@@ -145,7 +145,7 @@ def multistep(history: deque[Tensor]) -> Tensor:
     return slope
 
 
-def _stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluated sigmas c * s, offsets s - a, and gains w * o * c, float64, each [B or 1, N, K]."""
     grid = sigmas.double().to(table.positions.device)[:, None]  # [N + 1, 1]
     a, b, r = grid[:-1], grid[1:], table.positions.double()

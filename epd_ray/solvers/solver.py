@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
+from epd_ray.presets import PRESETS
+from epd_ray.registry import did_you_mean
+from epd_ray.solvers.card import HUB_ID, model_card
+from epd_ray.solvers.deploy import SCHEDULER_FILE, scheduler_config, upload
 from epd_ray.solvers.epd import Callback, check_options, epd
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Drift, Form
 
 FILE_NAME = "solver.json"
 FORMAT_VERSION = 1
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,8 @@ class Solver:
         return epd(drift, x, self.sigmas, self.table, afs=self.afs, order=self.order, form=self.form, callback=callback)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write solver.json and a model card; each file appears whole or not at all.
+        """Write solver.json, a model card and, where `meta["scheduler"]` or the flow form allows, the configuration of
+        an EPDScheduler; each file appears whole or not at all.
 
         Args:
             directory: made where missing.
@@ -86,23 +88,58 @@ class Solver:
             The path of solver.json.
 
         Raises:
-            TableError: meta that is not JSON.
+            TableError: meta that is not JSON, or that contradicts the form.
         """
-        path = Path(directory)
+        return self._save(Path(directory), "path/to/this/directory")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        commit_message: str = "Upload a learned diffusion solver",
+    ) -> str:
+        """Put what `save_pretrained` writes into a repository of the Hugging Face hub, made where there is none.
+
+        Args:
+            repo_id: "owner/name".
+            token: with permission to write; the stored one when None.
+            private: whether a new repository is.
+            commit_message: of the upload.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            TableError: no token, no permission, no connection, or what `save_pretrained` raises.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), repo_id)
+            return upload(repo_id, Path(folder), token=token, private=private, commit_message=commit_message)
+
+    def _save(self, path: Path, source: str) -> Path:
+        """Write the files; the card tells people to load from `source`."""
+        config = scheduler_config(self)
         try:
             text = json.dumps(self._record(), indent=2, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise TableError(f"meta cannot be written as JSON: {error}") from error
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / "README.md", self._card())
+        _write(path / "README.md", model_card(self, source, has_scheduler=config is not None))
+        if config is None:
+            (path / SCHEDULER_FILE).unlink(missing_ok=True)
+        else:
+            named = json.dumps({"_class_name": "EPDScheduler", **config}, indent=2)
+            _write(path / SCHEDULER_FILE, _inline_rows(named) + "\n")
         return _write(path / FILE_NAME, _inline_rows(text) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> "Solver":
-        """Read a solver from a local directory or, where there is none of that name, from the Hugging Face hub.
+        """Read a solver from a local directory or file or, where there is none of that name, a preset or the hub.
 
         Args:
-            source: a directory, or a hub id "owner/name".
+            source: a directory, a solver file, a preset ("sd3-1024-rl"), or a Hugging Face hub id "owner/name".
             revision: of the hub repository: branch, tag or commit.
 
         Returns:
@@ -111,8 +148,13 @@ class Solver:
         Raises:
             TableError: no such file, or one that is not a solver.
         """
-        path = Path(source)
-        file = path / FILE_NAME if path.is_dir() else _download(os.fspath(source), revision)
+        path, name = Path(source), os.fspath(source)
+        if path.is_dir():
+            file = path / FILE_NAME
+        elif path.is_file():
+            file = path
+        else:
+            file = PRESETS[name] if name in PRESETS else _download(name, revision)
         try:
             return cls._parse(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -161,23 +203,6 @@ class Solver:
         sigmas = torch.tensor(file.sigmas, dtype=torch.float64)
         return cls(table, sigmas, file.form, file.afs, file.order, file.meta)
 
-    def _card(self) -> str:
-        base = self.meta.get("model_id")
-        base_line = f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else ""
-        about = "".join(f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |\n" for key, value in self.meta.items())
-        spans = pairwise(self.sigmas.tolist())
-        rows = zip(spans, self.table.positions.tolist(), self.table.weights.tolist(), strict=True)
-        steps = "".join(f"| {a:.5g} to {b:.5g} | {_decimals(r)} | {_decimals(w)} |\n" for (a, b), r, w in rows)
-        return _CARD.format(
-            base_line=base_line,
-            intervals=self.table.intervals,
-            points=self.table.points,
-            parallel_nfe=self.parallel_nfe,
-            model_evals=self.model_evals,
-            about=about,
-            steps=steps,
-        )
-
 
 class _SolverFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -192,37 +217,6 @@ class _SolverFile(BaseModel):
     scale_dir: list[list[float]] | None = None
     scale_time: list[list[float]] | None = None
     meta: dict[str, JsonValue]
-
-
-_CARD = """\
----
-library_name: epd-ray
-tags: [diffusion, ode-solver, epd-solver]
-{base_line}---
-# A learned diffusion solver
-
-{intervals} intervals with {points} parallel points each: parallel NFE {parallel_nfe} (calls that wait for each other),
-{model_evals} evaluations per image in all (twice as many network passes under classifier-free guidance).
-
-```python
-from epd_ray.solvers import Solver
-
-solver = Solver.from_pretrained("path/to/this/directory")  # or this repository's id
-x = solver.solve(drift, x)  # drift(x [B, ...], sigma [B]) -> dx/dsigma; x: the state at solver.sigmas[0]
-```
-
-| Made with | |
-|---|---|
-{about}
-| Interval (sigma) | Positions | Weights |
-|---|---|---|
-{steps}
-Method: EPD-Solver (arXiv 2507.14797) and RDPO (arXiv 2512.22796).
-"""
-
-
-def _decimals(values: list[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _matrix(name: str, rows: list[list[float]]) -> Tensor:
@@ -254,8 +248,11 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(repo_id):
-        raise TableError(f"{repo_id!r} is no directory (pass one that holds {FILE_NAME}, or a hub id 'owner/name')")
+    if not HUB_ID.fullmatch(repo_id):
+        raise TableError(
+            f"{repo_id!r} is no directory (pass one that holds {FILE_NAME}, a hub id 'owner/name', or a preset"
+            f"{did_you_mean(repo_id, PRESETS)})"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 

@@ -1,0 +1,46 @@
+"""Any diffusers pipeline by directory or hub id: its model_index.json says which family drives it."""
+
+import inspect
+from typing import Any
+
+from epd_ray.backbones.loading import PipelineOptions, open_pipeline, read_index
+from epd_ray.backbones.pipeline import Family, PipelineBackbone
+from epd_ray.errors import ModelError
+from epd_ray.registry import Registry
+
+FAMILIES: "Registry[Family]" = Registry(
+    "pipeline class",
+    {
+        "DDIMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
+        "DDPMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
+        "FluxPipeline": "epd_ray.backbones.flux:FluxFamily",
+        "LDMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
+        "StableDiffusion3Pipeline": "epd_ray.backbones.sd3:SD3Family",
+        "StableDiffusionPipeline": "epd_ray.backbones.sd:SDFamily",
+        "StableDiffusionXLPipeline": "epd_ray.backbones.sd:SDXLFamily",
+    },
+)
+
+
+def open_backbone(**options: Any) -> PipelineBackbone:
+    """Open a pipeline and drive it.
+
+    Args:
+        options: the fields of PipelineOptions.
+
+    Raises:
+        ModelError: the model is missing, damaged, gated, or of a family that nothing here drives.
+        ConfigError: a device or dtype that is not there.
+    """
+    opened = PipelineOptions(**options)
+    index = read_index(opened.model, opened.revision)
+    if index.class_name not in FAMILIES.names():
+        known = ", ".join(FAMILIES.names())
+        raise ModelError(f"model {opened.model!r} is a {index.class_name}, supported are: {known}")
+    denoiser = "transformer" if "transformer" in index.components else "unet"
+    pipeline = open_pipeline(index, opened, denoiser)
+    family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})
+    return PipelineBackbone(pipeline, family, opened, index.commit)
+
+
+open_backbone.__signature__ = inspect.signature(PipelineOptions)  # type: ignore[attr-defined]  # one list of options

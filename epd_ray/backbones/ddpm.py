@@ -1,0 +1,81 @@
+"""Unconditional pixel and latent models, as the public CIFAR-10, LSUN and CelebA-HQ ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import JsonValue
+from torch import Tensor
+
+from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.discrete import DiscreteTime, network_input
+from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.types import Form
+
+
+class DDPMFamily:
+    """Drives a DDPMPipeline, a DDIMPipeline or an LDMPipeline; prompts only count the images.
+
+    Args:
+        pipeline: one of these.
+        options: that it was opened with.
+
+    Raises:
+        ModelError: a schedule that cannot be driven.
+    """
+
+    name = "ddpm"
+    form: Form = "ve"
+    default_guidance = 1.0
+    classifier_free = False
+    text_limits: Sequence[tuple[Any, int]] = ()
+
+    def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
+        self._pipeline = pipeline
+        self._vqvae = getattr(pipeline, "vqvae", None)
+        self._time = DiscreteTime(pipeline.scheduler, options.model)
+
+    @property
+    def _scale(self) -> int:
+        """Pixels per latent."""
+        return 1 if self._vqvae is None else 2 ** (len(self._vqvae.config.block_out_channels) - 1)
+
+    @property
+    def pixel_step(self) -> int:
+        return int(self._scale * 2 ** (len(self._pipeline.unet.config.block_out_channels) - 1))  # the UNet halves too
+
+    @property
+    def default_resolution(self) -> int:
+        return int(self._pipeline.unet.config.sample_size * self._scale)
+
+    @property
+    def scheduler_facts(self) -> dict[str, JsonValue]:
+        return self._time.facts
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        side = resolution // self._scale
+        return (self._pipeline.unet.config.in_channels, side, side)
+
+    def embed(self, prompt: str) -> Embedding:
+        return ()
+
+    def embed_nothing(self) -> Embedding:
+        return ()
+
+    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+        return self._time.sigmas(num_intervals, final_zero)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return self._time.sigma_max * noise
+
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+        """The drift from the UNet's output at x."""
+        unet = self._pipeline.unet
+        output = unet(network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma), return_dict=False)[0]
+        return self._time.drift(x, sigma, output.float())
+
+    def images(self, x: Tensor, resolution: int) -> Tensor:
+        if self._vqvae is None:
+            return x
+        latents = x / self._vqvae.config.scaling_factor
+        images: Tensor = self._vqvae.decode(latents.to(self._vqvae.dtype), return_dict=False)[0]
+        return images

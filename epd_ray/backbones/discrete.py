@@ -1,0 +1,75 @@
+"""What the discrete-time families share: sigmas and timesteps of their training schedule, and the network's output."""
+
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from epd_ray.errors import ModelError
+from epd_ray.schedules import discrete, sigma_to_timestep, timestep_to_sigma
+from epd_ray.solvers.network import ve_drift
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+class DiscreteTime:
+    """A training schedule of T noise levels, in VE form: x = clean + sigma * noise.
+
+    Args:
+        scheduler: any discrete diffusers scheduler; its betas and prediction type count, not its method.
+        model: for messages.
+
+    Raises:
+        ModelError: a schedule or a prediction type that cannot be driven.
+    """
+
+    def __init__(self, scheduler: Any, model: str) -> None:
+        config = scheduler.config
+        if "beta_schedule" not in config:
+            raise ModelError(f"model {model!r} has a {type(scheduler).__name__}, expected one with training betas")
+        self.prediction_type = str(config.get("prediction_type", "epsilon"))
+        if self.prediction_type not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            raise ModelError(f"model {model!r} predicts {self.prediction_type!r}, expected one of {known}")
+        if config.get("rescale_betas_zero_snr"):
+            raise ModelError(f"model {model!r} starts at infinite sigma (rescale_betas_zero_snr): not supported")
+        self.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
+        self.facts: dict[str, JsonValue] = {"prediction_type": self.prediction_type}
+        self.facts |= {key: _plain(config.get(key)) for key in BETAS if config.get(key) is not None}
+        self.sigma_max = float(timestep_to_sigma(torch.tensor(len(self.alphas_cumprod) - 1.0), self.alphas_cumprod))
+
+    def sigmas(self, num_intervals: int, final_zero: bool) -> Tensor:
+        """Uniform in the model's time; with `final_zero` as EulerDiscreteScheduler(timestep_spacing="trailing")."""
+        if not final_zero:
+            return discrete(num_intervals + 1, self.alphas_cumprod)
+        steps = len(self.alphas_cumprod)
+        timesteps = (torch.arange(num_intervals, 0, -1, dtype=torch.float64) * steps / num_intervals).round() - 1
+        return torch.cat([timestep_to_sigma(timesteps, self.alphas_cumprod), torch.zeros(1, dtype=torch.float64)])
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The network's timestep [B] at sigma [B], fractional between training steps; on sigma's device."""
+        acp = self.alphas_cumprod
+        on_cpu = sigma.device.type == "mps"  # no float64 there
+        return sigma_to_timestep(sigma.cpu() if on_cpu else sigma, acp if on_cpu else acp.to(sigma.device)).float().to(
+            sigma.device
+        )  # fmt: skip
+
+    def drift(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
+        """dx/dsigma from the network's output at x [B, ...], sigma [B]."""
+        return ve_drift(output, x, _spread(sigma, x), self.prediction_type)
+
+
+def network_input(x: Tensor, sigma: Tensor) -> Tensor:
+    """x [B, ...] scaled to unit variance, as the network was trained."""
+    return x / (_spread(sigma, x) ** 2 + 1).sqrt()
+
+
+def _spread(sigma: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to multiply x [B, ...]."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str)) else [float(v) for v in value]

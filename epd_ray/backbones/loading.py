@@ -1,0 +1,177 @@
+"""From a model's name to an open diffusers pipeline: files, dtype, device, memory and speed options."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from epd_ray.assets import require_vocabulary, resolve_model
+from epd_ray.devices import pick_device, pick_dtype
+from epd_ray.errors import ModelError
+from epd_ray.hub import opening
+
+Parts = Literal["all", "text", "image"]
+INDEX = "model_index.json"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # the pipelines' calls use them, the ODE does not
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How a pipeline is opened; the same for every family.
+
+    Attributes:
+        model: a pipeline directory, a hub id, or the name of an embedded model.
+        revision: of a hub repository: branch, tag or commit.
+        device: "auto" (cuda, mps, cpu), or a torch device.
+        dtype: of the networks: "auto" (bfloat16), "float32", "bfloat16" or "float16".
+        resolution: pixels per side; the model's own when None.
+        max_sequence_length: T5 tokens, in families that have T5; the pipeline's own number when None.
+        offload: "model" or "sequential" keeps on the device what is at work alone; needs accelerate.
+        vae_slicing: decode one image at a time.
+        vae_tiling: decode in tiles.
+        compile: torch.compile the denoising network.
+        attention: a diffusers attention backend, such as "native" or "flash".
+        embedding_cache_mib: bound on the cached prompt embeddings.
+        parts: what is loaded: "all", the "text" encoders alone, or "image", everything but them.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    offload: Literal["none", "model", "sequential"] = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    compile: bool = False
+    attention: str | None = None
+    embedding_cache_mib: int = 1024
+    parts: Parts = "all"
+
+
+@dataclass(frozen=True)
+class Index:
+    """A model_index.json.
+
+    Attributes:
+        location: what diffusers' from_pretrained takes.
+        class_name: of the pipeline.
+        components: name -> whether the model has it.
+        commit: of a hub repository.
+    """
+
+    location: str
+    class_name: str
+    components: dict[str, bool]
+    commit: str | None
+
+
+def read_index(model: str, revision: str | None) -> Index:
+    """Which pipeline a model is, before anything heavy is read.
+
+    Raises:
+        ModelError: no such model, or no pipeline.
+    """
+    location = resolve_model(model)
+    with opening(model):
+        if Path(location).is_dir():
+            path, commit = Path(location, INDEX), None
+            if not path.is_file():
+                raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(location, INDEX, revision=revision))
+            commit = path.parent.name  # the cache keeps snapshots/<commit>/
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ModelError(f"model {model!r}: {INDEX} is not valid JSON: {error}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelError(f"model {model!r}: {INDEX} names no pipeline class: it is damaged")
+    components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}
+    return Index(location, index["_class_name"], components, commit)
+
+
+def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:  # diffusers ships no types
+    """Open the pipeline on its device, frozen.
+
+    Args:
+        index: of the model.
+        options: see PipelineOptions.
+        denoiser: name of the network's component, "unet" or "transformer".
+
+    Raises:
+        ModelError: with what is wrong and what to do.
+        ConfigError: a device or dtype that is not there.
+    """
+    import diffusers
+    from diffusers.utils import is_accelerate_available
+
+    device, dtype = pick_device(options.device), pick_dtype(options.dtype)
+    absent: dict[str, None] = {name: None for name in _left_out(index, options.parts, denoiser)}
+    with opening(options.model):
+        pipeline = getattr(diffusers, index.class_name).from_pretrained(
+            index.location,
+            revision=index.commit or options.revision,
+            dtype=dtype,
+            low_cpu_mem_usage=is_accelerate_available(),
+            **absent,
+        )
+    tokenizers = [p for name, p in pipeline.components.items() if name.startswith("tokenizer") and p is not None]
+    require_vocabulary(options.model, tokenizers)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            if all(p.dtype != dtype for p in part.parameters()):
+                part.to(dtype=dtype)  # without accelerate, diffusers may leave a network in its file's dtype
+            part.requires_grad_(False)
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None:
+        if dtype == torch.float16 and vae.config.get("force_upcast"):
+            vae.to(dtype=torch.float32)  # its activations overflow float16, as its config says
+        if options.vae_slicing:
+            vae.enable_slicing()
+        if options.vae_tiling:
+            vae.enable_tiling()
+    network = getattr(pipeline, denoiser, None)
+    if network is not None:
+        _speed_up(network, options)
+    return _place(pipeline, device, options)
+
+
+def _left_out(index: Index, parts: Parts, denoiser: str) -> list[str]:
+    """Components that the model lacks, of those that diffusers insists on, and those that are not wanted here."""
+    lacking = [name for name, there in index.components.items() if not there or name in UNUSED]
+    encoders = [name for name in index.components if name.startswith("text_encoder")]
+    if parts == "text":
+        return sorted({*lacking, denoiser, "vae"})
+    return sorted({*lacking, *encoders}) if parts == "image" else lacking
+
+
+def _speed_up(network: torch.nn.Module, options: PipelineOptions) -> None:
+    if options.attention is not None:
+        try:
+            network.set_attention_backend(options.attention)  # type: ignore[operator]
+        except (ValueError, RuntimeError, ImportError) as error:
+            why = str(error).splitlines()[0]
+            raise ModelError(f"model {options.model!r}: attention {options.attention!r}: {why}") from error
+    if options.compile:
+        network.compile()
+
+
+def _place(pipeline: Any, device: torch.device, options: PipelineOptions) -> Any:
+    if options.offload == "none":
+        return pipeline.to(device)
+    from diffusers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise ModelError(f"offload={options.offload!r} needs the accelerate package: pip install accelerate")
+    if device.type == "cpu":
+        raise ModelError(f"offload={options.offload!r} needs an accelerator, the device is cpu: set offload to none")
+    move = pipeline.enable_model_cpu_offload if options.offload == "model" else pipeline.enable_sequential_cpu_offload
+    move(device=device)
+    return pipeline

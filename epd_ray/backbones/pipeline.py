@@ -1,0 +1,172 @@
+"""A diffusers pipeline as an ODE in sigma. What differs between families is behind `Family`, one file each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from epd_ray.backbones.cache import Embedding, EmbeddingCache
+from epd_ray.backbones.conditioning import TextConditioning, guided_drift
+from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.errors import ModelError
+from epd_ray.types import Conditioning, Form
+
+
+class Family(Protocol):
+    """What a pipeline family does in its own way.
+
+    Attributes:
+        name: of the family, as solver files have it.
+        form: of its ODE.
+        default_guidance: the guidance scale that the family is usually run with.
+        classifier_free: whether guidance takes a second pass for the empty prompt.
+        pixel_step: what the resolution has to be a multiple of.
+        default_resolution: pixels per side.
+        text_limits: per text encoder, its tokenizer and how many tokens it takes.
+        scheduler_facts: what EPDScheduler needs to know, as JSON values.
+    """
+
+    name: str
+    form: Form
+    default_guidance: float
+    classifier_free: bool
+
+    @property
+    def pixel_step(self) -> int: ...
+
+    @property
+    def default_resolution(self) -> int: ...
+
+    @property
+    def text_limits(self) -> Sequence[tuple[Any, int]]: ...
+
+    @property
+    def scheduler_facts(self) -> dict[str, JsonValue]: ...
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Of one image's noise."""
+        ...
+
+    def embed(self, prompt: str) -> Embedding:
+        """One prompt's tensors, without a batch dimension."""
+        ...
+
+    def embed_nothing(self) -> Embedding:
+        """The same for the unguided half."""
+        ...
+
+    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+        """See Backbone.sigmas."""
+        ...
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """See Backbone.initial."""
+        ...
+
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+        """dx/dsigma, float32; differentiable in x and sigma."""
+        ...
+
+    def images(self, x: Tensor, resolution: int) -> Tensor:
+        """Decoded images [B, 3, H, W], around [-1, 1]."""
+        ...
+
+
+class PipelineBackbone:
+    """See epd_ray.types.Backbone. The networks run in their dtype; state, guidance and noise stay float32.
+
+    Args:
+        pipeline: opened by `open_pipeline`.
+        family: around the same pipeline.
+        options: that it was opened with.
+        commit: of a hub repository.
+
+    Raises:
+        ModelError: a resolution that the model cannot draw.
+    """
+
+    def __init__(self, pipeline: Any, family: Family, options: PipelineOptions, commit: str | None = None) -> None:
+        self.pipeline, self._family, self.options = pipeline, family, options
+        self.model_id, self.family, self.form = options.model, family.name, family.form
+        self.default_guidance = family.default_guidance
+        self.device = pipeline._execution_device
+        # Text encoders alone draw nothing, and know no size.
+        self.resolution = options.resolution or (0 if options.parts == "text" else family.default_resolution)
+        if options.parts != "text":
+            _check_resolution(self.model_id, self.resolution, family.pixel_step)
+        self.facts: Mapping[str, JsonValue] = {
+            "resolution": self.resolution,
+            "revision": commit or options.revision,
+            "scheduler": family.scheduler_facts,
+        }
+        self.embeddings = EmbeddingCache(self._embed, options.embedding_cache_mib << 20)
+
+    def encode_with(self, embed: Callable[[str], Embedding]) -> None:
+        """Let prompts be embedded elsewhere, as when the text encoders are in an actor of their own."""
+        self.embeddings = EmbeddingCache(embed, self.options.embedding_cache_mib << 20)
+
+    @torch.no_grad()  # not inference_mode: embeddings enter graphs when a table is fitted by gradients
+    def _embed(self, prompt: str) -> Embedding:
+        if self.options.parts == "image" and self._family.text_limits:
+            raise ModelError(f"model {self.model_id!r} has no text encoders (parts='image'): call encode_with first")
+        if self._family.classifier_free and not prompt:
+            return self._family.embed_nothing()
+        return self._family.embed(prompt)
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
+        guided = self._family.classifier_free and guidance_scale > 1
+        rows = self.embeddings([*([""] * len(prompts) if guided else []), *prompts])
+        tensors = tuple(torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
+        return TextConditioning(tensors, len(prompts), guidance_scale, guided)
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts no text encoder takes whole; their ends are cut."""
+        limits = self._family.text_limits
+        return sum(bool(limits) and all(_tokens(t, prompt) > most for t, most in limits) for prompt in prompts)
+
+    def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
+        return self._family.sigmas(num_intervals, final_zero, self.resolution)
+
+    def noise(self, seed: int) -> Tensor:
+        return torch.randn(
+            self._family.latent_shape(self.resolution), generator=torch.Generator().manual_seed(seed)
+        )  # fmt: skip
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return self._family.initial(noise.to(self.device))
+
+    def drift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if not isinstance(conditioning, TextConditioning):
+            raise TypeError(f"conditioning is a {type(conditioning).__name__}, expected what encode gave")
+        scale = conditioning.guidance_scale
+
+        def network(x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+            return self._family.network(x, sigma, tensors, scale)
+
+        return guided_drift(network, x, sigma, conditioning)
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor) -> Tensor:
+        images = self._family.images(x, self.resolution).float()
+        if self.options.offload != "none":
+            self.pipeline.maybe_free_model_hooks()
+        return (images / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _check_resolution(model: str, resolution: int, step: int) -> None:
+    if resolution < step or resolution % step:
+        use = max(resolution - resolution % step, step)
+        raise ModelError(f"model {model!r}: resolution {resolution} is not a positive multiple of {step}: use {use}")
+
+
+def _tokens(tokenizer: Any, prompt: str) -> int:
+    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+
+def decode_latents(vae: Any, x: Tensor) -> Tensor:
+    """Images of an AutoencoderKL from latents in the network's scale."""
+    latents = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return images

@@ -1,0 +1,26 @@
+"""The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
+
+import os
+
+import typer
+
+from epd_ray.cli import rewards, runs, tables
+
+app = typer.Typer(
+    help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
+    epilog="Start with `epd-ray train`: no arguments, no GPU, no download.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (runs.train, runs.distill, runs.sample, runs.evaluate, runs.report, runs.fetch, runs.doctor, runs.bench):
+    app.command()(command)
+app.add_typer(tables.app, name="tables")
+app.add_typer(rewards.app, name="rewards")
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
+    app()

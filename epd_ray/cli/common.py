@@ -1,0 +1,64 @@
+"""What the commands share: how they end, what they show. Nothing heavy is imported before a command runs."""
+
+import errno
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from epd_ray.errors import EpdRayError
+
+if TYPE_CHECKING:
+    from epd_ray.progress import Observer
+
+USER_ERROR, INTERRUPTED = 2, 130
+DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `train` leaves it.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Configuration changes, such as rdpo.lr=1e-3.")
+]
+
+
+@contextmanager
+def ending(run: Path | None = None) -> Iterator[None]:
+    """Turn the user's errors and Ctrl-C into clean lines and an exit code; `run` is what could be resumed."""
+    try:
+        yield
+    except EpdRayError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+    except OSError as error:
+        if error.errno not in DISK_PROBLEMS:
+            raise
+        where = error.filename or "the disk"
+        typer.echo(f"error: {where}: {error.strerror} (make room, or choose another --out)", err=True)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        begun = run is not None and (run / "config.yaml").is_file()
+        hint = f"; continue with: epd-ray train --resume {shlex.quote(str(run))}" if begun else ""
+        typer.echo(f"stopped{hint}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def observed() -> Iterator["Observer"]:
+    """An observer that lets go of the terminal whatever happens."""
+    from epd_ray.progress import console_observer
+
+    observer = console_observer()
+    try:
+        yield observer
+    finally:
+        observer.done()
+
+
+def say(lines: Sequence[str]) -> None:
+    """One line each."""
+    for line in lines:
+        typer.echo(line)

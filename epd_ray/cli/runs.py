@@ -1,0 +1,175 @@
+"""Commands on runs and solvers, and those that look at the machine."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from epd_ray.cli.common import ConfigOption, OverridesArgument, RunArgument, ending, observed, say
+from epd_ray.errors import ConfigError
+
+
+def train(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New run directory.", show_default="runs/<time>-<name>")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Place the actors, measure one batch, and say what the run would take.")
+    ] = False,
+) -> None:
+    """Fine-tune a solver, compare it with the baselines, and write a report."""
+    with ending():
+        if resume and (config or out or overrides or dry_run):
+            raise ConfigError(["--resume continues with the run's own configuration: leave out everything else"])
+        if resume is None:
+            from epd_ray.config import load_config
+
+            settings = load_config(config, overrides or [])
+            if dry_run:
+                from epd_ray.dry_run import dry_run as measure
+
+                with observed() as observer:
+                    lines = measure(settings, observer)
+                say(lines)
+                return
+            path = out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
+        else:
+            path = resume
+    with ending(path):
+        from epd_ray import run
+
+        if resume is None:
+            say(run.describe(settings))
+        with observed() as observer:
+            headline = run.resume(path, observer) if resume else run.train(settings, path, observer)
+        say([*headline, f"report: {path / 'report.html'}", f"solver: {path / 'solver'}"])
+
+
+def sample(
+    solver: Annotated[
+        str,
+        typer.Option(metavar="SOLVER", help="RUN/solver, a preset (epd-ray tables list), or a hub id."),
+    ],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; give it again for more pictures.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes.")] = Path("sample.png"),
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Directory, hub id or embedded name.", show_default="the solver's own"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the prompt.", show_default="the solver's own")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Pixels per side.", show_default="the solver's own")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Draw prompts with a learned solver."""
+    with ending():
+        from diffusers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar as disable_too
+
+        from epd_ray import run
+
+        disable_progress_bar()
+        disable_too()
+        options = run.SampleOptions(model, guidance_scale, resolution, device, dtype)
+        run.sample(solver, prompt, seed, out, options)
+        typer.echo(f"picture: {out}")
+
+
+def evaluate(
+    path: RunArgument,
+    count: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Held-out prompts.", show_default="the run's own")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts, one a line.", show_default="the run's own split"),
+    ] = None,
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Which of the run's held-out prompts.")] = "test",
+) -> None:
+    """Compare a run's solver with the baselines on held-out prompts."""
+    with ending():
+        from epd_ray import run
+
+        with observed() as observer:
+            headline = run.evaluate(path, count, prompts, split, observer)
+        say(headline)
+
+
+def report(path: RunArgument) -> None:
+    """Write a run's report.html again."""
+    with ending():
+        from epd_ray.report import write_report
+
+        typer.echo(f"report: {write_report(path)}")
+
+
+def distill(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New solver directory.", show_default="solvers/<time>-<name>")
+    ] = None,
+) -> None:
+    """Stage 1 alone, without rewards: a solver that follows a finer one, also for unconditional models."""
+    with ending():
+        from epd_ray.config import load_config
+        from epd_ray.distill_run import distill as fit
+
+        settings = load_config(config, overrides or [])
+        path = out or Path("solvers", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
+        with observed() as observer:
+            lines = fit(settings, path, observer)
+        say(lines)
+
+
+def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> None:
+    """Place a configuration's weights on every node, once."""
+    with ending():
+        from epd_ray.config import load_config
+        from epd_ray.fetch import fetch as place
+
+        with observed() as observer:
+            lines = place(load_config(config, overrides or []), observer)
+        say(lines)
+
+
+def doctor() -> None:
+    """Say what is installed, which device is used, and what is missing."""
+    with ending():
+        from epd_ray.doctor import examine, show
+
+        if not show(examine()):
+            raise typer.Exit(1)
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None, typer.Argument(metavar="CASE", help="overhead, overlap, reference, distill, batching.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.")] = None,
+) -> None:
+    """Measure this system against something in the same run."""
+    with ending():
+        import json
+
+        from epd_ray.bench import CASES
+        from epd_ray.registry import did_you_mean
+
+        unknown = [case for case in cases or [] if case not in CASES]
+        if unknown:
+            raise ConfigError([f"unknown case {case!r}{did_you_mean(case, CASES)}" for case in unknown])
+        records = {}
+        for case in cases or CASES:
+            records[case] = CASES[case]()
+            typer.echo(f"{case}: {json.dumps(records[case])}")
+        if out is not None:
+            out.write_text(json.dumps(records, indent=2))

@@ -1,0 +1,78 @@
+"""Stage 1 alone: a solver that follows a finer one, for any model, also one that no reward can judge."""
+
+from pathlib import Path
+
+import numpy as np
+
+from epd_ray.config import RunConfig
+from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluate import rivals
+from epd_ray.progress import Observer
+from epd_ray.prompts import load_prompts
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.sampling import Sampler, baseline, learned
+from epd_ray.session import algorithm
+from epd_ray.shard import as_table
+from epd_ray.solvers.solver import FILE_NAME
+from epd_ray.trainer import distil, made_by, noise_seeds
+from epd_ray.types import FloatArray, ImageArray
+
+
+def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
+    """Fit a table, save it, and say how far its held-out pictures are from the teacher's.
+
+    Args:
+        config: of a run; its rewards are left out.
+        out: a directory that holds no solver yet.
+        observer: sees the progress.
+
+    Returns:
+        A line per solver: root mean square distance of its pictures to the teacher's, in [0, 1].
+
+    Raises:
+        RunDirectoryError: there is a solver in `out` already.
+        EpdRayError: something else that the user can mend.
+    """
+    if (out / FILE_NAME).exists():
+        raise RunDirectoryError(f"{out} holds a solver already: choose another --out")
+    prompts = load_prompts(config.prompts, config.seed)
+    observer.stage("starting actors", 1)
+    with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:
+        observer.advance()
+        observer.stage("distilling", 1)
+        fits = distil(config, prompts, algo)
+        observer.advance()
+        residuals = [fit.residual for fit in fits]
+        solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
+        solver.save_pretrained(out)
+        held_out = prompts.validation
+        seeds = noise_seeds(config, "validation", len(held_out))
+        ours = learned(solver, "distilled", "EPD distilled")
+        others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+        observer.stage("comparing", 2 + len(others))
+        target = _pictures(algo, baseline("dpm2", 2 * ours.intervals * config.distill.teacher_steps), held_out, seeds)
+        observer.advance()
+        lines = []
+        for sampler in (ours, *others):
+            distance = float(rms(_pictures(algo, sampler, held_out, seeds), target).mean())
+            cost = f"NFE {sampler.parallel_nfe:>2} ({sampler.model_evals:>2} evaluations)"
+            lines.append(f"{sampler.label:<18} {cost}  from the teacher's pictures {distance:.4f}")
+            observer.advance()
+    return [*lines, f"solver: {out}"]
+
+
+def _pictures(algo: RDPO, sampler: Sampler, prompts: list[str], seeds: list[int]) -> ImageArray:
+    images = algo.sample_scored(sampler, prompts, seeds, keep_images=True).images
+    assert images is not None
+    return images
+
+
+def rms(images: ImageArray, target: ImageArray) -> FloatArray:
+    """Root mean square difference per picture, [B], in units of the full range.
+
+    Args:
+        images: [B, 3, H, W], uint8.
+        target: the same shape.
+    """
+    difference = (images.astype(np.float32) - target.astype(np.float32)) / 255
+    return np.asarray(np.sqrt((difference**2).mean(axis=(1, 2, 3))), np.float32)

@@ -1,0 +1,101 @@
+"""Opening models from directories or the hub: every way that goes wrong ends in one line that says what to do."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it is built on, whatever its name
+from safetensors import SafetensorError
+
+from epd_ray.errors import ModelError
+
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, EOFError, httpx.HTTPError,
+)  # fmt: skip
+"""What the loaders of diffusers, transformers and torch raise for missing or damaged files, and broken downloads."""
+
+TOKEN = "set HF_TOKEN to a read token of that account (named in cluster.env for actors on other machines)"
+
+_STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
+
+
+@contextmanager
+def opening(model: str, kind: str = "model") -> Iterator[None]:
+    """Turn whatever a loader raises into one line.
+
+    Args:
+        model: directory or hub id, as the user gave it.
+        kind: what it is ("CLIP model"), for the message.
+
+    Raises:
+        ModelError: names the model, what is wrong, and what to do about a gated, private or unreachable one.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        chain = list(_causes(error))
+        unpickling = any(type(e).__name__ == "UnpicklingError" for e in chain)  # torch's own and pickle's
+        if not unpickling and not any(isinstance(e, UNREADABLE) for e in chain):
+            raise
+        raise ModelError(f"{kind} {model!r} cannot be opened: {_explain(model, chain, unpickling)}") from error
+
+
+def _explain(model: str, chain: list[BaseException], unpickling: bool) -> str:
+    first = _first_line(chain[0])
+    if unpickling:
+        return f"its checkpoint is a plain pickle, which could run code (convert it to safetensors): {first}"
+    for error in chain:
+        said = _first_line(error)
+        if isinstance(error, GatedRepoError):
+            return f"{said} (accept its licence on the model's page while logged in, then {TOKEN})"
+        if isinstance(error, RevisionNotFoundError):
+            return f"{said} (check the revision: a branch, a tag or a commit)"
+        if isinstance(error, RepositoryNotFoundError):
+            return f"{said} (check the name; for a private model, {TOKEN})"
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            return f"{said} ({TOKEN})"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{said} (the repository has no such file: give one in its library's own layout)"
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return f"{said} (not in the local cache and the hub cannot be reached: epd-ray fetch where it can)"
+        if isinstance(error, HFValidationError):
+            return f"{said} (give a directory or a hub id 'owner/name')"
+        if isinstance(error, SafetensorError):
+            return f"damaged weight file: {first}"
+    return first
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it; loaders wrap the hub's errors in their own."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    """What the message says first; of the hub's, past the status line, the two lines that name what and why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if len(lines) > 1 and _STATUS.match(lines[0]):
+        text = " ".join(lines[1:3])
+    elif len(lines) > 1 and lines[0].endswith(":"):
+        text = " ".join(lines[:2])
+    else:
+        text = lines[0]
+    return text.replace(os.fspath(Path.home()), "~")

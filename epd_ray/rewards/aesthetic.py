@@ -1,0 +1,71 @@
+"""The LAION aesthetic predictor (Schuhmann 2022): a small network over CLIP ViT-L/14 image embeddings."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from epd_ray.errors import ModelError
+from epd_ray.hub import opening
+from epd_ray.rewards.batches import check_batch_size, in_batches, place
+from epd_ray.rewards.checkpoints import companion, find_file, linear_layers, read_tensors
+from epd_ray.rewards.preprocess import pil_pixels
+from epd_ray.rewards.towers import open_clip_model
+
+CHECKPOINTS = (
+    "sac+logos+ava1-l14-linearMSE.safetensors",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "aesthetic-model.pth",  # the same file in the default repository
+)
+
+
+class AestheticHead:
+    """How much people would like the picture, about 1 to 10, whatever the prompt.
+
+    Args:
+        model: directory or hub id with sac+logos+ava1-l14-linearMSE.pth.
+        revision: branch, tag or commit of `model` on the hub.
+        device: as everywhere.
+        dtype: of the image tower ("auto": float16 on CUDA, else float32); what follows it is float32.
+        batch_size: pictures per forward pass.
+        clip: directory or hub id of the CLIP model; by default the model directory itself where it holds one, else
+            OpenAI's ViT-L/14.
+
+    Raises:
+        ModelError: one of the two is missing or damaged, or they do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "trl-lib/ddpo-aesthetic-predictor",
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 64,
+        clip: str | None = None,
+    ) -> None:
+        self.model_id, self.revision, self.batch_size = model, revision, check_batch_size(batch_size)
+        self._device, self._dtype = place(device, dtype)
+        with opening(model, "aesthetic predictor"):
+            layers = linear_layers(read_tensors(find_file(model, CHECKPOINTS, revision)), "layers.")
+        base = companion(model, clip, "openai/clip-vit-large-patch14", ["config.json"])
+        with opening(base, "CLIP model"):
+            network = open_clip_model(base, None, f"CLIP model {base!r}")
+        del network.text_model
+        width, takes = network.config.projection_dim, layers[0].in_features
+        if width != takes:
+            raise ModelError(f"the predictor takes {takes} numbers, CLIP model {base!r} gives {width}: give its own")
+        self._network = network.to(self._device, self._dtype).eval().requires_grad_(False)
+        self._layers = layers.to(self._device)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return in_batches(self._score, images, prompts, self.batch_size)
+
+    @torch.inference_mode()
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = pil_pixels(images, self._network.config.vision_config.image_size).to(self._device, self._dtype)
+        embeds = self._network.get_image_features(pixel_values=pixels).pooler_output.float()
+        scores: Tensor = self._layers(normalize(embeds, dim=-1))
+        return scores.squeeze(-1)

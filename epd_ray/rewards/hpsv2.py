@@ -1,0 +1,65 @@
+"""HPS v2.1 (Wu et al. 2023): CLIP ViT-H/14 fine-tuned on human preference."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from epd_ray.hub import opening
+from epd_ray.rewards.batches import check_batch_size, place
+from epd_ray.rewards.checkpoints import TOKENIZER_FILES, companion, find_file, read_tensors
+from epd_ray.rewards.preprocess import tensor_pixels
+from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
+from epd_ray.rewards.towers import ClipTowers
+from epd_ray.rewards.vit_h import build_clip, from_open_clip
+
+CHECKPOINTS = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
+
+
+class HpsV21Head:
+    """Cosine of the image and text embeddings, around 0.2 to 0.35.
+
+    The middle of a picture that is not square is scored (the hpsv2 package adds black bars instead).
+
+    Args:
+        model: directory or hub id with HPS_v2.1_compressed.pt or .safetensors, in open_clip's layout.
+        revision: branch, tag or commit of `model` on the hub.
+        device: as everywhere.
+        dtype: of the network ("auto": float16 on CUDA, else float32); the score is float32.
+        batch_size: pictures per forward pass.
+        tokenizer: directory or hub id of CLIP's BPE; by default the model directory's own where it has one, else
+            that of OpenAI's CLIP.
+
+    Raises:
+        ModelError: the model is missing, damaged, or of another kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "xswu/HPSv2",
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        tokenizer: str | None = None,
+    ) -> None:
+        from transformers import CLIPTokenizer
+
+        self.model_id, self.revision = model, revision
+        where, precision = place(device, dtype)
+        tokens_from = companion(model, tokenizer, "openai/clip-vit-large-patch14", TOKENIZER_FILES)
+        with opening(model, "HPSv2.1 model"):
+            tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
+            network = build_clip(from_open_clip(tensors), f"HPSv2.1 model {model!r}")
+        words = open_tokenizer(CLIPTokenizer, tokens_from)
+        length = network.config.text_config.max_position_embeddings
+        self._towers = ClipTowers(
+            network,
+            PromptTokenizer(words, length, head="hpsv2.1", cleaned=True, padding=0),  # open_clip's
+            partial(tensor_pixels, size=network.config.vision_config.image_size),
+            device=where, dtype=precision, batch_size=check_batch_size(batch_size),
+        )  # fmt: skip
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._towers.cosine(images, prompts)

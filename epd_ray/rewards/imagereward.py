@@ -1,0 +1,189 @@
+"""ImageReward v1.0 (Xu et al. 2023): BLIP whose text tower reads the prompt with the picture in view."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epd_ray.errors import ModelError
+from epd_ray.hub import opening
+from epd_ray.rewards.batches import check_batch_size, in_batches, place
+from epd_ray.rewards.checkpoints import (
+    TOKENIZER_FILES,
+    Tensors,
+    check_loaded,
+    companion,
+    count_layers,
+    find_file,
+    linear_layers,
+    part,
+    read_tensors,
+)
+from epd_ray.rewards.preprocess import pil_pixels
+from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
+
+CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw value over the training pictures
+TEXT_LENGTH = 35
+VISION_HEAD_WIDTH = 64
+
+VISION_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+    "norm.weight": "post_layernorm.weight",
+    "norm.bias": "post_layernorm.bias",
+}
+VISION_PARTS = {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm": "layer_norm"}
+MED_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "layer_norm_eps", "hidden_act", "vocab_size",
+)  # fmt: skip
+
+
+class ImageRewardHead:
+    """Standardised human preference: 0 on the training pictures' average, mostly within -2.5 and 2.
+
+    Args:
+        model: directory or hub id with ImageReward.pt or .safetensors, and med_config.json.
+        revision: branch, tag or commit of `model` on the hub.
+        device: as everywhere.
+        dtype: of the two towers ("auto": float16 on CUDA, else float32); what follows them is float32.
+        batch_size: pictures per forward pass.
+        tokenizer: directory or hub id of BERT's word pieces; by default the model directory's own where it has some,
+            else those of bert-base-uncased.
+
+    Raises:
+        ModelError: the model is missing, damaged, or of another kind.
+
+    Source: the published package's formula. (Some copies of its code add 3 standard deviations, 3.1.)
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "THUDM/ImageReward",
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        tokenizer: str | None = None,
+    ) -> None:
+        self.model_id, self.revision, self.batch_size = model, revision, check_batch_size(batch_size)
+        self._device, self._dtype = place(device, dtype)
+        tokens_from = companion(model, tokenizer, "google-bert/bert-base-uncased", TOKENIZER_FILES)
+        with opening(model, "ImageReward model"):
+            med = json.loads(find_file(model, ["med_config.json"], revision).read_text())
+            tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
+            vision = build_vision(part(tensors, "blip.visual_encoder."), model)
+            text = build_text(part(tensors, "blip.text_encoder."), med, vision.config.hidden_size, model)
+            layers = linear_layers(tensors, "mlp.layers.")
+        words = open_bert_tokenizer(tokens_from)
+        if len(words) > text.config.vocab_size:
+            raise ModelError(
+                f"tokenizer {tokens_from!r} has {len(words)} words, ImageReward model {model!r} knows"
+                f" {text.config.vocab_size}: give the one that it was trained with"
+            )
+        self._tokens = PromptTokenizer(words, TEXT_LENGTH, head="imagereward")
+        self._vision = vision.to(self._device, self._dtype).eval().requires_grad_(False)
+        self._text = text.to(self._device, self._dtype).eval().requires_grad_(False)
+        self._layers = layers.to(self._device)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return in_batches(self._score, images, prompts, self.batch_size)
+
+    @torch.inference_mode()
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = pil_pixels(images, self._vision.config.image_size).to(self._device, self._dtype)
+        tokens = self._tokens(prompts).to(self._device)
+        patches = self._vision(pixel_values=pixels).last_hidden_state
+        hidden = self._text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=patches,
+            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=self._device),
+            is_decoder=False,  # every word sees the whole prompt
+        ).last_hidden_state
+        raw: Tensor = self._layers(hidden[:, 0].float())
+        return (raw.squeeze(-1) - MEAN) / STD
+
+
+def open_bert_tokenizer(location: str) -> Any:
+    """BERT's word pieces with BLIP's two words behind them: "[DEC]" and "[ENC]".
+
+    Raises:
+        ModelError: the files are missing.
+    """
+    from transformers import BertTokenizer
+
+    words = open_tokenizer(BertTokenizer, location)
+    words.add_special_tokens({"bos_token": "[DEC]"})
+    words.add_tokens(["[ENC]"], special_tokens=True)
+    return words
+
+
+def build_vision(tensors: Tensors, model: str) -> Any:
+    """BLIP's image tower, of the sizes that the weights have.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    tensors = {vision_name(key): value for key, value in tensors.items()}
+    width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
+    patches = tensors["embeddings.position_embedding"].shape[1] - 1
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=count_layers(tensors, "encoder.layers."),
+        num_attention_heads=max(1, width // VISION_HEAD_WIDTH),
+        image_size=round(patches**0.5) * patch,
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,  # timm's; transformers' default differs
+    )
+    network, report = BlipVisionModel.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch.float32,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    check_loaded(report, f"ImageReward model {model!r}")
+    return network
+
+
+def vision_name(key: str) -> str:
+    """timm's name of a weight in transformers' terms."""
+    if key in VISION_NAMES:
+        return VISION_NAMES[key]
+    key = re.sub(r"^blocks\.", "encoder.layers.", key)
+    for theirs, ours in VISION_PARTS.items():
+        key = key.replace(f".{theirs}", f".{ours}")
+    return key
+
+
+def build_text(tensors: Tensors, med: dict[str, Any], image_width: int, model: str) -> Any:
+    """BLIP's text tower, as med_config.json describes it, with cross-attention to the image's patches.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    from transformers import BlipTextConfig
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    missing = [field for field in MED_FIELDS if field not in med]
+    if missing:
+        raise ModelError(f"ImageReward model {model!r}: med_config.json lacks {', '.join(missing)}")
+    config = BlipTextConfig(
+        **{field: med[field] for field in MED_FIELDS}, encoder_hidden_size=image_width, is_decoder=True,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, sep_token_id=None,
+    )  # fmt: skip
+    network, report = BlipTextModel.from_pretrained(
+        None, add_pooling_layer=False, config=config, state_dict=tensors, dtype=torch.float32,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    check_loaded(report, f"ImageReward model {model!r}")
+    return network

@@ -1,0 +1,85 @@
+"""A CLIP model's two towers: embeddings of pictures and prompts, compared by their cosine."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from epd_ray.rewards.batches import in_batches
+from epd_ray.rewards.checkpoints import check_loaded
+from epd_ray.rewards.text import PromptTokenizer
+
+
+class ClipTowers:
+    """Scores pictures against prompts by the cosine of their embeddings.
+
+    Args:
+        network: a float32 CLIPModel.
+        tokens: for its text tower.
+        pixels: images [B, 3, H, W] in [0, 1] to what its image tower takes.
+        device: where it runs.
+        dtype: in which precision; embeddings are compared in float32.
+        batch_size: pictures per forward pass.
+
+    Attributes:
+        scale: exp(logit_scale), read before the network is rounded to `dtype`.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        tokens: PromptTokenizer,
+        pixels: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+    ) -> None:
+        self.scale = float(network.logit_scale.detach().exp())
+        self.network = network.to(device, dtype).eval().requires_grad_(False)
+        self.tokens, self.pixels = tokens, pixels
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+
+    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines [B], float32, on the CPU."""
+        return in_batches(self._cosine, images, prompts, self.batch_size)
+
+    @torch.inference_mode()
+    def _cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = self.pixels(images).to(self.device, self.dtype)
+        image = self.network.get_image_features(pixel_values=pixels).pooler_output.float()
+        text = self.network.get_text_features(**self.tokens(prompts).to(self.device)).pooler_output.float()
+        return cosine_similarity(image, text, dim=-1)
+
+
+def open_clip_model(location: str, revision: str | None, what: str) -> Any:
+    """A float32 CLIPModel from a directory or a hub id, every weight from its files.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    from transformers import CLIPModel
+
+    network, report = CLIPModel.from_pretrained(
+        location, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loaded(report, what)
+    return network
+
+
+def open_clip_processor(location: str, revision: str | None = None) -> Callable[[Tensor], Tensor]:
+    """A model's own image processor in its PIL form: images [B, 3, H, W] in [0, 1] to pixels."""
+    from transformers import CLIPImageProcessorPil
+
+    from epd_ray.rewards.preprocess import to_bytes
+
+    processor = CLIPImageProcessorPil.from_pretrained(location, revision=revision)
+
+    def pixels(images: Tensor) -> Tensor:
+        arrays = list(to_bytes(images).permute(0, 2, 3, 1).numpy())
+        processed: Tensor = processor(arrays, return_tensors="pt").pixel_values
+        return processed
+
+    return pixels

@@ -1,0 +1,106 @@
+"""CLIP ViT-H/14 from nothing but its weights: its configuration, and open_clip's names in transformers' terms."""
+
+import re
+from typing import Any
+
+import torch
+
+from epd_ray.errors import ModelError
+from epd_ray.rewards.checkpoints import Tensors, check_loaded, count_layers
+
+TEXT_HEAD_WIDTH, VISION_HEAD_WIDTH = 64, 80  # ViT-H/14's; the weights' shapes do not tell
+
+PLAIN = {
+    "logit_scale": "logit_scale",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers' spelling
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
+INSIDE = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def from_open_clip(tensors: Tensors) -> Tensors:
+    """A CLIPModel state dict from an open_clip one; query, key and value are one matrix there.
+
+    Raises:
+        ModelError: a weight that no open_clip ViT has.
+    """
+    converted: Tensors = {}
+    for key, value in tensors.items():
+        block = BLOCK.fullmatch(key.replace("in_proj_", "in_proj."))
+        if key in PLAIN:
+            converted[PLAIN[key]] = value
+        elif key in TRANSPOSED:
+            converted[TRANSPOSED[key]] = value.T
+        elif block and (block[3] in INSIDE or block[3] == "attn.in_proj"):
+            layer = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}"
+            if block[3] in INSIDE:
+                converted[f"{layer}.{INSIDE[block[3]]}.{block[4]}"] = value
+            else:
+                for name, third in zip("qkv", value.chunk(3), strict=True):
+                    converted[f"{layer}.self_attn.{name}_proj.{block[4]}"] = third
+        else:
+            raise ModelError(f"the checkpoint has a weight {key!r}, which no open_clip ViT has: another model's file?")
+    return converted
+
+
+def build_clip(tensors: Tensors, what: str) -> Any:
+    """A float32 CLIPModel of the sizes that a CLIPModel state dict has.
+
+    Raises:
+        ModelError: weights are missing, or have sizes that do not fit together.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    try:
+        vocabulary, text_width = tensors["text_model.embeddings.token_embedding.weight"].shape
+        positions = len(tensors["text_model.embeddings.position_embedding.weight"])
+        width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
+        patches = len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1
+        projection = len(tensors["text_projection.weight"])
+        text_inner = len(tensors["text_model.encoder.layers.0.mlp.fc1.weight"])
+        vision_inner = len(tensors["vision_model.encoder.layers.0.mlp.fc1.weight"])
+    except KeyError as error:
+        raise ModelError(f"{what} lacks {error.args[0]}: is it another model's file?") from error
+    shared = {"hidden_act": "gelu", "projection_dim": projection}
+    text = shared | {
+        "hidden_size": text_width,
+        "intermediate_size": text_inner,
+        "num_attention_heads": max(1, text_width // TEXT_HEAD_WIDTH),
+        "num_hidden_layers": count_layers(tensors, "text_model.encoder.layers."),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "bos_token_id": vocabulary - 2,  # the BPE's last two words are its start and its end
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
+    }
+    vision = shared | {
+        "hidden_size": width,
+        "intermediate_size": vision_inner,
+        "num_attention_heads": max(1, width // VISION_HEAD_WIDTH),
+        "num_hidden_layers": count_layers(tensors, "vision_model.encoder.layers."),
+        "image_size": round(patches**0.5) * patch,
+        "patch_size": patch,
+    }
+    network, report = CLIPModel.from_pretrained(
+        None, config=CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection), state_dict=tensors,
+        dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    check_loaded(report, what)
+    return network

@@ -1,0 +1,74 @@
+"""What a network's output means: its timestep, its input's scale, and the drift behind what it predicts."""
+
+import torch
+from torch import Tensor
+
+from epd_ray.errors import TableError
+from epd_ray.schedules import sigma_to_timestep
+from epd_ray.solvers.deploy import SchedulerFacts
+
+
+class Network:
+    """The conventions of one network, for points [B, k, ...] with k sigmas.
+
+    Args:
+        facts: what it predicts and how it was trained.
+
+    Raises:
+        TableError: a beta schedule that diffusers does not know.
+    """
+
+    def __init__(self, facts: SchedulerFacts) -> None:
+        self.facts = facts
+        self.flow = facts.prediction_type == "flow_prediction"
+        self._alphas_cumprod = None if self.flow else _alphas_cumprod(facts)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The network's timesteps [k], float32 on the CPU, at sigmas [k] there."""
+        if self._alphas_cumprod is None:
+            return (sigma * self.facts.num_train_timesteps).float()
+        return sigma_to_timestep(sigma, self._alphas_cumprod).float()
+
+    def scaled(self, points: Tensor, sigma: Tensor) -> Tensor:
+        """Points [B, k, ...] at sigmas [k] as the network was trained on them: in VE form, at unit variance."""
+        return points if self.flow else points / (spread(sigma, points) ** 2 + 1).sqrt()
+
+    def drift(self, output: Tensor, points: Tensor, sigma: Tensor) -> Tensor:
+        """dx/dsigma from the network's output at points, each [B, k, ...], with sigmas [k]."""
+        return output if self.flow else ve_drift(output, points, spread(sigma, points), self.facts.prediction_type)
+
+
+def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """dx/dsigma in VE form from what a network predicts at x.
+
+    Args:
+        output: of the network, shape of x.
+        x: clean + sigma * noise.
+        sigma: > 0, of a shape that broadcasts with x.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+
+    Source: EDM (arXiv 2206.00364), table 1; v prediction (arXiv 2202.00512).
+    """
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (x - output) / sigma
+    return x * sigma / (sigma**2 + 1) + output / (sigma**2 + 1).sqrt()
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """[k] -> [1, k, 1, ...], of the dtype, device and rank of [B, k, ...]."""
+    cast = values.to(like.dtype).to(like.device)  # in this order: not every device has float64
+    return cast.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _alphas_cumprod(facts: SchedulerFacts) -> Tensor:
+    """[T], float64, from diffusers' own betas."""
+    from diffusers import DDIMScheduler
+
+    given = facts.model_dump(exclude={"prediction_type"}, exclude_none=True)
+    try:
+        betas: Tensor = DDIMScheduler(**given).betas
+    except NotImplementedError as error:
+        raise TableError(f"beta_schedule is {facts.beta_schedule!r}, which diffusers does not know") from error
+    return (1 - betas.to(torch.float64)).cumprod(0)

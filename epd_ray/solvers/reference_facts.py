@@ -1,0 +1,156 @@
+"""What the reference's metadata means: which model, resolution and sigmas a table of its was made for.
+
+Source: github.com/BeierZhu/EPD, training/networks.py (EPD_predictor), sample.py and models/backends.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from torch import Tensor
+
+from epd_ray import schedules
+from epd_ray.errors import TableError
+from epd_ray.solvers.solver import Solver
+from epd_ray.solvers.table import SolverTable
+from epd_ray.types import Form
+
+MAX_INTERVALS, MAX_POINTS = 1000, 64
+CITATION = ["EPD-Solver (arXiv 2507.14797)", "RDPO (arXiv 2512.22796)"]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the reference's code fixes for one of its backends, and its files do not say."""
+
+    name: str
+    form: Form
+    model_id: str
+    resolution: int
+    scheduler: dict[str, JsonValue]
+
+
+_FLOW: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
+_SCALED_LINEAR: dict[str, JsonValue] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_FAMILIES = {
+    "ldm": _Family(
+        "sd",
+        "ve",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        512,
+        {"prediction_type": "epsilon", "num_train_timesteps": 1000, **_SCALED_LINEAR},
+    ),
+    "sd3": _Family("sd3", "flow", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, _FLOW),
+    "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, _FLOW),
+}
+
+
+class BackendConfig(BaseModel):
+    """What a file says about its model."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model_name_or_path: str | None = None
+    resolution: int | None = Field(default=None, ge=8)
+    flowmatch_mu: float = 1.15
+    flowmatch_shift: float = Field(default=3.0, gt=0)
+
+
+class ReferenceFacts(BaseModel):
+    """The metadata of a reference file, under its own names; what it does not need is left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    num_steps: int = Field(ge=2, le=MAX_INTERVALS + 1)  # sigmas, one more than the intervals
+    num_points: int = Field(ge=1, le=MAX_POINTS)
+    dataset_name: Literal["ms_coco"] = "ms_coco"  # the others are no text-to-image models
+    sampler_stu: Literal["epd", "ipndm"] = "epd"
+    max_order: int | None = None
+    afs: bool = False
+    fcn: bool = False
+    guidance_rate: float
+    schedule_type: Literal["polynomial", "logsnr", "time_uniform", "discrete", "flowmatch"]
+    schedule_rho: float | None = None
+    scale_dir: float = Field(default=0.0, ge=0, le=1)
+    scale_time: float = Field(default=0.0, ge=0, le=1)
+    backend: Literal["ldm", "sd3", "flux"] = "ldm"
+    backend_config: BackendConfig = BackendConfig()
+
+
+def reference_solver(
+    table: SolverTable, facts: ReferenceFacts, source: dict[str, JsonValue], source_sha256: str
+) -> Solver:
+    """The solver that the reference would run with a table.
+
+    Args:
+        table: [N, K], float64.
+        facts: of its file.
+        source: what to record of the file's origin.
+        source_sha256: of the file.
+
+    Returns:
+        The solver.
+
+    Raises:
+        TableError: facts that do not fit each other or the table.
+        ScheduleError: a schedule out of range.
+    """
+    family, config = _FAMILIES[facts.backend], facts.backend_config
+    if facts.afs and family.form == "flow":
+        raise TableError("afs is true, but the reference's first step for a flow model is not this project's")
+    if facts.sampler_stu == "ipndm" and facts.max_order is None:
+        raise TableError("sampler_stu is 'ipndm', but max_order is absent")
+    sigmas, schedule = _schedule(facts, family)
+    # The released SD1.5 files carry a resolution of 1024, a default that their code never reads: they draw 512 x 512.
+    resolution = family.resolution if facts.backend == "ldm" else config.resolution or family.resolution
+    meta: dict[str, JsonValue] = {
+        "backbone": family.name,
+        "model_id": config.model_name_or_path or family.model_id,
+        "resolution": resolution,
+        "guidance_scale": facts.guidance_rate,
+        "schedule": schedule,
+        "scheduler": dict(family.scheduler),
+        "source": source,
+        "source_sha256": source_sha256,
+        "citation": list(CITATION),
+    }
+    order = facts.max_order if facts.sampler_stu == "ipndm" and facts.max_order is not None else 1
+    return Solver(table, sigmas, family.form, facts.afs, order, meta)
+
+
+def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str, JsonValue]]:
+    """Sigmas [N+1], and what they follow from."""
+    kind, rho, config = facts.schedule_type, facts.schedule_rho, facts.backend_config
+    if (kind == "flowmatch") != (family.form == "flow"):
+        raise TableError(f"schedule_type is {kind!r}, which the backend {facts.backend!r} does not have")
+    if kind == "flowmatch":
+        dynamic = facts.backend == "flux"
+        shape: dict[str, JsonValue] = {"mu": config.flowmatch_mu} if dynamic else {"shift": config.flowmatch_shift}
+        return _flowmatch(facts.num_steps, config, dynamic), {"kind": kind, **shape}
+    alphas_cumprod = _alphas_cumprod()
+    low, high = schedules.timestep_to_sigma(torch.tensor([0.0, 999.0]), alphas_cumprod).tolist()
+    if kind == "logsnr":
+        return schedules.logsnr(facts.num_steps, low, high), {"kind": kind}
+    if rho is None:
+        raise TableError(f"schedule_rho is absent, but the schedule {kind!r} needs it")
+    if kind == "discrete":
+        return schedules.discrete(facts.num_steps, alphas_cumprod, rho), {"kind": kind, "rho": rho}
+    curve = schedules.polynomial if kind == "polynomial" else schedules.time_uniform
+    return curve(facts.num_steps, low, high, rho), {"kind": kind, "rho": rho}
+
+
+def _alphas_cumprod() -> Tensor:
+    """[1000], float64: the noise schedule of SD1.5."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def _flowmatch(num_sigmas: int, config: BackendConfig, dynamic: bool) -> Tensor:
+    """The pipeline scheduler's own sigmas [num_sigmas], its terminal 0 dropped."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flowmatch_shift, use_dynamic_shifting=dynamic)
+    scheduler.set_timesteps(num_sigmas, mu=config.flowmatch_mu if dynamic else None)
+    sigmas: Tensor = scheduler.sigmas[:num_sigmas].double()
+    return sigmas

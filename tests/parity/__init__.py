@@ -1,0 +1,1 @@
+"""Scripts for interpreters of other environments: they build the published packages' networks and let them score."""

@@ -1,0 +1,229 @@
+"""Opening pipelines: every option, and what is refused."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from epd_ray.backbones import BACKBONES
+from epd_ray.backbones.cache import Embedding, EmbeddingCache
+from epd_ray.errors import ConfigError, ModelError
+from epd_ray.sampling import baseline, noises
+from tests.families import (
+    FREE,
+    ONE_OF_EACH,
+    PROMPTS,
+    SEEDS,
+    TEXT,
+    Calls,
+    backbones,
+    denoiser,
+    folder,
+    load,
+    run,
+)
+from tests.tiny_models import TOKENS
+
+# ---- embeddings
+
+
+def test_each_distinct_prompt_is_encoded_once_and_alone() -> None:
+    backbone = load(folder("sd3_t5"))
+    with Calls(backbone.pipeline.text_encoder) as calls:
+        first = backbone.encode([*PROMPTS, PROMPTS[0]], 7.0)
+        assert calls.batches == [1] * 3  # two prompts and the empty one
+        again = backbone.encode(PROMPTS, 1.0)
+        assert len(calls.batches) == 3
+    assert torch.equal(again.tensors[0], first.tensors[0][3:5])
+    assert torch.equal(first.tensors[0][3], first.tensors[0][5])
+    assert not torch.equal(first.tensors[0][3], first.tensors[0][4])
+
+
+def test_cache_drops_the_least_recently_used_by_bytes() -> None:
+    encoded: list[str] = []
+
+    def encode(prompt: str) -> Embedding:
+        encoded.append(prompt)
+        return torch.full((3,), float(len(encoded))), torch.zeros(2, dtype=torch.bfloat16)  # 12 + 4 bytes
+
+    cache = EmbeddingCache(encode, max_bytes=40)  # room for two
+    first = cache(["a", "b"])
+    assert cache.num_bytes == 32 and cache(["a"])[0] is first[0]
+    cache(["c"])  # drops b, not a
+    assert cache.num_bytes == 32 and cache(["a", "c"])[0] is first[0] and encoded == ["a", "b", "c"]
+    cache(["b"])
+    assert encoded == ["a", "b", "c", "b"]
+    assert len(EmbeddingCache(encode, max_bytes=15)(["a", "a"])) == 2 and encoded[-2:] == ["a", "a"]  # fits none
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_encoders_and_networks_open_apart(name: str) -> None:
+    whole = backbones(name)
+    text = load(folder(name), parts="text", resolution=None)
+    image = load(folder(name), parts="image")
+    loaded = {n for n, p in text.pipeline.components.items() if isinstance(p, torch.nn.Module)}
+    drawing = {n for n, p in image.pipeline.components.items() if isinstance(p, torch.nn.Module)}
+    assert all(n.startswith("text_encoder") for n in loaded) and not any(n.startswith("text") for n in drawing)
+    assert len(loaded) == {"sd": 1, "sdxl": 2, "sd3_t5": 3, "flux": 2}[name] and "vae" in drawing and len(drawing) == 2
+    with pytest.raises(ModelError, match=f"model '{folder(name)}' has no text encoders"):
+        image.encode(PROMPTS, 7.0)
+    asked: list[str] = []
+
+    def elsewhere(prompt: str) -> Embedding:
+        asked.append(prompt)
+        return text.embeddings([prompt])[0]
+
+    image.encode_with(elsewhere)
+    for guidance_scale in (1.0, 7.0):
+        ours, theirs = image.encode(PROMPTS, guidance_scale), whole.encode(PROMPTS, guidance_scale)
+        assert all(torch.equal(a, b) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+    assert sorted(asked) == sorted({*PROMPTS, ""} if name in FREE else PROMPTS)  # cached here too
+    sampler = baseline("euler", 2)
+    assert torch.equal(run(image, sampler, 7.0), run(whole, sampler, 7.0))
+    assert image.truncated([*PROMPTS, "red " * 300]) == whole.truncated([*PROMPTS, "red " * 300]) >= 1
+
+
+def test_truncation_counts_the_encoder_that_reads_most() -> None:
+    def words(count: int) -> str:
+        return " ".join(["red"] * count)  # one token each; CLIP adds two, T5 one
+
+    for name in ("sd", "sdxl", "sd3"):
+        assert backbones(name).truncated([words(10), words(TOKENS - 2), words(TOKENS - 1)]) == 1
+    sd = load(folder("sd"))
+    sd.pipeline.tokenizer.model_max_length = 77  # as in the published models
+    assert sd.truncated([words(75), words(76)]) == 1
+    t5 = load(folder("sd3_t5"), max_sequence_length=100)
+    assert t5.truncated([words(76), words(99), words(100)]) == 1
+    assert load(folder("sd3_t5"), max_sequence_length=None).truncated([words(255), words(256)]) == 1
+    assert backbones("flux").truncated([words(TOKENS - 1), words(TOKENS)]) == 1  # CLIP would take both
+    assert load(folder("flux"), max_sequence_length=None).truncated([words(511), words(512)]) == 1
+    assert backbones("ddpm").truncated([words(1000)]) == 0
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "latent", "wrong", "message"),
+    [
+        ("sd3", 12, (4, 6, 6), 13, "resolution 13 is not a positive multiple of 4: use 12"),
+        ("flux", 8, (4, 4, 4), 10, "resolution 10 is not a positive multiple of 4: use 8"),
+        ("sd", 24, (4, 12, 12), 20, "resolution 20 is not a positive multiple of 8: use 16"),
+        ("sdxl", 8, (4, 4, 4), 4, "resolution 4 is not a positive multiple of 8: use 8"),
+        ("ddpm", 12, (3, 12, 12), 15, "resolution 15 is not a positive multiple of 2: use 14"),
+        ("ldm", 12, (3, 6, 6), 14, "resolution 14 is not a positive multiple of 4: use 12"),
+    ],
+)
+def test_resolution(name: str, resolution: int, latent: tuple[int, ...], wrong: int, message: str) -> None:
+    own = load(folder(name), resolution=None)
+    assert own.resolution == own.facts["resolution"] == (256 if name == "flux" else 16)  # FluxPipeline has a constant
+    backbone = load(folder(name), resolution=resolution)
+    assert backbone.noise(0).shape == latent and backbone.facts["resolution"] == resolution
+    assert backbone.decode(run(backbone, baseline("euler", 1), 3.0)).shape == (2, 3, resolution, resolution)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder(name), resolution=wrong)
+    assert str(folder(name)) in str(caught.value)
+
+
+def test_sdxl_is_told_the_size() -> None:
+    for size in (16, 24):
+        backbone = load(folder("sdxl"), resolution=size)
+        told: list[Tensor] = []
+        hook = backbone.pipeline.unet.register_forward_pre_hook(
+            lambda _, __, kwargs, told=told: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+        )
+        run(backbone, baseline("euler", 1), 3.0)
+        hook.remove()
+        assert told[0].tolist() == [[size, size, 0, 0, size, size]] * 4
+
+
+def test_facts_say_what_the_model_is() -> None:
+    facts = backbones("sd_v").facts
+    assert facts["revision"] is None and json.loads(json.dumps(facts)) == facts
+    assert facts["scheduler"] == {
+        "prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }  # fmt: skip
+    flow = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
+    assert backbones("sd3").facts["scheduler"] == backbones("flux").facts["scheduler"] == flow
+    assert [backbones(n).family for n in ONE_OF_EACH] == ["sd", "sd", "sdxl", "sd3", "flux", "ddpm", "ddpm"]
+    assert [backbones(n).form for n in ONE_OF_EACH] == ["ve", "ve", "ve", "flow", "flow", "ve", "ve"]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_attention_backends(name: str) -> None:
+    backbone = load(folder(name), attention="native")
+    sampler = baseline("euler", 2)
+    assert torch.allclose(run(backbone, sampler, 3.0), run(backbones(name), sampler, 3.0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=f"model '{folder(name)}': attention 'nativ'.*must be one of.*[ ,]native[,.]"):
+        load(folder(name), attention="nativ")
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "ddpm"])
+def test_compile_compiles_the_network_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    assert compiled == [] and load(folder(name)) and compiled == []
+    backbone = load(folder(name), compile=True)
+    assert compiled == [type(denoiser(backbone)).__name__]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same() -> None:
+    plain = backbones("ddpm")
+    x, sigma, nothing = noises(plain, SEEDS), torch.tensor([0.5, 2.0]), plain.encode(PROMPTS, 1.0)
+    with torch.no_grad():
+        compiled = load(folder("ddpm"), compile=True).drift(x, sigma, nothing)
+        assert torch.allclose(compiled, plain.drift(x, sigma, nothing), rtol=1e-4, atol=1e-4)
+
+
+def test_vae_options() -> None:
+    plain, both = load(folder("sd")), load(folder("sd"), vae_slicing=True, vae_tiling=True)
+    assert (plain.pipeline.vae.use_slicing, plain.pipeline.vae.use_tiling) == (False, False)
+    assert (both.pipeline.vae.use_slicing, both.pipeline.vae.use_tiling) == (True, True)
+    latents = noises(plain, SEEDS)
+    sliced = load(folder("sd"), vae_slicing=True)
+    assert torch.allclose(sliced.decode(latents), plain.decode(latents), atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offload_is_refused_where_it_cannot_be(offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def available(answer: bool) -> None:
+        monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: answer)
+
+    available(False)
+    with pytest.raises(ModelError, match=f"offload='{offload}' needs the accelerate package: pip install accelerate"):
+        load(folder("ddpm"), offload=offload)
+    monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", without("low_cpu_mem_usage"))
+    available(True)
+    with pytest.raises(ModelError, match="needs an accelerator, the device is cpu: set offload to none"):
+        load(folder("ddpm"), offload=offload)
+
+
+def without(name: str) -> Callable[..., Any]:
+    """DDPMPipeline.from_pretrained that passes everything on but one option."""
+    original = diffusers.DDPMPipeline.from_pretrained
+
+    def from_pretrained(location: str, **options: Any) -> Any:
+        options.pop(name)
+        return original(location, low_cpu_mem_usage=False, **options)
+
+    return from_pretrained
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"backbone 'auto': got an unexpected keyword argument 'modle'"):
+        BACKBONES.build("auto", {"model": str(folder("ddpm")), "modle": "m"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"device": "cuda:99"}, "device 'cuda:99' is not available"), ({"dtype": "int8"}, "dtype 'int8' is unknown")],
+)
+def test_devices_and_dtypes_that_are_not_there(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(folder("ddpm"), **options)

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from epd_ray.config import load_config
+from epd_ray.distill_run import distill, rms
+from epd_ray.errors import ConfigError, RunDirectoryError
+from epd_ray.solvers import Solver
+from tests.conftest import SIMULATED
+from tests.fakes import Quiet
+from tests.tiny_models import save_ddpm
+
+HERE = ["cluster.rollout_actors=0", "cluster.learner_actors=0", "prompts.num_train=8", "prompts.validation=6"]
+
+
+def test_rms_by_hand():
+    images = np.zeros((2, 3, 2, 2), np.uint8)
+    target = images.copy()
+    target[1] = 51
+    target[1, 0] = 0
+    assert rms(images, target).tolist() == pytest.approx([0, 0.2 * (2 / 3) ** 0.5])
+
+
+def test_an_unconditional_model_gets_a_solver_without_any_reward(small_ray, tmp_path):
+    model = save_ddpm(tmp_path / "ddpm")
+    size = ["solver.intervals=2", "distill.prompts=4", "distill.grid=5", "distill.teacher_steps=2"]
+    config = load_config(None, [f"backbone.model={model}", "backbone.dtype=float32", *size, *HERE])
+    lines = distill(config, tmp_path / "out", Quiet())
+    solver = Solver.from_pretrained(tmp_path / "out")
+    assert solver.meta["backbone"] == "ddpm" and solver.form == "ve" and len(solver.meta["residuals"]) == 2
+    assert solver.meta["resolution"] == 16 and "rewards" not in solver.meta
+    distances = {line.split("  ")[0]: float(line.split()[-1]) for line in lines[:5]}  # at the same parallel NFE
+    assert distances["EPD distilled"] == min(distances.values()) > 0
+    assert lines[-1] == f"solver: {tmp_path / 'out'}"
+    with pytest.raises(RunDirectoryError, match="holds a solver already: choose another --out"):
+        distill(config, tmp_path / "out", Quiet())
+
+
+def test_without_heads_nothing_can_be_learned(build):
+    algo = build("solver.intervals=2")
+    algo.config.reward_specs.clear()
+    with pytest.raises(ConfigError, match="names no head: nothing to learn from"):
+        algo.training_step()
+
+
+def test_simulated_models_need_no_file(small_ray, tmp_path):
+    config = load_config(None, [*SIMULATED, *HERE, "distill={enabled: true, prompts: 4, grid: 5}"])
+    distill(config, tmp_path / "out", Quiet())
+    assert Solver.from_pretrained(tmp_path / "out").table.intervals == 3

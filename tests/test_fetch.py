@@ -1,0 +1,114 @@
+"""Weights on two nodes of a cluster that is joined, and what the actors there see of the environment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from diffusers import DiffusionPipeline
+from ray.cluster_utils import Cluster
+
+from epd_ray import fetch as module
+from epd_ray.backbones.loading import UNUSED
+from epd_ray.config import load_config
+from epd_ray.errors import ModelError
+from epd_ray.fetch import NOT_OPENED, FetchError, fetch, fetch_model
+from epd_ray.run import train
+from epd_ray.session import ray_session
+from tests.test_run import TINY, Quiet
+from tests.tiny_models import save_clip, save_sd
+
+PLANTED = "hf_planted_token_value"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes on this machine, joined by address with a token in the environment."""
+    before = os.environ.get("HF_TOKEN")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    os.environ["HF_TOKEN"] = PLANTED
+    with ray_session(nodes.address, ["HF_TOKEN", "NOT_SET_AT_ALL"]):
+        os.environ.pop("HF_TOKEN") if before is None else os.environ.update(HF_TOKEN=before)
+        yield nodes
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_sd(folder / "sd")
+    save_clip(folder / "clip")
+    return folder
+
+
+def wanted(model: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    return load_config(None, [f"backbone.model={model}", "prompts.train=shapes", *overrides])
+
+
+def test_every_node_gets_everything_once(cluster: Cluster, models: Path) -> None:
+    heads = (
+        f"rewards={{mine: {{head: clip, options: {{model: {models / 'clip'}, device: cpu}}}}, s: {{head: simulated}}}}"
+    )
+    lines = fetch(wanted(models / "sd", heads), Quiet())
+    assert len(lines) == 2 and len({line.split(":")[0] for line in lines}) == 2
+    for line in lines:
+        assert line.startswith("node 127.0.0.1 (") and f"model {models / 'sd'} in " in line
+        assert "reward mine in " in line and "reward s in " in line
+    assert "model" not in fetch(load_config(None, TINY), Quiet())[0]  # nothing to fetch for a simulated backbone
+
+
+def test_all_that_is_missing_is_named_with_its_node(cluster: Cluster, models: Path, tmp_path: Path) -> None:
+    heads = "rewards={a: {head: clip, options: {model: /nowhere/clip}}, s: {head: simulated}}"
+    with pytest.raises(FetchError) as raised:
+        fetch(wanted(models / "gone", heads), Quiet())
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 4 and all(line.startswith("node 127.0.0.1 (") for line in lines)
+    assert sum(f"model '{models / 'gone'}' is no directory" in line for line in lines) == 2
+    assert sum("reward a: model '/nowhere/clip' is no directory" in line for line in lines) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"has no model_index\.json"):
+        fetch_model(str(tmp_path / "empty"), None)
+
+
+def test_an_environment_that_is_not_on_a_node_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = module.RewardSpec(head="simulated", python="/nowhere/bin/python")
+    items = [module.Item("reward p", module.fetch_head, ("p", spec))]
+    monkeypatch.setattr(module, "_items", lambda config: items)
+    with pytest.raises(FetchError, match=r"reward p: /nowhere/bin/python is not here: run `epd-ray rewards install`"):
+        fetch(load_config(None), Quiet())
+
+
+def test_a_repository_is_downloaded_without_what_is_never_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda model, **options: asked.append((model, options)))
+    fetch_model("owner/name", "v1")
+    assert asked == [("owner/name", {"revision": "v1", **dict.fromkeys(NOT_OPENED)})]
+    assert set(NOT_OPENED) == set(UNUSED)
+
+    def refuse(model: str, **options: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    with pytest.raises(ModelError, match="model 'owner/name' cannot be opened: no route to the hub"):
+        fetch_model("owner/name", None)
+
+
+def test_actors_see_the_variables_and_no_run_keeps_their_values(cluster: Cluster, tmp_path: Path) -> None:
+    @ray.remote(num_cpus=0)
+    class Witness:
+        def see(self, name: str) -> str | None:
+            return os.environ.get(name)
+
+    witness = Witness.remote()
+    assert ray.get(witness.see.remote("HF_TOKEN")) == PLANTED
+    assert ray.get(witness.see.remote("NOT_SET_AT_ALL")) is None
+    os.environ["HF_TOKEN"] = PLANTED
+    try:
+        train(load_config(None, [*TINY, "rdpo.iterations=1"]), tmp_path / "run", Quiet())
+    finally:
+        del os.environ["HF_TOKEN"]
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 10 and any("HF_TOKEN" in path.read_text() for path in written if path.name == "config.yaml")
+    assert [path for path in written if PLANTED.encode() in path.read_bytes()] == []

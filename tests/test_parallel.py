@@ -1,0 +1,340 @@
+"""One forward for all points of an interval, against one call for each and against the solver's own loop."""
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor, nn
+
+from epd_ray.errors import ModelError, TableError
+from epd_ray.parallel import parallelize, restore
+from epd_ray.scheduler import EPDScheduler
+from epd_ray.solvers import Solver
+from tests.test_scheduler import FAMILIES, PROMPTS, by_hand, call, difference, folders, load, make_solver
+from tests.tiny_models import save_ddpm
+
+__all__ = ["folders", "load"]  # fixtures
+
+VARIANTS = {
+    "two-points": {},
+    "afs": {"afs": True},
+    "three-points-order-three": {"points": 3, "order": 3},
+    "one-point-afs-order-two": {"points": 1, "afs": True, "order": 2, "scales": False},
+}
+
+
+def network_of(pipe: Any) -> nn.Module:
+    return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def rows_seen(pipe: Any) -> list[int]:
+    """Rows of each forward, as the network itself sees them; fills up while the pipeline runs."""
+    seen: list[int] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        seen.append(len(hidden))
+
+    network_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
+def sequential(pipe: Any, name: str, solver: Solver, **options: Any) -> Tensor:
+    theirs = pipe.scheduler
+    pipe.scheduler = EPDScheduler.from_solver(solver)
+    result = call(pipe, FAMILIES[name], **options)
+    pipe.scheduler = theirs
+    return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_equals_one_call_for_each_point(load: Any, name: str, variant: str) -> None:
+    pipe, family = load(name), FAMILIES[name]
+    solver = make_solver(family, **VARIANTS[variant])
+    one_by_one = sequential(pipe, name, solver)
+    expected = by_hand(pipe, family, solver)
+    assert parallelize(pipe, solver) is pipe
+    seen = rows_seen(pipe)
+    result = call(pipe, family)
+    assert difference(result, one_by_one) < 1e-5 and difference(result, expected) < 1e-5
+    copies = 1 if name == "flux" else 2
+    pattern = [2 * copies, 2 * copies * solver.table.points] * 3
+    assert seen == pattern[solver.afs :] and len(seen) == solver.parallel_nfe
+    assert torch.equal(call(pipe, family), result)
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"guidance_scale": 1.0}) for name in FAMILIES),
+    *((name, {"num_images_per_prompt": 2}) for name in FAMILIES),
+    ("sd", {"guidance_rescale": 0.7}),
+    ("sdxl", {"guidance_rescale": 0.7, "prompt": PROMPTS[:1]}),
+    ("sdxl", {"negative_prompt": PROMPTS[::-1], "negative_original_size": (8, 8), "negative_target_size": (16, 16)}),
+    ("sd3", {"negative_prompt": ["a", "b"]}),
+    ("flux", {"true_cfg_scale": 2.0, "negative_prompt": PROMPTS[::-1]}),
+    ("flux", {"prompt": PROMPTS * 8}),  # as many rows as tokens
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), OPTIONS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+@torch.no_grad()
+def test_is_right_under_a_pipelines_options(load: Any, name: str, options: dict[str, Any]) -> None:
+    pipe, solver = load(name), make_solver(FAMILIES[name], afs=True, order=2)
+    expected = sequential(pipe, name, solver, **options)
+    parallelize(pipe, solver)
+    assert difference(call(pipe, FAMILIES[name], **options), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_network_with_embedded_guidance_or_without(load: Any, name: str) -> None:
+    pipe, solver = load(name), make_solver(FAMILIES[name])
+    if name == "flux":
+        pipe.transformer.register_to_config(guidance_embeds=False)
+        embed = pipe.transformer.time_text_embed
+        pipe.transformer.time_text_embed.forward = lambda t, *rest: type(embed).forward(
+            embed, t, rest[0] if len(rest) == 2 else torch.full_like(t, 3500.0), rest[-1]
+        )
+    else:
+        unet = pipe.unet
+        torch.manual_seed(0)
+        unet.register_to_config(time_cond_proj_dim=8)
+        unet.time_embedding.cond_proj = nn.Linear(8, unet.time_embedding.linear_1.in_features, bias=False)
+    expected = sequential(pipe, name, solver)
+    parallelize(pipe, solver)
+    assert difference(call(pipe, FAMILIES[name]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(load: Any, name: str, dtype: torch.dtype) -> None:
+    solver = make_solver(FAMILIES[name])
+    pipe = load(name, dtype)
+    result = call(parallelize(pipe, solver), FAMILIES[name], latents=start_of(name, dtype))
+    assert result.dtype == dtype
+    exact = call(parallelize(load(name), solver), FAMILIES[name], latents=start_of(name, dtype).float())
+    assert difference(result.float(), exact) < (0.03 if dtype == torch.bfloat16 else 0.006)
+
+
+def start_of(name: str, dtype: torch.dtype) -> Tensor:
+    shape = (2, 16, 16) if name == "flux" else (2, 4, 8, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# -- several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [*((name, ["cpu"] * 2) for name in FAMILIES), *(("sd3", ["cpu"] * count) for count in (1, 3, 5))],
+    ids=lambda value: value if isinstance(value, str) else len(value),
+)
+@torch.no_grad()
+def test_devices_share_the_points(load: Any, name: str, devices: list[str]) -> None:
+    pipe, family = load(name), FAMILIES[name]
+    solver = make_solver(family, points=3, afs=True)
+    expected = call(parallelize(pipe, solver), family)
+    parallelize(pipe, solver, devices)
+    seen = rows_seen(pipe)
+    assert difference(call(pipe, family), expected) < 1e-5
+    copies = 1 if name == "flux" else 2
+    own = -(-3 // min(3, len(devices)))  # points on the first device
+    assert seen == ([2 * copies, 2 * copies * own] * 3)[1:]
+
+
+class Meeting:
+    """Lets a forward of an interval's points go on only when all replicas are in one."""
+
+    def __init__(self, parties: int, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
+        self.barrier, self.grad, self.met = threading.Barrier(parties, timeout=20), [], 0
+        original = kind.forward
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if len(kwargs["hidden_states"]) == 4 * 2:  # four rows with guidance, two points on each replica
+                self.barrier.wait()
+                self.grad.append(torch.is_grad_enabled())
+                self.met += 1
+            return original(module, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_replicas_work_at_the_same_time(load: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    solver = make_solver(family, points=2 * count)
+    expected = call(parallelize(pipe, solver), family)
+    restore(pipe)
+    meeting = Meeting(count, monkeypatch, type(pipe.transformer))
+    parallelize(pipe, solver, ["cpu"] * count)
+    assert difference(call(pipe, family), expected) < 1e-5
+    assert meeting.met == count * 3 and not any(meeting.grad)
+    assert not expected.requires_grad
+
+
+def test_a_replica_that_fails_fails_the_call_and_not_the_next(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    solver = make_solver(family)
+    parallelize(pipe, solver, ["cpu", "cpu"])
+    expected = call(pipe, family)
+    main, failing = threading.main_thread(), {"replica"}
+
+    def fail(module: nn.Module, args: Any) -> None:
+        here = "own" if threading.current_thread() is main else "replica"
+        if here in failing and len(args[0]) > 4 - 1:
+            raise RuntimeError(f"{here} is out of memory")
+
+    # The embedding of patches is part of the network: a hook there is in the copies only when it was there before.
+    restore(pipe)
+    handle = pipe.transformer.pos_embed.register_forward_pre_hook(fail)
+    parallelize(pipe, solver, ["cpu", "cpu"])
+    with pytest.raises(RuntimeError, match="replica is out of memory"):
+        call(pipe, family)
+    failing.clear()
+    assert torch.equal(call(pipe, family), expected)
+    failing.add("own")
+    with pytest.raises(RuntimeError, match="own is out of memory"):
+        call(pipe, family, seed=1)
+    failing.clear()
+    assert torch.equal(call(pipe, family), expected)
+    handle.remove()
+
+
+def test_threads_inherit_what_torch_keeps_for_each(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    solver = make_solver(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = call(parallelize(pipe, solver), family)
+        shared = call(parallelize(pipe, solver, ["cpu", "cpu"]), family)
+    assert torch.equal(shared, expected)
+    with torch.inference_mode():
+        assert call(pipe, family).is_inference()
+
+
+# -- installed and removed --------------------------------------------------------------------------------------------
+
+
+def test_another_scheduler_meets_no_hook(load: Any) -> None:
+    pipe, family = load("sd"), FAMILIES["sd"]
+    theirs = pipe.scheduler
+    euler = EulerDiscreteScheduler.from_config(theirs.config)
+    pipe.scheduler = euler
+    expected = call(pipe, family)
+    parallelize(pipe, make_solver(family))
+
+    def fail(pipe: Any, i: int, t: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        call(pipe, family, callback_on_step_end=fail)  # leaves a loop half done
+    learned = pipe.scheduler
+    pipe.scheduler = euler
+    assert torch.equal(call(pipe, family), expected)
+    pipe.scheduler = learned
+    assert not torch.equal(call(pipe, family), expected)
+
+
+def test_restore_leaves_no_trace(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    theirs = pipe.scheduler
+    expected = call(pipe, family)
+    for devices in (None, ["cpu", "cpu"]):
+        parallelize(pipe, make_solver(family), devices)
+        call(pipe, family)
+    assert len(pipe.transformer._forward_pre_hooks) == len(pipe.transformer._forward_hooks) == 1
+    assert restore(pipe) is pipe and pipe.scheduler is theirs
+    assert not pipe.transformer._forward_pre_hooks and not pipe.transformer._forward_hooks
+    assert torch.equal(call(pipe, family), expected)
+    restore(pipe)
+    parallelize(pipe, make_solver(family))
+    mine = EPDScheduler.from_solver(make_solver(family))
+    pipe.scheduler = mine
+    assert restore(pipe).scheduler is mine
+
+
+def test_latents_keep_their_rows_for_callbacks(load: Any) -> None:
+    pipe, family = load("sd"), FAMILIES["sd"]
+    parallelize(pipe, make_solver(family))
+    shapes: list[Any] = []
+
+    def look(pipe: Any, i: int, t: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        shapes.append(tuple(kwargs["latents"].shape))
+        return {}
+
+    call(pipe, family, callback_on_step_end=look)
+    assert shapes == [(2, 4, 8, 8)] * 6
+
+
+def test_a_saved_pipeline_runs_one_by_one(load: Any, tmp_path: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    expected = call(parallelize(pipe, make_solver(family)), family)
+    pipe.save_pretrained(tmp_path)
+    again = family.pipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert again.scheduler.order == 3 and not again.scheduler.parallel
+    assert difference(call(again, family), expected) < 1e-5
+
+
+def test_pipelines_are_not_kept_alive(load: Any) -> None:
+    pipe = parallelize(load("sd3"), make_solver(FAMILIES["sd3"]), ["cpu", "cpu"])
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+
+
+def test_subclasses_are_pipelines_of_their_kind(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    mine = type("Mine", (family.pipeline,), {})(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    expected = sequential(mine, "sd3", make_solver(family))
+    assert difference(call(parallelize(mine, make_solver(family)), family), expected) < 1e-5
+
+
+def test_refuses_what_it_cannot_do(load: Any, tmp_path: Any) -> None:
+    from diffusers import DDPMPipeline
+
+    pipe, solver = load("sd3"), make_solver(FAMILIES["sd3"])
+    unconditional = DDPMPipeline.from_pretrained(save_ddpm(tmp_path / "ddpm"), low_cpu_mem_usage=False)
+    with pytest.raises(
+        ModelError, match="DDPMPipeline cannot be parallelized, expected one of StableDiffusionPipeline"
+    ):
+        parallelize(unconditional, solver)
+    with pytest.raises(ModelError, match="for a model of form 've', but StableDiffusion3Pipeline is of form 'flow'"):
+        parallelize(pipe, make_solver(FAMILIES["sd"]))
+    with pytest.raises(TableError, match="predicts 'v_prediction', but this pipeline's predicts 'epsilon'"):
+        parallelize(load("sd"), make_solver(FAMILIES["sd-v"]))
+    with pytest.raises(ModelError, match=r"device 'cuda:7' is not available"):
+        parallelize(pipe, solver, ["cpu", "cuda:7"])
+    with pytest.raises(ModelError, match=r"device 'gpu' is not available"):
+        parallelize(pipe, solver, ["gpu"])
+    with pytest.raises(ModelError, match=r"network is on cpu, but devices\[0\] is meta"):
+        parallelize(pipe, solver, ["meta", "cpu"])
+    for nothing in ([], "cpu"):
+        with pytest.raises(ModelError, match="expected a list of at least one device"):
+            parallelize(pipe, solver, nothing)
+    assert not pipe.transformer._forward_pre_hooks and type(pipe.scheduler) is not EPDScheduler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]], ids=["one", "two"])
+def test_a_compiled_network(load: Any, devices: list[str] | None) -> None:
+    pipe, family = load("sd"), FAMILIES["sd"]
+    solver = make_solver(family)
+    expected = sequential(pipe, "sd", solver)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert difference(call(parallelize(pipe, solver, devices), family), expected) < 1e-5
+
+
+def test_facts_that_the_solver_lacks_come_from_the_pipeline(load: Any) -> None:
+    family = FAMILIES["sd-v"]
+    pipe, full = load("sd-v"), make_solver(family)
+    expected = call(parallelize(pipe, full), family)
+    restore(pipe)
+    parallelize(pipe, Solver(full.table, full.sigmas, "ve"))
+    assert torch.equal(call(pipe, family), expected)
