@@ -4,10 +4,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants
@@ -21,7 +22,12 @@ from epd_ray.scoring import Scorer
 from epd_ray.types import FloatArray, ImageArray
 
 Resources = dict[str, float]
+T = TypeVar("T")
 PLACEMENT_SECONDS = 30.0
+RESTART_SECONDS = 300.0  # for a process to take the place of one that died
+POLL_SECONDS = 0.2
+ATTEMPTS = 3  # processes that may die over the same work
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 ONE_MACHINE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,6 +43,9 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its 
 def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> None:
     """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback.
 
+    No value goes into the runtime environment, which Ray writes into its logs for all to read: a local Ray's workers
+    have the driver's own environment, and those of a cluster set the variables before anything else runs there.
+
     Args:
         address: of a cluster.
         env: names of environment variables; those that are set here reach every actor.
@@ -46,7 +55,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> Non
     for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
         logging.getLogger(name).setLevel(logging.ERROR)
     if address is not None:
-        ray.init(address=address, runtime_env={"env_vars": _variables(env)}, **quiet)
+        ray.init(address=address, runtime_env=_handed_over(_variables(env)), **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
@@ -60,7 +69,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> Non
             num_cpus=max(os.cpu_count() or 1, 2),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {**_variables(env), "PYTHONPATH": paths}},
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
             **quiet,
         )
     finally:
@@ -72,6 +81,15 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
     submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     there = (submitted.get("runtime_env") or {}).get("env_vars") or {}
     return {name: os.environ[name] for name in names if name in os.environ and name not in there}
+
+
+def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
+    """A runtime environment in which workers set these: Ray keeps the function in its store and logs its name."""
+
+    def set_variables() -> None:  # nested, so that it travels by value: importing this module reads HF_HOME already
+        os.environ.update(values)
+
+    return {"worker_process_setup_hook": set_variables} if values else {}
 
 
 @dataclass(frozen=True)
@@ -115,27 +133,36 @@ class TimedScores:
 
 
 class RewardActor:
-    """A Scorer in its own process; a head that cannot be built is reported by `ready`, with its own error."""
+    """A Scorer in its own process; built when first asked for, so that errors travel whole and deaths are counted."""
 
     def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
-        self._error: EpdRayError | None = None
-        try:
-            self._scorer = Scorer(name, HEADS.build(head, options))
-        except EpdRayError as error:
-            self._error = error
-        except Exception as error:  # anybody's class may stand here; its own words go to the user
-            self._error = ModelError(f"reward head {name!r} cannot be built: {type(error).__name__}: {error}")
+        self._name, self._head, self._options = name, head, options
+        self._scorer: Scorer | None = None
 
     def ready(self) -> None:
-        """Raise what kept the head from being built, if anything did."""
-        if self._error is not None:
-            raise self._error
+        """Build the head, once.
+
+        Raises:
+            EpdRayError: what keeps it from being built.
+        """
+        self._built()
+
+    def _built(self) -> Scorer:
+        if self._scorer is None:
+            try:
+                self._scorer = Scorer(self._name, HEADS.build(self._head, self._options))
+            except EpdRayError:
+                raise
+            except Exception as error:  # anybody's class may stand here; its own words go to the user
+                why = f"{type(error).__name__}: {error}"
+                raise ModelError(f"reward head {self._name!r} cannot be built: {why}") from None
+        return self._scorer
 
     def score(self, images: ImageArray, prompts: Sequence[str], rollout_ids: Sequence[str]) -> TimedScores:
         """See Scorer.score."""
-        self.ready()
+        scorer = self._built()
         start = time.perf_counter()
-        values = self._scorer.score(images, prompts, rollout_ids)
+        values = scorer.score(images, prompts, rollout_ids)
         return TimedScores(values, time.perf_counter() - start)
 
     def memory(self) -> Memory:
@@ -158,29 +185,22 @@ class RewardPool:
     def _make(self, name: str) -> ActorHandle[RewardActor]:
         spec = self.specs[name]
         self._made += 1
-        options: dict[str, Any] = {
-            "num_cpus": spec.num_cpus,
-            "num_gpus": spec.num_gpus,
-            "resources": dict(spec.resources),
-        }
-        if spec.python is not None:
-            options["runtime_env"] = runtime_env(spec.python)
-        return (
-            ray.remote(RewardActor)
-            .options(name=f"reward:{name}:{self._tag}:{self._made}", max_restarts=-1, max_task_retries=-1, **options)
-            .remote(name, spec.target or spec.head, dict(spec.options))
-        )
+        asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
+        # A call that its process died over is not repeated by Ray, which would do so for ever.
+        lasting = {"name": f"reward:{name}:{self._tag}:{self._made}", "max_restarts": -1, "max_task_retries": 0}
+        return start_head(name, spec, {**asked, **lasting})
 
     def wait_ready(self) -> None:
         """Block until every head is loaded.
 
         Raises:
-            EpdRayError: the head's own error.
+            EpdRayError: the head's own error, or that its processes died over it.
         """
-        try:
-            ray.get([actor.ready.remote() for actors in self._actors.values() for actor in actors])
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from None
+        everyone = [(name, actor) for name, actors in self._actors.items() for actor in actors]
+        for _, actor in everyone:
+            actor.ready.remote()  # all load at once
+        for name, actor in everyone:
+            insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
 
     def score(
         self, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
@@ -195,17 +215,18 @@ class RewardPool:
         return {name: ray.get(actors[0].memory.remote()) for name, actors in self._actors.items()}
 
     def replace_dead(self) -> None:
-        """Make new actors for those that no restart will bring back."""
+        """Wait for the actors that restart, and make new ones for those that no restart will bring back."""
         for name, actors in self._actors.items():
             for i, actor in enumerate(actors):
                 try:
                     ray.get(actor.ready.remote(), timeout=1)
-                except ray.exceptions.ActorDiedError:
-                    actors[i] = self._make(name)
-                except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
-                    continue  # busy or restarting: its queue is kept
+                except ray.exceptions.GetTimeoutError:
+                    continue  # busy
                 except ray.exceptions.RayTaskError as error:
                     raise unwrap(error) from None
+                except ray.exceptions.RayActorError:
+                    if _why_gone(actor) is not None:  # what is sent to one that restarts would be lost
+                        actors[i] = self._make(name)
 
     def stop(self) -> None:
         """End the actors of this pool."""
@@ -213,6 +234,64 @@ class RewardPool:
             for actor in actors:
                 ray.kill(actor)
         self._actors = {}
+
+
+def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> ActorHandle[RewardActor]:
+    """Start a head's actor, in its own environment where it has one.
+
+    Args:
+        name: of the head in this run.
+        spec: of the head; what its actor asks for is in `options`.
+        options: Ray's, of the actor.
+    """
+    own = {} if spec.python is None else {"runtime_env": runtime_env(spec.python)}
+    actor = ray.remote(RewardActor).options(**options, **own)
+    return actor.remote(name, spec.target or spec.head, dict(spec.options))
+
+
+def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ray.ObjectRef[T]]") -> T:
+    """An actor's answer, asked for again of the next process when one dies over it.
+
+    Args:
+        actor: that may restart, and whose constructor does nothing heavy.
+        what: the actor, for people.
+        doing: what it is asked for, for people.
+        ask: makes the call.
+
+    Raises:
+        ModelError: the actor cannot start, no process took the place of one that died, or ATTEMPTS of them died.
+        BaseException: what the actor raised.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            return ray.get(ask())
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from None
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise ModelError(f"{what}: its environment cannot be set up: {_last_line(error)}") from None
+        except LOST:
+            gone = _why_gone(actor)
+            if gone is not None:
+                raise ModelError(f"{what}: its process died while {doing}, for good: {gone}") from None
+    raise ModelError(f"{what}: its process died {ATTEMPTS} times while {doing}: out of memory?")
+
+
+def _why_gone(actor: ActorHandle[Any]) -> str | None:
+    """Wait until an actor that restarts is there again; else why it never will be."""
+    end = time.monotonic() + RESTART_SECONDS
+    while time.monotonic() < end:
+        try:
+            ray.get(actor.__ray_ready__.remote())
+            return None
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(POLL_SECONDS)  # calls to one that restarts fail at once
+        except (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError) as error:
+            return _last_line(error)
+    return f"none took its place in {RESTART_SECONDS:.0f} s"
+
+
+def _last_line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
@@ -256,6 +335,12 @@ def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> s
                 needs[name] = needs.get(name, 0.0) + amount
     short = {n: a for n, a in needs.items() if a > free.get(n, 0.0) + 1e-9} or needs
     missing = ", ".join(f"{n}: {a:g} asked, {free.get(n, 0.0):g} free" for n, a in short.items())
-    who = "; ".join(f"{kind}: {len(group)} x {dict(group[0])}" for kind, group in bundles.items() if group)
+    who = "; ".join(f"{kind}: {_counted(group)}" for kind, group in bundles.items() if group)
     fix = "ask for less under cluster and rewards, or add nodes"
     return f"no room for the actors after {timeout_s:.0f} s ({missing}): {fix} ({who})"
+
+
+def _counted(group: Sequence[Resources]) -> str:
+    """Equal bundles together: "2 x 1 CPU, 0.2 GPU and 1 x 1 CPU"."""
+    alike = Counter(", ".join(f"{amount:g} {name}" for name, amount in b.items()) or "nothing" for b in group)
+    return " and ".join(f"{count} x {bundle}" for bundle, count in alike.items())

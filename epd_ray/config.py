@@ -35,6 +35,7 @@ from epd_ray.sections import (
 # What changes when the model is not the embedded one, unless the file or an override says otherwise.
 FOR_OTHER_MODELS: dict[str, Any] = {
     "backbone": {"guidance_scale": None, "max_sequence_length": None},
+    "solver": {"intervals": 10},
     "prompts": {"train": BUILTIN},
     "rewards": {"hpsv2": {"head": "hpsv2.1"}},
 }
@@ -75,7 +76,7 @@ class RunConfig(Section):
     @field_validator("rdpo")
     @classmethod
     def _normalisable(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
-        unknown = [r.head for r in info.data.get("rewards", {}).values() if r.head not in REFERENCE]
+        unknown = [r.head for r in info.data.get("rewards", {}).values() if r.weight and r.head not in REFERENCE]
         if rdpo.normalisation == "reference" and unknown:
             raise ValueError(f"normalisation: the reference has none for {unknown[0]!r}, take zscore or none")
         return rdpo
@@ -135,7 +136,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration: every key, in order; `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -148,6 +149,10 @@ def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     defaults = RunConfig().model_dump(mode="json")
     if backbone.get("family", AUTO) == AUTO and backbone.get("model", SHAPES) != SHAPES:
         defaults = _fill(defaults, FOR_OTHER_MODELS)
+        defaults["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(str(backbone["model"])).name).strip("-") or "run"
+    named = set(asked["rewards"]) if isinstance(asked.get("rewards"), dict) else set()
+    if named - set(defaults["rewards"]):  # other heads than the default one: it stays only where it is named too
+        defaults["rewards"] = {name: head for name, head in defaults["rewards"].items() if name in named}
     return defaults
 
 
@@ -157,16 +162,21 @@ def _fill(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         section = key != "rewards" and isinstance(value, dict) and isinstance(defaults.get(key), dict)
         merged[key] = {**defaults[key], **value} if section else value
-    return merged
+    return copy.deepcopy(merged)  # overrides are written into it
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: text that would read as such a number is quoted."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

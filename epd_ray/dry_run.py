@@ -77,6 +77,7 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
         Lines to read. Where the cluster has no room they say so, and what was measured all the same.
 
     Raises:
+        PlacementError: there is no room for one actor of each kind either; with the placement, line by line.
         EpdRayError: prompts, models or heads that cannot be used.
     """
     prompts = load_prompts(config.prompts, config.seed)
@@ -86,7 +87,8 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
         try:
             costs, memory = _measure(config, prompts, observer)
         except PlacementError as error:
-            return [*lines, "", f"nothing measured, one actor of each kind has no room either: {error}"]
+            message = f"nothing measured, one actor of each kind has no room either: {error}"
+            raise PlacementError("\n".join([*filter(None, lines), message])) from error
     lines += ["", *_memory(config, memory), "", *_images(config, prompts)]
     return [*lines, "", *_hours(config, costs, estimate(config, prompts, costs))]
 

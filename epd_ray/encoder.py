@@ -9,9 +9,11 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from epd_ray.actors import Resources, resources, unwrap
+from epd_ray.actors import Resources, insist, resources
 from epd_ray.backbones import BACKBONES
 from epd_ray.memory import Memory, peak_memory
+
+ENCODERS = "the text encoders"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,18 @@ class EncoderActor:
 
 def start_encoder(name: str, family: str, options: Mapping[str, Any], spec: EncoderSpec) -> "ActorHandle[EncoderActor]":
     """Start the encoder actor under a name that is unique on the cluster."""
-    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    lasting = {"max_restarts": -1, "max_task_retries": 0}  # its users ask again, but not for ever
     asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus}
     return ray.remote(EncoderActor).options(name=name, **lasting, **asked).remote(family, dict(options), spec)
+
+
+def wait_for_encoder(actor: "ActorHandle[EncoderActor]") -> None:
+    """Block until the encoders are loaded.
+
+    Raises:
+        EpdRayError: the model's own error, or that its processes died over it.
+    """
+    insist(actor, ENCODERS, "loading", actor.ready.remote)
 
 
 def embed_with(name: str) -> Callable[[str], tuple[Tensor, ...]]:
@@ -80,10 +91,6 @@ def embed_with(name: str) -> Callable[[str], tuple[Tensor, ...]]:
     actor = ray.get_actor(name)
 
     def embed(prompt: str) -> tuple[Tensor, ...]:
-        try:
-            tensors: tuple[Tensor, ...] = ray.get(actor.embed.remote(prompt))
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from None
-        return tensors
+        return insist(actor, ENCODERS, f"embedding {prompt[:40]!r}", lambda: actor.embed.remote(prompt))
 
     return embed

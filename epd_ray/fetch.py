@@ -2,17 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from epd_ray.actors import RewardActor, RewardSpec, unwrap
-from epd_ray.assets import resolve_model
+from epd_ray.actors import RewardSpec, insist, start_head, unwrap
 from epd_ray.config import RunConfig
-from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.hub import opening
 from epd_ray.progress import Observer
@@ -129,12 +127,16 @@ def fetch_model(model: str, revision: str | None) -> None:
     """Download a pipeline's files into this machine's cache; of a directory, see that it is here.
 
     Raises:
-        ModelError: no such model, or none that can be reached.
+        ModelError: no such model, none that can be reached, or of a family that nothing here drives.
     """
-    location = Path(resolve_model(model))
-    if location.is_dir():
-        if not (location / "model_index.json").is_file():
-            raise ModelError(f"model {model!r} has no model_index.json: give the directory of a diffusers pipeline")
+    from epd_ray.backbones.auto import FAMILIES
+    from epd_ray.backbones.loading import read_index
+
+    index = read_index(model, revision)  # a small file, before gigabytes that nobody could use
+    if index.class_name not in FAMILIES.names():
+        known = ", ".join(FAMILIES.names())
+        raise ModelError(f"model {model!r} is a {index.class_name}, supported are: {known}")
+    if Path(index.location).is_dir():
         return
     from diffusers import DiffusionPipeline
 
@@ -151,15 +153,11 @@ def fetch_head(name: str, spec: RewardSpec) -> None:
         EpdRayError: the head's own error.
     """
     options = {**spec.options, **({"device": "cpu"} if "device" in spec.options else {})}  # the GPUs may be taken
-    actor = ray.remote(RewardActor).options(**_there(ray.get_runtime_context().get_node_id()))
-    if spec.python is not None:
-        if not Path(spec.python).is_file():
-            raise ModelError(f"{spec.python} is not here: run `epd-ray rewards install` on this node")
-        actor = actor.options(runtime_env=runtime_env(spec.python))
-    handle = actor.remote(name, spec.head, options)
+    if spec.python is not None and not Path(spec.python).is_file():
+        raise ModelError(f"{spec.python} is not here: run `epd-ray rewards install` on this node")
+    there = _there(ray.get_runtime_context().get_node_id())
+    handle = start_head(name, replace(spec, options=options), there)
     try:
-        ray.get(handle.ready.remote())
-    except ray.exceptions.RayTaskError as error:
-        raise unwrap(error) from None
+        insist(handle, f"reward head {name!r}", "loading", handle.ready.remote)
     finally:
         ray.kill(handle)

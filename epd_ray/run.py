@@ -66,7 +66,8 @@ def describe(config: RunConfig) -> tuple[str, str]:
         if model == SHAPES
         else "the first iteration will tell how long it takes"
     )
-    return what, f"{passes:,} network passes in all, {duration}."
+    passes_in_all = f"{passes:,} network passes in all, " if model == SHAPES else ""
+    return what, f"{passes_in_all}{duration}.".capitalize()
 
 
 def train(config: RunConfig, out: Path, observer: Observer) -> list[str]:
@@ -122,6 +123,9 @@ def given_solver(config: RunConfig) -> Solver | None:
         return None
     solver = Solver.from_pretrained(config.distill.table)
     table = solver.table
+    for key, has, asked in (("afs", solver.afs, config.solver.afs), ("order", solver.order, config.solver.order)):
+        if has != asked:
+            raise TableError(f"{config.distill.table} has {key} {has}, the run {asked}: set solver.{key} to match")
     wanted = (config.solver.intervals, config.solver.points)
     if (table.intervals, table.points) != wanted:
         raise TableError(

@@ -30,14 +30,21 @@ class Scorer:
         pictures = torch.from_numpy(np.array(images)).float() / 255
         try:
             values = torch.as_tensor(self.head.score(pictures, list(prompts))).detach().float().cpu().numpy()
+        except RewardError as error:  # a head that says itself what is wrong
+            raise RewardError(self.name, _line(error.problem), rollout_ids) from error
         except Exception as error:
-            raise RewardError(self.name, f"failed with {type(error).__name__}: {error}", rollout_ids) from error
+            said = _line(f"failed with {type(error).__name__}: {error}")
+            raise RewardError(self.name, said, rollout_ids) from error
         if values.shape != (len(rollout_ids),):
             raise RewardError(self.name, f"gave shape {values.shape} for {len(rollout_ids)} images", rollout_ids)
         wrong = [i for i, v in zip(rollout_ids, values, strict=True) if not np.isfinite(v)]
         if wrong:
             raise RewardError(self.name, f"gave {len(wrong)} values that are not finite", wrong)
         return np.asarray(values, np.float32)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The defaults are the run that `epd-ray train` makes on the embedded model.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.prompt_files import SUFFIXES
@@ -18,8 +18,24 @@ RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noi
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+
+def _gpus(amount: float) -> float:
+    if amount > 1 and amount != int(amount):
+        raise ValueError(f"is {amount:g}, a share of one GPU (below 1) or a whole number is possible")
+    return amount
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    taken = sorted({"CPU", "GPU"} & set(resources))
+    if taken:
+        raise ValueError(f"{taken[0]} is no custom resource: set the key for {taken[0]}s beside it")
+    return resources
+
+
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_gpus)]
+CustomResources = Annotated[dict[str, Amount], AfterValidator(_custom)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # safe in paths, columns and metrics
 
 
@@ -109,7 +125,7 @@ class PromptsConfig(Section):
     @field_validator("train")
     @classmethod
     def _source(cls, train: str) -> str:
-        if train not in (SHAPES, BUILTIN) and not train.endswith(SUFFIXES):
+        if train not in (SHAPES, BUILTIN) and not train.lower().endswith(SUFFIXES):
             kinds = ", ".join(SUFFIXES)
             raise ValueError(f"is {train!r}, expected {SHAPES!r}, {BUILTIN!r} or the path of a file ({kinds})")
         return train
@@ -126,8 +142,8 @@ class RewardConfig(Section):
     weight: Amount = Field(default=1.0, description="share in the mix, relative to the other heads; 0: only watched")
     replicas: Positive = Field(default=1, description="number of actors")
     num_cpus: Amount = Field(default=0.25, description="per actor")
-    num_gpus: Amount = Field(default=0.0, description="per actor")
-    resources: dict[str, Amount] = Field(default={}, description="custom Ray resources per actor")
+    num_gpus: Gpus = Field(default=0.0, description="per actor")
+    resources: CustomResources = Field(default={}, description="custom Ray resources per actor")
 
     @field_validator("head")
     @classmethod
@@ -226,15 +242,15 @@ class ClusterConfig(Section):
     address: str | None = Field(default=None, description="of a Ray cluster; null: a local one on loopback")
     rollout_actors: int = Field(default=2, ge=0, description="0: in the driver")
     rollout_cpus: Amount = Field(default=0.75, description="per actor")
-    rollout_gpus: Amount = Field(default=0.0, description="per actor")
-    rollout_resources: dict[str, Amount] = Field(default={}, description="custom Ray resources per actor")
+    rollout_gpus: Gpus = Field(default=0.0, description="per actor")
+    rollout_resources: CustomResources = Field(default={}, description="custom Ray resources per actor")
     images_per_job: Positive = Field(default=8, description="batch of one call, whatever the number of actors")
     encoder_actors: int = Field(default=0, ge=0, le=1, description="1: text encoders in an actor of their own")
     encoder_cpus: Amount = Field(default=0.25, description="of the encoder actor")
-    encoder_gpus: Amount = Field(default=0.0, description="of the encoder actor; 0: it runs on the CPU")
+    encoder_gpus: Gpus = Field(default=0.0, description="of the encoder actor; 0: it runs on the CPU")
     learner_actors: int = Field(default=1, ge=0, le=1, description="0: in the driver")
     learner_cpus: Amount = Field(default=0.25, description="of the learner")
-    learner_gpus: Amount = Field(default=0.0, description="of the learner")
+    learner_gpus: Gpus = Field(default=0.0, description="of the learner")
     env: tuple[str, ...] = Field(
         default=("HF_TOKEN", "HF_HOME"), strict=False, description="names of environment variables that actors get"
     )

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from torch import Tensor
 
-from epd_ray.actors import start_ray, unwrap
+from epd_ray.actors import require_room, resources, start_ray, unwrap
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.rewards import HEADS
 from epd_ray.types import FloatArray, RewardHead
@@ -226,6 +226,7 @@ def served(
 
     Raises:
         ConfigError: the port is taken, or Ray Serve listens elsewhere already.
+        PlacementError: the replicas have no room.
         EpdRayError: the head's own error.
     """
     HEADS.get(head)  # a misspelt name before anything starts
@@ -236,6 +237,7 @@ def served(
     try:
         if serve.status().proxies:
             raise ConfigError(["Ray Serve runs already on this Ray: end it, or unset RAY_ADDRESS for a Ray of its own"])
+        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})  # Ray Serve would wait for ever
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -248,7 +250,7 @@ def served(
                 ray_actor_options={"num_cpus": 1.0, "num_gpus": num_gpus},
             )
             app = deployment.bind(head, dict(options), limits or Limits())
-            _require_ready(serve.run(app, name="epd-ray", route_prefix="/"))
+            _run(app, head)
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}/score"
         finally:
             with redirect_stdout(io.StringIO()):  # Ray tells of calls that its own shutdown cuts off
@@ -280,11 +282,14 @@ def serve_head(
             signal.signal(signal.SIGTERM, before)
 
 
-def _require_ready(handle: Any) -> None:
+def _run(app: serve.Application, head: str) -> None:
     try:
-        handle.ready.remote().result(timeout_s=READY_SECONDS)
+        serve.run(app, name="epd-ray", route_prefix="/").ready.remote().result(timeout_s=READY_SECONDS)
     except ray.exceptions.RayTaskError as error:
         raise unwrap(error) from None
+    except (RuntimeError, TimeoutError) as error:  # of a replica that never came up, mostly because its process died
+        said = " ".join(str(error).split())[:300] or f"not ready after {READY_SECONDS:.0f} s"
+        raise ModelError(f"reward head {head!r} cannot be served: {said}") from None
 
 
 def _require_free(host: str, port: int) -> None:

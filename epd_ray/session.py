@@ -1,5 +1,6 @@
 """From a run's configuration to live actors."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from epd_ray.encoder import EncoderSpec
 from epd_ray.environments import package_spec
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
-from epd_ray.sections import RewardConfig
+from epd_ray.sections import SHAPES, RewardConfig
 from epd_ray.solvers import SolverTable
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -108,10 +111,18 @@ def _reward_spec(reward: RewardConfig) -> RewardSpec:
     )
 
 
+def _warn_of_idle_gpus(config: RunConfig) -> None:
+    """Ray hides the GPUs from actors that ask for none, so that a forgotten key would mean days on the CPU."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus and not config.cluster.rollout_gpus and config.backbone.model != SHAPES:
+        log.warning("the cluster has %g GPUs, but pictures are made on CPU cores: set cluster.rollout_gpus", gpus)
+
+
 @contextmanager
 def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
     """A built RDPO on a Ray session, both ended afterwards."""
     with ray_session(config.cluster.address, config.cluster.env):
+        _warn_of_idle_gpus(config)
         algo: RDPO = rdpo_config(config, prompts, table).build_algo()
         try:
             yield algo

@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rewards={}", "rewards: is {}, at least 1 is needed"),
         ("rewards.a b={}", "rewards.a b: is 'a b', expected letters, digits, - and _ alone"),
         ("rewards.clip={low: 1}", "rewards.clip.low: unknown key"),
+        ("cluster.rollout_gpus=1.5", "cluster.rollout_gpus: is 1.5, a share of one GPU (below 1) or a whole number"),
+        ("rewards.clip.num_gpus=2.5", "rewards.clip.num_gpus: is 2.5, a share of one GPU (below 1) or a whole number"),
+        ("rewards.clip.resources={GPU: 1}", "rewards.clip.resources: GPU is no custom resource: set the key for GPUs"),
         ("rdpo.normalisation=zscor", "rdpo.normalisation: unknown 'zscor'; did you mean 'zscore'?"),
         ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
@@ -176,7 +180,29 @@ def test_another_model_brings_its_own_defaults(tmp_path, how):
     assert chosen.prompts.train == "a.txt" and chosen.prompts.test == RunConfig().prompts.test
 
 
+def test_heads_that_are_named_take_the_place_of_the_default_one():
+    model = "backbone.model=owner/name"
+    assert list(load_config(None, [model, "rewards.pick.head=pickscore"]).rewards) == ["pick"]
+    assert list(load_config(None, [model]).rewards) == ["hpsv2"]  # and nothing is left from the call before
+    assert list(load_config(None, [model, "rewards.hpsv2.num_gpus=1"]).rewards) == ["hpsv2"]
+    both = load_config(None, ["rewards.clip.weight=2", "rewards.pick.head=pickscore"]).rewards
+    assert sorted(both) == ["clip", "pick"] and both["clip"].options == {"model": "shapes-clip"}
+
+
+@pytest.mark.parametrize("revision", ["1e5", "12e45678", "null", "0x1f", "007", "2026-01-01", "on", "1_000"])
+def test_what_is_saved_reads_back_as_it_was(tmp_path, revision):
+    given = [
+        f"backbone.revision={json.dumps(revision)}",
+        "backbone.model=/models/My SD 1.5",
+        "backbone.guidance_scale=null",
+    ]
+    config = load_config(None, given)
+    assert config.backbone.revision == revision and config.name == "My-SD-1-5" and config.solver.intervals == 10
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+
+
 def test_the_references_clamps_are_for_its_heads():
+    load_config(None, ["rdpo.normalisation=reference", "rewards={a: {head: clip}, b: {head: mps, weight: 0}}"])
     mine = "rewards={mine: {head: simulated}}"
     with pytest.raises(ConfigError, match="rdpo: normalisation: the reference has none for 'simulated'"):
         load_config(None, ["rdpo.normalisation=reference", mine])

@@ -119,6 +119,8 @@ def test_no_room_for_one_of_each_is_said(small_ray, monkeypatch):
         raise PlacementError("no room at all")
 
     monkeypatch.setattr(module, "_measure", refuse)
-    lines = dry_run(config_of(), Quiet())
+    with pytest.raises(PlacementError) as raised:
+        dry_run(config_of(), Quiet())
+    lines = str(raised.value).splitlines()
     assert lines[0] == "placement" and lines[-1].endswith("has no room either: no room at all")
     assert any(line.strip() == "all of it fits" for line in lines)

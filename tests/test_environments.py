@@ -1,11 +1,10 @@
 import io
 import json
-import os
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from epd_ray.environments import NAMES, EnvironmentFailure, install, interpreter
 from epd_ray.errors import ModelError, UnknownNameError
 from epd_ray.rewards import HEADS, package
 from epd_ray.scoring import Scorer
+from tests.environments_fixture import real_home  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8)
 PROMPTS = ["a red ball on a blue box", "two cats & a dog", "nothing at all"]
 IDS = ["r1", "r2", "r3"]
+COLD_START = 15.0  # seconds until an actor in its own environment is ready
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -332,19 +333,12 @@ Path("scores.json").write_text(json.dumps(scores))
 """
 
 
-@pytest.fixture(scope="module")
-def real_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An $EPD_RAY_HOME for this run, unless one is set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EPD_RAY_HOME", os.environ.get("EPD_RAY_HOME") or str(tmp_path_factory.mktemp("home")))
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("real_home")
 @pytest.mark.parametrize(("head", "script"), [("imagereward", IMAGE_REWARD), ("hpsv2.1", HPS)])
 def test_a_package_in_its_own_actor_scores_as_it_does_alone(
-    small_ray: None, real_home: None, tmp_path: Path, head: str, script: str
+    small_ray: None, tmp_path: Path, head: str, script: str
 ) -> None:
     start = time.perf_counter()
     install(environments.HEADS[head][1])
@@ -358,18 +352,22 @@ def test_a_package_in_its_own_actor_scores_as_it_does_alone(
     assert np.std(expected) > 1e-3  # or any two pictures would do
 
     spec = RewardSpec(head=target, options={"model": str(tmp_path), "batch_size": 2}, python=str(python))
-    scores, cold = run_pool({"own": spec})
-    measured = f"{head}: built in {building:.0f} s, actor ready in {cold:.1f} s"
+    starts = [run_pool({"own": spec}) for _ in range(3)]
+    cold = [seconds for _, seconds in starts]
+    measured = f"{head}: built in {building:.0f} s, actor ready in {', '.join(f'{s:.1f}' for s in cold)} s"
     sys.stdout.write(measured)  # shown by -rP
-    assert scores["own"].tolist() == pytest.approx(expected, abs=2e-6), measured
-    assert cold < 60, measured
+    for scores, _ in starts:
+        assert scores["own"].tolist() == pytest.approx(expected, abs=2e-6), measured
+    assert min(cold) <= COLD_START, measured  # the best: other work on the machine only adds
     if head == "imagereward":  # hpsv2.1 would need a tokenizer in another format: see parity/
         native = Scorer(head, HEADS.build(head, {"model": str(tmp_path), "device": "cpu"}))
         assert native.score(IMAGES, PROMPTS, IDS).tolist() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.slow
-def test_a_wrong_checkpoint_is_named_by_the_actor(small_ray: None, real_home: None, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("real_home")
+def test_a_wrong_checkpoint_is_named_by_the_actor(small_ray: None, tmp_path: Path) -> None:
     install("hpsv2")
     target, python = package_spec("hpsv2.1")
     with pytest.raises(ModelError, match=r"has no HPS_v2\.1_compressed\.pt"):

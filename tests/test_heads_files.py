@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
+from epd_ray.cli import app
 from epd_ray.errors import ModelError
 from epd_ray.rewards import HEADS, checkpoints
 from epd_ray.rewards.checkpoints import companion, convert_module, find_file, read_tensors
@@ -144,6 +147,61 @@ def test_conversion_executes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists() and not (tmp_path / "wrong.safetensors").exists()
 
 
+def write_legacy(path: Path) -> None:
+    torch.save(Network(), path, _use_new_zipfile_serialization=False)
+
+
+def cut(write: Callable[[Path], object], share: float) -> Callable[[Path], object]:
+    def shortened(path: Path) -> None:
+        write(path)
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    return shortened
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 0.5, 0.99])
+def test_a_file_that_is_cut_short_is_named_in_one_short_line(tmp_path: Path, share: float) -> None:
+    tensors = {"a": torch.ones(200), "b": torch.ones(3)}
+    writers: dict[str, Callable[[Path], object]] = {
+        "new.pt": lambda path: torch.save(tensors, path),
+        "old.pt": lambda path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+        "safe.safetensors": lambda path: save_file(tensors, path),
+        "module.pt": lambda path: torch.save(Network(), path),
+        "legacy.pt": write_legacy,
+    }
+    for name, write in writers.items():
+        cut(write, share)(tmp_path / name)
+        for read in (read_tensors, lambda path: convert_module(path, tmp_path / "out.safetensors")):
+            with pytest.raises(ModelError, match=name) as caught:
+                read(tmp_path / name)
+            problem = str(caught.value).replace(str(tmp_path), "")
+            assert "\n" not in problem and len(problem) < 160, problem
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_conversion_overwrites_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "network.pt"
+    torch.save(Network(), source)
+    before = source.read_bytes()
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "elsewhere.safetensors").symlink_to(source)
+    for target, problem in {
+        "network.pt": "is no .safetensors",
+        "out": "is no .safetensors",
+        "mine.safetensors": "is there already",
+        "dangling.safetensors": "is there already",
+        "elsewhere.safetensors": "is there already",
+        "none/out.safetensors": "is in no directory: make '.*none' first",
+        f"{'x' * 300}.safetensors": "cannot be written",
+    }.items():
+        result = CliRunner().invoke(app, ["rewards", "convert", "mps", str(source), str(tmp_path / target)])
+        assert result.exit_code == 2, result.output
+        assert re.fullmatch(f"error: target .*{problem}.*\n", result.stderr), result.stderr
+    assert source.read_bytes() == before and (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 class Quiet:
     """A pickle that calls a function of this very module."""
 
@@ -199,7 +257,12 @@ AESTHETIC, MPS = "sac+logos+ava1-l14-linearMSE.pth", "MPS_overall_checkpoint.saf
         ("hpsv2.1", save_hpsv2, other(HPS), "a weight 'weight', which no open_clip ViT has"),
         ("hpsv2.1", save_hpsv2, drop(HPS, "logit_scale"), "lacks logit_scale"),
         ("hpsv2.1", save_hpsv2, drop(HPS, "visual.conv1.weight"), "lacks vision_model.embeddings.patch_embedding"),
-        ("hpsv2.1", save_hpsv2, lambda d: (d / HPS).write_bytes(b"PK\x03\x04 cut short"), "HPSv2.1 model"),
+        (
+            "hpsv2.1",
+            save_hpsv2,
+            lambda d: (d / HPS).write_bytes(b"PK\x03\x04 cut short"),
+            "compressed.pt' cannot be read",
+        ),
         ("hpsv2.1", save_hpsv2, shutil.rmtree, "is no directory"),
         ("imagereward", save_imagereward, drop(IR, "blip.visual_encoder.norm.bias"), "lacks post_layernorm.bias"),
         ("imagereward", save_imagereward, drop(IR, "mlp.layers.2.bias"), "cannot be opened"),

@@ -1,4 +1,4 @@
-"""Our heads against the published packages with the same random weights, where interpreters that have them exist."""
+"""Our heads against the published packages with the same random weights, in the packages' own environments."""
 
 import json
 import os
@@ -13,11 +13,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from epd_ray.environments import install
 from epd_ray.rewards import HEADS
 from epd_ray.rewards.preprocess import pil_pixels, tensor_pixels
 from epd_ray.rewards.text import PromptTokenizer
 from epd_ray.rewards.vit_h import from_open_clip
+from tests.environments_fixture import real_home  # noqa: F401
 from tests.tiny_heads import BERT_WORDS, MED
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("real_home")]
 
 SCRIPTS = Path(__file__).parent / "parity"
 NEAR = 1e-5
@@ -46,11 +50,10 @@ def make(directory: Path, sizes: list[tuple[int, int]]) -> list[Tensor]:
     return images
 
 
-def run(variable: str, script: str, directory: Path, *more: str) -> dict[str, Tensor]:
-    python = os.environ.get(variable)
-    if not python:
-        pytest.skip(f"{variable} names no interpreter that has the package")
-    done = subprocess.run([python, SCRIPTS / script, directory, *more], capture_output=True, text=True)
+def run(environment: str, script: str, directory: Path) -> dict[str, Tensor]:
+    """A script's answers, from the interpreter of EPD_RAY_PARITY_<ENVIRONMENT> or else the one that `install` makes."""
+    python = os.environ.get(f"EPD_RAY_PARITY_{environment.upper()}") or install(environment)
+    done = subprocess.run([python, SCRIPTS / script, directory], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     answers: dict[str, Tensor] = torch.load(directory / "answers.pt", weights_only=True)
     return answers
@@ -69,7 +72,7 @@ def far(name: str, directory: Path, images: list[Tensor], expected: Tensor) -> f
 @pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
 def test_hpsv2(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     images = make(tmp_path, sizes)
-    answers = run("EPD_RAY_PARITY_HPSV2", "hpsv2_scores.py", tmp_path)
+    answers = run("hpsv2", "hpsv2_scores.py", tmp_path)
     pixels = torch.cat([tensor_pixels(image, 224) for image in images])
     assert torch.equal(pixels, answers["pixels"])
     words = PromptTokenizer(CLIPTokenizer.from_pretrained(tmp_path), 77, head="hpsv2.1", cleaned=True, padding=0)
@@ -83,7 +86,7 @@ def test_hpsv2(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
 def test_imagereward_and_clip(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     images = make(tmp_path, sizes)
     save_bert(tmp_path)
-    answers = run("EPD_RAY_PARITY_IMAGEREWARD", "imagereward_scores.py", tmp_path)
+    answers = run("imagereward", "imagereward_scores.py", tmp_path)
     pixels = torch.cat([pil_pixels(image, 224) for image in images])
     assert torch.equal(pixels, answers["pixels"])
     assert far("imagereward", tmp_path, images, answers["imagereward"]) < NEAR

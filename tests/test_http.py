@@ -154,6 +154,13 @@ def dribble(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
         time.sleep(0.1)
 
 
+def dribble_headers(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    for i in range(40):
+        handler.wfile.write(b"X-%d: 1\r\n" % i if i else b"HTTP/1.1 200 OK\r\n")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
 def close(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     handler.connection.close()
 
@@ -168,6 +175,7 @@ def saying(body: bytes, status: int = 200, headers: dict[str, str] | None = None
         (failing(9), r"answered 500 \(\{\"error\": \"out of memory\"\}\), at 2 attempts", 2),
         (hang, "took longer than 0.3 s, at 2 attempts", 2),
         (dribble, "took longer than 0.3 s, at 2 attempts", 2),
+        (dribble_headers, "took longer than 0.3 s, at 2 attempts", 2),
         (close, r"lost the connection \(.+\), at 2 attempts", 2),
         (saying(b"", 404), r"answered 404 \(nothing\)", 1),
         (saying(b"", 302, {"Location": "http://127.0.0.1:1/"}), r"answered 302 \(redirects are not followed\)", 1),
@@ -199,10 +207,28 @@ def test_what_is_no_score_is_an_error(
     assert len(server.asked) == requests
 
 
+def test_an_attempt_ends_in_time_and_leaves_nothing_behind(serve: Callable[[Answer], Server]) -> None:
+    left = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        try:
+            dribble_headers(handler, asked)  # 2 s
+        except OSError:
+            left.set()
+
+    head, before = HttpHead(url=serve(answer).url, retries=0, timeout=0.3, concurrency=1), set(threading.enumerate())
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"took longer than 0\.3 s"):
+        head.score(IMAGES, PROMPTS)
+    assert time.monotonic() - start < 1.2
+    assert left.wait(1.0)  # the connection is closed, not only forgotten
+    assert not [t.name for t in set(threading.enumerate()) - before if "process_request" not in t.name]
+
+
 def test_nobody_there() -> None:
     with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler).socket) as free:
         port = free.getsockname()[1]
-    with pytest.raises(RewardError, match=r"lost the connection \(.*refused\), at 1 attempts"):
+    with pytest.raises(RewardError, match=r"lost the connection \(.+\), at 1 attempts"):
         HttpHead(url=f"http://127.0.0.1:{port}", retries=0).score(IMAGES, PROMPTS)
 
 
@@ -240,7 +266,8 @@ def test_large_requests_are_not_sent(serve: Callable[[Answer], Server]) -> None:
     assert server.asked == []
 
 
-def test_credentials_are_sent_and_never_shown(serve: Callable[[Answer], Server]) -> None:
+def test_the_token_is_sent_and_never_shown(serve: Callable[[Answer], Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORES_TOKEN", "secret")
     seen = []
 
     def answer(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
@@ -248,12 +275,22 @@ def test_credentials_are_sent_and_never_shown(serve: Callable[[Answer], Server])
         send(handler, b"", 401)
 
     url = serve(answer).url
-    head = HttpHead(url=url.replace("http://", "http://me:secret@") + "?key=hidden")
+    head = HttpHead(url=url + "?key=hidden", token_env="SCORES_TOKEN")
     assert head.model_id == url
     with pytest.raises(RewardError, match="answered 401") as caught:
         head.score(IMAGES, PROMPTS)
     assert "secret" not in str(caught.value) and "hidden" not in str(caught.value)
-    assert seen == [("Basic " + base64.b64encode(b"me:secret").decode(), "/score?key=hidden")]
+    assert seen == [("Bearer secret", "/score?key=hidden")]
+
+
+@pytest.mark.parametrize("value", [None, "", "secret\r\nX-Other: 1", "secret ", "s\u00e9cret"])
+def test_a_token_that_cannot_be_sent(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCORES_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SCORES_TOKEN", value)
+    with pytest.raises(ConfigError, match=r"environment variable 'SCORES_TOKEN' (is not set|holds no token)") as caught:
+        HttpHead(url="http://host", token_env="SCORES_TOKEN")
+    assert "cret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +298,10 @@ def test_credentials_are_sent_and_never_shown(serve: Callable[[Answer], Server])
     [
         ({"url": "ftp://host/x"}, "url is 'ftp://host/x', expected http://host:port/path"),
         ({"url": "host/score"}, "expected http://host:port/path"),
-        ({"url": "http://me:secret@"}, "expected http://host:port/path"),
+        ({"url": "http://me:secret@host/x"}, "environment variable and name it in token_env"),
+        ({"url": "http://secret@host/x"}, "environment variable and name it in token_env"),
+        ({"url": "http://me:secret/more@host/"}, "environment variable and name it in token_env"),
+        ({"url": "http://host:secret/"}, "url cannot be read, expected http://host:port/path"),
         ({"timeout": 0}, "timeout is 0, expected above 0"),
         ({"retries": -1}, "retries is -1, expected 0 or more"),
         ({"concurrency": 0}, "concurrency is 0, expected 1 or more"),

@@ -300,10 +300,10 @@ def test_the_revision_is_asked_for_and_the_commit_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", from_pretrained)
     plain = {"model": "owner/name", "device": "cpu", "dtype": "float32", "resolution": 16}
     backbone = open_backbone(**plain, revision="v1.0")
-    assert asked == [("owner/name", "model_index.json", "v1.0"), ("owner/name", "", "v1.0")]
+    assert asked == [("owner/name", "model_index.json", "v1.0"), ("owner/name", "", COMMIT)]
     assert backbone.facts["revision"] == COMMIT and backbone.model_id == "owner/name"
     assert open_backbone(**plain).facts["revision"] == COMMIT and asked[2:] == [
-        ("owner/name", "model_index.json", None), ("owner/name", "", None),
+        ("owner/name", "model_index.json", None), ("owner/name", "", COMMIT),
     ]  # fmt: skip
 
 

@@ -60,3 +60,25 @@ def test_held_out_z_scores_stay_comparable_and_go_on_after_a_restart() -> None:
     np.testing.assert_array_equal(again.held_out(later), raised)
     np.testing.assert_array_equal(again.train(first), running.train(first))
     assert running.train(later).mean() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_run_with_z_scores_goes_on_exactly(build) -> None:
+    heads = "rewards={a: {head: simulated}, b: {head: simulated, options: {target: 0.2}}}"
+    options = [
+        heads,
+        "rdpo.normalisation=zscore",
+        "rdpo.prompts_per_iteration=2",
+        "rdpo.minibatch=4",
+        "rdpo.staleness=0",
+    ]
+    whole, again = build(*options), build(*options)
+    for _ in range(2):
+        whole.train()
+    state = whole.export_state()
+    whole.train()
+    again.import_state(state)
+    again.train()
+    assert [row["reward"] for row in again.last.rows] == [row["reward"] for row in whole.last.rows]
+    assert again.checksum() == whole.checksum()
+    spread = np.std([row["reward"] for row in whole.last.rows])
+    assert 0.2 < spread < 2

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from epd_ray import trainer
+from epd_ray import session, trainer
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import load_config
 from epd_ray.errors import ModelError, PromptError, RewardError, RunDirectoryError, TableError
+from epd_ray.prompts import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
-from epd_ray.run import SampleOptions, describe, evaluate, resume, sample, train
-from epd_ray.solvers import Solver
+from epd_ray.run import SampleOptions, _warn_of_long_prompts, describe, evaluate, given_solver, resume, sample, train
+from epd_ray.solvers import Solver, SolverTable
 from epd_ray.store import read_metrics
 from tests.fakes import Quiet
 
@@ -224,3 +226,34 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     assert process.returncode == 130, errors
     assert f"epd-ray train --resume {out}" in errors and "Traceback" not in errors
     assert load_newest(out / "checkpoints")["algorithm"]["rdpo"]["iteration"] >= 1
+
+
+def test_prompts_that_the_model_cuts_are_counted_once(caplog):
+    class Algo:
+        def truncated(self, prompts):
+            return sum(len(prompt) > 10 for prompt in prompts)
+
+    splits = PromptSplits(["a" * 20, "short"], ["b" * 20], ["c"])
+    _warn_of_long_prompts(Algo(), splits)
+    assert [r.message for r in caplog.records] == ["2 of 4 prompts are longer than the model reads: their ends are cut"]
+    _warn_of_long_prompts(Algo(), PromptSplits(["a"], [], []))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("gpus", "overrides", "warned"), [(8, [], 1), (0, [], 0), (8, ["cluster.rollout_gpus=1"], 0)])
+def test_gpus_that_nobody_asks_for_are_mentioned(monkeypatch, caplog, gpus, overrides, warned):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)})
+    session._warn_of_idle_gpus(load_config(None, ["backbone.model=owner/name", *overrides]))
+    assert len(caplog.records) == warned
+    session._warn_of_idle_gpus(load_config(None))  # the embedded model needs none
+    assert len(caplog.records) == warned
+
+
+@pytest.mark.parametrize(("key", "option"), [("afs", "solver.afs=false"), ("order", "solver.order=1")])
+def test_a_start_with_other_options_is_refused(tmp_path, key, option):
+    made = {"afs": True} if key == "afs" else {"order": 2}
+    table = SolverTable(torch.tensor([[0.5]]), torch.ones(1, 1))
+    Solver(table, torch.tensor([1.0, 0.1]), "flow", **made).save_pretrained(tmp_path)
+    options = ["solver.intervals=1", "solver.points=1", f"distill.table={tmp_path}", option]
+    with pytest.raises(TableError, match=f"has {key} .*set solver.{key} to match"):
+        given_solver(load_config(None, options))

@@ -35,6 +35,14 @@ def fail(_: Tensor) -> Tensor:
     raise KeyError("weights")
 
 
+def run_out(_: Tensor) -> Tensor:
+    raise RuntimeError("out of\n  memory\n")
+
+
+def refuse(_: Tensor) -> Tensor:
+    raise RewardError("http://host/score", "answered 500\n(broken)")
+
+
 def test_scores_pass_through() -> None:
     head = Head(lambda images: images.double().mean(dim=(1, 2, 3)).requires_grad_())
     values = Scorer("head", head).score(IMAGES, PROMPTS, IDS)
@@ -59,6 +67,8 @@ def test_read_only_images_are_accepted() -> None:
         (lambda _: torch.zeros(2, 1), r"shape \(2, 1\) for 2 images", ("r1", "r2")),
         (lambda _: None, "failed with", ("r1", "r2")),
         (fail, "failed with KeyError: 'weights'", ("r1", "r2")),
+        (run_out, r"failed with RuntimeError: out of memory \(rollouts", ("r1", "r2")),
+        (refuse, r"answered 500 \(broken\) \(rollouts", ("r1", "r2")),
     ],
 )
 def test_what_is_no_reward_is_an_error(answer: Callable[[Tensor], Any], problem: str, blamed: tuple[str, ...]) -> None:
@@ -66,6 +76,7 @@ def test_what_is_no_reward_is_an_error(answer: Callable[[Tensor], Any], problem:
         Scorer("hps", Head(answer)).score(IMAGES, PROMPTS, IDS)
     assert caught.value.head == "hps" and caught.value.rollout_ids == blamed
     assert all(i in str(caught.value) for i in blamed)
+    assert "\n" not in str(caught.value) and str(caught.value).count("reward head") == 1
 
 
 def example(kind: type[EpdRayError]) -> EpdRayError:

@@ -26,8 +26,8 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import RewardPool, require_room, start_ray, unwrap
-from epd_ray.encoder import EncoderActor, start_encoder
+from epd_ray.actors import RewardPool, require_room, start_ray
+from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
 from epd_ray.errors import ConfigError
 from epd_ray.memory import Memory
 from epd_ray.rdpo.batch import Row, join, propose, summarise
@@ -109,7 +109,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._rewards = RewardPool(own.reward_specs, tag)
         self._pipeline = RolloutPipeline(self.env_runner_group, self._rewards)
         self._rewards.wait_ready()
-        self._wait_for_encoder()
+        if self._encoder is not None:
+            wait_for_encoder(self._encoder)
         self.facts: BackboneFacts = self._run([Task("describe", "describe", (own.table.intervals,))])[0].value
         self._mixer = own.mixer()
         self._iteration_done = 0
@@ -130,13 +131,6 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self.config = own.copy(copy_frozen=False)
         self.config.backbone_spec = replace(model, encoder=name)
         self.config.freeze()
-
-    def _wait_for_encoder(self) -> None:
-        if self._encoder is not None:
-            try:
-                ray.get(self._encoder.ready.remote())
-            except ray.exceptions.RayTaskError as error:
-                raise unwrap(error) from None
 
     def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
         """Take restarted actors back. They hold no policy, so there is no learner state to send them."""

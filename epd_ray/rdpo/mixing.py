@@ -24,7 +24,8 @@ class Mixer:
 
     def __init__(self, weights: Mapping[str, float], kinds: Mapping[str, str], mode: Mode) -> None:
         self._weights, self._mode = dict(weights), mode
-        self._fixed = {name: REFERENCE[kind] for name, kind in kinds.items()} if mode == "reference" else {}
+        learned_from = [name for name, weight in weights.items() if weight] if mode == "reference" else []
+        self._fixed = {name: REFERENCE[kinds[name]] for name in learned_from}
         self._seen: dict[str, FloatArray] = {}
         self._anchor: dict[str, FloatArray] = {}
 

@@ -11,7 +11,7 @@ import ray
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors import RewardPool, TimedScores, unwrap
-from epd_ray.errors import EpdRayError
+from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.rdpo.runner import Answer, Task
 from epd_ray.types import FloatArray, ImageArray
 
@@ -96,7 +96,7 @@ class RolloutPipeline:
         """Block until these tasks are done; their outcomes in the order asked.
 
         Raises:
-            EpdRayError: a wrong reward or a model that cannot be used.
+            EpdRayError: a wrong reward, a model that cannot be used, or a task whose actors die over and over.
             RuntimeError: the error of a task that failed three times, on different actors where there are several.
         """
         wanted = list(task_ids)
@@ -175,11 +175,14 @@ class RolloutPipeline:
         ready, _ = ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS, fetch_local=False)
         done = set(ready)
         for pending in [p for p in self._pending.values() if p.scores and done.issuperset(p.scores.values())]:
+            scores, head = {}, ""
             try:
-                self._finish(pending, {name: ray.get(r) for name, r in pending.scores.items()})
+                for head, reference in pending.scores.items():
+                    scores[head] = ray.get(reference)
+                self._finish(pending, scores)
             except LOST as error:
                 self._rewards.replace_dead()
-                self._requeue(pending, f"its images or scores were lost ({type(error).__name__})")
+                self._requeue(pending, f"the scores of reward head {head!r}, or images, lost ({type(error).__name__})")
             except ray.exceptions.RayTaskError as error:
                 cause = unwrap(error)
                 if isinstance(cause, LOST):  # the argument was lost before the head opened it
@@ -206,7 +209,9 @@ class RolloutPipeline:
         self.retries += 1
         pending.attempts += int(error is not None)
         pending.losses += int(error is None)
-        if pending.attempts >= MAX_ATTEMPTS or pending.losses >= MAX_LOSSES:
-            times = pending.attempts + pending.losses
+        times = pending.attempts + pending.losses
+        if pending.attempts >= MAX_ATTEMPTS:
             raise RuntimeError(f"task {pending.task.task_id} failed {times} times, last with {why}") from error
+        if pending.losses >= MAX_LOSSES:
+            raise ModelError(f"task {pending.task.task_id} failed {times} times, last with {why}: out of memory?")
         log.warning("task %s runs again: %s", pending.task.task_id, why)

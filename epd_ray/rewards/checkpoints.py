@@ -1,7 +1,9 @@
 """Weights from files: tensors alone are read, nothing in a file is ever executed."""
 
+import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,17 +68,21 @@ def read_tensors(path: Path, convert: str = CONVERT) -> Tensors:
         convert: what to do about a file that holds more than tensors, for the message.
 
     Raises:
-        ModelError: a pickle, a TorchScript archive, or a file without tensors.
+        ModelError: a pickle, a TorchScript archive, a damaged file, or one without tensors.
     """
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    archive = zipfile.is_zipfile(path)
-    if archive and is_torchscript(path):
-        raise ModelError(f"{path.name} is a TorchScript archive, which runs code: {convert}")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        archive = zipfile.is_zipfile(path)
+        if archive and is_torchscript(path):
+            raise ModelError(f"{path.name} is a TorchScript archive, which runs code: {convert}")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except UnpicklingError as error:
         raise ModelError(f"{path.name} holds more than tensors and could run code when opened: {convert}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # a file that is cut short makes torch raise half a dozen kinds
+        raise ModelError(f"{str(path)!r} cannot be read ({_short(error)}): is it whole?") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path.name} holds no state dict (name -> tensor): {convert}")
@@ -140,24 +147,44 @@ def convert_module(source: Path, target: Path) -> int:
     Every name in the pickle that torch's weights-only reader does not trust stands for an inert class, which only
     remembers its attributes; the reader refuses whatever else a pickle can do.
 
+    Args:
+        target: a .safetensors that is not there yet, in a directory that is.
+
     Returns:
         The number of tensors.
 
     Raises:
-        ModelError: not such a file.
+        ModelError: not such a file, or a target that cannot be written.
     """
+    if target.suffix != ".safetensors":
+        raise ModelError(f"target {str(target)!r} is no .safetensors: give it that ending")
+    if os.path.lexists(target):
+        raise ModelError(f"target {str(target)!r} is there already: remove it, or give another name")
+    if not target.parent.is_dir():
+        raise ModelError(f"target {str(target)!r} is in no directory: make {str(target.parent)!r} first")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         stand_ins: list[Any] = [(type("StandIn", (Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             module = torch.load(source, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise ModelError(f"{str(source)!r} cannot be converted: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as in read_tensors
+        raise ModelError(f"{str(source)!r} cannot be converted: {_short(error)}") from error
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in saved_tensors(module)}
     if not tensors:
         raise ModelError(f"{str(source)!r} holds no module: give the file that torch.save(model) wrote")
-    save_file(tensors, target)
+    try:
+        save_file(tensors, target)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            target.unlink()  # half a file
+        raise ModelError(f"target {str(target)!r} cannot be written: {_short(error)}") from error
     return len(tensors)
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of what it says."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return sentence[:200] or type(error).__name__
 
 
 def saved_tensors(module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,10 @@
 """A reward model that somebody else runs, asked over HTTP."""
 
+import asyncio
 import base64
 import io
 import json
-import time
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -31,8 +32,10 @@ class HttpHead:
     answer's Retry-After. Redirects are not followed. Whatever else comes is an error, never a score.
 
     Args:
-        url: where to post; a user and password in it are sent as basic authentication and never shown.
-        timeout: seconds for one attempt.
+        url: where to post. It is saved with the run: no password goes into it.
+        token_env: name of the environment variable, where the head runs, that holds a token; sent as bearer
+            authentication.
+        timeout: seconds for one attempt, from the connection to the answer's last byte.
         retries: attempts after the first.
         concurrency: requests at a time.
         batch_size: images per request.
@@ -47,6 +50,7 @@ class HttpHead:
         self,
         *,
         url: str,
+        token_env: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         concurrency: int = 4,
@@ -70,8 +74,8 @@ class HttpHead:
             raise ConfigError(problems)
         self.timeout, self.retries, self.concurrency, self.batch_size = timeout, retries, concurrency, batch_size
         self.format, self.max_request_bytes, self.max_response_bytes = format, max_request_bytes, max_response_bytes
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self._client = httpx2.Client(timeout=timeout, follow_redirects=False, headers=headers)
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | _authorization(token_env)
+        self._tls = httpx2.create_ssl_context()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         starts = range(0, len(images), self.batch_size)
@@ -106,16 +110,9 @@ class HttpHead:
             _PassingError: worth another attempt.
             RewardError: not worth one.
         """
-        late, answer = time.monotonic() + self.timeout, b""
         try:
-            with self._client.stream("POST", self._url, content=body) as response:
-                for piece in response.iter_raw():
-                    answer += piece
-                    if len(answer) > self.max_response_bytes:
-                        raise RewardError(self.model_id, f"answered with more than {self.max_response_bytes} bytes")
-                    if time.monotonic() > late:  # the client's own limit is between two pieces
-                        raise _PassingError(f"took longer than {self.timeout:g} s")
-        except httpx2.TimeoutException:
+            response, answer = asyncio.run(self._exchange(body))
+        except TimeoutError:
             raise _PassingError(f"took longer than {self.timeout:g} s") from None
         except httpx2.TransportError as error:
             raise _PassingError(f"lost the connection ({_line(str(error)) or type(error).__name__})") from None
@@ -126,6 +123,28 @@ class HttpHead:
             hint = "redirects are not followed" if 300 <= status < 400 else _said(answer)
             raise RewardError(self.model_id, f"answered {status} ({hint})")
         return self._scores(answer, count)
+
+    async def _exchange(self, body: bytes) -> tuple[httpx2.Response, bytes]:
+        """The answer's status and headers, and its body.
+
+        The client's own time-out is between two bytes; a task's can end an attempt wherever the server keeps it.
+
+        Raises:
+            TimeoutError: no whole answer in time.
+            httpx2.TransportError: no answer at all.
+            RewardError: a larger answer than asked for.
+        """
+        answer = b""
+        async with (
+            asyncio.timeout(self.timeout),
+            httpx2.AsyncClient(timeout=None, follow_redirects=False, headers=self._headers, verify=self._tls) as client,
+            client.stream("POST", self._url, content=body) as response,
+        ):
+            async for piece in response.aiter_raw():
+                answer += piece
+                if len(answer) > self.max_response_bytes:
+                    raise RewardError(self.model_id, f"answered with more than {self.max_response_bytes} bytes")
+        return response, answer
 
     def _scores(self, answer: bytes, count: int) -> FloatArray:
         try:
@@ -157,19 +176,38 @@ def _asked_to_wait(state: tenacity.RetryCallState) -> float:
 
 
 def _checked(url: str) -> tuple[httpx2.URL, str]:
-    """The URL, and what of it may be shown: neither password nor query.
+    """The URL, and what of it may be shown: not the query.
 
     Raises:
-        ConfigError: not http, or no host.
+        ConfigError: holds a user or password, is not http, or has no host.
     """
+    if "@" in url.partition("?")[0]:  # wherever it is: a password with a slash in it reads as host, port and path
+        fix = "put the token into an environment variable and name it in token_env (an @ in a path is %40)"
+        raise ConfigError([f"http reward head: url holds an @, as in user:password@host: {fix}"])
     try:
         parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise ConfigError([f"http reward head: url cannot be read: {error}"]) from None
-    shown = str(parsed.copy_with(userinfo=b"", query=None, fragment=None))
+    except httpx2.InvalidURL:
+        raise ConfigError(["http reward head: url cannot be read, expected http://host:port/path"]) from None
+    shown = str(parsed.copy_with(query=None, fragment=None))
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError([f"http reward head: url is {shown!r}, expected http://host:port/path"])
     return parsed, shown
+
+
+def _authorization(token_env: str | None) -> dict[str, str]:
+    """The header that carries the token, if there is to be one.
+
+    Raises:
+        ConfigError: the variable is not set, or holds what no header can; the value is never shown.
+    """
+    if token_env is None:
+        return {}
+    token = os.environ.get(token_env, "")
+    if not token:
+        raise ConfigError([f"http reward head: environment variable {token_env!r} is not set: put the token into it"])
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ConfigError([f"http reward head: environment variable {token_env!r} holds no token: expected one word"])
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _png(image: Tensor) -> bytes:
