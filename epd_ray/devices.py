@@ -22,14 +22,36 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError([f"device {name!r} is not available ({why}): use auto or cpu"]) from error
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """A floating dtype; "auto" is bfloat16, which is also the fastest on CPUs.
+def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """A floating dtype; "auto" is bfloat16 where the device computes in it, else float16 on GPUs, float32 on CPUs.
+
+    Args:
+        name: "auto" or one of DTYPES.
+        device: that it is for; bfloat16 is assumed to be native when None.
 
     Raises:
         ConfigError: unknown name.
     """
     if name == "auto":
-        name = "bfloat16"
+        return _native(device)
     if name not in DTYPES:
         raise ConfigError([f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}"])
     return DTYPES[name]
+
+
+def _native(device: torch.device | None) -> torch.dtype:
+    if device is None:
+        return torch.bfloat16
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether products of bfloat16 are instructions; emulated, they are slower than those of float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported())  # CPUs with AMX have it too

@@ -10,11 +10,11 @@ from epd_ray.evaluate import rivals
 from epd_ray.progress import Observer
 from epd_ray.prompts import load_prompts
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.sampling import Sampler, baseline, learned
+from epd_ray.sampling import Sampler, learned
 from epd_ray.session import algorithm
-from epd_ray.shard import as_table
+from epd_ray.shard import as_table, refine
 from epd_ray.solvers.solver import FILE_NAME
-from epd_ray.trainer import distil, made_by, noise_seeds
+from epd_ray.trainer import distil, made_by, noise_seeds, warn_of_long_prompts
 from epd_ray.types import FloatArray, ImageArray
 
 
@@ -39,6 +39,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     observer.stage("starting actors", 1)
     with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:
         observer.advance()
+        warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
         observer.stage("distilling", 1)
         fits = distil(config, prompts, algo)
         observer.advance()
@@ -50,7 +51,9 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         ours = learned(solver, "distilled", "EPD distilled")
         others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
         observer.stage("comparing", 2 + len(others))
-        target = _pictures(algo, baseline("dpm2", 2 * ours.intervals * config.distill.teacher_steps), held_out, seeds)
+        fine = tuple(refine(solver.sigmas, config.distill.teacher_steps).tolist())
+        teacher = Sampler("dpm2", len(fine) - 1, "teacher", "teacher", sigmas=fine)
+        target = _pictures(algo, teacher, held_out, seeds)
         observer.advance()
         lines = []
         for sampler in (ours, *others):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import ray
 
-from epd_ray.actors import Resources, require_room
+from epd_ray.cluster import Resources, require_room
 from epd_ray.config import RunConfig
 from epd_ray.errors import PlacementError
 from epd_ray.evaluate import rivals

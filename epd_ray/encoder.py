@@ -9,8 +9,9 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from epd_ray.actors import Resources, insist, resources
+from epd_ray.actors import insist
 from epd_ray.backbones import BACKBONES
+from epd_ray.cluster import Resources, resources
 from epd_ray.memory import Memory, peak_memory
 
 ENCODERS = "the text encoders"
@@ -91,6 +92,8 @@ def embed_with(name: str) -> Callable[[str], tuple[Tensor, ...]]:
     actor = ray.get_actor(name)
 
     def embed(prompt: str) -> tuple[Tensor, ...]:
-        return insist(actor, ENCODERS, f"embedding {prompt[:40]!r}", lambda: actor.embed.remote(prompt))
+        doing = f"embedding {prompt[:40]!r}"
+        tensors: tuple[Tensor, ...] = insist(actor, ENCODERS, doing, lambda: actor.embed.remote(prompt))
+        return tensors
 
     return embed

@@ -28,6 +28,9 @@ UNREADABLE = (
 
 TOKEN = "set HF_TOKEN to a read token of that account (named in cluster.env for actors on other machines)"
 
+HUB_FAILURES = (OSError, HFValidationError, httpx.HTTPError)
+"""What the hub's client raises for names, rights, connections and files."""
+
 _STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
 
 
@@ -48,33 +51,38 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(_causes(error))
-        unpickling = any(type(e).__name__ == "UnpicklingError" for e in chain)  # torch's own and pickle's
-        if not unpickling and not any(isinstance(e, UNREADABLE) for e in chain):
+        if not _unpickling(chain) and not any(isinstance(e, UNREADABLE) for e in chain):
             raise
-        raise ModelError(f"{kind} {model!r} cannot be opened: {_explain(model, chain, unpickling)}") from error
+        raise ModelError(f"{kind} {model!r} cannot be opened: {explain(error)}") from error
 
 
-def _explain(model: str, chain: list[BaseException], unpickling: bool) -> str:
-    first = _first_line(chain[0])
-    if unpickling:
+def explain(error: BaseException) -> str:
+    """What went wrong and what to do about it, in one line.
+
+    Args:
+        error: of a loader or of the hub's client; what led to it counts too.
+    """
+    chain = list(_causes(error))
+    first = first_line(error)
+    if _unpickling(chain):
         return f"its checkpoint is a plain pickle, which could run code (convert it to safetensors): {first}"
-    for error in chain:
-        said = _first_line(error)
-        if isinstance(error, GatedRepoError):
+    for cause in chain:
+        said = first_line(cause)
+        if isinstance(cause, GatedRepoError):
             return f"{said} (accept its licence on the model's page while logged in, then {TOKEN})"
-        if isinstance(error, RevisionNotFoundError):
+        if isinstance(cause, RevisionNotFoundError):
             return f"{said} (check the revision: a branch, a tag or a commit)"
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(cause, RepositoryNotFoundError):
             return f"{said} (check the name; for a private model, {TOKEN})"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             return f"{said} ({TOKEN})"
-        if isinstance(error, RemoteEntryNotFoundError):
+        if isinstance(cause, RemoteEntryNotFoundError):
             return f"{said} (the repository has no such file: give one in its library's own layout)"
-        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             return f"{said} (not in the local cache and the hub cannot be reached: epd-ray fetch where it can)"
-        if isinstance(error, HFValidationError):
+        if isinstance(cause, HFValidationError):
             return f"{said} (give a directory or a hub id 'owner/name')"
-        if isinstance(error, SafetensorError):
+        if isinstance(cause, SafetensorError):
             return f"damaged weight file: {first}"
     return first
 
@@ -89,7 +97,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _first_line(error: BaseException) -> str:
+def _unpickling(chain: list[BaseException]) -> bool:
+    return any(type(error).__name__ == "UnpicklingError" for error in chain)  # torch's own and pickle's
+
+
+def first_line(error: BaseException) -> str:
     """What the message says first; of the hub's, past the status line, the two lines that name what and why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if len(lines) > 1 and _STATUS.match(lines[0]):

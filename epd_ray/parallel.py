@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from epd_ray.errors import ModelError
-from epd_ray.scheduler import EPDScheduler, PointInputs
+from epd_ray.scheduler import EPDScheduler
 from epd_ray.solvers import Solver
+from epd_ray.solvers.stepwise import PointInputs
 from epd_ray.types import Form
 
 Pipeline = TypeVar("Pipeline")
@@ -30,20 +31,22 @@ class Door:
         network: the pipeline's attribute.
         hidden: the network's argument for the latents.
         form: of the ODE.
+        family: of the backbone, as solvers name it.
         time_unit: of the network's timestep, in the scheduler's.
     """
 
     network: str
     hidden: str
     form: Form
+    family: str
     time_unit: float = 1.0
 
 
 DOORS = {
-    "StableDiffusionPipeline": Door("unet", "sample", "ve"),
-    "StableDiffusionXLPipeline": Door("unet", "sample", "ve"),
-    "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow"),
-    "FluxPipeline": Door("transformer", "hidden_states", "flow", 1 / 1000),
+    "StableDiffusionPipeline": Door("unet", "sample", "ve", "sd"),
+    "StableDiffusionXLPipeline": Door("unet", "sample", "ve", "sdxl"),
+    "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow", "sd3"),
+    "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / 1000),
 }
 
 
@@ -71,12 +74,18 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
         raise ModelError(
             f"the solver is for a model of form {solver.form!r}, but {type(pipe).__name__} is of form {door.form!r}"
         )
+    made_for = solver.meta.get("backbone", door.family)
+    if made_for != door.family:
+        raise ModelError(
+            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
+            f"{door.family} (take a solver of the same family)"
+        )
     restore(pipe)
     network: nn.Module = getattr(whole, door.network)
     used = _devices(devices, network)[: solver.table.points]
     scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
     scheduler.set_parallel(True)
-    replicas = [copy.deepcopy(network).to(device) for device in used[1:]]
+    replicas = [_replica(network, device) for device in used[1:]]
     expansion = _Expansion(weakref.ref(whole), scheduler, door, replicas)
     handles = (
         network.register_forward_pre_hook(expansion.before, with_kwargs=True),
@@ -218,7 +227,8 @@ def _repeat(value: Any, rows: int, times: int) -> Any:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    return _map(value, lambda t: t.to(device, non_blocking=True))
+    # Towards the CPU such a copy would be read before it is complete.
+    return _map(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
 def _map(value: Any, change: Any) -> Any:
@@ -229,6 +239,17 @@ def _map(value: Any, change: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_map(item, change) for item in value)
     return value
+
+
+def _replica(network: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on a device, made there at once: one beside the network would need its memory twice."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(device, copy=True), p.requires_grad)
+        for p in network.parameters()
+        if type(p) is nn.Parameter  # quantised ones know by themselves how to be copied
+    }
+    memo |= {id(b): b.detach().to(device, copy=True) for b in network.buffers() if type(b) is Tensor}
+    return copy.deepcopy(network, memo).to(device)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -78,7 +78,10 @@ def _read_csv(path: Path) -> _Lines:
         if header is None:
             return found
         index = header.index(pick_column(header, path))
-        if len(header) == 1 and header[0].strip().lower() not in COLUMNS and " " in header[0].strip():
+        alone = header[0].strip() if len(header) == 1 and header[0].strip().lower() not in COLUMNS else ""
+        if ";" in alone or "\t" in alone:
+            raise PromptError(f"{path}, line 1: {alone[:60]!r} is one column (separate columns with commas)")
+        if " " in alone:
             raise PromptError(
                 f"{path}, line 1: {header[0][:60]!r} is no column name (add a header such as {COLUMNS[0]})"
             )
@@ -100,8 +103,8 @@ def _read_jsonl(path: Path) -> _Lines:
     for number, line in _read_text(path):
         try:
             record = json.loads(line) if line.strip() else {COLUMNS[0]: ""}
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
+            raise PromptError(f"{path}, line {number}: not JSON ({str(error).partition(': ')[0]})") from error
         if isinstance(record, str):
             found.append((number, record))
             continue

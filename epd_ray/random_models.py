@@ -154,7 +154,8 @@ def random_backbone(
     if name not in ARCHITECTURES:
         raise ConfigError([f"unknown architecture {name!r}{did_you_mean(name, ARCHITECTURES)}"])
     a = ARCHITECTURES[name]
-    place, kind = pick_device(device), pick_dtype(dtype)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
     config = {**a.full, **(a.small if size == "small" else {})}
     with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(0)

@@ -5,18 +5,13 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from epd_ray.backbones import BACKBONES
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import RunConfig, load_config, to_yaml
 from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
@@ -24,15 +19,13 @@ from epd_ray.evaluate import headline, rivals
 from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import PromptSplits, load_prompts
-from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
-from epd_ray.sampling import learned, noises, to_uint8
-from epd_ray.sections import AUTO, BUILTIN, SHAPES
+from epd_ray.sampling import learned
+from epd_ray.sections import BUILTIN, SHAPES
 from epd_ray.session import algorithm
-from epd_ray.solvers import Solver, check_fit
+from epd_ray.solvers import Solver
 from epd_ray.store import RunDirectory, write_text
-from epd_ray.trainer import Trainer, comparison, noise_seeds
-from epd_ray.types import Backbone
+from epd_ray.trainer import Trainer, comparison, noise_seeds, warn_of_long_prompts
 
 log = logging.getLogger(__name__)
 PROMPTS = "prompts.json"
@@ -150,7 +143,7 @@ def _go_on(
         stack.enter_context(_stop_signals())  # after Ray, which sets its own handler
         observer.advance()
         clock.lap("starting actors")
-        _warn_of_long_prompts(algo, prompts)
+        warn_of_long_prompts(algo, [*prompts.train, *prompts.validation, *prompts.test])
         trainer = Trainer(config, run, prompts, algo, observer)
         if checkpoint is None:
             trainer.begin(start)
@@ -165,12 +158,6 @@ def _go_on(
     write_report(run.path)
     observer.done()
     return lines
-
-
-def _warn_of_long_prompts(algo: RDPO, prompts: PromptSplits) -> None:
-    every = [*prompts.train, *prompts.validation, *prompts.test]
-    if cut := algo.truncated(every):
-        log.warning("%d of %d prompts are longer than the model reads: their ends are cut", cut, len(every))
 
 
 class StageClock:
@@ -226,6 +213,7 @@ def evaluate(run_path: Path, count: int | None, prompts_file: Path | None, split
     observer.stage("starting actors", 1)
     with algorithm(local, prompts, None) as algo:
         observer.advance()
+        warn_of_long_prompts(algo, prompts)
         seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
         keep = config.evaluation.pictures
         found = comparison(algo.sample_scored, samplers, prompts, seeds, name, target, keep, observer)
@@ -259,70 +247,3 @@ def _evaluation_directory(run: RunDirectory, name: str) -> RunDirectory:
     shutil.copytree(run.solver, target.solver)
     shutil.copytree(run.distilled, target.distilled)
     return target
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """What `sample` may do otherwise than the solver's own file says.
-
-    Attributes:
-        model: pipeline directory or hub id; the solver's own when None.
-        guidance_scale: the solver's own when None.
-        resolution: pixels per side; the solver's own when None.
-        device: as everywhere.
-        dtype: of the network.
-    """
-
-    model: str | None = None
-    guidance_scale: float | None = None
-    resolution: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, options: SampleOptions) -> Path:
-    """Draw one picture per prompt with a saved solver, side by side into one PNG.
-
-    Args:
-        solver_name: directory, preset or hub id.
-        prompts: at least one.
-        seed: of the noise; prompt i uses seed + i.
-        out: a .png.
-        options: see SampleOptions.
-    """
-    solver = Solver.from_pretrained(solver_name)
-    backbone = _backbone_of(solver, solver_name, options)
-    guidance = options.guidance_scale
-    if guidance is None:
-        guidance = float(solver.meta.get("guidance_scale", backbone.default_guidance))  # type: ignore[arg-type]
-    warnings = check_fit(solver, solver_name, backbone.family, backbone.form, guidance, backbone.facts)
-    if cut := backbone.truncated(prompts):
-        warnings.append(f"{cut} of {len(prompts)} prompts are longer than the model reads: their ends are cut")
-    for warning in warnings:
-        log.warning(warning)
-    conditioning = backbone.encode(list(prompts), guidance)
-    noise = noises(backbone, [seed + i for i in range(len(prompts))])
-    with torch.inference_mode():
-        latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
-    images = to_uint8(backbone.decode(latents)).permute(0, 2, 3, 1).numpy()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(list(images), axis=1)).save(out)
-    return out
-
-
-def _backbone_of(solver: Solver, name: str, options: SampleOptions) -> Backbone:
-    """The model that a solver's file names, or the one asked for instead."""
-    meta = dict(solver.meta)
-    if "backbone" not in meta or (options.model is None and "model_id" not in meta):
-        raise TableError(f"{name} does not say which model it is for: take the solver of a run, or a preset")
-    registry, arguments = str(meta.get("registry", AUTO)), dict(meta.get("options") or {})  # type: ignore[arg-type]
-    if registry != AUTO:
-        return BACKBONES.build(registry, arguments | ({"model": options.model} if options.model else {}))
-    arguments |= {
-        "model": options.model or meta["model_id"],
-        "revision": meta.get("revision") if options.model is None else None,
-        "resolution": options.resolution or meta.get("resolution"),
-        "device": options.device,
-        "dtype": options.dtype,
-    }
-    return BACKBONES.build(registry, arguments)

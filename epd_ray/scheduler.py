@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,28 +12,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from epd_ray.errors import TableError
+from epd_ray.hub import explain
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.deploy import SCHEDULER_FILE, facts_of, parse_facts, scheduler_config
-from epd_ray.solvers.network import Network
-from epd_ray.solvers.stepwise import Loop, Plan, check_shapes
+from epd_ray.solvers.network import Network, check_same
+from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
 from epd_ray.types import Form
 
 log = logging.getLogger(__name__)
 
 Rows = list[list[float]]
-
-
-@dataclass(frozen=True)
-class PointInputs:
-    """What the network sees when the points of an interval are one batch.
-
-    Attributes:
-        hidden: [R, K, ...], for R rows of the pipeline's own input.
-        timesteps: [K], float32.
-    """
-
-    hidden: Tensor
-    timesteps: Tensor
 
 
 class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships no types
@@ -124,23 +111,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         Raises:
             TableError: a network about which too little is known, or another one than the pipeline's.
         """
-        known = solver.meta.get("scheduler")
-        config = scheduler_config(
-            solver, facts_of(like.config, solver.form) if like is not None and known is None else None
-        )
+        theirs = None if like is None else facts_of(like.config, solver.form)
+        config = scheduler_config(solver, theirs if solver.meta.get("scheduler") is None else None)
         if config is None:
             raise TableError(
                 "the solver does not say what its network predicts "
                 "(pass like=pipe.scheduler, or set form and meta['scheduler'])"
             )
-        if like is not None and solver.form == "ve":
-            theirs = like.config.get("prediction_type", "epsilon")
-            if theirs != config["prediction_type"]:
-                raise TableError(
-                    f"the solver is for a network that predicts {config['prediction_type']!r}, "
-                    f"but this pipeline's predicts {theirs!r} (use a solver made for it)"
-                )
         scheduler: EPDScheduler = cls(**config)
+        if theirs is not None:
+            check_same(scheduler.network.facts, parse_facts(theirs, solver.form))
         return scheduler
 
     @classmethod
@@ -168,12 +148,12 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         folder = Path(source, subfolder or "")
         local = Path(source).is_dir()
         revision = kwargs.get("revision")
-        if (folder / SCHEDULER_FILE).is_file() or (not local and "/" in source):
+        if (folder / SCHEDULER_FILE).is_file() or (not Path(source).exists() and "/" in source):
             try:
                 return super().from_pretrained(source, subfolder, return_unused_kwargs, **kwargs)
-            except OSError:
+            except OSError as error:
                 if local or subfolder is not None:
-                    raise
+                    raise TableError(f"{source!r} cannot be opened: {explain(error)}") from error
         made: EPDScheduler = cls.from_solver(Solver.from_pretrained(folder if local else source, revision=revision))
         return (made, kwargs) if return_unused_kwargs else made
 
@@ -274,8 +254,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return PointInputs(loop.seen(hidden), timesteps)
 
     def step(
-        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:
+        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True,
+        generator: Any = None,
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Take the network's answer and say where to look next.
 
         Args:
@@ -284,6 +265,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             sample: [B, ...], as returned by the call before; where it is another tensor, that one counts at the start
                 of an interval, and inside one for its own point alone.
             return_dict: whether to return a SchedulerOutput.
+            generator: not used: nothing is drawn at random.
 
         Returns:
             The latents [B, ...] of the next call, in the dtype of sample.
@@ -296,8 +278,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         loop = self._current()
         if self.form == "ve" and not self._scaled:
             raise TableError(
-                "a solver in VE form is in a pipeline that does not scale its network's input, as those of flow models "
-                "(use one made for this model; by hand, call scale_model_input before the network)"
+                "a solver in VE form is in a pipeline that does not scale its network's input, as DDPMPipeline and "
+                "those of flow models (use one made for this model; by hand, call scale_model_input before the network)"
             )
         if self.parallel and loop.call[1] is not None and not self._expanded:
             raise TableError("the network did not see the points (parallelize the pipeline that this scheduler is in)")

@@ -148,9 +148,38 @@ def sigma_to_timestep(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
     Source: DPM-Solver (arXiv 2206.00927), discrete-time models.
     """
+    return timestep_on_grid(sigma, timestep_grid(alphas_cumprod))
+
+
+def timestep_grid(alphas_cumprod: Tensor) -> Tensor:
+    """What timestep_on_grid looks up, checked once.
+
+    Args:
+        alphas_cumprod: [T], in (0, 1), decreasing.
+
+    Returns:
+        [2, T], float64: log alpha, increasing, and the training step of each.
+
+    Raises:
+        ScheduleError: no such schedule.
+    """
     log_alpha = _log_alpha(alphas_cumprod)
     steps = torch.arange(len(log_alpha), dtype=torch.float64, device=log_alpha.device)
-    return _interpolate(-0.5 * sigma.double().square().log1p(), log_alpha.flip(0), steps.flip(0))
+    return torch.stack([log_alpha, steps]).flip(1)
+
+
+def timestep_on_grid(sigma: Tensor, grid: Tensor) -> Tensor:
+    """As sigma_to_timestep, without looking at any value: a GPU need not be waited for.
+
+    Args:
+        sigma: [...], VE form, > 0.
+        grid: [2, T], from timestep_grid, on sigma's device.
+
+    Returns:
+        Timesteps [...], float64.
+    """
+    log_alpha, steps = grid
+    return _interpolate(-0.5 * sigma.double().square().log1p(), log_alpha, steps)
 
 
 def check_sigmas(sigmas: Tensor, *, allow_zero: bool = False) -> None:

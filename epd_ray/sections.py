@@ -63,7 +63,9 @@ class BackboneConfig(Section):
         default=None, ge=8, multiple_of=8, description="pixels per side; null: the model's own"
     )
     device: str = Field(default="auto", description="auto (cuda, mps, cpu), or a torch device")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the network")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the network; auto: bfloat16 where it is native"
+    )
     # Without T5 the pipeline pads with empty tokens, which the embedded transformer computes all the same: so 20 there.
     max_sequence_length: int | None = Field(
         default=20, ge=1, le=512, description="T5 tokens a prompt; null: the pipeline's own number"
@@ -149,6 +151,13 @@ class RewardConfig(Section):
     @classmethod
     def _known(cls, head: str) -> str:
         return _registered(HEADS, head)
+
+    @field_validator("options")
+    @classmethod
+    def _without_secrets(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if "@" in str(options.get("url", "")).partition("?")[0]:  # the run directory keeps its configuration
+            raise ValueError("url holds a name or password: put a token into a variable and name it as token_env")
+        return options
 
 
 class DistillConfig(Section):

@@ -24,7 +24,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from torch import Tensor
 
-from epd_ray.actors import require_room, resources, start_ray, unwrap
+from epd_ray.actors import unwrap
+from epd_ray.cluster import require_room, resources, start_ray
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.rewards import HEADS
 from epd_ray.types import FloatArray, RewardHead

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import ray
 
-from epd_ray.actors import HANDED_ON, RewardSpec, start_ray
+from epd_ray.actors import RewardSpec
+from epd_ray.cluster import HANDED_ON, start_ray
 from epd_ray.config import RunConfig
 from epd_ray.encoder import EncoderSpec
 from epd_ray.environments import package_spec

@@ -100,14 +100,17 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
         The path of solver.json.
 
     Raises:
-        TableError: see `load_solver`; an `out` that holds a solver, or is no directory.
+        TableError: see `load_solver`; an `out` that holds a solver, is no directory, or cannot be written.
     """
     solver, folder = load_solver(source), Path(out)
-    if (folder / FILE_NAME).exists():
-        raise TableError(f"{folder} holds a solver already (choose another --out)")
-    if folder.exists() and not folder.is_dir():
-        raise TableError(f"{folder} is a file, expected a directory (choose another --out)")
-    return solver.save_pretrained(folder)
+    try:
+        if (folder / FILE_NAME).exists():
+            raise TableError(f"{folder} holds a solver already (choose another --out)")
+        if folder.exists() and not folder.is_dir():
+            raise TableError(f"{folder} is a file, expected a directory (choose another --out)")
+        return solver.save_pretrained(folder)
+    except OSError as error:
+        raise TableError(f"{folder} cannot be written: {error.strerror or error} (choose another --out)") from error
 
 
 def show(content: RenderableType) -> None:

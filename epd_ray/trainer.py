@@ -26,6 +26,7 @@ from epd_ray.store import MetricsLog, RunDirectory, rollout_table, write_rollout
 from epd_ray.types import FloatArray, ImageArray
 
 log = logging.getLogger(__name__)
+TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cut"
 STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
 
 
@@ -113,6 +114,12 @@ def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
     return float(validation_rewards(config, prompts, algo, algo.mean_table()).mean())
 
 
+def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
+    """One line for all prompts that the model does not read to their ends."""
+    if cut := algo.truncated(prompts):
+        log.warning(TRUNCATED, cut, len(prompts))
+
+
 def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
     """A run's solver, with what it was made for and from."""
     about = {
@@ -145,6 +152,9 @@ class Trainer:
             facts, name = self.algo.facts, str(self.config.distill.table)
             for warning in check_fit(start, name, facts.family, facts.form, facts.guidance_scale, facts.more):
                 log.warning(warning)
+            if not torch.allclose(start.sigmas, torch.tensor(facts.sigmas, dtype=torch.float64), rtol=1e-3):
+                made, used = (f"{s[0]:.4g} ... {s[-1]:.4g}" for s in (start.sigmas.tolist(), facts.sigmas))
+                log.warning("solver %s was made for sigmas %s, the run uses its model's own: %s", name, made, used)
         table = None if start is None else start.table
         residuals: list[float] = []
         if table is None and self.config.distill.enabled:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
 PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
 RAY_ROOMS = (
-    *("actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run", "fetch", "serve"),
-    *("monitor", "bench", "doctor", "cli"),
+    *("cluster", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run", "sample", "fetch"),
+    *("serve", "monitor", "bench", "doctor", "cli"),
 )  # and jobs/
 
 # A module imports from its own layer or from those above it in this list. What is not listed is a front end.
@@ -25,7 +25,7 @@ LAYERS = (
     ("backbones", "rewards", "sampling", "scheduler", "parallel", "tables"),
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
     ("rollout", "random_models"),
-    ("encoder", "actors", "rdpo"),
+    ("cluster", "encoder", "actors", "rdpo"),
 )
 
 

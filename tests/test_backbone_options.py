@@ -1,8 +1,12 @@
 """Opening pipelines: every option, and what is refused."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -11,10 +15,12 @@ from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
+from epd_ray.devices import pick_dtype
 from epd_ray.errors import ConfigError, ModelError
 from epd_ray.sampling import baseline, noises
 from tests.families import (
     FREE,
+    MODELS,
     ONE_OF_EACH,
     PROMPTS,
     SEEDS,
@@ -22,6 +28,7 @@ from tests.families import (
     Calls,
     backbones,
     denoiser,
+    edit,
     folder,
     load,
     run,
@@ -129,6 +136,43 @@ def test_resolution(name: str, resolution: int, latent: tuple[int, ...], wrong: 
     assert str(folder(name)) in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("sd", [8, 8]), ("sdxl", [8, 8]), ("ddpm", [16, 16]), ("ldm", [8, 8])])
+def test_sizes_may_be_pairs(name: str, sizes: list[int], tmp_path: Path) -> None:
+    model = MODELS[name](tmp_path / "m")
+    config = edit(model / "unet/config.json", sample_size=sizes)
+    assert load(model, resolution=None).resolution == 16
+    edit(config, sample_size=[8, 16])
+    with pytest.raises(ModelError, match=r"m' has sample_size \[8, 16\], which is no square: set the resolution"):
+        load(model, resolution=None)
+    edit(config, sample_size=None)
+    with pytest.raises(ModelError, match=r"m' has no sample_size: set the resolution"):
+        load(model, resolution=None)
+    assert load(model, resolution=16).resolution == 16
+
+
+def test_sd3_ends_where_its_positions_do() -> None:
+    backbone = load(folder("sd3"), resolution=32)
+    run(backbone, baseline("euler", 1), 1.0)
+    with pytest.raises(ModelError, match=r"resolution 36 is beyond its positions: use at most 32"):
+        load(folder("sd3"), resolution=36)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parts": "foo"}, "parts is 'foo', expected one of all, text, image"),
+        ({"offload": "disk"}, "offload is 'disk', expected one of none, model, sequential"),
+        ({"max_sequence_length": -1}, "max_sequence_length is -1, expected at least 1"),
+        ({"max_sequence_length": 0}, "max_sequence_length is 0, expected at least 1"),
+        ({"resolution": 0}, "resolution is 0, expected at least 1"),
+        ({"embedding_cache_mib": -1}, "embedding_cache_mib is -1, expected at least 0"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(folder("sd3"), **options)
+
+
 def test_sdxl_is_told_the_size() -> None:
     for size in (16, 24):
         backbone = load(folder("sdxl"), resolution=size)
@@ -190,6 +234,94 @@ def test_vae_options() -> None:
     assert torch.allclose(sliced.decode(latents), plain.decode(latents), atol=1e-5)
 
 
+@pytest.mark.parametrize("option", ["vae_slicing", "vae_tiling"])
+@pytest.mark.parametrize("name", ["ddpm", "ldm"])
+def test_vae_options_are_refused_where_they_would_do_nothing(name: str, option: str) -> None:
+    with pytest.raises(ModelError, match=f"has no VAE that can do {option}: set it to false"):
+        load(folder(name), **{option: True})
+    assert load(folder("sd"), parts="text", **{option: True}).pipeline.vae is None  # where there is none to decode
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ldm"])
+def test_text_parts_of_what_has_none(name: str, warned: pytest.LogCaptureFixture) -> None:
+    backbone = load(folder(name), parts="text", resolution=None)
+    assert not any(isinstance(part, torch.nn.Module) for part in backbone.pipeline.components.values())
+    assert "not expected" not in warned.text
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What diffusers logs, which does not propagate."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_cut_prompts_are_not_quoted(name: str, warned: pytest.LogCaptureFixture) -> None:
+    backbone = load(folder(name))
+    loggers = [
+        logging.getLogger(n) for n in (type(backbone.pipeline).__module__, "transformers.tokenization_utils_base")
+    ]
+    before = [logger.level for logger in loggers]
+    backbone.encode(["red " * 300], 7.0)
+    assert not warned.records and [logger.level for logger in loggers] == before
+    backbone._family.embed("red " * 300)
+    assert "red red" in warned.text  # it would have been
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        backbone.encode([3], 7.0)  # type: ignore[list-item]
+    assert [logger.level for logger in loggers] == before
+
+
+def test_what_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(diffusers.DDPMPipeline, "to", full)
+    with pytest.raises(ModelError, match=r"does not fit on cpu in float32 with offload='none': use offload") as caught:
+        load(folder("ddpm"))
+    assert str(folder("ddpm")) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_placed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: True)
+    monkeypatch.setattr("epd_ray.backbones.loading.pick_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(diffusers.LDMPipeline, "from_pretrained", without("low_cpu_mem_usage", diffusers.LDMPipeline))
+    with pytest.raises(ModelError, match=r"offload='model' is nothing that a LDMPipeline can: use sequential or none"):
+        load(folder("ldm"), offload="model")
+    for error, message in (
+        (ValueError("no"), "model '.*' cannot be opened: no"),
+        (ImportError("old"), "'sequential': old"),
+    ):
+        monkeypatch.setattr(diffusers.LDMPipeline, "enable_sequential_cpu_offload", Mock(side_effect=error))
+        with pytest.raises(ModelError, match=message):
+            load(folder("ldm"), offload="sequential")
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "dtype"),
+    [
+        ("cuda:0", True, torch.bfloat16), ("cuda:0", False, torch.float16), ("mps", False, torch.float16),
+        ("cpu", True, torch.bfloat16), ("cpu", False, torch.float32),
+    ],
+)  # fmt: skip
+def test_auto_is_what_the_device_computes_in(
+    device: str, has: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device", nullcontext)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has or including_emulation)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has)
+    assert pick_dtype("auto", torch.device(device)) == dtype
+    assert pick_dtype("float16", torch.device(device)) == torch.float16
+
+
+def test_auto_is_float32_for_unconditional_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    used = {name: denoiser(load(folder(name), dtype="auto")).dtype for name in ("ddpm", "ldm", "sd3")}
+    assert used == {"ddpm": torch.float32, "ldm": torch.float32, "sd3": torch.bfloat16}
+
+
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offload_is_refused_where_it_cannot_be(offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def available(answer: bool) -> None:
@@ -204,9 +336,9 @@ def test_offload_is_refused_where_it_cannot_be(offload: str, monkeypatch: pytest
         load(folder("ddpm"), offload=offload)
 
 
-def without(name: str) -> Callable[..., Any]:
-    """DDPMPipeline.from_pretrained that passes everything on but one option."""
-    original = diffusers.DDPMPipeline.from_pretrained
+def without(name: str, pipeline: Any = diffusers.DDPMPipeline) -> Callable[..., Any]:
+    """The pipeline's from_pretrained that passes everything on but one option."""
+    original = pipeline.from_pretrained
 
     def from_pretrained(location: str, **options: Any) -> Any:
         options.pop(name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -98,6 +99,48 @@ def test_latents_are_decoded_as_the_vqvae_does() -> None:
     vqvae, latents = backbone.pipeline.vqvae, noises(backbone, SEEDS)
     theirs = (vqvae.decode(latents / vqvae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     assert torch.equal(backbone.decode(latents), theirs)
+
+
+def test_an_unnamed_scaling_factor_is_one(tmp_path: Path) -> None:
+    model = tiny_models.save_ldm(tmp_path / "ldm")
+    config = json.loads((model / "vqvae/config.json").read_text())
+    assert config.pop("scaling_factor") == 0.18215  # the class default
+    (model / "vqvae/config.json").write_text(json.dumps(config))
+    backbone = load(model)
+    latents = noises(backbone, SEEDS)
+    theirs = (backbone.pipeline.vqvae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(backbone.decode(latents), theirs)
+    assert not torch.equal(theirs, backbones("ldm").decode(latents))
+
+
+def test_a_learned_variance_is_dropped(tmp_path: Path) -> None:
+    learned = DDPMScheduler(variance_type="learned_range")
+    both = load(tiny_models.save_ddpm(tmp_path / "both", scheduler=learned, out_channels=6))
+    mean = load(tiny_models.save_ddpm(tmp_path / "mean"))
+    mean.pipeline.unet.load_state_dict(
+        {k: v[:3] if k.startswith("conv_out") else v for k, v in both.pipeline.unet.state_dict().items()}
+    )
+    ours, theirs = (run(backbone, baseline("euler", 3), 1.0) for backbone in (both, mean))
+    assert ours.shape == (2, 3, 16, 16) and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"num_class_embeds": 10}, "is conditioned on classes: give one that is unconditional"),
+        ({"class_embed_type": "timestep"}, "is conditioned on classes: give one that is unconditional"),
+        ({"out_channels": 6}, "gives 6 channels for 3, with variance_type 'fixed_small'"),
+    ],
+)
+def test_pixel_models_that_cannot_be_driven(network: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = tiny_models.save_ddpm(tmp_path / "m", **network)
+    with pytest.raises(ModelError, match=f"model '{model}' {message}"):
+        load(model)
+
+
+def test_usual_guidance() -> None:
+    usual = {name: backbones(name).default_guidance for name in ("sd", "sdxl", "sd3", "flux", "ddpm", "ldm")}
+    assert usual == {"sd": 7.5, "sdxl": 5.0, "sd3": 4.5, "flux": 3.5, "ddpm": 1.0, "ldm": 1.0}
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - UNCONDITIONAL))
@@ -222,6 +265,43 @@ def test_published_grids() -> None:
 def test_schedules_that_cannot_be_driven(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=f"model 'm' {message}"):
         DiscreteTime(EulerDiscreteScheduler.from_config(EulerDiscreteScheduler().config, **changes), "m")
+
+
+def test_schedules_that_are_none() -> None:
+    with pytest.raises(ModelError, match=r"model 'm': alphas_cumprod must be one row of at least 2 decreasing values"):
+        DiscreteTime(DDPMScheduler(trained_betas=[0.0, 0.1]), "m")
+
+
+def test_timesteps_wait_for_no_device() -> None:
+    time = DiscreteTime(DDPMScheduler(), "m")
+    timestep = time.timestep(torch.ones(2, device="meta"))  # which has no values to look at
+    assert timestep.device.type == "meta" and timestep.dtype == torch.float32
+
+
+def test_timesteps_are_copied_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = DiscreteTime(DDPMScheduler(), "m")
+    time.timestep(torch.ones(2, device="meta"))
+    monkeypatch.setattr(Tensor, "to", lambda *_, **__: pytest.fail("copied again"))
+    time.timestep(torch.ones(2, device="meta"))
+
+
+class OnMps:
+    """A sigma where float64 is unknown: nothing works but to bring it here."""
+
+    device = torch.device("mps")
+
+    def cpu(self) -> Tensor:
+        return torch.tensor([0.5, 3.0])
+
+
+def test_timesteps_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = DiscreteTime(DDPMScheduler(), "m")
+    moved: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "to", lambda tensor, device: moved.append((device, tensor.dtype)) or tensor)
+        timestep = time.timestep(OnMps())  # type: ignore[arg-type]
+    assert moved == [(torch.device("mps"), torch.float32)]
+    assert torch.equal(timestep, time.timestep(torch.tensor([0.5, 3.0])))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from unittest.mock import Mock, create_autospec
 import pytest
 from typer.testing import CliRunner, Result
 
-from epd_ray import cli, doctor, report, run
+from epd_ray import cli, doctor, report, run, sample
 from epd_ray.config import RunConfig
 from epd_ray.errors import PromptError, RewardError
 from epd_ray.progress import LineObserver
@@ -149,11 +149,11 @@ def test_resume(monkeypatch):
 
 
 def test_sample(monkeypatch):
-    fake = create_autospec(run.sample)
-    monkeypatch.setattr(run, "sample", fake)
+    fake = create_autospec(sample.sample)
+    monkeypatch.setattr(sample, "sample", fake)
     result = invoke("sample", "--solver", "mine/solver", "--prompt", "a star", "--prompt", "a cross", "--seed", 3)
     assert (result.exit_code, result.stdout) == (0, "picture: sample.png\n")
-    fake.assert_called_once_with("mine/solver", ["a star", "a cross"], 3, Path("sample.png"), run.SampleOptions())
+    fake.assert_called_once_with("mine/solver", ["a star", "a cross"], 3, Path("sample.png"), sample.SampleOptions())
 
 
 def test_evaluate(monkeypatch):

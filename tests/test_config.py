@@ -87,6 +87,7 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("cluster.rollout_gpus=1.5", "cluster.rollout_gpus: is 1.5, a share of one GPU (below 1) or a whole number"),
         ("rewards.clip.num_gpus=2.5", "rewards.clip.num_gpus: is 2.5, a share of one GPU (below 1) or a whole number"),
         ("rewards.clip.resources={GPU: 1}", "rewards.clip.resources: GPU is no custom resource: set the key for GPUs"),
+        ("rewards.clip.options={url: 'http://me:pw@host'}", "rewards.clip.options: url holds a name or password"),
         ("rdpo.normalisation=zscor", "rdpo.normalisation: unknown 'zscor'; did you mean 'zscore'?"),
         ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),

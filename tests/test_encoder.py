@@ -10,8 +10,8 @@ import pytest
 import ray
 import torch
 
-from epd_ray.actors import _variables
 from epd_ray.backbones import BACKBONES
+from epd_ray.cluster import _variables
 from epd_ray.config import load_config
 from epd_ray.encoder import EncoderActor, EncoderSpec, embed_with
 from epd_ray.errors import ConfigError, ModelError

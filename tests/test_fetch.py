@@ -1,6 +1,7 @@
 """Weights on two nodes of a cluster that is joined, and what the actors there see of the environment."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +11,17 @@ from diffusers import DiffusionPipeline
 from ray.cluster_utils import Cluster
 
 from epd_ray import fetch as module
+from epd_ray.backbones import loading
 from epd_ray.backbones.loading import UNUSED
 from epd_ray.config import load_config
+from epd_ray.environments import runtime_env
 from epd_ray.errors import ModelError
 from epd_ray.fetch import NOT_OPENED, FetchError, fetch, fetch_model
 from epd_ray.run import train
 from epd_ray.session import ray_session
+from tests.test_actors import PLANTED, assert_absent
 from tests.test_run import TINY, Quiet
 from tests.tiny_models import save_clip, save_sd
-
-PLANTED = "hf_planted_token_value"
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,31 @@ def test_an_environment_that_is_not_on_a_node_is_named(cluster: Cluster, monkeyp
         fetch(load_config(None), Quiet())
 
 
+def test_a_package_head_is_opened_on_its_interpreter(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = module.RewardSpec(head="hpsv2.1", target="tests.fakes:NanHead", python=sys.executable)
+    monkeypatch.setattr(module, "_items", lambda config: [module.Item("reward p", module.fetch_head, ("p", spec))])
+    lines = fetch(load_config(None), Quiet())
+    assert len(lines) == 2 and all("reward p in " in line for line in lines)
+
+
+def test_a_head_whose_process_dies_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = module.RewardSpec(head="tests.test_actors:Dying", options={"when": "build"})
+    monkeypatch.setattr(module, "_items", lambda config: [module.Item("reward p", module.fetch_head, ("p", spec))])
+    with pytest.raises(FetchError, match="reward p: reward head 'p': its process died while loading"):
+        fetch(load_config(None), Quiet())
+
+
+def test_an_unsupported_pipeline_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "read_index", lambda *_: loading.Index("owner/name", "WanPipeline", {}, "abc"))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("it was downloaded"))
+    with pytest.raises(ModelError, match=r"model 'owner/name' is a WanPipeline, supported are: .*StableDiffusion"):
+        fetch_model("owner/name", None)
+
+
 def test_a_repository_is_downloaded_without_what_is_never_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
+    index = loading.Index("owner/name", "StableDiffusionPipeline", {}, "abc")
+    monkeypatch.setattr(loading, "read_index", lambda *_: index)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda model, **options: asked.append((model, options)))
     fetch_model("owner/name", "v1")
     assert asked == [("owner/name", {"revision": "v1", **dict.fromkeys(NOT_OPENED)})]
@@ -104,6 +129,8 @@ def test_actors_see_the_variables_and_no_run_keeps_their_values(cluster: Cluster
     witness = Witness.remote()
     assert ray.get(witness.see.remote("HF_TOKEN")) == PLANTED
     assert ray.get(witness.see.remote("NOT_SET_AT_ALL")) is None
+    elsewhere = Witness.options(runtime_env=runtime_env(sys.executable)).remote()  # as a head's own environment has it
+    assert ray.get(elsewhere.see.remote("HF_TOKEN")) == PLANTED
     os.environ["HF_TOKEN"] = PLANTED
     try:
         train(load_config(None, [*TINY, "rdpo.iterations=1"]), tmp_path / "run", Quiet())
@@ -111,4 +138,5 @@ def test_actors_see_the_variables_and_no_run_keeps_their_values(cluster: Cluster
         del os.environ["HF_TOKEN"]
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 10 and any("HF_TOKEN" in path.read_text() for path in written if path.name == "config.yaml")
-    assert [path for path in written if PLANTED.encode() in path.read_bytes()] == []
+    assert_absent(tmp_path / "run")
+    assert_absent(Path(cluster.head_node.get_session_dir_path()))

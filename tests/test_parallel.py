@@ -11,7 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from epd_ray.errors import ModelError, TableError
-from epd_ray.parallel import parallelize, restore
+from epd_ray.parallel import DOORS, _move, _replica, parallelize, restore
 from epd_ray.scheduler import EPDScheduler
 from epd_ray.solvers import Solver
 from tests.test_scheduler import FAMILIES, PROMPTS, by_hand, call, difference, folders, load, make_solver
@@ -319,6 +319,43 @@ def test_refuses_what_it_cannot_do(load: Any, tmp_path: Any) -> None:
         with pytest.raises(ModelError, match="expected a list of at least one device"):
             parallelize(pipe, solver, nothing)
     assert not pipe.transformer._forward_pre_hooks and type(pipe.scheduler) is not EPDScheduler
+
+
+def test_refuses_another_family(load: Any) -> None:
+    made = make_solver(FAMILIES["sd3"])
+    pipe = load("sd3")
+    for family in ("flux", "sd"):
+        with pytest.raises(ModelError, match=f"family {family}, but StableDiffusion3Pipeline is of the family sd3"):
+            parallelize(pipe, Solver(made.table, made.sigmas, "flow", meta={**made.meta, "backbone": family}))
+    parallelize(pipe, Solver(made.table, made.sigmas, "flow", meta={**made.meta, "backbone": "sd3"}))
+    assert {door.family for door in DOORS.values()} == {"sd", "sdxl", "sd3", "flux"}
+
+
+def test_replicas_are_made_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Tensor, memo: Any) -> Tensor:
+        raise AssertionError("copied beside the original")
+
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    network[1].weight = network[0].weight  # tied
+    network[0].bias.requires_grad_(False)
+    monkeypatch.setattr(Tensor, "__deepcopy__", fail)
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", fail)
+    for device in ("meta", "cpu"):
+        replica = _replica(network, torch.device(device))
+        assert replica[1].weight is replica[0].weight and not replica[0].bias.requires_grad
+        for (name, ours), theirs in zip(network.state_dict().items(), replica.state_dict().values(), strict=True):
+            assert theirs.device.type == device, name
+            assert device == "meta" or (torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()), name
+
+
+def test_only_copies_to_a_gpu_may_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        Tensor, "to", lambda self, device, non_blocking=False: asked.append((device.type, non_blocking))
+    )
+    for device in ("cpu", "cuda"):
+        _move({"x": torch.zeros(1)}, torch.device(device))
+    assert asked == [("cpu", False), ("cuda", True)]
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 import ray
 import torch
 
-from epd_ray.actors import PLACEMENT_SECONDS, require_room
 from epd_ray.checkpoint import load_newest, save_checkpoint
+from epd_ray.cluster import PLACEMENT_SECONDS, require_room
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.sampling import Sampler, baseline

@@ -17,11 +17,11 @@ from PIL import Image
 from epd_ray import session, trainer
 from epd_ray.checkpoint import load_newest
 from epd_ray.config import load_config
-from epd_ray.errors import ModelError, PromptError, RewardError, RunDirectoryError, TableError
-from epd_ray.prompts import PromptSplits
+from epd_ray.errors import ConfigError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
-from epd_ray.run import SampleOptions, _warn_of_long_prompts, describe, evaluate, given_solver, resume, sample, train
+from epd_ray.run import describe, evaluate, given_solver, resume, train
+from epd_ray.sample import SampleOptions, sample
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.store import read_metrics
 from tests.fakes import Quiet
@@ -233,10 +233,9 @@ def test_prompts_that_the_model_cuts_are_counted_once(caplog):
         def truncated(self, prompts):
             return sum(len(prompt) > 10 for prompt in prompts)
 
-    splits = PromptSplits(["a" * 20, "short"], ["b" * 20], ["c"])
-    _warn_of_long_prompts(Algo(), splits)
+    trainer.warn_of_long_prompts(Algo(), ["a" * 20, "short", "b" * 20, "c"])
     assert [r.message for r in caplog.records] == ["2 of 4 prompts are longer than the model reads: their ends are cut"]
-    _warn_of_long_prompts(Algo(), PromptSplits(["a"], [], []))
+    trainer.warn_of_long_prompts(Algo(), ["a"])
     assert len(caplog.records) == 1
 
 
@@ -257,3 +256,56 @@ def test_a_start_with_other_options_is_refused(tmp_path, key, option):
     options = ["solver.intervals=1", "solver.points=1", f"distill.table={tmp_path}", option]
     with pytest.raises(TableError, match=f"has {key} .*set solver.{key} to match"):
         given_solver(load_config(None, options))
+
+
+def saved(folder, **meta):
+    table = SolverTable(torch.tensor([[0.5]]), torch.ones(1, 1))
+    Solver(table, torch.tensor([1.0, 0.1]), "flow", meta=meta).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_solver_file_does_not_choose_what_code_runs(tmp_path):
+    meta = {"backbone": "x", "model_id": "x", "registry": "os:mkdir", "options": {"path": str(tmp_path / "made")}}
+    with pytest.raises(TableError, match=r"made with the backbone 'os:mkdir', .* pass --family os:mkdir"):
+        sample(saved(tmp_path / "evil", **meta), ["a"], 0, tmp_path / "a.png", SampleOptions())
+    assert not (tmp_path / "made").exists()
+    mine = {"backbone": "simulated", "registry": "tests.fakes:TableBackbone", "options": {"size": 8}}
+    family = SampleOptions(family="tests.fakes:TableBackbone")
+    assert sample(saved(tmp_path / "mine", **mine), ["a"], 0, tmp_path / "a.png", family).is_file()
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({}, "meta.backbone: Field required"),
+        ({"backbone": "sd3", "guidance_scale": "high"}, "meta.guidance_scale: Input should be a valid number"),
+        ({"backbone": "sd3", "resolution": "big"}, "meta.resolution: Input should be a valid integer"),
+        ({"backbone": "sd3", "options": [1]}, "meta.options: Input should be a valid dictionary"),
+        ({"backbone": "sd3"}, "does not say which model it is for: pass --model"),
+    ],
+)
+def test_what_a_solver_file_says_is_checked(tmp_path, meta, said):
+    with pytest.raises(TableError, match=said):
+        sample(saved(tmp_path / "solver", **meta), ["a"], 0, tmp_path / "a.png", SampleOptions())
+
+
+def test_options_and_files_that_cannot_be(tmp_path):
+    solver = saved(tmp_path / "solver", backbone="simulated", registry="simulated", guidance_scale=None)
+    assert sample(solver, ["a"], 0, tmp_path / "a.png", SampleOptions()).is_file()
+    with pytest.raises(ConfigError, match="takes no --device, --dtype or --resolution"):
+        sample(solver, ["a"], 0, tmp_path / "a.png", SampleOptions(resolution=64))
+    for out in (tmp_path / "a.xyz", tmp_path):
+        with pytest.raises(ConfigError, match=r"is no image file: give a name that ends in \.png"):
+            sample(solver, ["a"], 0, out, SampleOptions())
+
+
+def test_a_start_from_another_schedule_says_so(small_ray, tmp_path, caplog):
+    table = SolverTable(torch.tensor([[0.4], [0.5], [0.6]]), torch.ones(3, 1))
+    Solver(table, torch.tensor([1.0, 0.7, 0.4, 0.1]), "flow", meta={"guidance_scale": 3.0}).save_pretrained(
+        tmp_path / "s"
+    )
+    options = [*TINY, "solver.points=1", f"distill.table={tmp_path / 's'}", "rdpo.iterations=1"]
+    train(load_config(None, options), tmp_path / "run", Quiet())
+    said = [r.message for r in caplog.records if "was" in r.message]
+    assert any("was made for sigmas 1 ... 0.1, the run uses its model's own: 1 ... " in message for message in said)
+    assert any("was trained at guidance_scale 3.0, the pictures are made at 7.0" in message for message in said)

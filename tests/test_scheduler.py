@@ -12,8 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -27,7 +29,7 @@ from epd_ray.errors import ScheduleError, TableError
 from epd_ray.scheduler import EPDScheduler
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.types import Form
-from tests.tiny_models import SD_BETAS, save_flux, save_sd, save_sd3, save_sdxl
+from tests.tiny_models import SD_BETAS, save_ddpm, save_flux, save_sd, save_sd3, save_sdxl
 
 PROMPTS = ["a red circle", "a blue star"]
 BETAS: dict[str, Any] = {k: v for k, v in SD_BETAS.items() if k != "steps_offset"}
@@ -429,6 +431,54 @@ def test_facts_come_from_a_pipelines_scheduler_where_meta_has_none(load: Any) ->
         EPDScheduler.from_solver(bare, like=zero_snr)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_schedule": "linear"}, "beta_schedule 'scaled_linear', but this pipeline's is 'linear'"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 1000, but this pipeline's is 500"),
+        ({"rescale_betas_zero_snr": True}, "infinite sigma"),
+        ({"trained_betas": [0.001] * 1000}, "trained_betas, but this pipeline's differ"),
+    ],
+)
+def test_refuses_a_pipeline_trained_in_another_way(change: dict[str, Any], message: str) -> None:
+    solver = make_solver(FAMILIES["sd"])
+    EPDScheduler.from_solver(solver, like=EulerDiscreteScheduler(**BETAS))
+    with pytest.raises(TableError, match=message) as caught:
+        EPDScheduler.from_solver(solver, like=EulerDiscreteScheduler(**{**BETAS, **change}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_equal_betas_in_other_words_are_the_same() -> None:
+    betas = (torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2).tolist()
+    EPDScheduler.from_solver(make_solver(FAMILIES["sd"]), like=EulerDiscreteScheduler(trained_betas=betas))
+
+
+def test_refuses_the_other_kind_of_scheduler() -> None:
+    flow = FlowMatchEulerDiscreteScheduler()
+    EPDScheduler.from_solver(make_solver(FAMILIES["sd3"]), like=flow)
+    with pytest.raises(TableError, match="no training betas, as those of flow models"):
+        EPDScheduler.from_solver(make_solver(FAMILIES["sd"]), like=flow)
+    with pytest.raises(TableError, match="does not go with prediction_type 'epsilon'"):
+        EPDScheduler.from_solver(make_solver(FAMILIES["sd3"]), like=EulerDiscreteScheduler(**BETAS))
+
+
+def test_unconditional_solvers_leave_no_scheduler(tmp_path: Path) -> None:
+    made = make_solver(FAMILIES["sd"])
+    solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "backbone": "ddpm"})
+    solver.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "solver.json"]
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: unconditional-image-generation\n" in card and "solver.solve(drift, x)" in card
+    assert not [
+        word for word in ("red circle", "guidance)", "EPDScheduler", "parallelize", "diffusers,") if word in card
+    ]
+    pipe = DDPMPipeline.from_pretrained(save_ddpm(tmp_path / "ddpm"), low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EPDScheduler.from_solver(solver)
+    with pytest.raises(TableError, match="does not scale its network's input, as DDPMPipeline"):
+        pipe()
+
+
 def test_refuses_the_wrong_pipeline(load: Any) -> None:
     flow, ve = (EPDScheduler.from_solver(make_solver(FAMILIES[name])) for name in ("sd3", "sd"))
     for name in ("sd", "sdxl"):
@@ -543,6 +593,35 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert pushed["files"] == {**local, "README.md": local["README.md"].replace("path/to/this/directory", "me/fast")}
 
 
+def test_local_paths_are_not_published(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m" / "sd").mkdir(parents=True)
+    made = make_solver(FAMILIES["sd"])
+    for model in (str(tmp_path / "m" / "sd"), "/home/me/sd", "m/sd", "./m/sd"):
+        uploads: list[dict[str, Any]] = []
+        monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi(uploads))
+        solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "model_id": model})
+        solver.push_to_hub("me/fast", token="secret")
+        files = uploads[1]["files"]
+        assert json.loads(files["solver.json"])["meta"]["model_id"] == "sd" and "base_model" not in files["README.md"]
+        assert not [name for name, text in files.items() if model in text]
+        assert f"model_id is published as 'sd': {model!r}" in caplog.messages[-1]
+        solver.save_pretrained(tmp_path / "kept")
+        assert Solver.from_pretrained(tmp_path / "kept").meta["model_id"] == model
+        assert "base_model" not in (tmp_path / "kept" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("revision", "named"), [(None, False), ("0123abc", True)])
+def test_a_run_without_a_revision_was_on_a_directory(revision: str | None, named: bool) -> None:
+    from epd_ray.solvers.card import model_card
+
+    made = make_solver(FAMILIES["sd"])
+    solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "revision": revision})
+    assert ("base_model: tiny/sd\n" in model_card(solver, "x", has_scheduler=True)) is named
+
+
 def test_card() -> None:
     from epd_ray.solvers.card import model_card
 
@@ -571,15 +650,17 @@ def http_error(status: int) -> HfHubHTTPError:
     import httpx2
 
     request = httpx2.Request("POST", "https://hub/api/repos/create")
-    return HfHubHTTPError(f"{status} Client Error\nmore", response=httpx2.Response(status, request=request))
+    return HfHubHTTPError(
+        f"{status} Client Error. (Request ID: 1)\n\nThe reason.", response=httpx2.Response(status, request=request)
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (http_error(401), "'me/fast' cannot be written: 401 Client Error .*pass token="),
-        (http_error(403), "403 Client Error .*use an owner that you may write to"),
-        (http_error(500), "500 Client Error$"),
+        (http_error(401), r"'me/fast' cannot be written: The reason\. .*pass token="),
+        (http_error(403), r"The reason\. .*use an owner that you may write to"),
+        (http_error(500), r"The reason\.$"),
         (ConnectionError("no route"), "no route .is the hub reachable"),
     ],
 )

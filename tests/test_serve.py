@@ -5,6 +5,7 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -15,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epd_ray.errors import ConfigError, ModelError, RewardError, UnknownNameError
+from epd_ray import cluster
+from epd_ray.errors import ConfigError, ModelError, PlacementError, RewardError, UnknownNameError
 from epd_ray.rewards.http import HttpHead
 from epd_ray.rewards.simulated import SimulatedHead
-from epd_ray.serve import BadRequestError, Limits, Service, read_request, served
+from epd_ray.serve import BadRequestError, Limits, Service, _run, read_request, served
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 4), np.uint8)
 PROMPTS = ["a", "b", "c"]
@@ -216,6 +218,32 @@ def test_one_ray_serves_one_head(url: str) -> None:
     with pytest.raises(ConfigError, match="Ray Serve runs already"), served("simulated", {}, port=free_port()):
         pass
     assert httpx2.get(url.replace("/score", "/health")).status_code == 200
+
+
+def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cluster.require_room
+    monkeypatch.setattr("epd_ray.serve.require_room", lambda bundles: real(bundles, timeout_s=0.5))
+    monkeypatch.setattr("epd_ray.serve.serve.status", lambda: SimpleNamespace(proxies={}))
+    with (
+        pytest.raises(PlacementError, match=r"GPU: 8000 asked, .*\(replicas: 2 x 1 CPU, 4000 GPU\)"),
+        served("simulated", {}, port=free_port(), replicas=2, num_gpus=4000),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError("Deploying application\nepd-ray failed"), "Deploying application epd-ray failed"),
+     (TimeoutError(), "not ready after 600 s")],
+)  # fmt: skip
+def test_a_failed_deployment_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("epd_ray.serve.serve.run", fail)
+    with pytest.raises(ModelError) as caught:
+        _run(None, "mine")  # type: ignore[arg-type]
+    assert str(caught.value) == f"reward head 'mine' cannot be served: {said}"
 
 
 def test_a_misspelt_head_is_named_before_anything_starts() -> None:

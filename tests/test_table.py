@@ -7,6 +7,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,12 +200,23 @@ def test_refuses_damaged_files(tmp_path: Path, change: dict[str, Any], message: 
         (b"{}", "format_version is None"),
         (b'{"format_version": 1}', "form: Field required"),
         (b"\xff\xfe", "codec"),
+        (b"[" * 200_000, "not valid JSON: maximum recursion"),
+        (b"9" * 5000, "not valid JSON: Exceeds the limit"),
     ],
 )
 def test_refuses_files_of_another_kind(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "solver.json").write_bytes(content)
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(TableError, match=message) as error:
         Solver.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pickle_is_told_where_to_go(tmp_path: Path) -> None:
+    file = tmp_path / "x.pkl"
+    file.write_bytes(b"\x80\x04.")
+    for source in (file, tmp_path / "absent.pkl"):
+        with pytest.raises(TableError, match=rf"epd-ray tables import .*{source.name} --out DIR"):
+            Solver.from_pretrained(source)
 
 
 def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +229,22 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("offline\nmore")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(TableError, match=r"was not found on the hub: offline$"):
+    with pytest.raises(TableError, match=r"'owner/name' is no directory, and not to be had from the hub: offline$"):
+        Solver.from_pretrained("owner/name")
+
+    def gated(*args: Any, **kwargs: Any) -> str:
+        response = httpx.Response(403, request=httpx.Request("GET", "https://hub/x"))
+        raise GatedRepoError("403 Client Error. (Request ID: 1)\n\nCannot access it.\nAsk.", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
+    with pytest.raises(TableError, match=r"hub: Cannot access it\. Ask\. \(accept its licence .*HF_TOKEN"):
+        Solver.from_pretrained("owner/name")
+
+    def unreachable(*args: Any, **kwargs: Any) -> str:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(TableError, match="hub: no route"):
         Solver.from_pretrained("owner/name")
 
 

@@ -153,16 +153,17 @@ def save_flux(directory: Path, *, guidance_embeds: bool = True) -> Path:
     return directory
 
 
-def save_ddpm(directory: Path) -> Path:
+def save_ddpm(directory: Path, *, scheduler: DDPMScheduler | None = None, **network: object) -> Path:
     """An unconditional pixel model, as google/ddpm-cifar10-32: images of 16 px."""
+    sizes: dict[str, object] = {"sample_size": 16, "in_channels": 3, "out_channels": 3}
     with torch.random.fork_rng():
         torch.manual_seed(5)
         unet = UNet2DModel(
-            sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+            **{**sizes, **network}, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4, attention_head_dim=8,
+            attention_head_dim=8,
         )  # fmt: skip
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(directory)
+    DDPMPipeline(unet=unet, scheduler=scheduler or DDPMScheduler()).save_pretrained(directory)
     return directory
 
 

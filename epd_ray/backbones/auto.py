@@ -1,6 +1,7 @@
 """Any diffusers pipeline by directory or hub id: its model_index.json says which family drives it."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from epd_ray.backbones.loading import PipelineOptions, open_pipeline, read_index
@@ -20,6 +21,7 @@ FAMILIES: "Registry[Family]" = Registry(
         "StableDiffusionXLPipeline": "epd_ray.backbones.sd:SDXLFamily",
     },
 )
+UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 
 
 def open_backbone(**options: Any) -> PipelineBackbone:
@@ -29,7 +31,8 @@ def open_backbone(**options: Any) -> PipelineBackbone:
         options: the fields of PipelineOptions.
 
     Raises:
-        ModelError: the model is missing, damaged, gated, or of a family that nothing here drives.
+        ModelError: the model is missing, damaged, gated, or of a family that nothing here drives; an option that is
+            not one.
         ConfigError: a device or dtype that is not there.
     """
     opened = PipelineOptions(**options)
@@ -37,6 +40,8 @@ def open_backbone(**options: Any) -> PipelineBackbone:
     if index.class_name not in FAMILIES.names():
         known = ", ".join(FAMILIES.names())
         raise ModelError(f"model {opened.model!r} is a {index.class_name}, supported are: {known}")
+    if opened.dtype == "auto" and index.class_name in UNCONDITIONAL:
+        opened = replace(opened, dtype="float32")  # small networks, judged by statistics that see rounding
     denoiser = "transformer" if "transformer" in index.components else "unet"
     pipeline = open_pipeline(index, opened, denoiser)
     family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})

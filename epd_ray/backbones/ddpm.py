@@ -8,7 +8,8 @@ from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.discrete import DiscreteTime, network_input
-from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.backbones.loading import PipelineOptions, square_size
+from epd_ray.errors import ModelError
 from epd_ray.types import Form
 
 
@@ -20,7 +21,7 @@ class DDPMFamily:
         options: that it was opened with.
 
     Raises:
-        ModelError: a schedule that cannot be driven.
+        ModelError: a schedule that cannot be driven, or a network that wants a class or gives something else.
     """
 
     name = "ddpm"
@@ -30,9 +31,11 @@ class DDPMFamily:
     text_limits: Sequence[tuple[Any, int]] = ()
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._model = pipeline, options.model
         self._vqvae = getattr(pipeline, "vqvae", None)
         self._time = DiscreteTime(pipeline.scheduler, options.model)
+        if pipeline.unet is not None:
+            _check_network(pipeline.unet.config, pipeline.scheduler.config.get("variance_type"), options.model)
 
     @property
     def _scale(self) -> int:
@@ -45,7 +48,7 @@ class DDPMFamily:
 
     @property
     def default_resolution(self) -> int:
-        return int(self._pipeline.unet.config.sample_size * self._scale)
+        return square_size(self._pipeline.unet.config.sample_size, self._model) * self._scale
 
     @property
     def scheduler_facts(self) -> dict[str, JsonValue]:
@@ -71,11 +74,25 @@ class DDPMFamily:
         """The drift from the UNet's output at x."""
         unet = self._pipeline.unet
         output = unet(network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma), return_dict=False)[0]
-        return self._time.drift(x, sigma, output.float())
+        return self._time.drift(x, sigma, output[:, : x.shape[1]].float())  # a learned variance comes behind
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
         if self._vqvae is None:
             return x
-        latents = x / self._vqvae.config.scaling_factor
-        images: Tensor = self._vqvae.decode(latents.to(self._vqvae.dtype), return_dict=False)[0]
+        config = self._vqvae.config
+        # What the model's own config does not name, diffusers fills in; such a model was trained on unscaled latents.
+        factor = 1.0 if "scaling_factor" in config.get("_use_default_values", ()) else config.scaling_factor
+        images: Tensor = self._vqvae.decode((x / factor).to(self._vqvae.dtype), return_dict=False)[0]
         return images
+
+
+def _check_network(config: Any, variance_type: str | None, model: str) -> None:
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        raise ModelError(f"model {model!r} is conditioned on classes: give one that is unconditional")
+    channels = config.in_channels
+    learned = (variance_type or "").startswith("learned")
+    if config.out_channels not in ((channels, 2 * channels) if learned else (channels,)):
+        raise ModelError(
+            f"model {model!r} gives {config.out_channels} channels for {channels}, with variance_type "
+            f"{variance_type!r}: expected as many, or twice as many with a learned variance"
+        )

@@ -6,8 +6,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from epd_ray.errors import ModelError
-from epd_ray.schedules import discrete, sigma_to_timestep, timestep_to_sigma
+from epd_ray.errors import ModelError, ScheduleError
+from epd_ray.schedules import discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
 from epd_ray.solvers.network import ve_drift
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -38,6 +38,10 @@ class DiscreteTime:
         self.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
         self.facts: dict[str, JsonValue] = {"prediction_type": self.prediction_type}
         self.facts |= {key: _plain(config.get(key)) for key in BETAS if config.get(key) is not None}
+        try:
+            self._grids = {"cpu": timestep_grid(self.alphas_cumprod)}
+        except ScheduleError as error:
+            raise ModelError(f"model {model!r}: {error}") from error
         self.sigma_max = float(timestep_to_sigma(torch.tensor(len(self.alphas_cumprod) - 1.0), self.alphas_cumprod))
 
     def sigmas(self, num_intervals: int, final_zero: bool) -> Tensor:
@@ -50,11 +54,12 @@ class DiscreteTime:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The network's timestep [B] at sigma [B], fractional between training steps; on sigma's device."""
-        acp = self.alphas_cumprod
-        on_cpu = sigma.device.type == "mps"  # no float64 there
-        return sigma_to_timestep(sigma.cpu() if on_cpu else sigma, acp if on_cpu else acp.to(sigma.device)).float().to(
-            sigma.device
-        )  # fmt: skip
+        if sigma.device.type == "mps":  # no float64 there
+            return timestep_on_grid(sigma.cpu(), self._grids["cpu"]).float().to(sigma.device)
+        device = str(sigma.device)
+        if device not in self._grids:
+            self._grids[device] = self._grids["cpu"].to(sigma.device)
+        return timestep_on_grid(sigma, self._grids[device]).float()
 
     def drift(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         """dx/dsigma from the network's output at x [B, ...], sigma [B]."""

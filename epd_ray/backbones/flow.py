@@ -3,12 +3,9 @@
 from typing import Any
 
 import numpy as np
-from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import ModelError
-
-FLOW_FACTS: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
 
 
 def require_flow_scheduler(scheduler: Any, model: str) -> None:

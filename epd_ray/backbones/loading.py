@@ -1,9 +1,10 @@
 """From a model's name to an open diffusers pipeline: files, dtype, device, memory and speed options."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,6 +14,7 @@ from epd_ray.errors import ModelError
 from epd_ray.hub import opening
 
 Parts = Literal["all", "text", "image"]
+Offload = Literal["none", "model", "sequential"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # the pipelines' calls use them, the ODE does not
 
@@ -25,7 +27,8 @@ class PipelineOptions:
         model: a pipeline directory, a hub id, or the name of an embedded model.
         revision: of a hub repository: branch, tag or commit.
         device: "auto" (cuda, mps, cpu), or a torch device.
-        dtype: of the networks: "auto" (bfloat16), "float32", "bfloat16" or "float16".
+        dtype: of the networks: "auto" (see pick_dtype; float32 for unconditional models), "float32", "bfloat16" or
+            "float16".
         resolution: pixels per side; the model's own when None.
         max_sequence_length: T5 tokens, in families that have T5; the pipeline's own number when None.
         offload: "model" or "sequential" keeps on the device what is at work alone; needs accelerate.
@@ -35,6 +38,9 @@ class PipelineOptions:
         attention: a diffusers attention backend, such as "native" or "flash".
         embedding_cache_mib: bound on the cached prompt embeddings.
         parts: what is loaded: "all", the "text" encoders alone, or "image", everything but them.
+
+    Raises:
+        ModelError: a value outside its range.
     """
 
     model: str
@@ -43,13 +49,22 @@ class PipelineOptions:
     dtype: str = "auto"
     resolution: int | None = None
     max_sequence_length: int | None = None
-    offload: Literal["none", "model", "sequential"] = "none"
+    offload: Offload = "none"
     vae_slicing: bool = False
     vae_tiling: bool = False
     compile: bool = False
     attention: str | None = None
     embedding_cache_mib: int = 1024
     parts: Parts = "all"
+
+    def __post_init__(self) -> None:
+        for name, known in (("offload", get_args(Offload)), ("parts", get_args(Parts))):
+            if getattr(self, name) not in known:
+                raise ModelError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name, least in (("resolution", 1), ("max_sequence_length", 1), ("embedding_cache_mib", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ModelError(f"{name} is {value}, expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,8 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
     import diffusers
     from diffusers.utils import is_accelerate_available
 
-    device, dtype = pick_device(options.device), pick_dtype(options.dtype)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
     absent: dict[str, None] = {name: None for name in _left_out(index, options.parts, denoiser)}
     with opening(options.model):
         pipeline = getattr(diffusers, index.class_name).from_pretrained(
@@ -130,17 +146,23 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
                 part.to(dtype=dtype)  # without accelerate, diffusers may leave a network in its file's dtype
             part.requires_grad_(False)
     vae = getattr(pipeline, "vae", None)
-    if vae is not None:
-        if dtype == torch.float16 and vae.config.get("force_upcast"):
-            vae.to(dtype=torch.float32)  # its activations overflow float16, as its config says
-        if options.vae_slicing:
-            vae.enable_slicing()
-        if options.vae_tiling:
-            vae.enable_tiling()
+    if vae is not None and dtype == torch.float16 and vae.config.get("force_upcast"):
+        vae.to(dtype=torch.float32)  # its activations overflow float16, as its config says
+    if options.parts != "text":
+        _cut_up(vae, options)
     network = getattr(pipeline, denoiser, None)
     if network is not None:
         _speed_up(network, options)
-    return _place(pipeline, device, options)
+    with opening(options.model):
+        try:
+            return _place(pipeline, device, options)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"model {options.model!r} does not fit on {device} in {str(dtype).removeprefix('torch.')} "
+                f"with offload={options.offload!r}: use offload=model or sequential, or a smaller dtype"
+            ) from error
+        except ImportError as error:  # of an accelerate that is too old
+            raise ModelError(f"model {options.model!r} with offload={options.offload!r}: {error}") from error
 
 
 def _left_out(index: Index, parts: Parts, denoiser: str) -> list[str]:
@@ -148,8 +170,16 @@ def _left_out(index: Index, parts: Parts, denoiser: str) -> list[str]:
     lacking = [name for name, there in index.components.items() if not there or name in UNUSED]
     encoders = [name for name in index.components if name.startswith("text_encoder")]
     if parts == "text":
-        return sorted({*lacking, denoiser, "vae"})
+        return sorted({*lacking, *({denoiser, "vae", "vqvae"} & index.components.keys())})
     return sorted({*lacking, *encoders}) if parts == "image" else lacking
+
+
+def _cut_up(vae: Any, options: PipelineOptions) -> None:
+    for option, attribute in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
+        if getattr(options, option):
+            if not hasattr(vae, attribute):
+                raise ModelError(f"model {options.model!r} has no VAE that can do {option}: set it to false")
+            setattr(vae, attribute, True)
 
 
 def _speed_up(network: torch.nn.Module, options: PipelineOptions) -> None:
@@ -172,6 +202,21 @@ def _place(pipeline: Any, device: torch.device, options: PipelineOptions) -> Any
         raise ModelError(f"offload={options.offload!r} needs the accelerate package: pip install accelerate")
     if device.type == "cpu":
         raise ModelError(f"offload={options.offload!r} needs an accelerator, the device is cpu: set offload to none")
+    if options.offload == "model" and pipeline.model_cpu_offload_seq is None:
+        raise ModelError(f"offload='model' is nothing that a {type(pipeline).__name__} can: use sequential or none")
     move = pipeline.enable_model_cpu_offload if options.offload == "model" else pipeline.enable_sequential_cpu_offload
     move(device=device)
     return pipeline
+
+
+def square_size(size: int | Sequence[int] | None, model: str) -> int:
+    """A network's own side, from the sample_size of its config.
+
+    Raises:
+        ModelError: it names none, or a rectangle.
+    """
+    sides = {size} if isinstance(size, int) else set(size or ())
+    if len(sides) != 1:
+        said = "no sample_size" if size is None else f"sample_size {list(size)}, which is no square"  # type: ignore[arg-type]
+        raise ModelError(f"model {model!r} has {said}: set the resolution")
+    return sides.pop()

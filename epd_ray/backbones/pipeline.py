@@ -1,6 +1,8 @@
 """A diffusers pipeline as an ODE in sigma. What differs between families is behind `Family`, one file each."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -111,9 +113,10 @@ class PipelineBackbone:
     def _embed(self, prompt: str) -> Embedding:
         if self.options.parts == "image" and self._family.text_limits:
             raise ModelError(f"model {self.model_id!r} has no text encoders (parts='image'): call encode_with first")
-        if self._family.classifier_free and not prompt:
-            return self._family.embed_nothing()
-        return self._family.embed(prompt)
+        with _quiet(self.pipeline):
+            if self._family.classifier_free and not prompt:
+                return self._family.embed_nothing()
+            return self._family.embed(prompt)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
         guided = self._family.classifier_free and guidance_scale > 1
@@ -153,6 +156,20 @@ class PipelineBackbone:
         if self.options.offload != "none":
             self.pipeline.maybe_free_model_hooks()
         return (images / 2 + 0.5).clamp(0, 1).cpu()
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """Without the warnings per cut prompt and encoder, which quote the text; `truncated` counts them."""
+    loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_resolution(model: str, resolution: int, step: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.discrete import DiscreteTime, network_input
-from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import decode_latents
 from epd_ray.types import Form
 
@@ -30,7 +30,7 @@ class SDFamily:
     classifier_free = True
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._model = pipeline, options.model
         self._time = DiscreteTime(pipeline.scheduler, options.model)
 
     @property
@@ -39,7 +39,7 @@ class SDFamily:
 
     @property
     def default_resolution(self) -> int:
-        return int(self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor)
+        return square_size(self._pipeline.unet.config.sample_size, self._model) * int(self._pipeline.vae_scale_factor)
 
     @property
     def text_limits(self) -> Sequence[tuple[Any, int]]:

@@ -7,9 +7,11 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.flow import FLOW_FACTS, flow_sigmas, require_flow_scheduler
-from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
+from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import decode_latents
+from epd_ray.errors import ModelError
+from epd_ray.solvers.deploy import FLOW_FACTS
 from epd_ray.types import Form
 
 T5_TOKENS = 256  # as in the pipeline's call
@@ -23,7 +25,7 @@ class SD3Family:
         options: that it was opened with; without T5 the pipeline pads with max_sequence_length empty tokens.
 
     Raises:
-        ModelError: a scheduler that cannot be followed.
+        ModelError: a scheduler that cannot be followed, or a resolution beyond the network's positions.
     """
 
     name = "sd3"
@@ -32,9 +34,11 @@ class SD3Family:
     classifier_free = True
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._model = pipeline, options.model
         require_flow_scheduler(pipeline.scheduler, options.model)
         self._t5_tokens = options.max_sequence_length or T5_TOKENS
+        if pipeline.transformer is not None:
+            _check_positions(options.resolution or 0, self.pixel_step, pipeline.transformer.config, options.model)
 
     @property
     def pixel_step(self) -> int:
@@ -42,7 +46,7 @@ class SD3Family:
 
     @property
     def default_resolution(self) -> int:
-        return int(self._pipeline.default_sample_size * self._pipeline.vae_scale_factor)
+        return square_size(self._pipeline.default_sample_size, self._model) * int(self._pipeline.vae_scale_factor)
 
     @property
     def text_limits(self) -> Sequence[tuple[Any, int]]:
@@ -87,3 +91,9 @@ class SD3Family:
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
         return decode_latents(self._pipeline.vae, x)
+
+
+def _check_positions(resolution: int, step: int, config: Any, model: str) -> None:
+    most = config.pos_embed_max_size
+    if most is not None and resolution > most * step:
+        raise ModelError(f"model {model!r}: resolution {resolution} is beyond its positions: use at most {most * step}")

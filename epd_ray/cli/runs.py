@@ -55,7 +55,7 @@ def sample(
         typer.Option(metavar="SOLVER", help="RUN/solver, a preset (epd-ray tables list), or a hub id."),
     ],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; give it again for more pictures.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the noise.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes.")] = Path("sample.png"),
     model: Annotated[
         str | None,
@@ -69,18 +69,21 @@ def sample(
     ] = None,
     device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    family: Annotated[
+        str | None, typer.Option(metavar="MODULE:CLASS", help="Your own backbone.", show_default="the solver's own")
+    ] = None,
 ) -> None:
     """Draw prompts with a learned solver."""
     with ending():
         from diffusers.utils.logging import disable_progress_bar
         from transformers.utils.logging import disable_progress_bar as disable_too
 
-        from epd_ray import run
+        from epd_ray.sample import SampleOptions
+        from epd_ray.sample import sample as draw
 
         disable_progress_bar()
         disable_too()
-        options = run.SampleOptions(model, guidance_scale, resolution, device, dtype)
-        run.sample(solver, prompt, seed, out, options)
+        draw(solver, prompt, seed, out, SampleOptions(model, guidance_scale, resolution, device, dtype, family))
         typer.echo(f"picture: {out}")
 
 

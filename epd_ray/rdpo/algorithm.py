@@ -26,7 +26,8 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import RewardPool, require_room, start_ray
+from epd_ray.actors import RewardPool
+from epd_ray.cluster import require_room, start_ray
 from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
 from epd_ray.errors import ConfigError
 from epd_ray.memory import Memory

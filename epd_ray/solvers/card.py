@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
@@ -10,7 +12,9 @@ from pydantic import JsonValue
 if TYPE_CHECKING:
     from epd_ray.solvers.solver import Solver
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+UNCONDITIONAL = frozenset({"ddpm"})
+"""Families of backbones without prompts; no scheduler fits into their pipelines, which scale no inputs."""
 
 _SHOWN = ("rewards_before", "rewards_after", "scheduler")  # in tables of their own, or in the scheduler's file
 
@@ -27,13 +31,15 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         Markdown with the hub's front matter.
     """
     meta = solver.meta
-    base = meta.get("model_id")
-    base = base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
+    base = _base_model(meta)
+    prompted = meta.get("backbone") not in UNCONDITIONAL
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
     spans = pairwise(solver.sigmas.tolist())
     rows = zip(spans, solver.table.positions.tolist(), solver.table.weights.tolist(), strict=True)
     steps = "".join(f"| {a:.5g} to {b:.5g} | {_decimals(r)} | {_decimals(w)} |\n" for (a, b), r, w in rows)
     return _CARD.format(
+        task="text-to-image" if prompted else "unconditional-image-generation",
+        twice=" (twice as many network passes under classifier-free guidance)" if prompted else "",
         tags="diffusers, " if has_scheduler else "",
         base_line=f"base_model: {base}\n" if base else "",
         intervals=solver.table.intervals,
@@ -46,6 +52,23 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         rewards=_rewards(meta.get("rewards_before"), meta.get("rewards_after")),
         steps=steps,
     )
+
+
+def local_model(meta: Mapping[str, JsonValue]) -> str | None:
+    """The model that a solver was made for, where it is a path on this machine and no hub id."""
+    model = meta.get("model_id")
+    if not isinstance(model, str):
+        return None
+    path = Path(model)
+    return model if path.is_absolute() or model.startswith(("~", ".")) or path.is_dir() else None
+
+
+def _base_model(meta: Mapping[str, JsonValue]) -> str | None:
+    """The hub id of the model that a solver was made for; runs note no revision of one from a directory."""
+    model = meta.get("model_id")
+    if not isinstance(model, str) or local_model(meta) or meta.get("revision", "") is None:
+        return None
+    return model if HUB_ID.fullmatch(model) else None
 
 
 def _pipeline(solver: "Solver", source: str, base: str | None) -> str:
@@ -100,13 +123,13 @@ pipe = parallelize(pipe, Solver.from_pretrained("{source}"))  # devices=["cuda:0
 _CARD = """\
 ---
 library_name: epd-ray
-pipeline_tag: text-to-image
+pipeline_tag: {task}
 tags: [{tags}diffusion, ode-solver, epd-solver]
 {base_line}---
 # A learned diffusion solver
 
 {intervals} intervals with {points} parallel points each: parallel NFE {parallel_nfe} (calls that wait for each other),
-{model_evals} evaluations per image in all (twice as many network passes under classifier-free guidance).
+{model_evals} evaluations per image in all{twice}.
 
 {pipeline}On any drift of one's own:
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from epd_ray.solvers.solver import Solver
 
 SCHEDULER_FILE = "scheduler_config.json"
+FLOW_FACTS: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
 
 _FIX = "have a write token: run `hf auth login`, set HF_TOKEN, or pass token="
 
@@ -84,11 +85,15 @@ def facts_of(config: Mapping[str, JsonValue], form: str | None) -> dict[str, Jso
     Raises:
         TableError: a training schedule that no sigma fits.
     """
-    if form == "flow":
-        return {"prediction_type": "flow_prediction"}
-    if config.get("rescale_betas_zero_snr"):
+    if form != "flow" and config.get("rescale_betas_zero_snr"):
         raise TableError("this pipeline's scheduler starts at infinite sigma (rescale_betas_zero_snr): not supported")
     given = {name: config[name] for name in SchedulerFacts.model_fields if config.get(name) is not None}
+    if form == "flow":  # schedulers for flow models have no prediction type, and betas that nobody reads
+        return {name: given.get(name, value) for name, value in FLOW_FACTS.items()}
+    if form == "ve" and not given.keys() & {"beta_schedule", "trained_betas"}:
+        raise TableError(
+            "this pipeline's scheduler has no training betas, as those of flow models (use a matching solver)"
+        )
     return {"prediction_type": "epsilon", **given}
 
 
@@ -108,7 +113,7 @@ def scheduler_config(solver: "Solver", facts: Mapping[str, JsonValue] | None = N
     known: object = facts if facts is not None else solver.meta.get("scheduler")
     if solver.form is None or (solver.form == "ve" and known is None):
         return None
-    checked = parse_facts(known if known is not None else {"prediction_type": "flow_prediction"}, solver.form)
+    checked = parse_facts(known if known is not None else FLOW_FACTS, solver.form)
 
     def rows(values: Tensor | None) -> JsonValue:
         return None if values is None else values.double().tolist()
@@ -145,22 +150,21 @@ def upload(repo_id: str, folder: Path, *, token: str | None, private: bool, comm
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    from epd_ray.hub import HUB_FAILURES, first_line
+
     if token is None and huggingface_hub.get_token() is None:
         raise TableError(f"{repo_id!r} cannot be written: no token here ({_FIX})")
     api = huggingface_hub.HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=commit_message)
-    except HFValidationError as error:
-        raise TableError(f"{_line(error)} (a hub id is 'owner/name')") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        fix = {401: f" ({_FIX})", 403: f" (use an owner that you may write to, and {_FIX})"}.get(status, "")
-        raise TableError(f"{repo_id!r} cannot be written: {_line(error)}{fix}") from error
-    except OSError as error:
-        raise TableError(f"{repo_id!r} cannot be written: {_line(error)} (is the hub reachable from here?)") from error
+    except HUB_FAILURES as error:
+        said = first_line(error)
+        if isinstance(error, HFValidationError):
+            raise TableError(f"{said} (a hub id is 'owner/name')") from error
+        fix = " (is the hub reachable from here?)"
+        if isinstance(error, HfHubHTTPError):
+            rights = {401: f" ({_FIX})", 403: f" (use an owner that you may write to, and {_FIX})"}
+            fix = rights.get(error.response.status_code, "")
+        raise TableError(f"{repo_id!r} cannot be written: {said}{fix}") from error
     return str(address)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

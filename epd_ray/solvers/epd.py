@@ -65,10 +65,11 @@ def epd(
     for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
         d = analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a))
         history.appendleft(d)
-        x_k = x.unsqueeze(1) + _spread(offsets[:, i], x) * multistep(history).unsqueeze(1)  # [B, K, ...]
+        slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
+        x_k = x.unsqueeze(1) + spread(offsets[:, i], slope) * slope  # [B, K, ...]
         sigma_k = inner[:, i].expand(batch, -1)  # [B, K]
         d_k = drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape)
-        x = x + (b - a) * (_spread(gains[:, i], x) * d_k).sum(1)
+        x = x + (b - a) * (spread(gains[:, i], d_k) * d_k).sum(1)
         if callback is not None:
             callback(i, b, x)
     return x
@@ -156,6 +157,7 @@ def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (c * s).reshape(shape), (s - a).reshape(shape), (table.weights.double() * o * c).reshape(shape)
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
-    """[B or 1, K] -> [B or 1, K, 1, ...], to multiply [B, K, ...]."""
-    return values.reshape(*values.shape, *[1] * (x.ndim - 1))
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """[k] or [B or 1, k] -> [B or 1, k, 1, ...], of the dtype, device and rank of [B, k, ...]."""
+    cast = values.to(like.dtype).to(like.device)  # in this order: not every device has float64
+    return cast.reshape(-1, values.shape[-1], *[1] * (like.ndim - 2))

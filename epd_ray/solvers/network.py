@@ -6,6 +6,7 @@ from torch import Tensor
 from epd_ray.errors import TableError
 from epd_ray.schedules import sigma_to_timestep
 from epd_ray.solvers.deploy import SchedulerFacts
+from epd_ray.solvers.epd import spread
 
 
 class Network:
@@ -38,6 +39,36 @@ class Network:
         return output if self.flow else ve_drift(output, points, spread(sigma, points), self.facts.prediction_type)
 
 
+def check_same(ours: SchedulerFacts, theirs: SchedulerFacts) -> None:
+    """Refuse a pipeline whose network was trained in another way than a solver's.
+
+    Args:
+        ours: of the solver.
+        theirs: of the pipeline's scheduler.
+
+    Raises:
+        TableError: another prediction, number of timesteps, or training schedule.
+    """
+    fix = "(use a solver made for it)"
+    if ours.prediction_type != theirs.prediction_type:
+        raise TableError(
+            f"the solver is for a network that predicts {ours.prediction_type!r}, "
+            f"but this pipeline's predicts {theirs.prediction_type!r} {fix}"
+        )
+    mine, given = ours.model_dump(), theirs.model_dump()
+    if mine == given:
+        return
+    if ours.num_train_timesteps == theirs.num_train_timesteps and (
+        ours.prediction_type == "flow_prediction" or torch.allclose(_alphas_cumprod(ours), _alphas_cumprod(theirs))
+    ):
+        return
+    name = next(key for key in mine if mine[key] != given[key])
+    values = ("", "") if name == "trained_betas" else (f" {mine[name]!r}", f" is {given[name]!r}")
+    raise TableError(
+        f"the solver is for a network with {name}{values[0]}, but this pipeline's{values[1] or ' differ'} {fix}"
+    )
+
+
 def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
     """dx/dsigma in VE form from what a network predicts at x.
 
@@ -54,12 +85,6 @@ def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> 
     if prediction_type == "sample":
         return (x - output) / sigma
     return x * sigma / (sigma**2 + 1) + output / (sigma**2 + 1).sqrt()
-
-
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """[k] -> [1, k, 1, ...], of the dtype, device and rank of [B, k, ...]."""
-    cast = values.to(like.dtype).to(like.device)  # in this order: not every device has float64
-    return cast.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 def _alphas_cumprod(facts: SchedulerFacts) -> Tensor:

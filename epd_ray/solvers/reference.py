@@ -21,10 +21,10 @@ from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
 from epd_ray.solvers.reference_facts import MAX_INTERVALS, MAX_POINTS, ReferenceFacts, reference_solver
-from epd_ray.solvers.solver import Solver
+from epd_ray.solvers.solver import REFERENCE_SUFFIX, Solver
 from epd_ray.solvers.table import SolverTable
 
-SUFFIX = ".pkl"
+SUFFIX = REFERENCE_SUFFIX
 MAX_BYTES = 4 << 20  # the released files have some 10 KiB
 
 _MAX_VALUES = 100_000  # in one object, shared parts counted as often as they appear

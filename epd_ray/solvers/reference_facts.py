@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epd_ray import schedules
 from epd_ray.errors import TableError
+from epd_ray.solvers.deploy import FLOW_FACTS
 from epd_ray.solvers.solver import Solver
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Form
@@ -31,7 +32,6 @@ class _Family:
     scheduler: dict[str, JsonValue]
 
 
-_FLOW: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
 _SCALED_LINEAR: dict[str, JsonValue] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _FAMILIES = {
     "ldm": _Family(
@@ -41,8 +41,8 @@ _FAMILIES = {
         512,
         {"prediction_type": "epsilon", "num_train_timesteps": 1000, **_SCALED_LINEAR},
     ),
-    "sd3": _Family("sd3", "flow", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, _FLOW),
-    "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, _FLOW),
+    "sd3": _Family("sd3", "flow", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, FLOW_FACTS),
+    "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, FLOW_FACTS),
 }
 
 
@@ -141,7 +141,7 @@ def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str,
 
 
 def _alphas_cumprod() -> Tensor:
-    """[1000], float64: the noise schedule of SD1.5."""
+    """[1000], float64: the noise schedule of SD1.5 to double precision, unlike diffusers' own."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0)
 

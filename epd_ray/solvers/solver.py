@@ -1,11 +1,12 @@
 """What people take home: a table with the sigmas it was made for, as one small readable file."""
 
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from epd_ray.errors import ScheduleError, TableError
 from epd_ray.presets import PRESETS
 from epd_ray.registry import did_you_mean
-from epd_ray.solvers.card import HUB_ID, model_card
+from epd_ray.solvers.card import HUB_ID, UNCONDITIONAL, local_model, model_card
 from epd_ray.solvers.deploy import SCHEDULER_FILE, scheduler_config, upload
 from epd_ray.solvers.epd import Callback, check_options, epd
 from epd_ray.solvers.table import SolverTable
@@ -23,6 +24,9 @@ from epd_ray.types import Drift, Form
 
 FILE_NAME = "solver.json"
 FORMAT_VERSION = 1
+REFERENCE_SUFFIX = ".pkl"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,7 @@ class Solver:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write solver.json, a model card and, where `meta["scheduler"]` or the flow form allows, the configuration of
-        an EPDScheduler; each file appears whole or not at all.
+        an EPDScheduler; each file appears whole or not at all. Solvers of unconditional models get no configuration.
 
         Args:
             directory: made where missing.
@@ -102,6 +106,8 @@ class Solver:
     ) -> str:
         """Put what `save_pretrained` writes into a repository of the Hugging Face hub, made where there is none.
 
+        A model that is a path on this machine is published by its last component alone.
+
         Args:
             repo_id: "owner/name".
             token: with permission to write; the stored one when None.
@@ -114,13 +120,20 @@ class Solver:
         Raises:
             TableError: no token, no permission, no connection, or what `save_pretrained` raises.
         """
+        published = self
+        if (local := local_model(self.meta)) is not None:
+            name = Path(local).expanduser().resolve().name
+            log.warning("model_id is published as %r: %r is a path on this machine", name, local)
+            published = replace(self, meta={**self.meta, "model_id": name})
         with tempfile.TemporaryDirectory() as folder:
-            self._save(Path(folder), repo_id)
+            published._save(Path(folder), repo_id)
             return upload(repo_id, Path(folder), token=token, private=private, commit_message=commit_message)
 
     def _save(self, path: Path, source: str) -> Path:
         """Write the files; the card tells people to load from `source`."""
         config = scheduler_config(self)
+        if self.meta.get("backbone") in UNCONDITIONAL:
+            config = None
         try:
             text = json.dumps(self._record(), indent=2, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -151,6 +164,11 @@ class Solver:
         path, name = Path(source), os.fspath(source)
         if path.is_dir():
             file = path / FILE_NAME
+        elif path.suffix == REFERENCE_SUFFIX:
+            raise TableError(
+                f"{name} is no solver of this project (if it is one of the reference: epd-ray tables import {name} "
+                "--out DIR, then use DIR)"
+            )
         elif path.is_file():
             file = path
         else:
@@ -184,7 +202,7 @@ class Solver:
     def _parse(cls, text: str) -> "Solver":
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
             raise TableError(f"not valid JSON: {error}") from error
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
@@ -254,10 +272,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{did_you_mean(repo_id, PRESETS)})"
         )
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+
+    from epd_ray.hub import HUB_FAILURES, explain
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, FILE_NAME, revision=revision))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TableError(f"{repo_id!r} is no directory and was not found on the hub: {reason}") from error
+    except HUB_FAILURES as error:
+        raise TableError(f"{repo_id!r} is no directory, and not to be had from the hub: {explain(error)}") from error

@@ -1,17 +1,31 @@
 """The EPD step one network call at a time, for whoever owns the loop; `epd` is the same with the loop inside."""
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epd_ray.errors import TableError
-from epd_ray.solvers.epd import analytic_drift, multistep, stages
-from epd_ray.solvers.network import Network, spread
+from epd_ray.solvers.epd import analytic_drift, multistep, spread, stages
+from epd_ray.solvers.network import Network
 from epd_ray.solvers.solver import Solver
 
 Call = tuple[int, slice | None]
 """A call of the network: its interval, and its points (None at the interval's start)."""
+
+
+@dataclass(frozen=True)
+class PointInputs:
+    """What the network sees when the points of an interval are one batch.
+
+    Attributes:
+        hidden: [R, K, ...], for R rows of the pipeline's own input.
+        timesteps: [K], float32.
+    """
+
+    hidden: Tensor
+    timesteps: Tensor
 
 
 class Plan:

@@ -1,0 +1,124 @@
+"""Ray itself: a local one or a cluster, what its processes are told, and whether there is room for the actors."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from epd_ray.errors import PlacementError
+
+Resources = dict[str, float]
+PLACEMENT_SECONDS = 30.0
+ONE_MACHINE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+HANDED_ON = ("HF_TOKEN", "HF_HOME")
+"""Environment variables that actors get, unless the run says otherwise."""
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
+
+
+def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> None:
+    """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback.
+
+    No value goes into the runtime environment, which Ray writes into its logs for all to read: a local Ray's workers
+    have the driver's own environment, and those of a cluster set the variables before anything else runs there.
+
+    Args:
+        address: of a cluster.
+        env: names of environment variables; those that are set here reach every actor.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if address is not None:
+        ray.init(address=address, runtime_env=_handed_over(_variables(env)), **quiet)
+        return
+    os.environ.update(ONE_MACHINE)
+    # Actors import the package from where the driver has it, installed or not.
+    here = str(Path(__file__).parent.parent)
+    paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    several = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported, before it was set here
+    try:
+        ray.init(
+            address="local",  # else Ray would join one that somebody else has started on this machine
+            num_cpus=max(os.cpu_count() or 1, 2),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            **quiet,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several
+
+
+def _variables(names: Sequence[str]) -> dict[str, str]:
+    """Those that are set, apart from what a submitted job has in its runtime environment (Ray refuses them twice)."""
+    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}")
+    there = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in names if name in os.environ and name not in there}
+
+
+def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
+    """A runtime environment in which workers set these: Ray keeps the function in its store and logs its name."""
+
+    def set_variables() -> None:  # nested, so that it travels by value: importing this module reads HF_HOME already
+        os.environ.update(values)
+
+    return {"worker_process_setup_hook": set_variables} if values else {}
+
+
+def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:
+    """What an actor asks for, without what it does not need."""
+    return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **custom}.items() if v}
+
+
+def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = PLACEMENT_SECONDS) -> None:
+    """Check that all actors fit the cluster together, before any of them loads a model.
+
+    Args:
+        bundles: what is placed ("rollout actors") -> a bundle per actor.
+        timeout_s: how long nodes may take to join.
+
+    Raises:
+        PlacementError: names the resource that is short and who asks for it.
+    """
+    wanted = [dict(b) for group in bundles.values() for b in group if b]
+    if not wanted:
+        return
+    group = ray.util.placement_group(wanted, strategy="PACK")
+    try:
+        if not group.wait(timeout_s):
+            raise PlacementError(_shortage(bundles, timeout_s))
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> str:
+    free = ray.available_resources()
+    needs: Resources = {}
+    for group in bundles.values():
+        for bundle in group:
+            for name, amount in bundle.items():
+                needs[name] = needs.get(name, 0.0) + amount
+    short = {n: a for n, a in needs.items() if a > free.get(n, 0.0) + 1e-9} or needs
+    missing = ", ".join(f"{n}: {a:g} asked, {free.get(n, 0.0):g} free" for n, a in short.items())
+    who = "; ".join(f"{kind}: {_counted(group)}" for kind, group in bundles.items() if group)
+    fix = "ask for less under cluster and rewards, or add nodes"
+    return f"no room for the actors after {timeout_s:.0f} s ({missing}): {fix} ({who})"
+
+
+def _counted(group: Sequence[Resources]) -> str:
+    """Equal bundles together: "2 x 1 CPU, 0.2 GPU and 1 x 1 CPU"."""
+    alike = Counter(", ".join(f"{amount:g} {name}" for name, amount in b.items()) or "nothing" for b in group)
+    return " and ".join(f"{count} x {bundle}" for bundle, count in alike.items())
