@@ -14,8 +14,7 @@ from epd_ray.evaluate import rivals
 from epd_ray.memory import Memory
 from epd_ray.progress import Observer, duration
 from epd_ray.prompts import PromptSplits, load_prompts
-from epd_ray.rdpo.algorithm import placement
-from epd_ray.rdpo.config import uniform_table
+from epd_ray.rdpo.config import placement, uniform_table
 from epd_ray.run import given_solver
 from epd_ray.sampling import Sampler
 from epd_ray.session import algorithm, ray_session, rdpo_config

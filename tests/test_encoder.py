@@ -15,8 +15,8 @@ from epd_ray.cluster import _variables
 from epd_ray.config import load_config
 from epd_ray.encoder import EncoderActor, EncoderSpec, embed_with
 from epd_ray.errors import ConfigError, ModelError
-from epd_ray.rdpo.algorithm import RDPO, placement
-from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.sampling import baseline
 from epd_ray.session import rdpo_config
 from tests.tiny_models import save_sd3

@@ -6,7 +6,7 @@ import pytest
 
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import load_prompts
-from epd_ray.rdpo.algorithm import placement
+from epd_ray.rdpo.config import placement
 from epd_ray.session import rdpo_config
 from epd_ray.solvers import Solver
 

@@ -32,12 +32,12 @@ from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
 from epd_ray.errors import ConfigError
 from epd_ray.memory import Memory
 from epd_ray.rdpo.batch import Row, join, propose, summarise
-from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.dirichlet import TableDistribution, base_parameters, clamp_scale_time
 from epd_ray.rdpo.learner import ADVANTAGES
 from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline
 from epd_ray.rdpo.policy import PolicyNetwork
-from epd_ray.rdpo.runner import Method, Task
+from epd_ray.rdpo.runner import Method, Task, rollout_task, task_id
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler
 from epd_ray.shapes.scenes import distinct_scenes
@@ -212,7 +212,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         if self.last_iteration is not None:
             end = min(end, max(self.last_iteration - 1, self._iteration_done))
         while self._submitted <= end:
-            self._pipeline.submit(_rollout_task(job) for job in self._jobs(self._submitted))
+            self._pipeline.submit(rollout_task(job) for job in self._jobs(self._submitted))
             self._submitted += 1
 
     # -- one iteration ------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         iteration = self._iteration_done
         self._fill()
         jobs = self._jobs(iteration)
-        outcomes = self._pipeline.collect([_task_id(job) for job in jobs])
+        outcomes = self._pipeline.collect([task_id(job) for job in jobs])
         collected = time.perf_counter()
         self._mixer.observe([outcome.scores for outcome in outcomes])
         rows, advantages = join(jobs, outcomes, self._mixer.train)
@@ -354,7 +354,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         They are the first two jobs of the first iteration; an iteration of one job does it twice.
         """
         jobs = self._jobs(0)
-        return [self._run([_rollout_task(job)])[0] for job in (jobs[0], jobs[min(1, len(jobs) - 1)])]
+        return [self._run([rollout_task(job)])[0] for job in (jobs[0], jobs[min(1, len(jobs) - 1)])]
 
     def memory(self) -> dict[str, Memory]:
         """Peaks of one actor of each kind; of the driver, where that makes the pictures."""
@@ -400,29 +400,3 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def checksum(self) -> int:
         """CRC of the current parameters: equal for equal runs."""
         return zlib.crc32(self._window[self._iteration_done].tobytes())
-
-
-def _task_id(job: RolloutJob) -> str:
-    return f"rollout-{job.job_id[0]}-{job.job_id[1]}"
-
-
-def _rollout_task(job: RolloutJob) -> Task:
-    prompts = tuple(r.prompt for r in job.requests)
-    return Task(_task_id(job), "generate", (job,), prompts, tuple(r.rollout_id for r in job.requests), score=True)
-
-
-def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
-    """What is placed -> what each actor asks for."""
-    runner = {"CPU": config.num_cpus_per_env_runner, "GPU": config.num_gpus_per_env_runner}
-    runner |= config.custom_resources_per_env_runner
-    learner = {"CPU": config.num_cpus_per_learner, "GPU": config.num_gpus_per_learner}
-
-    def bundle(resources: dict[str, Any]) -> dict[str, float]:
-        return {k: float(v) for k, v in resources.items() if isinstance(v, int | float) and v > 0}
-
-    return {
-        "rollout actors": [bundle(runner)] * config.num_env_runners,
-        "learner": [bundle(learner)] * config.num_learners,
-        "encoder actor": [] if config.encoder_spec is None else [config.encoder_spec.bundle],
-        "reward actors": [s.bundle for s in config.reward_specs.values() for _ in range(s.replicas)],
-    }

@@ -217,3 +217,20 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             self._value_error(f"num_learners is {self.num_learners}: the policy is a few kilobytes, use 0 or 1")
         if self.encoder_spec is not None and self.backbone_spec.family != "auto":
             self._value_error(f"encoder() is for family 'auto', this one is {self.backbone_spec.family!r}")
+
+
+def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
+    """What is placed -> what each actor asks for."""
+    runner = {"CPU": config.num_cpus_per_env_runner, "GPU": config.num_gpus_per_env_runner}
+    runner |= config.custom_resources_per_env_runner
+    learner = {"CPU": config.num_cpus_per_learner, "GPU": config.num_gpus_per_learner}
+
+    def bundle(resources: dict[str, Any]) -> dict[str, float]:
+        return {k: float(v) for k, v in resources.items() if isinstance(v, int | float) and v > 0}
+
+    return {
+        "rollout actors": [bundle(runner)] * config.num_env_runners,
+        "learner": [bundle(learner)] * config.num_learners,
+        "encoder actor": [] if config.encoder_spec is None else [config.encoder_spec.bundle],
+        "reward actors": [s.bundle for s in config.reward_specs.values() for _ in range(s.replicas)],
+    }

@@ -18,7 +18,7 @@ from epd_ray.memory import Memory, peak_memory
 from epd_ray.rdpo.dirichlet import TableSpace
 from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler
-from epd_ray.types import Backbone
+from epd_ray.types import Backbone, RolloutJob
 
 Method = Literal["describe", "truncated", "generate", "sample", "distill", "distill_loss"]
 
@@ -90,6 +90,17 @@ class Task:
     rollout_ids: tuple[str, ...] = ()
     score: bool = False
     keep_images: bool = False
+
+
+def task_id(job: RolloutJob) -> str:
+    """What a rollout job is called while it is pending."""
+    return f"rollout-{job.job_id[0]}-{job.job_id[1]}"
+
+
+def rollout_task(job: RolloutJob) -> Task:
+    """The task that makes a job's pictures and has them scored."""
+    prompts = tuple(r.prompt for r in job.requests)
+    return Task(task_id(job), "generate", (job,), prompts, tuple(r.rollout_id for r in job.requests), score=True)
 
 
 @dataclass(frozen=True)
