@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from epd_ray.cluster import Resources, resources
 from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.memory import Memory, peak_memory
+from epd_ray.pool import Bounds, Call, Pool, last_line
 from epd_ray.rewards import HEADS
 from epd_ray.scoring import Scorer
 from epd_ray.types import FloatArray, ImageArray
@@ -19,6 +21,7 @@ from epd_ray.types import FloatArray, ImageArray
 RESTART_SECONDS = 300.0  # for a process to take the place of one that died
 POLL_SECONDS = 0.2
 ATTEMPTS = 3  # processes that may die over the same work
+CALLS_PER_ACTOR = 2  # images of the second travel while the first is scored
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
@@ -31,7 +34,9 @@ class RewardSpec:
         target: the "module:Class" that runs in its place, where a published package does the head's work.
         options: the head's keyword arguments.
         weight: share in the mix, relative to the other heads.
-        replicas: number of actors.
+        replicas: number of actors at the start.
+        min_replicas: they may become this few while little waits to be scored; None: as many as at the start.
+        max_replicas: they may become this many while much does; None: as many as at the start.
         num_cpus: per actor.
         num_gpus: per actor.
         resources: custom resources per actor.
@@ -43,6 +48,8 @@ class RewardSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     replicas: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
     num_cpus: float = 0.25
     num_gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
@@ -68,6 +75,9 @@ class RewardActor:
     def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
         self._name, self._head, self._options = name, head, options
         self._scorer: Scorer | None = None
+
+    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+        return f"reward {self._name}"
 
     def ready(self) -> None:
         """Build the head, once.
@@ -95,13 +105,17 @@ class RewardActor:
         values = scorer.score(images, prompts, rollout_ids)
         return TimedScores(values, time.perf_counter() - start)
 
+    def model_id(self) -> str:
+        """What the head's model is called."""
+        return self._built().head.model_id
+
     def memory(self) -> Memory:
         """Peaks of this actor."""
         return peak_memory()
 
 
 class RewardPool:
-    """Restartable actors per head, used in turn; one that is gone for good is replaced.
+    """An elastic pool of restartable actors per head.
 
     Args:
         specs: head name in this run -> its spec.
@@ -109,16 +123,22 @@ class RewardPool:
     """
 
     def __init__(self, specs: Mapping[str, RewardSpec], tag: str) -> None:
-        self.specs, self._tag, self._made, self._turn = dict(specs), tag, 0, 0
-        self._actors = {name: [self._make(name) for _ in range(s.replicas)] for name, s in self.specs.items()}
+        self.specs, self._tag, self._made = dict(specs), tag, 0
+        self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items()}
 
-    def _make(self, name: str) -> ActorHandle[RewardActor]:
+    def _pool(self, name: str, spec: RewardSpec) -> Pool:
+        low, high = spec.min_replicas or spec.replicas, spec.max_replicas or spec.replicas
+        start = [self._make(name) for _ in range(spec.replicas)]
+        bounds = Bounds(low, max(high, spec.replicas), CALLS_PER_ACTOR)
+        return Pool(f"reward head {name!r}", start, partial(self._make, name), _load, bounds, CALLS_PER_ACTOR)
+
+    def _make(self, name: str) -> tuple[int, ActorHandle[RewardActor]]:
         spec = self.specs[name]
         self._made += 1
         asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
         # A call that its process died over is not repeated by Ray, which would do so for ever.
         lasting = {"name": f"reward:{name}:{self._tag}:{self._made}", "max_restarts": -1, "max_task_retries": 0}
-        return start_head(name, spec, {**asked, **lasting})
+        return self._made, start_head(name, spec, {**asked, **lasting})
 
     def wait_ready(self) -> None:
         """Block until every head is loaded.
@@ -126,44 +146,39 @@ class RewardPool:
         Raises:
             EpdRayError: the head's own error, or that its processes died over it.
         """
-        everyone = [(name, actor) for name, actors in self._actors.items() for actor in actors]
+        everyone = [(name, actor) for name, pool in self.pools.items() for actor in pool.actors]
         for _, actor in everyone:
             actor.ready.remote()  # all load at once
         for name, actor in everyone:
             insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
 
     def score(
-        self, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
-    ) -> dict[str, "ray.ObjectRef[TimedScores]"]:
+        self, key: str, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
+    ) -> dict[str, Call]:
         """One call per head, on images that stay where they are until an actor opens them."""
-        self._turn += 1
-        chosen = {name: actors[self._turn % len(actors)] for name, actors in self._actors.items()}
-        return {name: actor.score.remote(images, prompts, rollout_ids) for name, actor in chosen.items()}
+        calls = {name: Call(key, _scores(name, images, prompts, rollout_ids)) for name in self.pools}
+        for name, call in calls.items():
+            self.pools[name].submit(call)
+        return calls
 
     def memory(self) -> dict[str, Memory]:
         """Peaks of each head's first actor."""
-        return {name: ray.get(actors[0].memory.remote()) for name, actors in self._actors.items()}
-
-    def replace_dead(self) -> None:
-        """Wait for the actors that restart, and make new ones for those that no restart will bring back."""
-        for name, actors in self._actors.items():
-            for i, actor in enumerate(actors):
-                try:
-                    ray.get(actor.ready.remote(), timeout=1)
-                except ray.exceptions.GetTimeoutError:
-                    continue  # busy
-                except ray.exceptions.RayTaskError as error:
-                    raise unwrap(error) from None
-                except ray.exceptions.RayActorError:
-                    if _why_gone(actor) is not None:  # what is sent to one that restarts would be lost
-                        actors[i] = self._make(name)
+        return {name: ray.get(pool.actors[0].memory.remote()) for name, pool in self.pools.items()}
 
     def stop(self) -> None:
         """End the actors of this pool."""
-        for actors in self._actors.values():
-            for actor in actors:
-                ray.kill(actor)
-        self._actors = {}
+        for pool in self.pools.values():
+            pool.stop()
+
+
+def _scores(
+    name: str, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
+) -> "Callable[[ActorHandle[RewardActor]], ray.ObjectRef[TimedScores]]":
+    return lambda actor: actor.score.options(name=f"score {name}").remote(images, prompts, rollout_ids)
+
+
+def _load(actor: ActorHandle[RewardActor]) -> "ray.ObjectRef[Any]":
+    return actor.ready.remote()
 
 
 def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> ActorHandle[RewardActor]:
@@ -198,7 +213,7 @@ def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ra
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from None
         except ray.exceptions.RuntimeEnvSetupError as error:
-            raise ModelError(f"{what}: its environment cannot be set up: {_last_line(error)}") from None
+            raise ModelError(f"{what}: its environment cannot be set up: {last_line(error)}") from None
         except LOST:
             gone = _why_gone(actor)
             if gone is not None:
@@ -216,12 +231,8 @@ def _why_gone(actor: ActorHandle[Any]) -> str | None:
         except ray.exceptions.ActorUnavailableError:
             time.sleep(POLL_SECONDS)  # calls to one that restarts fail at once
         except (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError) as error:
-            return _last_line(error)
+            return last_line(error)
     return f"none took its place in {RESTART_SECONDS:.0f} s"
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:

@@ -1,56 +1,115 @@
-"""Checkpoints of a run: whole or not there, a few kept, the newest readable one wins."""
+"""Checkpoints of a run: whole or not there; the newest few and the best are kept, the newest readable one wins."""
 
+import io
 import logging
-import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 
+from epd_ray.errors import RunDirectoryError
+from epd_ray.store import unwritable, whole
+
 log = logging.getLogger(__name__)
+
+FORMAT = 1
 PATTERN = "iteration-{:06d}.pt"
+BEST = "best.pt"
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError),
+    *(UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What zipfile and torch.load make of bytes that are no checkpoint."""
 
 
 def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write iteration-NNNNNN.pt and drop all but the newest `keep`.
+    """Write iteration-NNNNNN.pt and drop all but the newest `keep`; the best one stays.
 
     Args:
         folder: of the run's checkpoints.
         iteration: number of updates done.
         state: nested dicts and lists of numbers, strings and arrays; nothing that needs unpickling.
         keep: at least 1.
+
+    Raises:
+        RunDirectoryError: the disk refuses; what was there still is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PATTERN.format(iteration)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(_as_tensors(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for old in sorted(folder.glob("iteration-*.pt"))[:-keep]:
+    path = _write(folder / PATTERN.format(iteration), iteration, state)
+    for old in _numbered(folder)[:-keep]:
         old.unlink()
     return path
 
 
+def save_best(folder: Path, iteration: int, state: Mapping[str, Any]) -> Path:
+    """Write best.pt, which `keep` does not count: the state that scored best on the held-out prompts.
+
+    Raises:
+        RunDirectoryError: the disk refuses; what was there still is.
+    """
+    return _write(folder / BEST, iteration, state)
+
+
+def _write(path: Path, iteration: int, state: Mapping[str, Any]) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    data = io.BytesIO()  # torch hides what a disk says
+    torch.save({"format": FORMAT, "iteration": iteration, **_as_tensors(state)}, data)
+    with whole(path) as partial:
+        partial.write_bytes(data.getbuffer())
+    return path
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("iteration-*.pt") if path.is_file())
+
+
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None; a damaged one is passed over with a warning."""
-    for path in sorted(folder.glob("iteration-*.pt"), reverse=True):
+    """The newest checkpoint that can be read, the best one if no other can; None where there is none yet.
+
+    A damaged one is passed over with a warning.
+
+    Raises:
+        RunDirectoryError: all are damaged, or the newest is of a newer format.
+    """
+    paths = [*sorted(folder.glob("iteration-*.pt"), reverse=True), *folder.glob(BEST)]
+    for path in paths:
         try:
-            state: dict[str, Any] = _as_arrays(torch.load(path, weights_only=True))
-            return state
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            return _read(path)
+        except DAMAGE as error:
             log.warning("checkpoint %s is damaged (%s): using the one before", path.name, type(error).__name__)
-        except Exception as error:
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            log.warning("checkpoint %s is damaged (UnpicklingError): using the one before", path.name)
+    if paths:
+        raise RunDirectoryError(
+            f"all {len(paths)} checkpoints in {folder} are damaged: put one back from a copy, or delete the folder to "
+            "begin this run anew"
+        )
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if (broken := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(broken)
+    state: dict[str, Any] = _as_arrays(torch.load(path, weights_only=True))
+    if state["format"] > FORMAT:
+        raise RunDirectoryError(
+            f"{path} was written by a newer epd_ray (checkpoint format {state['format']}, this one reads up to "
+            f"{FORMAT}): update epd_ray"
+        )
+    return state
+
+
+def changed_versions(saved: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What differs, in a few words: "torch 2.12 before, 2.13 now"; None where nothing does."""
+    changed = [name for name in now if now[name] != saved.get(name)]
+    return ", ".join(f"{name} {saved.get(name, 'absent')} before, {now[name]} now" for name in changed) or None
 
 
 def _as_tensors(value: Any) -> Any:

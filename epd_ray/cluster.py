@@ -11,7 +11,11 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from epd_ray.errors import PlacementError
+from epd_ray.errors import ClusterError, PlacementError
+from epd_ray.join import reachable
+from epd_ray.types import ImageArray
+
+log = logging.getLogger(__name__)
 
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
@@ -23,10 +27,11 @@ ONE_MACHINE = {
 HANDED_ON = ("HF_TOKEN", "HF_HOME")
 """Environment variables that actors get, unless the run says otherwise."""
 
+HOOK = "worker_process_setup_hook"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
 
 
-def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> None:
+def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> None:
     """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback.
 
     No value goes into the runtime environment, which Ray writes into its logs for all to read: a local Ray's workers
@@ -35,13 +40,17 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> Non
     Args:
         address: of a cluster.
         env: names of environment variables; those that are set here reach every actor.
+        dashboard: of a Ray that is started here, on loopback too.
+
+    Raises:
+        ClusterError: why the cluster cannot be joined.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
         logging.getLogger(name).setLevel(logging.ERROR)
-    if address is not None:
-        ray.init(address=address, runtime_env=_handed_over(_variables(env)), **quiet)
+    cluster = reachable(address)
+    if cluster is not None:
+        ray.init(address=cluster, runtime_env=_handed_over(_variables(env)), **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
@@ -50,23 +59,33 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON) -> Non
     several = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported, before it was set here
     try:
-        ray.init(
+        started = ray.init(
             address="local",  # else Ray would join one that somebody else has started on this machine
             num_cpus=max(os.cpu_count() or 1, 2),
-            include_dashboard=False,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
             **quiet,
         )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several
+    if dashboard:
+        url = started.dashboard_url
+        log.warning("dashboard: http://%s (it asks for the token that `ray get-auth-token` prints)", url)
 
 
 def _variables(names: Sequence[str]) -> dict[str, str]:
     """Those that are set, apart from what a submitted job has in its runtime environment (Ray refuses them twice)."""
-    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}")
-    there = (submitted.get("runtime_env") or {}).get("env_vars") or {}
-    return {name: os.environ[name] for name in names if name in os.environ and name not in there}
+    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
+    there = submitted.get("env_vars") or {}
+    values = {name: os.environ[name] for name in names if name in os.environ and name not in there}
+    if values and HOOK in submitted:
+        raise ClusterError(
+            f"the job has a {HOOK} of its own, and Ray takes one alone: submit it without, or with the override "
+            f"cluster.env=[] and {', '.join(values)} set on the nodes"
+        )
+    return values
 
 
 def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
@@ -75,12 +94,28 @@ def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
     def set_variables() -> None:  # nested, so that it travels by value: importing this module reads HF_HOME already
         os.environ.update(values)
 
-    return {"worker_process_setup_hook": set_variables} if values else {}
+    return {HOOK: set_variables} if values else {}
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:
     """What an actor asks for, without what it does not need."""
     return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **custom}.items() if v}
+
+
+def keep(images: ImageArray) -> "ray.ObjectRef[ImageArray]":
+    """Put pictures into this node's object store, which spills to its disk what does not fit.
+
+    Raises:
+        ClusterError: the disk is full too.
+    """
+    try:
+        return ray.put(images)
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
+        raise ClusterError(
+            f"the object store on node {ray.util.get_node_ip_address()} has no room for {images.nbytes / 2**20:.3g} "
+            "MiB of images, and its disk none to spill to: make room on the disk, start Ray with more "
+            "--object-store-memory, or lower rdpo.staleness or rdpo.prompts_per_iteration"
+        ) from None
 
 
 def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = PLACEMENT_SECONDS) -> None:

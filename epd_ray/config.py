@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
@@ -30,7 +31,11 @@ from epd_ray.sections import (
     RewardConfig,
     Section,
     SolverConfig,
+    StoreConfig,
+    TrackingConfig,
 )
+
+FORMAT = 1
 
 # What changes when the model is not the embedded one, unless the file or an override says otherwise.
 FOR_OTHER_MODELS: dict[str, Any] = {
@@ -44,6 +49,7 @@ FOR_OTHER_MODELS: dict[str, Any] = {
 class RunConfig(Section):
     """Everything that decides a run."""
 
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT, description="of this file")
     name: Name = Field(default="shapes", description="ends the run directory's name")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of prompts, noise and policy")
     backbone: BackboneConfig = BackboneConfig()
@@ -57,6 +63,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    store: StoreConfig = StoreConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("rewards")
     @classmethod
@@ -122,13 +130,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: every problem there is, one line each.
     """
-    written = {k: v for k, v in ({} if path is None else _read(path)).items() if v is not None}
+    given = {} if path is None else read_yaml(path)
+    _require_format(path, given.get("format", FORMAT))
+    return resolve(given, overrides)
+
+
+def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_config` for what a file holds."""
+    written = {k: v for k, v in given.items() if v is not None}
     data = _fill(_defaults(written, overrides), written)
-    problems = [problem for override in overrides if (problem := _apply(data, override))]
+    problems = [problem for override in overrides if (problem := apply_override(data, override))]
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        problems += [_problem(details) for details in error.errors()]
+        problems += problems_of(error)
     if problems:
         raise ConfigError(problems)
     return config
@@ -136,14 +151,35 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration: every key, in order; `load_config` reads it back."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Text that `read_yaml` reads back."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def first_difference(before: RunConfig, now: RunConfig) -> str | None:
+    """The first key whose value differs, with both: "rdpo.lr was 0.002, now 0.001"."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    for key in [*old, *new]:
+        if old.get(key) != new.get(key):
+            return f"{key} was {_shown(old.get(key))}, now {_shown(new.get(key))}"
+    return None
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Every key's default, for the model that the file and the overrides name."""
     asked = copy.deepcopy(written)
     for override in overrides:
-        _apply(asked, override)
+        apply_override(asked, override)
     backbone = asked.get("backbone")
     backbone = backbone if isinstance(backbone, dict) else {}
     defaults = RunConfig().model_dump(mode="json")
@@ -179,7 +215,12 @@ for _yaml in (_Loader, _Dumper):
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's sections as they are written.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping.
+    """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -193,7 +234,15 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in (data or {}).items()}
 
 
-def _apply(data: dict[str, Any], override: str) -> str | None:
+def _require_format(path: Path | None, found: object) -> None:
+    """A newer format may hold keys that would be called unknown: that is what is wrong with it, and no more."""
+    if isinstance(found, int) and found > FORMAT:
+        raise ConfigError(
+            [f"{path} was written by a newer epd_ray (format {found}, this one reads up to {FORMAT}): update epd_ray"]
+        )
+
+
+def apply_override(data: dict[str, Any], override: str) -> str | None:
     """Put "a.b=value" into nested mappings; what is wrong with it, if anything."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -205,7 +254,8 @@ def _apply(data: dict[str, Any], override: str) -> str | None:
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents, start=1):
-        node = node.setdefault(part, {})
+        node[part] = {} if node.get(part) is None else node[part]  # null: a section that is off by default
+        node = node[part]
         if not isinstance(node, dict):
             return f"{key}: {'.'.join(parents[:depth])} is {_shown(node)}, which has no keys"
     node[last] = value
@@ -234,12 +284,17 @@ _EXPECTED = {
 }
 
 
-def _problem(error: ErrorDetails) -> str:
+def problems_of(error: ValidationError, owner: type[Section] = RunConfig) -> list[str]:
+    """What is wrong, one line each."""
+    return [_problem(details, owner) for details in error.errors()]
+
+
+def _problem(error: ErrorDetails, whole: type[Section]) -> str:
     """One line: the key, its value, what is expected."""
     location, context = [str(part) for part in error["loc"] if part != "[key]"], error.get("ctx", {})
     key, kind = ".".join(location), error["type"]
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest_key(location)}"
+        return f"{key}: unknown key{_nearest_key(location, whole)}"
     if kind == "value_error":
         return f"{key}: {context['error']}"
     if kind == "literal_error":
@@ -249,15 +304,17 @@ def _problem(error: ErrorDetails) -> str:
     return f"{key}: is {_shown(error['input'])}, {expected.replace('Input should be', 'expected')}"
 
 
-def _nearest_key(location: Sequence[str]) -> str:
+def _nearest_key(location: Sequence[str], whole: type[Section]) -> str:
     *parents, key = location
-    owner: Any = RunConfig
+    owner: Any = whole
     for part in parents:  # a section's key, or a name in a mapping of sections
         owner = _fields(owner)[part].annotation if _fields(owner) else get_args(owner)[1]
-    homes = [f"{name}.{key}" for name, field in RunConfig.model_fields.items() if key in _fields(field.annotation)]
+    homes = [f"{name}.{key}" for name, field in whole.model_fields.items() if key in _fields(field.annotation)]
     return f"; did you mean {homes[0]!r}?" if homes and not parents else did_you_mean(key, _fields(owner))
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    if isinstance(annotation, UnionType):  # a section, or null
+        annotation = get_args(annotation)[0]
     is_section = isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation.model_fields if is_section else {}

@@ -1,7 +1,7 @@
 """The text encoders in an actor of their own, which leaves the accelerators of the rollout actors to the pictures."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,15 +24,17 @@ class EncoderSpec:
     Attributes:
         num_cpus: that it asks for.
         num_gpus: that it asks for; 0 puts the encoders on the CPU.
+        resources: custom ones that it asks for.
     """
 
     num_cpus: float = 0.25
     num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bundle(self) -> Resources:
         """What the actor asks for."""
-        return resources(self.num_cpus, self.num_gpus, {})
+        return resources(self.num_cpus, self.num_gpus, self.resources)
 
 
 class EncoderActor:
@@ -49,6 +51,9 @@ class EncoderActor:
         self._family, self._options = family, {**options, **on_cpu, "parts": "text"}
         self._threads = max(1, int(spec.num_cpus))
         self._encoders: Any = None
+
+    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+        return ENCODERS
 
     def ready(self) -> None:
         """Load the encoders, once.
@@ -74,7 +79,7 @@ class EncoderActor:
 def start_encoder(name: str, family: str, options: Mapping[str, Any], spec: EncoderSpec) -> "ActorHandle[EncoderActor]":
     """Start the encoder actor under a name that is unique on the cluster."""
     lasting = {"max_restarts": -1, "max_task_retries": 0}  # its users ask again, but not for ever
-    asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus}
+    asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
     return ray.remote(EncoderActor).options(name=name, **lasting, **asked).remote(family, dict(options), spec)
 
 

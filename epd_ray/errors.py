@@ -54,5 +54,13 @@ class RunDirectoryError(EpdRayError):
     """An output directory that cannot be written, or that holds another run."""
 
 
+class TaskError(EpdRayError):
+    """Work that failed on every actor that tried it."""
+
+
 class PlacementError(EpdRayError):
     """Actors that the cluster has no room for."""
+
+
+class ClusterError(EpdRayError):
+    """A Ray cluster that cannot be joined, or that ran out of room for objects."""

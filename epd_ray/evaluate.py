@@ -14,7 +14,7 @@ from epd_ray.sampling import ENDS_AT_ZERO, Kind, Sampler, baseline
 from epd_ray.shapes.judge import scene_accuracy
 from epd_ray.shapes.scenes import CANVAS, parse
 from epd_ray.statistics import bootstrap_mean, paired_difference
-from epd_ray.store import RunDirectory, write_text
+from epd_ray.store import RunDirectory, whole, write_text
 from epd_ray.types import FloatArray, ImageArray, Sampled
 
 SCENE_ACCURACY = "scene_accuracy"
@@ -140,12 +140,14 @@ def save_pictures(run: RunDirectory, key: str, images: ImageArray) -> None:
     folder = run.samples / key
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:03d}.png")
+        with whole(folder / f"{i:03d}.png") as partial:
+            Image.fromarray(image.transpose(1, 2, 0)).save(partial, "PNG")
 
 
 def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) -> None:
     """evaluation.parquet, evaluation.json, and the prompts of the kept pictures."""
-    pq.write_table(comparison.table(), run.evaluation_rows)
+    with whole(run.evaluation_rows) as partial:
+        pq.write_table(comparison.table(), partial)
     run.samples.mkdir(parents=True, exist_ok=True)
     write_text(run.samples / "prompts.json", json.dumps(comparison.prompts[:pictures], indent=2))
     write_text(run.evaluation, json.dumps(comparison.summary(), indent=2))

@@ -12,7 +12,8 @@ from epd_ray.errors import ModelError
 from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.sampling import Sampler, noises, to_uint8
 from epd_ray.shard import Points, Shard, ShardStates
-from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
+from epd_ray.solvers import SolverTable
+from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob, RolloutRequest
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class RolloutWorker:
         sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
         rollouts = tuple(
-            Rollout(request.rollout_id, action.numpy(), float(value))
-            for request, action, value in zip(job.requests, actions, log_probs, strict=True)
+            _rollout(request, action, float(value), table, i)
+            for i, (request, action, value) in enumerate(zip(job.requests, actions, log_probs, strict=True))
         )
         return Generated(rollouts, images)
 
@@ -104,6 +105,14 @@ class RolloutWorker:
             raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")
         images: ImageArray = to_uint8(pictures).numpy()
         return images
+
+
+def _rollout(request: RolloutRequest, action: torch.Tensor, value: float, table: SolverTable, index: int) -> Rollout:
+    """A request's answer, with its table [N, K] of the batch's."""
+    parts = (table.positions, table.weights, table.scale_dir, table.scale_time)
+    positions, weights, *scales = (None if part is None else part[index].float().numpy() for part in parts)
+    assert positions is not None and weights is not None
+    return Rollout(request.rollout_id, action.numpy(), value, positions, weights, *scales)
 
 
 def log_prob(policy: TableDistribution, actions: torch.Tensor) -> torch.Tensor:

@@ -3,32 +3,33 @@
 import json
 import logging
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from epd_ray.checkpoint import load_newest
-from epd_ray.config import RunConfig, load_config, to_yaml
+from epd_ray.checkpoint import changed_versions, load_newest
+from epd_ray.config import RunConfig, first_difference, load_config, to_yaml
 from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
-from epd_ray.evaluate import headline, rivals
+from epd_ray.evaluate import Comparison, headline, rivals
+from epd_ray.lock import held
+from epd_ray.monitor import Monitor
 from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import PromptSplits, load_prompts
 from epd_ray.report import write_report
 from epd_ray.sampling import learned
 from epd_ray.sections import BUILTIN, SHAPES
-from epd_ray.session import algorithm
+from epd_ray.session import algorithm, stop_signals
 from epd_ray.solvers import Solver
-from epd_ray.store import RunDirectory, write_text
+from epd_ray.storage import Place, inside, place_of
+from epd_ray.store import RunDirectory, named_when_full, package_versions, write_text
+from epd_ray.trackers import require_trackers, trackers
 from epd_ray.trainer import Trainer, comparison, noise_seeds, warn_of_long_prompts
 
 log = logging.getLogger(__name__)
-PROMPTS = "prompts.json"
 SECONDS_PER_PASS = 0.005  # the embedded model on one core, for the estimate before a run
 SECONDS_TO_START = 30.0
 
@@ -63,13 +64,14 @@ def describe(config: RunConfig) -> tuple[str, str]:
     return what, f"{passes_in_all}{duration}.".capitalize()
 
 
-def train(config: RunConfig, out: Path, observer: Observer) -> list[str]:
+def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = False) -> list[str]:
     """Run all of it into a new directory.
 
     Args:
         config: of the run.
-        out: a directory that does not exist yet, or an empty one.
+        out: a directory that does not exist yet, or an empty one; a path, or a URI such as s3://bucket/run.
         observer: sees the progress.
+        again: where `out` holds this very run, continue it, or give its results if it is finished.
 
     Returns:
         The results in a few lines.
@@ -78,25 +80,51 @@ def train(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         EpdRayError: something that the user can mend; what was written so far stays readable.
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
+    place = place_of(out)
+    if again and place.begun():
+        return _again(config, place, observer)
+    place.require_new()
     prompts = load_prompts(config.prompts, config.seed)
     start = given_solver(config)
-    run = RunDirectory.create(out, to_yaml(config))
-    write_text(run.path / PROMPTS, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
-    try:
-        return _go_on(config, run, start, None, observer)
-    except EpdRayError:
-        if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
-            shutil.rmtree(run.path)
-        raise
+    require_trackers(config.tracking)
+    with place.claimed(wait=again) as folder:
+        saved = json.dumps(asdict(prompts), indent=1, ensure_ascii=False)
+        run = RunDirectory.create(folder, to_yaml(config), saved)
+        place.save()
+        try:
+            return _go_on(config, run, start, None, observer, place.save)
+        except EpdRayError:
+            if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
+                shutil.rmtree(run.path)
+            raise
 
 
-def resume(run_path: Path, observer: Observer) -> list[str]:
-    """Continue a run from its newest checkpoint; the same otherwise as `train`."""
-    run = RunDirectory.open(run_path)
-    config = load_config(run.config)
+def resume(where: str | Path, observer: Observer) -> list[str]:
+    """Continue a run, at a path or URI, from its newest checkpoint; the same otherwise as `train`."""
+    place = place_of(where)
+    place.require_run()
+    with place.claimed() as folder:
+        run = RunDirectory.open(folder)
+        return _continue(load_config(run.config), run, place, observer)
+
+
+def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
+    with place.claimed(wait=True) as folder:
+        run = RunDirectory.open(folder)
+        if changed := first_difference(load_config(run.config), config):
+            raise RunDirectoryError(f"{place.name} holds another run: {changed} (name a new directory)")
+        if run.stages.is_file() and run.report.is_file():  # the last that are written
+            return headline(json.loads(run.evaluation.read_text()))
+        return _continue(config, run, place, observer)
+
+
+def _continue(config: RunConfig, run: RunDirectory, place: Place, observer: Observer) -> list[str]:
     checkpoint = load_newest(run.checkpoints)
-    start = given_solver(config) if checkpoint is None else None
-    return _go_on(config, run, start, checkpoint, observer)
+    if checkpoint is None:
+        return _go_on(config, run, given_solver(config), None, observer, place.save)
+    if changed := changed_versions(checkpoint["versions"], package_versions()):
+        log.warning("%s was made with other versions (%s): the last bits may differ from now on", place.name, changed)
+    return _go_on(config, run, None, checkpoint, observer, place.save)
 
 
 def saved_prompts(run: RunDirectory) -> PromptSplits:
@@ -106,9 +134,9 @@ def saved_prompts(run: RunDirectory) -> PromptSplits:
         RunDirectoryError: they are missing or damaged.
     """
     try:
-        return PromptSplits(**json.loads((run.path / PROMPTS).read_text()))
+        return PromptSplits(**json.loads(run.prompts.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunDirectoryError(f"{run.path / PROMPTS} cannot be read ({error}): the run cannot go on") from error
+        raise RunDirectoryError(f"{run.prompts} cannot be read ({error}): the run cannot go on") from error
 
 
 def given_solver(config: RunConfig) -> Solver | None:
@@ -134,17 +162,21 @@ def _go_on(
     start: Solver | None,
     checkpoint: dict[str, Any] | None,
     observer: Observer,
+    save: Callable[[], None],
 ) -> list[str]:
     prompts = saved_prompts(run)
     clock = StageClock()
     observer.stage("starting actors", 1)
     with ExitStack() as stack:
+        stack.enter_context(named_when_full(run.path))
+        sinks = stack.enter_context(trackers(config.tracking, run, config.model_dump(mode="json")))
         algo = stack.enter_context(algorithm(config, prompts.train, None if start is None else start.table))
-        stack.enter_context(_stop_signals())  # after Ray, which sets its own handler
+        stack.enter_context(stop_signals())  # after Ray, which sets its own handler
         observer.advance()
         clock.lap("starting actors")
         warn_of_long_prompts(algo, [*prompts.train, *prompts.validation, *prompts.test])
-        trainer = Trainer(config, run, prompts, algo, observer)
+        monitor = stack.enter_context(Monitor(run.path.name))
+        trainer = Trainer(config, run, prompts, algo, observer, [monitor, *sinks], save)
         if checkpoint is None:
             trainer.begin(start)
         else:
@@ -173,39 +205,44 @@ class StageClock:
         self.seconds[stage], self._last = now - self._last, now
 
 
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def evaluate(run_path: Path, count: int | None, prompts_file: Path | None, split: str, observer: Observer) -> list[str]:
+def evaluate(
+    where: str | Path, count: int | None, prompts_file: Path | None, split: str, observer: Observer
+) -> list[str]:
     """Compare a run's solver with the baselines again, on other or more prompts.
 
-    The results and a report go to RUN/evaluations/<prompts>-<count>; the run's own stay as they are.
+    The results and a report go to RUN/evaluations/<prompts>-<count>; the run's own stay as they are, and it may be
+    going on meanwhile.
 
     Args:
-        run_path: a run with a solver.
+        where: a run with a solver, at a path or URI.
         count: number of prompts; all there are when None. Embedded scenes are drawn anew, as many as asked.
         prompts_file: one prompt a line, instead of the split.
         split: "validation" or "test".
         observer: sees the progress.
     """
-    run = RunDirectory.open(run_path)
-    config = load_config(run.config)
-    if not (run.solver / "solver.json").exists():
-        raise RunDirectoryError(f"{run_path} has no solver yet: continue it with epd-ray train --resume {run_path}")
-    prompts = _evaluation_prompts(config, run, count, prompts_file, split)
-    name = f"{prompts_file.stem if prompts_file else split}-{len(prompts)}"
-    target = _evaluation_directory(run, name)
+    with place_of(where).visited() as folder:
+        run = RunDirectory.open(folder)
+        config = load_config(run.config)
+        if not (run.solver / "solver.json").exists():
+            raise RunDirectoryError(f"{where} has no solver yet: continue it with epd-ray train --resume {where}")
+        prompts = _evaluation_prompts(config, run, count, prompts_file, split)
+        name = f"{prompts_file.stem if prompts_file else split}-{len(prompts)}"
+        seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
+        with _evaluation_directory(run, name) as target:
+            found = _compared_again(config, run, target, prompts, seeds, observer)
+            report = write_report(target.path)
+        observer.done()
+        return [*headline(found.summary()), f"report: {inside(where, report.relative_to(folder))}"]
+
+
+def _compared_again(
+    config: RunConfig,
+    run: RunDirectory,
+    target: RunDirectory,
+    prompts: list[str],
+    seeds: list[int],
+    observer: Observer,
+) -> Comparison:
     ours = learned(Solver.from_pretrained(run.solver), "rdpo", "EPD + RDPO")
     start = learned(Solver.from_pretrained(run.distilled), "distilled", "EPD distilled")
     samplers = [ours, start, *rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
@@ -214,12 +251,8 @@ def evaluate(run_path: Path, count: int | None, prompts_file: Path | None, split
     with algorithm(local, prompts, None) as algo:
         observer.advance()
         warn_of_long_prompts(algo, prompts)
-        seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
         keep = config.evaluation.pictures
-        found = comparison(algo.sample_scored, samplers, prompts, seeds, name, target, keep, observer)
-    report = write_report(target.path)
-    observer.done()
-    return [*headline(found.summary()), f"report: {report}"]
+        return comparison(algo.sample_scored, samplers, prompts, seeds, target.path.name, target, keep, observer)
 
 
 def _evaluation_prompts(
@@ -237,13 +270,16 @@ def _evaluation_prompts(
     return held_out[:count]
 
 
-def _evaluation_directory(run: RunDirectory, name: str) -> RunDirectory:
-    """A fresh run directory with what a report needs besides the evaluation."""
+@contextmanager
+def _evaluation_directory(run: RunDirectory, name: str) -> Iterator[RunDirectory]:
+    """A fresh run directory with what a report needs besides the evaluation; no other evaluation has it meanwhile."""
     target = RunDirectory(run.path / "evaluations" / name)
-    shutil.rmtree(target.path, ignore_errors=True)
-    target.path.mkdir(parents=True)
-    for source in (run.config, run.versions, run.metrics):
-        shutil.copy(source, target.path)
-    shutil.copytree(run.solver, target.solver)
-    shutil.copytree(run.distilled, target.distilled)
-    return target
+    target.path.parent.mkdir(exist_ok=True)
+    with held(target.path.with_name(f".{name}.lock"), str(target.path)):
+        shutil.rmtree(target.path, ignore_errors=True)
+        target.path.mkdir()
+        for source in (run.config, run.versions, run.metrics):
+            shutil.copy(source, target.path)
+        shutil.copytree(run.solver, target.solver)
+        shutil.copytree(run.distilled, target.distilled)
+        yield target

@@ -6,7 +6,16 @@ The defaults are the run that `epd-ray train` makes on the embedded model.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.prompt_files import SUFFIXES
@@ -142,7 +151,9 @@ class RewardConfig(Section):
         default="native", description="package: the published package, in its own environment (epd-ray rewards install)"
     )
     weight: Amount = Field(default=1.0, description="share in the mix, relative to the other heads; 0: only watched")
-    replicas: Positive = Field(default=1, description="number of actors")
+    replicas: Positive = Field(default=1, description="number of actors at the start")
+    min_replicas: Positive | None = Field(default=None, description="while little waits; null: replicas")
+    max_replicas: Positive | None = Field(default=None, description="while much waits; null: replicas")
     num_cpus: Amount = Field(default=0.25, description="per actor")
     num_gpus: Gpus = Field(default=0.0, description="per actor")
     resources: CustomResources = Field(default={}, description="custom Ray resources per actor")
@@ -151,6 +162,15 @@ class RewardConfig(Section):
     @classmethod
     def _known(cls, head: str) -> str:
         return _registered(HEADS, head)
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _in_order(cls, most: int | None, info: ValidationInfo) -> int | None:
+        start = info.data.get("replicas", 1)
+        least = info.data.get("min_replicas") or start
+        if not least <= start <= (most or start):
+            raise ValueError(f"min_replicas {least} <= replicas {start} <= max_replicas {most or start} does not hold")
+        return most
 
     @field_validator("options")
     @classmethod
@@ -249,7 +269,14 @@ class ClusterConfig(Section):
     """Where the actors run and what they ask for. The defaults fit two cores with one reward actor."""
 
     address: str | None = Field(default=None, description="of a Ray cluster; null: a local one on loopback")
+    dashboard: bool = Field(default=False, description="of a local Ray: on loopback, its URL is shown")
+    placement_timeout_s: float = Field(
+        default=30.0, gt=0, description="for room to turn up; more where an autoscaler adds nodes, such as 1200"
+    )
     rollout_actors: int = Field(default=2, ge=0, description="0: in the driver")
+    max_rollout_actors: int | None = Field(
+        default=None, ge=1, description="as nodes join; null: rollout_actors, however many nodes there are"
+    )
     rollout_cpus: Amount = Field(default=0.75, description="per actor")
     rollout_gpus: Gpus = Field(default=0.0, description="per actor")
     rollout_resources: CustomResources = Field(default={}, description="custom Ray resources per actor")
@@ -257,12 +284,21 @@ class ClusterConfig(Section):
     encoder_actors: int = Field(default=0, ge=0, le=1, description="1: text encoders in an actor of their own")
     encoder_cpus: Amount = Field(default=0.25, description="of the encoder actor")
     encoder_gpus: Gpus = Field(default=0.0, description="of the encoder actor; 0: it runs on the CPU")
+    encoder_resources: CustomResources = Field(default={}, description="custom Ray resources of the encoder actor")
     learner_actors: int = Field(default=1, ge=0, le=1, description="0: in the driver")
     learner_cpus: Amount = Field(default=0.25, description="of the learner")
     learner_gpus: Gpus = Field(default=0.0, description="of the learner")
     env: tuple[str, ...] = Field(
         default=("HF_TOKEN", "HF_HOME"), strict=False, description="names of environment variables that actors get"
     )
+
+    @field_validator("max_rollout_actors")
+    @classmethod
+    def _at_least_the_start(cls, most: int | None, info: ValidationInfo) -> int | None:
+        start = info.data.get("rollout_actors", 0)
+        if most is not None and (not start or most < start):
+            raise ValueError(f"is {most}, with rollout_actors {start} at the start at least {max(start, 1)} of each")
+        return most
 
     @field_validator("env", mode="before")
     @classmethod
@@ -280,5 +316,59 @@ class ClusterConfig(Section):
 class CheckpointConfig(Section):
     """What a resumed run continues from."""
 
-    every: Positive = Field(default=5, description="iterations between checkpoints")
-    keep: Positive = Field(default=3, description="newest ones that stay on disk")
+    every: Positive = Field(default=5, description="iterations between checkpoints, and uploads of a remote run")
+    keep: Positive = Field(default=3, description="newest ones that stay on disk, besides the best one")
+
+
+class StoreConfig(Section):
+    """What the rollout files hold."""
+
+    images: bool = Field(default=False, description="every picture too, as PNG")
+
+
+def _keyless(section: Any, variable: str) -> Any:
+    """A tracker's section as written; keys that hold secrets are refused without being shown."""
+    secret = [key for key in section if re.search("key|token|password", str(key))] if isinstance(section, dict) else []
+    if secret:  # a run keeps its configuration
+        raise ValueError(f"{secret[0]} is no setting: its value comes from the environment alone (set {variable})")
+    return section
+
+
+class WandbConfig(Section):
+    """Weights & Biases; its key comes from WANDB_API_KEY or `wandb login`, WANDB_MODE=offline needs none."""
+
+    project: str = Field(default="epd-ray", min_length=1, description="that the run belongs to")
+    group: str | None = Field(default=None, description="of runs in the project")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, section: Any) -> Any:
+        return _keyless(section, "WANDB_API_KEY")
+
+
+class MlflowConfig(Section):
+    """MLflow; name and password come from MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN."""
+
+    tracking_uri: str | None = Field(default=None, description="of the server; null: MLFLOW_TRACKING_URI")
+    experiment: str = Field(default="epd-ray", min_length=1, description="that the run belongs to")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, section: Any) -> Any:
+        return _keyless(section, "MLFLOW_TRACKING_TOKEN")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_login(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in uri.partition("?")[0]:
+            raise ValueError(
+                "holds a name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return uri
+
+
+class TrackingConfig(Section):
+    """Where the metrics go beside metrics.jsonl, TensorBoard and Ray's own metrics; null: not there."""
+
+    wandb: WandbConfig | None = Field(default=None, description="Weights & Biases; {}: with its defaults")
+    mlflow: MlflowConfig | None = Field(default=None, description="MLflow; {}: with its defaults")

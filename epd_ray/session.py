@@ -2,8 +2,10 @@
 
 import logging
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import ray
 
@@ -21,17 +23,18 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_session(address: str | None, env: Sequence[str] = HANDED_ON) -> Iterator[None]:
+def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
     """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
 
     Args:
         address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
         env: names of the environment variables that actors get.
+        dashboard: of a Ray that is started here.
     """
     if ray.is_initialized():
         yield
         return
-    start_ray(address, env)
+    start_ray(address, env, dashboard)
     try:
         yield
     finally:
@@ -41,7 +44,8 @@ def ray_session(address: str | None, env: Sequence[str] = HANDED_ON) -> Iterator
 def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
     """The algorithm's configuration of a run, starting from `table` (evenly spaced points when None)."""
     rdpo, cluster = config.rdpo, config.cluster
-    heads = {name: _reward_spec(reward) for name, reward in config.rewards.items()}
+    encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
+    heads = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     built: RDPOConfig = (
         RDPOConfig()
         .solver(
@@ -60,7 +64,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             options=config.backbone.arguments,
             guidance_scale=config.backbone.guidance_scale,
         )
-        .encoder(EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus) if cluster.encoder_actors else None)
+        .encoder(encoder if cluster.encoder_actors else None)
         .rollouts(
             prompts=prompts,
             prompts_per_iteration=rdpo.prompts_per_iteration,
@@ -69,6 +73,8 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             same_latent=rdpo.same_latent,
             baseline=rdpo.baseline,
             max_staleness=rdpo.staleness,
+            keep_images=config.store.images,
+            max_env_runners=cluster.max_rollout_actors or 0,
         )
         .rewards(heads, normalisation=rdpo.normalisation)
         .training(
@@ -92,12 +98,18 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             num_cpus_per_learner=cluster.learner_cpus,
             num_gpus_per_learner=cluster.learner_gpus,
         )
+        .placing(cluster.placement_timeout_s)
         .debugging(seed=config.seed, log_level="ERROR")
     )
     return built
 
 
-def _reward_spec(reward: RewardConfig) -> RewardSpec:
+def reward_spec(reward: RewardConfig) -> RewardSpec:
+    """What an actor of a configured head needs.
+
+    Raises:
+        EpdRayError: the package backend has no environment.
+    """
     target, python = package_spec(reward.head) if reward.backend == "package" else (None, None)
     return RewardSpec(
         head=reward.head,
@@ -105,6 +117,8 @@ def _reward_spec(reward: RewardConfig) -> RewardSpec:
         options=reward.options,
         weight=reward.weight,
         replicas=reward.replicas,
+        min_replicas=reward.min_replicas,
+        max_replicas=reward.max_replicas,
         num_cpus=reward.num_cpus,
         num_gpus=reward.num_gpus,
         resources=reward.resources,
@@ -122,7 +136,8 @@ def _warn_of_idle_gpus(config: RunConfig) -> None:
 @contextmanager
 def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
     """A built RDPO on a Ray session, both ended afterwards."""
-    with ray_session(config.cluster.address, config.cluster.env):
+    cluster = config.cluster
+    with ray_session(cluster.address, cluster.env, cluster.dashboard):
         _warn_of_idle_gpus(config)
         algo: RDPO = rdpo_config(config, prompts, table).build_algo()
         try:
@@ -130,3 +145,17 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
         finally:
             algo.stop()
             shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

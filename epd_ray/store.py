@@ -1,71 +1,106 @@
-"""What a run keeps on disk: prompts in; configuration, rollouts and metrics out."""
+"""What a run keeps on disk: where each part lies, files that are whole or not there, metrics."""
 
+import errno
 import json
 import logging
 import math
+import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from epd_ray.errors import RewardError, RunDirectoryError
+from epd_ray.errors import RunDirectoryError
 
 log = logging.getLogger(__name__)
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "numpy", "epd_ray")
 
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        pa.field(name, kind, nullable=False, metadata={"description": description})
-        for name, kind, description in [
-            ("rollout_id", pa.string(), "hash of (run seed, iteration, index); unique in a run"),
-            ("group_id", pa.string(), "rollouts whose rewards are compared with each other"),
-            ("iteration", pa.int32(), "from 1"),
-            ("prompt", pa.string(), "what was drawn"),
-            ("noise_seed", pa.int64(), "seed of the initial latent"),
-            ("action_seed", pa.int64(), "seed of the table's draw"),
-            ("policy_version", pa.int32(), "learner updates behind the policy that drew the table"),
-            (
-                "action",
-                pa.list_(pa.float32()),
-                "[N, A], row by row: segments (K+1), weights (K), trained scales (K each)",
-            ),
-            ("log_prob", pa.float64(), "of the action when it was drawn, summed over intervals"),
-            ("reward", pa.float32(), "the mix that was learned from"),
-            ("advantage", pa.float32(), "the reward against its group, normalised over the batch"),
-        ]
-    ],
-    metadata={"schema_version": "1"},
-)
-"""The columns of every rollout file; `rollout_schema` adds the struct `rewards`, one field per head."""
+HELD = ".lock"
+UNFINISHED = {HELD, "versions.json", "prompts.json"}
+"""What a run that was killed while its directory was made may have left; config.yaml comes last."""
 
 
-def rollout_schema(heads: Sequence[str]) -> pa.Schema:
-    """ROLLOUT_SCHEMA with `rewards`, a struct of each head's raw score (`rewards.clip` in SQL, a dict in pandas)."""
-    scores = pa.struct([pa.field(head, pa.float32(), nullable=False) for head in heads])
-    described = pa.field("rewards", scores, nullable=False, metadata={"description": "each head's raw score"})
-    return ROLLOUT_SCHEMA.insert(ROLLOUT_SCHEMA.get_field_index("reward"), described)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it becomes `path` when all is on the disk, or goes away.
+
+    Raises:
+        RunDirectoryError: the disk refuses; an earlier `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        yield partial
+        _to_disk(partial)
+        partial.replace(path)
+        _to_disk(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
+
+
+def unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    """What to say of a file that the disk refuses."""
+    fix = " (make room and try again)" if error.errno in FULL else ""
+    return RunDirectoryError(f"cannot write {path}: {error.strerror or error}{fix}")
+
+
+@contextmanager
+def named_when_full(path: Path) -> Iterator[None]:
+    """Say which file, or at least which run at `path`, a full disk has refused.
+
+    Raises:
+        RunDirectoryError: instead of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise unwritable(Path(error.filename or path), error) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file's content, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
+    """Write a UTF-8 file whole or not at all.
+
+    Raises:
+        RunDirectoryError: the disk refuses.
+    """
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+
+def refuse_others(place: str, names: Sequence[str]) -> None:
+    """Refuse to begin a run at `place`, where there are files or folders of these names.
+
+    Raises:
+        RunDirectoryError: they are another run, or something else.
+    """
+    if "config.yaml" in names:
+        raise RunDirectoryError(f"{place} holds another run: resume it, or name a new directory")
+    if found := sorted(name for name in names if name not in UNFINISHED and not name.endswith(".tmp")):
+        raise RunDirectoryError(f"{place} is not empty (it holds {found[0]!r}): name a new directory")
 
 
 def package_versions() -> dict[str, str]:
@@ -86,12 +121,13 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path, config_text: str) -> "RunDirectory":
-        """Make the directory with config.yaml and versions.json, or nothing at all.
+    def create(cls, path: str | Path, config_text: str, prompts_text: str | None = None) -> "RunDirectory":
+        """Make the directory with config.yaml, versions.json and the prompts, or nothing at all.
 
         Args:
-            path: absent, or an empty directory.
+            path: absent, or an empty directory; what a creation that was killed has left is written again.
             config_text: the resolved configuration, YAML.
+            prompts_text: the prompts of every split, JSON; None: no prompts.json.
 
         Raises:
             RunDirectoryError: the path is a file, holds another run or other files, or cannot be written.
@@ -99,14 +135,16 @@ class RunDirectory:
         run = cls(Path(path))
         made: list[Path] = []
         try:
-            run._require_empty()
+            run.require_new()
             made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
             run.path.mkdir(parents=True, exist_ok=True)
-            run._write_new(config_text)
-        except OSError as error:
+            run._write_new(config_text, prompts_text)
+        except (OSError, RunDirectoryError) as error:
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
+            if isinstance(error, RunDirectoryError):
+                raise
             raise RunDirectoryError(f"cannot create run directory {path}: {error.strerror or error}") from error
         return run
 
@@ -124,22 +162,27 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not a run directory: {' and '.join(missing)} missing")
         return run
 
-    def _require_empty(self) -> None:
+    def require_new(self) -> None:
+        """Refuse a path that a new run cannot have.
+
+        Raises:
+            RunDirectoryError: it is a file, or holds another run or other files.
+        """
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file, expected a new or empty directory")
-        if self.config.exists():
-            raise RunDirectoryError(f"{self.path} holds another run: resume it, or name a new directory")
-        if first := next(self.path.iterdir(), None):
-            raise RunDirectoryError(f"{self.path} is not empty (it holds {first.name!r}): name a new directory")
+        refuse_others(str(self.path), [path.name for path in self.path.iterdir()])
 
-    def _write_new(self, config_text: str) -> None:
+    def _write_new(self, config_text: str, prompts_text: str | None) -> None:
         try:
             write_text(self.versions, json.dumps(package_versions(), indent=2) + "\n")
+            if prompts_text is not None:
+                write_text(self.prompts, prompts_text)
             write_text(self.config, config_text)  # last: its presence marks a run
-        except OSError:
-            self.versions.unlink(missing_ok=True)
+        except RunDirectoryError:
+            for path in (self.versions, self.prompts):
+                path.unlink(missing_ok=True)
             raise
 
     @property
@@ -149,6 +192,14 @@ class RunDirectory:
     @property
     def versions(self) -> Path:
         return self.path / "versions.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / HELD
 
     @property
     def rollouts(self) -> Path:
@@ -199,82 +250,30 @@ class RunDirectory:
         return self.path / "report.html"
 
 
-def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """One iteration's rollouts as an Arrow table.
-
-    Args:
-        rows: one mapping per rollout with every column of ROLLOUT_SCHEMA, and `rewards`: head -> raw score.
-            `action` is [N, A], or flat.
-
-    Raises:
-        RewardError: a reward that is absent or not finite.
-        ValueError: no rows, wrong columns, a rollout_id twice, or another number that is not finite.
-    """
-    if not rows:
-        raise ValueError("no rollouts, expected at least 1")
-    heads = list(rows[0]["rewards"])
-    schema = rollout_schema(heads)
-    seen: set[str] = set()
-    for row in rows:
-        if wrong := set(schema.names) ^ set(row):
-            raise ValueError(f"rollout {row.get('rollout_id')}: columns {sorted(wrong)} missing or unknown")
-        if row["rollout_id"] in seen:
-            raise ValueError(f"rollout {row['rollout_id']} appears twice")
-        seen.add(row["rollout_id"])
-        _check_numbers(row, heads)
-    flat = [{**row, "action": np.asarray(row["action"], np.float32).ravel()} for row in rows]
-    return pa.Table.from_pylist(flat, schema=schema)
-
-
-def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
-    rollout_id, rewards = row["rollout_id"], row["rewards"]
-    if wrong := set(heads) ^ set(rewards):
-        raise RewardError(min(wrong), "scored some rollouts of the batch, but not all", [rollout_id])
-    for head, value in [*rewards.items(), ("mix", row["reward"])]:
-        if not math.isfinite(value):
-            raise RewardError(head, f"{value} for prompt {row['prompt']!r}, expected a finite number", [rollout_id])
-    for name in ("action", "log_prob", "advantage"):
-        if not np.isfinite(row[name]).all():
-            raise ValueError(f"rollout {rollout_id}: {name} is {row[name]}, expected finite numbers")
-
-
-def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:
-    """Write iteration-000001.parquet and the like, whole or not at all; an earlier try is replaced.
-
-    Raises:
-        ValueError: rows of another iteration.
-        RunDirectoryError: the disk refuses.
-    """
-    if (found := table["iteration"].unique().to_pylist()) != [iteration]:
-        raise ValueError(f"rows of iterations {found}, expected {iteration} alone")
-    path = folder / f"iteration-{iteration:06d}.parquet"
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, partial, compression="zstd")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
 class MetricsLog:
     """Appends a run's scalars to metrics.jsonl and to TensorBoard.
 
     Args:
         run: an existing run directory; a torn last row goes, the others stay.
         keep_until: rows after this iteration go too, in both places.
+
+    Raises:
+        RunDirectoryError: the disk refuses.
     """
 
     def __init__(self, run: RunDirectory, keep_until: int | None = None) -> None:
-        self._path = run.metrics
+        self._path, self._folder = run.metrics, run.tensorboard
         kept = [r for r in read_metrics(self._path) if keep_until is None or r["iteration"] <= keep_until]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        purge = None if keep_until is None else keep_until + 1
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge, filename_suffix=f".{time.time_ns()}")
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+            if keep_until is not None:  # TensorBoard hides what earlier files have from there on
+                restart = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=keep_until + 1, session_log=restart))
+            self._events.flush()
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row.
@@ -284,22 +283,35 @@ class MetricsLog:
 
         Raises:
             ValueError: a value that is not finite.
+            RunDirectoryError: the disk refuses; metrics.jsonl is as it was.
         """
         for name, value in row.items():
             if not math.isfinite(value):
                 raise ValueError(f"metric {name} is {value} at iteration {row['iteration']}, expected a finite number")
         step = int(row["iteration"])
         scalars = {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
-        self._file.write(json.dumps(scalars | {"iteration": step}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            if name != "iteration":
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._append(json.dumps(scalars | {"iteration": step}) + "\n")
+        try:
+            for name, value in scalars.items():
+                if name != "iteration":
+                    self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            self._events.flush()
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+
+    def _append(self, line: str) -> None:
+        with self._path.open("ab", buffering=0) as file:
+            size, rest = file.tell(), line.encode()
+            try:
+                while rest:  # a disk that is nearly full takes a part of it
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                file.truncate(size)
+                raise unwritable(self._path, error) from error
 
     def close(self) -> None:
-        self._file.close()
-        self._writer.close()
+        with suppress(OSError):  # every row was flushed, or has raised
+            self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -2,31 +2,37 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
-from epd_ray.checkpoint import save_checkpoint
+from epd_ray.checkpoint import save_best, save_checkpoint
 from epd_ray.config import RunConfig
 from epd_ray.distill_gradient import Descent
 from epd_ray.evaluate import Comparison, Draw, Row, compare, headline, rivals, save_comparison, save_pictures
+from epd_ray.monitor import memory_metrics
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rollout import BackboneFacts
+from epd_ray.rollout_files import drop_rollouts, rollout_table, write_rollouts
 from epd_ray.sampling import Sampler, learned
 from epd_ray.shard import Fit, as_table
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.stage_one import StageOne, fit_table
 from epd_ray.statistics import bootstrap_mean
-from epd_ray.store import MetricsLog, RunDirectory, rollout_table, write_rollouts
+from epd_ray.store import MetricsLog, RunDirectory, package_versions
+from epd_ray.trackers import Sink
 from epd_ray.types import FloatArray, ImageArray
 
 log = logging.getLogger(__name__)
 TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cut"
+RATE_ITERATIONS = 10  # that images per second are averaged over: what a validation delays comes out at once afterwards
 STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
 
 
@@ -139,9 +145,18 @@ class Trainer:
     """The stages of a run on a built algorithm, and what they leave in the run directory."""
 
     def __init__(
-        self, config: RunConfig, run: RunDirectory, prompts: PromptSplits, algo: RDPO, observer: Observer
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        prompts: PromptSplits,
+        algo: RDPO,
+        observer: Observer,
+        sinks: Sequence[Sink] = (),
+        after_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.run, self.prompts, self.algo, self.observer = config, run, prompts, algo, observer
+        self.sinks, self.after_checkpoint = sinks, after_checkpoint
+        self._about = {"seed": config.seed, "versions": package_versions()}
         self.best = Best()
 
     # -- stage 1 ------------------------------------------------------------------------------------------------------
@@ -167,8 +182,8 @@ class Trainer:
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
         self.run.metrics.unlink(missing_ok=True)
         with MetricsLog(self.run) as metrics:
-            metrics.write({"iteration": 0, "images": 0, **self._validate(table, 0)})
-        self._mark()
+            self._write(metrics, {"iteration": 0, "images": 0, **self._validate(table, 0)})
+        self._mark(better=True)
         self._checkpoint()
 
     def _solver(self, table: SolverTable, **meta: Any) -> Solver:
@@ -184,6 +199,7 @@ class Trainer:
         self.observer.stage("fine-tuning", iterations)
         self.observer.advance(done)
         self.algo.last_iteration = iterations
+        self._ends = deque([time.perf_counter()], RATE_ITERATIONS + 1)
         with MetricsLog(self.run, keep_until=done) as metrics:
             try:
                 while self.algo.policy_version < iterations:
@@ -194,38 +210,46 @@ class Trainer:
         self._checkpoint()
 
     def _iterate(self, metrics: MetricsLog) -> None:
-        start = time.perf_counter()
         self.algo.train()
+        self._ends.append(time.perf_counter())
         last = self.algo.last
         images = len(last.rows)
-        row = {"iteration": last.number, "images": images, **last.metrics}
+        rate = images * (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
+        row = {"iteration": last.number, "images": images, "images_per_second": rate, **last.metrics}
         write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)
-        metrics.write(row)
-        self._mark()
+        self._write(metrics, row)
+        self._mark(better=bool(row.get("validation/best")))
         if last.number % self.config.checkpoint.every == 0:
             self._checkpoint()
-        shown = {"reward": row["reward/mean"], "images/s": images / (time.perf_counter() - start)}
+        shown = {"reward": row["reward/mean"], "images/s": rate}
         if "validation/reward" in row:
             shown["held-out"] = row["validation/reward"]
         self.observer.advance(1, **shown)
 
-    def _mark(self) -> None:
-        """Remember the state after a whole iteration: a signal may come in the middle of one."""
-        self._whole = self.algo.policy_version, {"algorithm": self.algo.export_state(), "best": dict(vars(self.best))}
+    def _write(self, metrics: MetricsLog, row: dict[str, float]) -> None:
+        metrics.write(row)
+        for sink in self.sinks:
+            sink.write(row)
+
+    def _mark(self, better: bool = False) -> None:
+        """Remember the state after a whole iteration, since a signal may come in the middle of one; keep the best."""
+        state = {"algorithm": self.algo.export_state(), "best": dict(vars(self.best)), **self._about}
+        self._whole = self.algo.policy_version, state
+        if better:
+            save_best(self.run.checkpoints, *self._whole)
 
     def _checkpoint(self) -> None:
         save_checkpoint(self.run.checkpoints, *self._whole, self.config.checkpoint.keep)
+        self.after_checkpoint()
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Go on where a checkpoint was made; what was written after it is written again, the same."""
         self.algo.import_state(checkpoint["algorithm"])
         self.best = Best(**checkpoint["best"])
         self._save_best()
-        for path in self.run.rollouts.glob("iteration-*.parquet"):
-            if int(path.stem.rpartition("-")[2]) > self.algo.policy_version:
-                path.unlink()
+        drop_rollouts(self.run.rollouts, after=self.algo.policy_version)
         self._mark()
 
     def _validate(self, table: SolverTable, iteration: int) -> dict[str, float]:
@@ -239,7 +263,14 @@ class Trainer:
             "validation/low": interval.low,
             "validation/high": interval.high,
             "validation/best": float(better),
+            **self._memory(),
         }
+
+    def _memory(self) -> dict[str, float]:
+        try:
+            return memory_metrics(self.algo.memory())
+        except (IndexError, ray.exceptions.RayError):  # an actor is on its way back: no reason to end a run
+            return {}
 
     def _save_best(self, **rewards: Any) -> None:
         stage = "rdpo" if self.best.iteration else "distilled"

@@ -63,11 +63,19 @@ class Rollout:
         rollout_id: the request's.
         action: [N, A] float32: segments (K+1), weights (K), then the trained scales (K each).
         log_prob: of the action under the job's parameters, summed over intervals.
+        positions: [N, K] float32 of the table that the picture was made with, in [0, 1].
+        weights: [N, K] float32, each row adds up to 1.
+        scale_dir: [N, K] float32, where direction scales are trained.
+        scale_time: [N, K] float32, where time scales are trained.
     """
 
     rollout_id: str
     action: FloatArray
     log_prob: float
+    positions: FloatArray
+    weights: FloatArray
+    scale_dir: FloatArray | None
+    scale_time: FloatArray | None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_a_head_that_dies_once_while_loading_is_loaded_again(small_ray: None, tm
 def test_a_head_that_dies_over_every_score_ends_the_run(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(pipeline, "MAX_LOSSES", 2)
     algo = build("rewards={frail: {head: 'tests.test_actors:Dying', options: {when: score}}}")
-    with pytest.raises(ModelError, match=r"failed 2 times, last with the scores of reward head 'frail'.*out of memory"):
+    with pytest.raises(ModelError, match=r"failed 2 times, last with reward head 'frail' lost.*out of memory"):
         algo.train()
 
 
@@ -79,11 +79,11 @@ def test_a_head_killed_once_changes_nothing(build) -> None:  # type: ignore[no-u
     calm, hit = build(), build("rewards.sim.options={latency: 0.05}")
     calm.train(), calm.train()
     hit.train()
-    (actor,) = hit._rewards._actors["sim"]
+    (actor,) = hit._rewards.pools["sim"].actors
     os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     hit.train()
     assert hit.checksum() == calm.checksum()
-    assert hit._rewards._actors["sim"] == [actor]  # restarted, and loaded again
+    assert hit._rewards.pools["sim"].actors == [actor]  # restarted, and loaded again
 
 
 @pytest.mark.timeout(120)

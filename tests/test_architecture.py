@@ -12,20 +12,25 @@ ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
 PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
 RAY_ROOMS = (
-    *("cluster", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run", "sample", "fetch"),
-    *("serve", "monitor", "bench", "doctor", "cli"),
+    *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
+    *("sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve", "monitor", "trackers"),
+    *("bench", "doctor", "cli"),
 )  # and jobs/
 
 # A module imports from its own layer or from those above it in this list. What is not listed is a front end.
 LAYERS = (
     ("errors", "types"),
     ("registry", "devices", "memory", "hub", "schedules", "statistics", "assets", "presets", "prompt_files", "store"),
+    ("rollout_files", "checkpoint", "lock", "mirror", "storage"),
+    ("score.inputs",),
     ("solvers", "shapes", "environments"),
     PURE,
     ("backbones", "rewards", "sampling", "scheduler", "parallel", "tables"),
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
+    ("score.rows", "score.output"),
     ("rollout", "random_models"),
-    ("cluster", "encoder", "actors", "rdpo"),
+    ("cluster", "join", "encoder", "pool", "actors", "rdpo"),
+    ("score.stage",),
 )
 
 

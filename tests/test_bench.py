@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from epd_ray import bench, bench_batching
+from epd_ray.bench import batching, cases
 from epd_ray.errors import ConfigError
 from epd_ray.random_models import ARCHITECTURES, random_backbone
 from tests.conftest import SIMULATED
@@ -11,10 +11,10 @@ from tests.conftest import SIMULATED
 TINY = [o for o in SIMULATED if "intervals" not in o]
 
 
-@pytest.mark.parametrize("name", list(bench.DISTILLATIONS))
+@pytest.mark.parametrize("name", list(cases.DISTILLATIONS))
 def test_distill_measures_each_way(name):
     overrides = [*TINY, "prompts.num_train=8", "prompts.validation=9", "prompts.test=8", "solver.intervals=2"]
-    record = bench._distilled(
+    record = cases._distilled(
         name, [*overrides, "distill.enabled=true", "distill.prompts=4", "distill.teacher_steps=2"]
     )
     assert list(record) == ["residual_0", "residual_1", "final_rms", "reward", "seconds", "peak_mib"]
@@ -33,12 +33,12 @@ def test_distill_names_every_figure(monkeypatch):
 
         map = staticmethod(map)
 
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(bench, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
-    record = bench.distill(intervals=(2, 12))
-    assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in bench.DISTILLATIONS]
+    monkeypatch.setattr(cases, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(cases, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
+    record = cases.distill(intervals=(2, 12))
+    assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in cases.DISTILLATIONS]
     assert record["12/gradient/overrides"] == "solver.intervals=12"
-    assert bench.CASES["distill"] is bench.distill
+    assert cases.CASES["distill"] is cases.distill
 
 
 def test_batching_compares_the_same_work(monkeypatch):
@@ -50,15 +50,15 @@ def test_batching_compares_the_same_work(monkeypatch):
         return x
 
     x = torch.zeros(3, 4)
-    bench_batching._interval(drift, x, 1.0, 0.5, batched=True)
-    bench_batching._interval(drift, x, 1.0, 0.5, batched=False)
-    bench_batching._two_steps(drift, x, 1.0, 0.5)
+    batching._interval(drift, x, 1.0, 0.5, batched=True)
+    batching._interval(drift, x, 1.0, 0.5, batched=False)
+    batching._two_steps(drift, x, 1.0, 0.5)
     assert rows == [3, 6, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_random_models_of_every_architecture_run(name):
-    record = bench_batching._measure(name, "small", 64, 2, 3)
+    record = batching._measure(name, "small", 64, 2, 3)
     assert all(value > 0 for value in record.values())
     assert record["vs_ddim"] == pytest.approx(record["batched_s"] / record["ddim_s"], rel=0.05)
 

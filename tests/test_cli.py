@@ -128,7 +128,7 @@ def test_other_errors_keep_their_traceback(train):
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_interrupt_says_how_to_continue(tmp_path, train, begun):
-    def interrupted(config, out, observer):
+    def interrupted(config, out, observer, again):
         if begun:
             out.mkdir()
             (out / "config.yaml").touch()

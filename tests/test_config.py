@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.config import RunConfig, load_config, to_yaml
+from epd_ray.config import RunConfig, first_difference, load_config, to_yaml
 from epd_ray.errors import ConfigError
 from epd_ray.sections import BackboneConfig
 
@@ -36,7 +36,7 @@ def test_every_key_is_described():
     sections = [
         field.annotation for field in RunConfig.model_fields.values() if hasattr(field.annotation, "model_fields")
     ]
-    assert len(sections) == 8
+    assert len(sections) == 10
     for section in sections:
         assert [name for name, field in section.model_fields.items() if not field.description] == []
 
@@ -214,3 +214,27 @@ def test_the_references_clamps_are_for_its_heads():
 def test_other_backbones_get_their_options():
     assert BackboneConfig(family="simulated", options={"latency": 0.1}).arguments == {"latency": 0.1}
     assert BackboneConfig(family="gaussian", model="mine").arguments == {"model": "mine"}
+
+
+def test_a_newer_format_is_all_that_is_said_of_a_newer_file(tmp_path):
+    path = written(tmp_path, "format: 2\nquantum: {bits: 3}\nrdpo: {lr: fast}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, ["seed=-1"])
+    said = f"{path} was written by a newer epd_ray (format 2, this one reads up to 1): update epd_ray"
+    assert raised.value.problems == (said,)
+    assert to_yaml(load_config(None)).startswith("format: 1\n")
+    assert problems("format=2") == ["format: is 2, at most 1 is possible"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["rdpo.lr=3e-3", "seed=1"], "seed was 0, now 1"),
+        (["rewards.clip.weight=2"], "rewards.clip.weight was 1.0, now 2.0"),
+        (["rewards={mine: {head: 'a.b:Head'}}"], "rewards.clip.head was 'clip', now None"),
+        (["evaluation.baselines=[]"], "evaluation.baselines was ['euler', 'heun', 'dpm2', 'ipndm'], now []"),
+    ],
+)
+def test_the_first_key_that_differs(overrides, said):
+    assert first_difference(load_config(None), load_config(None, overrides)) == said

@@ -114,7 +114,7 @@ def test_killed_actors_change_nothing(build):
     pids = algo.env_runner_group.foreach_env_runner(lambda r: os.getpid(), local_env_runner=False)
     os.kill(pids[0], signal.SIGKILL)
     run(algo, 1)
-    ray.kill(algo._rewards._actors["sim"][0], no_restart=True)
+    ray.kill(algo._rewards.pools["sim"].actors[0], no_restart=True)
     run(algo, 1)
     learner = algo.learner_group._worker_manager.actors()[0]
     ray.kill(learner)

@@ -1,5 +1,6 @@
 """Whole runs on the simulated backbone: what they leave, how they stop, how they go on."""
 
+import io
 import json
 import os
 import shutil
@@ -9,21 +10,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from epd_ray import run as run_module
 from epd_ray import session, trainer
-from epd_ray.checkpoint import load_newest
+from epd_ray.checkpoint import load_newest, save_best, save_checkpoint
 from epd_ray.config import load_config
-from epd_ray.errors import ConfigError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
+from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.report import write_report
+from epd_ray.rollout_files import TIMINGS
 from epd_ray.run import describe, evaluate, given_solver, resume, train
 from epd_ray.sample import SampleOptions, sample
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.store import read_metrics
+from epd_ray.storage import place_of
+from epd_ray.store import package_versions, read_metrics
 from tests.fakes import Quiet
 
 TINY = [
@@ -62,7 +68,8 @@ def test_run_leaves_everything(finished):
     assert len(list((out / "rollouts").glob("*.parquet"))) == 6
     rows = pq.read_table(out / "rollouts").to_pylist()
     assert len({r["rollout_id"] for r in rows}) == 6 * 32
-    assert len(list((out / "checkpoints").glob("*.pt"))) == 3
+    kept = [f"iteration-00000{i}.pt" for i in (2, 4, 6)]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["best.pt", *kept]
     meta = Solver.from_pretrained(out / "solver").meta
     assert meta["backbone"] == "simulated" and meta["guidance_scale"] == 7.0
     summary = json.loads((out / "evaluation.json").read_text())
@@ -79,9 +86,10 @@ def test_interrupted_run_resumes_to_the_same_end(finished, tmp_path):
     write_report(again)  # a stopped run can be looked at
     resume(again, Quiet())
     assert table(again / "solver") == table(out / "solver")
-    for i in range(1, 7):
-        name = f"rollouts/iteration-{i:06d}.parquet"
-        assert pq.read_table(again / name) == pq.read_table(out / name)
+    assert [path.name for path in sorted((again / "rollouts").iterdir())] == [
+        f"iteration-{i:06d}.parquet" for i in range(1, 7)
+    ]
+    assert rollouts(again) == rollouts(out)
     assert [m["iteration"] for m in read_metrics(again / "metrics.jsonl")] == list(range(7))
 
 
@@ -102,8 +110,13 @@ def test_interrupt_inside_an_iteration_loses_nothing(finished, tmp_path, monkeyp
         train(load_config(None, TINY), tmp_path / "again", Quiet())
     resume(tmp_path / "again", Quiet())
     assert table(tmp_path / "again" / "solver") == table(out / "solver")
-    assert pq.read_table(tmp_path / "again" / "rollouts") == pq.read_table(out / "rollouts")
+    assert rollouts(tmp_path / "again") == rollouts(out)
     assert read_validation(tmp_path / "again") == read_validation(out)
+
+
+def rollouts(run: Path) -> pa.Table:
+    """All rollouts, without what differs from one time to the next."""
+    return pq.read_table(run / "rollouts").drop_columns(TIMINGS)
 
 
 def read_validation(run: Path) -> list[float | None]:
@@ -117,18 +130,240 @@ def test_model_that_cannot_be_opened_leaves_nothing(small_ray, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_checkpoint_falls_back(finished, tmp_path, caplog):
+def test_rollouts_say_what_was_drawn_and_how_long_it_took(finished):
     out, _ = finished
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    for path in (out / "checkpoints").glob("*.pt"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    newest = max(folder.glob("*.pt"))
-    newest.write_bytes(newest.read_bytes()[:1000])
-    state = load_newest(folder)
-    assert state is not None and state["algorithm"]["rdpo"]["iteration"] == 4
-    assert "damaged" in caplog.text
-    assert load_newest(tmp_path / "nothing") is None
+    for row in pq.read_table(out / "rollouts").to_pylist()[::20]:
+        segments, weights = np.array(row["action"]).reshape(3, 5)[:, :3], np.array(row["action"]).reshape(3, 5)[:, 3:]
+        np.testing.assert_allclose(np.reshape(row["positions"], (3, 2)), segments.cumsum(1)[:, :2], atol=1e-5)
+        np.testing.assert_allclose(np.reshape(row["weights"], (3, 2)), weights, atol=1e-5)
+        assert row["scale_dir"] is row["scale_time"] is row["image"] is None
+        assert row["generate_seconds"] > 0 and row["score_seconds"] > 0
+
+
+def test_pictures_and_scales_on_request(small_ray, tmp_path):
+    more = ["store.images=true", "rdpo.iterations=1", "rdpo.scale_dir=true", "rdpo.scale_time=true"]
+    train(load_config(None, [*TINY, *more]), tmp_path / "run", Quiet())
+    rows = pq.read_table(tmp_path / "run" / "rollouts").to_pylist()
+    assert {Image.open(io.BytesIO(row["image"])).size for row in rows} == {(8, 8)}
+    for row in rows:
+        scales = np.array(row["action"]).reshape(3, 9)[:, 5:]  # [N, A]: segments 3, weights 2, two scales of 2
+        np.testing.assert_allclose(np.reshape(row["scale_dir"], (3, 2)), scales[:, :2], rtol=1e-6)
+        times = np.reshape(row["scale_time"], (3, 2))
+        assert (times <= scales[:, 2:] * (1 + 1e-6)).all()  # lowered where a flow model has never been
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def into_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "a bit flipped": flip_a_bit,
+    "empty": lambda path: path.write_bytes(b""),
+    "another file": lambda path: path.write_text("hello"),
+    "a directory": into_a_directory,
+}
+
+
+@pytest.fixture
+def checkpoints(finished, tmp_path):
+    return Path(shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_falls_back(checkpoints, caplog, damage):
+    DAMAGE[damage](checkpoints / "iteration-000006.pt")
+    state = load_newest(checkpoints)
+    assert state is not None and state["algorithm"]["rdpo"]["iteration"] == state["iteration"] == 4
+    assert [r.message.partition(" (")[0] for r in caplog.records] == ["checkpoint iteration-000006.pt is damaged"]
+    assert load_newest(checkpoints / "nothing") is None
+
+
+def test_every_flipped_bit_is_seen(checkpoints):
+    path = checkpoints / "iteration-000006.pt"
+    data, good = path.read_bytes(), pickle_free(load_newest(checkpoints))
+    for place in range(0, len(data), max(1, len(data) // 150)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        state = load_newest(checkpoints)
+        assert state["iteration"] == 4 or pickle_free(state) == good, (
+            place
+        )  # bytes between the records count for nothing
+
+
+def pickle_free(state) -> str:
+    return json.dumps(state, default=lambda array: array.tolist(), sort_keys=True)
+
+
+def test_the_best_checkpoint_stays_and_is_the_last_resort(finished, checkpoints, caplog):
+    out, _ = finished
+    best = [m["iteration"] for m in read_metrics(out / "metrics.jsonl") if m.get("validation/best")][-1]
+    for path in checkpoints.glob("iteration-*.pt"):
+        path.write_bytes(b"")
+    state = load_newest(checkpoints)
+    assert state["iteration"] == state["best"]["iteration"] == best and len(caplog.records) == 3
+    (checkpoints / "best.pt").write_bytes(b"")
+    with pytest.raises(RunDirectoryError, match=r"all 4 checkpoints in .* are damaged: put one back .* or delete"):
+        load_newest(checkpoints)
+
+
+def test_keep_counts_the_newest_and_not_the_best(tmp_path):
+    save_best(tmp_path, 1, {"x": 1})
+    for iteration in range(1, 6):
+        save_checkpoint(tmp_path, iteration, {"x": np.float32(iteration)}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "iteration-000004.pt", "iteration-000005.pt"]
+
+
+def test_a_checkpoint_of_a_newer_format_is_no_damage(checkpoints):
+    save_checkpoint(checkpoints, 7, {"format": 2}, keep=9)
+    with pytest.raises(RunDirectoryError, match=r"newer epd_ray \(checkpoint format 2, .* up to 1\): update epd_ray"):
+        load_newest(checkpoints)
+
+
+def test_resume_with_other_versions_says_so(finished, tmp_path, caplog, monkeypatch):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    monkeypatch.setattr(run_module, "package_versions", lambda: {**package_versions(), "torch": "9.9"})
+    resume(out, Quiet())
+    (said,) = [r.message for r in caplog.records]
+    assert said.startswith(f"{out} was made with other versions (torch {torch.__version__} before, 9.9 now): ")
+
+
+@pytest.mark.slow
+def test_a_crash_before_the_checkpoint_leaves_every_rollout_once(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    original = trainer.save_checkpoint
+
+    def crash(folder, iteration, *rest):
+        if iteration == 4:
+            raise ZeroDivisionError
+        return original(folder, iteration, *rest)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", crash)
+    again = tmp_path / "again"
+    with pytest.raises(ZeroDivisionError):
+        train(load_config(None, TINY), again, Quiet())
+    assert len(list((again / "rollouts").iterdir())) == 4 and load_newest(again / "checkpoints")["iteration"] == 2
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        resume(again, Quiet(interrupt_after=1))  # restored to 2, stopped after 3
+    ids = pq.read_table(again / "rollouts", columns=["rollout_id"]).column(0).to_pylist()
+    assert len(ids) == len(set(ids)) == 3 * 32
+    resume(again, Quiet())
+    assert rollouts(again) == rollouts(out) and table(again / "solver") == table(out / "solver")
+
+
+def test_a_second_run_on_the_same_directory_is_refused(finished, tmp_path):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    with place_of(out).claimed():
+        before = sorted(out.iterdir())
+        for start in (resume, lambda path, observer: train(load_config(None, TINY), path, observer, again=True)):
+            with pytest.raises(
+                RunDirectoryError, match=rf"run is in use by process {os.getpid()} on .* since 20"
+            ) as said:
+                start(out, Quiet())
+            assert "\n" not in str(said.value)
+        assert sorted(out.iterdir()) == before
+        assert evaluate(out, 2, None, "test", Quiet())  # it writes nothing that the run does
+    resume(out, Quiet())
+
+
+@pytest.mark.slow
+def test_retry_begins_continues_and_ends(finished, tmp_path):
+    out, lines = finished
+    config, again = load_config(None, TINY), tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, again, Quiet(interrupt_after=3), again=True)
+    assert train(config, again, Quiet(), again=True) == lines
+    assert rollouts(again) == rollouts(out)
+    before = {path: path.stat().st_mtime_ns for path in again.rglob("*") if path.is_file() and path.name != ".lock"}
+    quiet = Quiet()
+    assert train(config, again, quiet, again=True) == lines and quiet.stages == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(RunDirectoryError, match=r"again holds another run: rdpo.lr was 0.002, now 0.003 \(name a new"):
+        train(load_config(None, [*TINY, "rdpo.lr=3e-3"]), again, Quiet(), again=True)
+
+
+def test_a_run_of_a_newer_version_is_refused_first(finished, tmp_path):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("format: 1", "format: 2") + "quantum: {bits: 3}\n")
+    with pytest.raises(
+        ConfigError, match=r"config.yaml was written by a newer epd_ray \(format 2, .* up to 1\)"
+    ) as said:
+        resume(out, Quiet())
+    assert len(said.value.problems) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MiB, where this may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no mount here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", [0, 30])
+def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_after(finished, small_disk, pages):
+    out, _ = finished
+    run, filler = small_disk / "run", small_disk / "filler"
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(None, TINY), run, Quiet(interrupt_after=2))
+    room = os.statvfs(small_disk)
+    filler.write_bytes(bytes((room.f_bavail - pages) * room.f_frsize))
+    with pytest.raises(
+        EpdRayError, match=r"cannot write .*: No space left on device \(make room and try again\)$"
+    ) as said:
+        resume(run, Quiet())
+    assert str(run) in str(said.value) and "\n" not in str(said.value)
+    assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+    for path in run.glob("rollouts/*"):
+        pq.read_table(path)
+    assert load_newest(run / "checkpoints")["iteration"] >= 2
+    filler.unlink()
+    resume(run, Quiet())
+    assert rollouts(run) == rollouts(out) and table(run / "solver") == table(out / "solver")
+    assert [m["iteration"] for m in read_metrics(run / "metrics.jsonl")] == list(range(7))
+
+
+@pytest.mark.parametrize("what", ["rollouts", "checkpoint", "best", "metrics", "text"])
+def test_files_that_outgrow_the_disk_are_refused_whole(tmp_path, what):
+    """As on a full disk, by a limit on the size of files."""
+    script = {
+        "rollouts": "write_rollouts(folder, 3, rollout_table([row(i) for i in range(200)]))",
+        "checkpoint": "save_checkpoint(folder, 1, {'x': np.zeros(2000)}, keep=1)",
+        "best": "save_best(folder, 1, {'x': np.zeros(2000)})",
+        "metrics": "MetricsLog(RunDirectory(folder)).write({'iteration': 1} | {f'a{i}': i for i in range(1000)})",
+        "text": "write_text(folder / 'a.txt', 'a' * 9999)",
+    }[what]
+    code = (
+        "import resource, signal, sys; from pathlib import Path; import numpy as np\n"
+        "from epd_ray.checkpoint import save_best, save_checkpoint; from epd_ray.errors import RunDirectoryError\n"
+        "from epd_ray.rollout_files import rollout_table, write_rollouts; from tests.test_store import row\n"
+        "from epd_ray.store import MetricsLog, RunDirectory, write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); folder = Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
+        f"try:\n    {script}\nexcept RunDirectoryError as error:\n    sys.exit(str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(f"cannot write {tmp_path}") and "File too large (make room" in done.stderr
+    left = [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size and "events" not in path.name
+    ]
+    assert left == []
 
 
 def test_evaluate_on_other_prompts(finished, tmp_path):
@@ -225,7 +460,18 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"epd-ray train --resume {out}" in errors and "Traceback" not in errors
-    assert load_newest(out / "checkpoints")["algorithm"]["rdpo"]["iteration"] >= 1
+    done = load_newest(out / "checkpoints")["iteration"]
+    assert len(list(out.glob("rollouts/*.parquet"))) >= done >= 1
+
+    # Both what was stopped and a run that never was go on to the same end.
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("iterations: 500", f"iterations: {done + 4}"))
+    subprocess.run([*command[:4], "--resume", str(out)], check=True, env={**os.environ, "PYTHONPATH": "."})
+    undisturbed = [*command[:5], str(tmp_path / "whole"), *overrides, f"rdpo.iterations={done + 4}"]
+    subprocess.run(undisturbed, check=True, env={**os.environ, "PYTHONPATH": "."})
+    assert rollouts(out) == rollouts(tmp_path / "whole") and table(out / "solver") == table(
+        tmp_path / "whole" / "solver"
+    )
 
 
 def test_prompts_that_the_model_cuts_are_counted_once(caplog):

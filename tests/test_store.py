@@ -1,20 +1,28 @@
 import errno
+import io
 import json
 import logging
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+import ray
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from epd_ray import store
+from epd_ray import rollout_files
 from epd_ray.errors import PromptError, RewardError, RunDirectoryError
 from epd_ray.prompt_files import read_prompts
-from epd_ray.store import MetricsLog, RunDirectory, read_metrics, rollout_table, write_rollouts
+from epd_ray.rollout_files import drop_rollouts, rollout_table, write_rollouts
+from epd_ray.store import MetricsLog, RunDirectory, read_metrics, whole, write_text
 
 
 def row(index: int, **changes: Any) -> dict[str, Any]:
@@ -27,10 +35,17 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "action_seed": index,
         "policy_version": 2,
         "action": np.arange(10, dtype=np.float32).reshape(2, 5) + index,
+        "positions": np.array([[0.25, 0.75], [0.5, 1.0]], np.float32),
+        "weights": np.array([[0.5, 0.5], [0.25, 0.75]], np.float32),
+        "scale_dir": None,
+        "scale_time": np.full((2, 2), 1.5, np.float32),
         "log_prob": -1.5,
         "rewards": {"clip": 0.25 + index, "aesthetic": 5.0},
         "reward": 0.25 + index,
         "advantage": -0.5,
+        "generate_seconds": 0.5,
+        "score_seconds": 0.25,
+        "image": None,
     } | changes
 
 
@@ -106,7 +121,7 @@ def test_failed_creation_leaves_nothing(
     path = tmp_path / "run" if there else tmp_path / "new" / "run"
     if there:
         path.mkdir()
-    with pytest.raises(RunDirectoryError, match=f"cannot create run directory .*{os.strerror(code)}"):
+    with pytest.raises(RunDirectoryError, match=rf"cannot write .*config\.yaml: {os.strerror(code)}"):
         RunDirectory.create(path, "seed: 1\n")
     assert list(tmp_path.rglob("*")) == ([path] if there else [])
 
@@ -127,14 +142,73 @@ def test_rollouts_come_back(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["iteration-000003.parquet"]
     back = pq.read_table(path)
     assert back.equals(table)
-    assert back.schema.metadata == {b"schema_version": b"1"}
+    assert back.schema.metadata == {b"schema_version": b"2"}
     assert all(field.metadata[b"description"] for field in back.schema)
     assert back.column("noise_seed").to_pylist() == [2**62, 2**62 + 1]
     assert back.column("action")[1].as_py() == list(range(1, 11))
+    assert back.column("weights")[0].as_py() == [0.5, 0.5, 0.25, 0.75]
+    assert back.column("scale_dir")[0].as_py() is None and back.column("scale_time")[0].as_py() == [1.5] * 4
+    assert back.column("image").null_count == 2
     assert back.flatten().column("rewards.clip").to_pylist() == [0.25, 1.25]
     frame = back.to_pandas()
     assert frame.rewards[0] == {"clip": 0.25, "aesthetic": 5.0}
     assert frame.groupby("group_id").reward.mean().item() == 0.75
+
+
+def test_pictures_come_back_as_png(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(256, size=(3, 8, 16), dtype=np.uint8)
+    path = write_rollouts(tmp_path, 3, rollout_table([row(0, image=picture), row(1)]))
+    png, absent = pq.read_table(path).column("image").to_pylist()
+    assert absent is None
+    assert np.array_equal(np.array(Image.open(io.BytesIO(png))), picture.transpose(1, 2, 0))
+
+
+@pytest.mark.slow
+def test_pandas_duckdb_and_ray_data_read_the_rollouts(small_ray: None, tmp_path: Path) -> None:
+    picture = np.zeros((3, 8, 8), np.uint8)
+    for iteration in (1, 2, 3):
+        rows = [row(4 * iteration + i, iteration=iteration, image=None if i else picture) for i in range(4)]
+        write_rollouts(tmp_path, iteration, rollout_table(rows))
+    frame = pd.read_parquet(tmp_path).sort_values("noise_seed")
+    select = f"select *, rewards.clip as clip from '{tmp_path}/*.parquet' order by noise_seed"
+    found = duckdb.sql(select).to_arrow_table().to_pylist()
+    data = sorted(ray.data.read_parquet(str(tmp_path)).take_all(), key=lambda taken: taken["noise_seed"])
+    assert len(frame) == len(found) == len(data) == 12
+    for a, b, c in zip(frame.to_dict("records"), found, data, strict=True):
+        assert a["rewards"] == b["rewards"] == c["rewards"] == {"clip": b["clip"], "aesthetic": 5.0}
+        for field in rollout_files.ROLLOUT_SCHEMA:
+            first, *others = (cells[field.name] for cells in (a, b, c))
+            if field.type == rollout_files.NUMBERS and first is not None:
+                assert all(np.array_equal(first, np.asarray(other, np.float32)) for other in others), field.name
+            else:
+                assert all(first == other for other in others), field.name
+    best = duckdb.sql(f"select group_id, max(rewards.clip) from '{tmp_path}/*.parquet' group by all order by 2 desc")
+    assert best.fetchall()[0] == ("g7", 15.25)
+
+
+def test_later_iterations_are_dropped(tmp_path: Path) -> None:
+    for iteration in (1, 2, 11):
+        write_rollouts(tmp_path, iteration, rollout_table([row(iteration, iteration=iteration)]))
+    drop_rollouts(tmp_path, after=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"iteration-00000{i}.parquet" for i in (1, 2)]
+    drop_rollouts(tmp_path / "absent", after=0)
+
+
+def test_a_failure_while_writing_leaves_the_earlier_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "first")
+    with pytest.raises(ZeroDivisionError), whole(path) as partial:
+        partial.write_text("sec")
+        raise ZeroDivisionError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_creation_left_is_written_again(tmp_path: Path) -> None:
+    for name in ("versions.json", "prompts.json", ".lock", ".config.yaml.tmp"):
+        (tmp_path / name).write_text("old")
+    run = RunDirectory.create(tmp_path, "seed: 1\n", "{}")
+    assert (run.config.read_text(), run.prompts.read_text()) == ("seed: 1\n", "{}")
+    assert run.versions.read_text() != "old"
 
 
 def test_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +218,7 @@ def test_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytes
         where.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.pq, "write_table", full_disk)
+    monkeypatch.setattr(rollout_files.pq, "write_table", full_disk)
     with pytest.raises(RunDirectoryError, match=r"cannot write .*No space left"):
         write_rollouts(tmp_path, 3, rollout_table([row(0), row(1)]))
     assert list(tmp_path.iterdir()) == [path]
@@ -175,6 +249,7 @@ def test_a_wrong_reward_is_an_error(changes: dict[str, Any], head: str, said: st
         ([{name: value for name, value in row(0).items() if name != "prompt"}], "prompt"),
         ([row(0, advantage=float("nan"))], "advantage is nan"),
         ([row(0, action=np.array([[0.5, np.nan]]))], "action is"),
+        ([row(0, weights=np.array([[0.5, np.inf]]))], "weights is"),
     ],
 )
 def test_wrong_rows_are_named(rows: list[dict[str, Any]], said: str) -> None:
@@ -187,17 +262,21 @@ def test_rows_of_another_iteration_are_refused(tmp_path: Path) -> None:
         write_rollouts(tmp_path, 4, rollout_table([row(0)]))
 
 
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard would show, read back from the event files in order."""
+def events(folder: Path) -> list[Event]:
+    """The event files' records, in order."""
     found = []
     for file in sorted(folder.iterdir()):
         data, offset = file.read_bytes(), 0
         while offset < len(data):  # length (8), its checksum (4), event, checksum (4)
             length = int.from_bytes(data[offset : offset + 8], "little")
-            event = Event.FromString(data[offset + 12 : offset + 12 + length])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            found.append(Event.FromString(data[offset + 12 : offset + 12 + length]))
             offset += length + 16
     return found
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """What TensorBoard would show."""
+    return [(value.tag, event.step, value.simple_value) for event in events(folder) for value in event.summary.value]
 
 
 def test_metrics_reach_both_places(tmp_path: Path) -> None:
@@ -220,6 +299,26 @@ def test_truncate_forgets_later_rows(tmp_path: Path) -> None:
     with MetricsLog(run, keep_until=1) as metrics:
         metrics.write({"iteration": 2, "reward/mean": 9.0})
     assert [found["reward/mean"] for found in read_metrics(run.metrics)] == [1.0, 9.0]
+    restarts = [event.step for event in events(run.tensorboard) if event.session_log.status == SessionLog.START]
+    assert restarts == [2]
+
+
+def test_metrics_on_a_full_disk_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    with MetricsLog(run) as metrics:
+        metrics.write({"iteration": 1})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # the disk takes a part of the second row
+        try:
+            with pytest.raises(RunDirectoryError, match=r"cannot write .*metrics\.jsonl: File too large \(make room"):
+                metrics.write({"iteration": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        assert run.metrics.read_text() == '{"iteration": 1}\n'
+        metrics.write({"iteration": 2})
+    assert read_metrics(run.metrics) == [{"iteration": 1}, {"iteration": 2}]
 
 
 def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,11 @@
 """The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
 
 import os
+import sys
 
 import typer
 
-from epd_ray.cli import rewards, runs, tables
+from epd_ray.cli import rewards, runs, score, sweep, tables
 
 app = typer.Typer(
     help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
@@ -15,12 +16,18 @@ app = typer.Typer(
 )
 for command in (runs.train, runs.distill, runs.sample, runs.evaluate, runs.report, runs.fetch, runs.doctor, runs.bench):
     app.command()(command)
+app.command()(score.score)
+app.command()(sweep.sweep)
 app.add_typer(tables.app, name="tables")
 app.add_typer(rewards.app, name="rewards")
 
 
-def main() -> None:
-    """The console script."""
+def main(*command: str) -> None:
+    """The console script; jobs/*.py are its commands, one each.
+
+    Args:
+        command: what stands before the arguments of this process, such as "train".
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
-    app()
+    app([*command, *sys.argv[1:]], prog_name="epd-ray")

@@ -15,17 +15,24 @@ if TYPE_CHECKING:
     from epd_ray.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
-DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `train` leaves it.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run directory, as `train` leaves it, or a URI: s3://bucket/run.")
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration.")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Configuration changes, such as rdpo.lr=1e-3.")
 ]
 
 
+def place(run: str) -> str | Path:
+    """Where a run lies; a URI stays as it is, since a Path would lose one of its slashes."""
+    return run if "://" in run else Path(run)
+
+
 @contextmanager
-def ending(run: Path | None = None) -> Iterator[None]:
+def ending(run: str | Path | None = None) -> Iterator[None]:
     """Turn the user's errors and Ctrl-C into clean lines and an exit code; `run` is what could be resumed."""
     try:
         yield
@@ -40,7 +47,7 @@ def ending(run: Path | None = None) -> Iterator[None]:
         typer.echo(f"error: {where}: {error.strerror} (make room, or choose another --out)", err=True)
         raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
-        begun = run is not None and (run / "config.yaml").is_file()
+        begun = isinstance(run, str) or (run is not None and (run / "config.yaml").is_file())
         hint = f"; continue with: epd-ray train --resume {shlex.quote(str(run))}" if begun else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from epd_ray.cli.common import ConfigOption, OverridesArgument, RunArgument, ending, observed, say
+from epd_ray.cli.common import ConfigOption, OverridesArgument, RunArgument, ending, observed, place, say
 from epd_ray.errors import ConfigError
 
 
@@ -14,17 +14,23 @@ def train(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New run directory.", show_default="runs/<time>-<name>")
+        str | None,
+        typer.Option(metavar="DIR", help="New run directory, or s3://bucket/run.", show_default="runs/<time>-<name>"),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Continue the run where --out holds it already: for schedulers.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Place the actors, measure one batch, and say what the run would take.")
     ] = False,
 ) -> None:
     """Fine-tune a solver, compare it with the baselines, and write a report."""
     with ending():
-        if resume and (config or out or overrides or dry_run):
+        if resume and (config or out or overrides or dry_run or retry):
             raise ConfigError(["--resume continues with the run's own configuration: leave out everything else"])
+        if retry and (out is None or dry_run):
+            raise ConfigError(["--retry continues the run in --out: give --out, and no --dry-run"])
         if resume is None:
             from epd_ray.config import load_config
 
@@ -36,17 +42,18 @@ def train(
                     lines = measure(settings, observer)
                 say(lines)
                 return
-            path = out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
+            path = place(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
         else:
-            path = resume
+            path = place(resume)
     with ending(path):
         from epd_ray import run
+        from epd_ray.storage import inside
 
         if resume is None:
             say(run.describe(settings))
         with observed() as observer:
-            headline = run.resume(path, observer) if resume else run.train(settings, path, observer)
-        say([*headline, f"report: {path / 'report.html'}", f"solver: {path / 'solver'}"])
+            headline = run.resume(path, observer) if resume else run.train(settings, path, observer, again=retry)
+        say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}"])
 
 
 def sample(
@@ -103,7 +110,7 @@ def evaluate(
         from epd_ray import run
 
         with observed() as observer:
-            headline = run.evaluate(path, count, prompts, split, observer)
+            headline = run.evaluate(place(path), count, prompts, split, observer)
         say(headline)
 
 
@@ -111,8 +118,11 @@ def report(path: RunArgument) -> None:
     """Write a run's report.html again."""
     with ending():
         from epd_ray.report import write_report
+        from epd_ray.storage import inside, place_of
 
-        typer.echo(f"report: {write_report(path)}")
+        with place_of(place(path)).visited() as folder:
+            written = write_report(folder).relative_to(folder)
+        typer.echo(f"report: {inside(place(path), written)}")
 
 
 def distill(
@@ -156,7 +166,8 @@ def doctor() -> None:
 
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Argument(metavar="CASE", help="overhead, overlap, reference, distill, batching.")
+        list[str] | None,
+        typer.Argument(metavar="CASE", help="overhead, overlap, scale, flat, faults, scoring, reference, ..."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.")] = None,
 ) -> None:
@@ -164,7 +175,7 @@ def bench(
     with ending():
         import json
 
-        from epd_ray.bench import CASES
+        from epd_ray.bench.cases import CASES
         from epd_ray.registry import did_you_mean
 
         unknown = [case for case in cases or [] if case not in CASES]

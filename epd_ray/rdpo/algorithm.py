@@ -4,7 +4,8 @@ import os
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,9 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID, Columns
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     EPISODE_RETURN_MEAN,
@@ -26,18 +26,17 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import RewardPool
+from epd_ray.actors import ATTEMPTS, RewardPool
 from epd_ray.cluster import require_room, start_ray
 from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, ModelError
 from epd_ray.memory import Memory
-from epd_ray.rdpo.batch import Row, join, propose, summarise
+from epd_ray.rdpo.batch import Row, join, learner_arguments, propose, summarise
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.dirichlet import TableDistribution, base_parameters, clamp_scale_time
-from epd_ray.rdpo.learner import ADVANTAGES
-from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline
+from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline, runner_pool
 from epd_ray.rdpo.policy import PolicyNetwork
-from epd_ray.rdpo.runner import Method, Task, rollout_task, task_id
+from epd_ray.rdpo.tasks import Method, Task, rollout_task, task_id
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler
 from epd_ray.shapes.scenes import distinct_scenes
@@ -55,7 +54,7 @@ class Iteration:
     Attributes:
         number: from 1.
         metrics: flat names (losses/policy_loss, reward/<head>, time/<phase>) to values.
-        rows: one dict per rollout, ready for store.rollout_table.
+        rows: one dict per rollout, ready for rollout_files.rollout_table.
     """
 
     number: int
@@ -83,7 +82,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         own = config if isinstance(config, RDPOConfig) else cls.get_default_config().update_from_dict(config)
         asked = placement(own)
         extra = [bundle for kind in ("encoder actor", "reward actors") for bundle in asked[kind] if bundle]
-        return PlacementGroupFactory(request.bundles + extra, strategy=request.strategy)
+        # RLlib sends rollout actor i to bundle i, after the trial's own: it must be there, though it asks for nothing.
+        head = [{"memory": 1.0}] if request.head_bundle_is_empty else []
+        return PlacementGroupFactory(head + request.bundles + extra, strategy=request.strategy)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -92,8 +93,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         if not ray.is_initialized():
             start_ray()
         if not ray.util.get_current_placement_group():  # under Tune the trial's group holds the room already
-            require_room(placement(own))
-        self._rewards: RewardPool | None = None
+            require_room(placement(own), own.placement_timeout_s)
+        self._closing = ExitStack()
         self._encoder: ActorHandle[EncoderActor] | None = None
         try:
             self._build(config)
@@ -108,14 +109,20 @@ class RDPO(Algorithm):  # type: ignore[misc]
         super().setup(config)
         self._prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
         self._rewards = RewardPool(own.reward_specs, tag)
-        self._pipeline = RolloutPipeline(self.env_runner_group, self._rewards)
+        self._closing.callback(self._rewards.stop)
+        self._pipeline = RolloutPipeline(
+            runner_pool(self.env_runner_group, own.max_env_runners),
+            self._rewards,
+            self.env_runner_group.local_env_runner,
+        )
+        self._closing.callback(self._pipeline.stop)
         self._rewards.wait_ready()
         if self._encoder is not None:
             wait_for_encoder(self._encoder)
         self.facts: BackboneFacts = self._run([Task("describe", "describe", (own.table.intervals,))])[0].value
         self._mixer = own.mixer()
-        self._iteration_done = 0
-        self._submitted = 0
+        self._iteration_done = self._submitted = 0
+        self._training = False
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
         self._sample_calls = self._work_calls = 0
         self.last_iteration: int | None = None  # nothing is drawn beyond it
@@ -128,22 +135,19 @@ class RDPO(Algorithm):  # type: ignore[misc]
             return
         name, model = f"encoder:{tag}", own.backbone_spec
         self._encoder = start_encoder(name, model.family, model.options, own.encoder_spec)
+        self._closing.callback(ray.kill, self._encoder)
         self._encoder.ready.remote()  # it loads while the others start
         self.config = own.copy(copy_frozen=False)
         self.config.backbone_spec = replace(model, encoder=name)
         self.config.freeze()
 
     def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
-        """Take restarted actors back. They hold no policy, so there is no learner state to send them."""
-        restored: list[int] = env_runner_group.probe_unhealthy_env_runners()
-        return restored
+        """Nothing: the pipeline takes restarted actors back, and they hold no policy that would have to be sent."""
+        return []
 
     def cleanup(self) -> None:
+        self._closing.close()  # first: RLlib would wait for what its actors are at
         super().cleanup()
-        if self._rewards is not None:
-            self._rewards.stop()
-        if self._encoder is not None:
-            ray.kill(self._encoder)
 
     def _run(self, tasks: Sequence[Task]) -> list[Outcome]:
         self._pipeline.submit(tasks)
@@ -156,6 +160,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
             components=[f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", f"{COMPONENT_LEARNER}/{COMPONENT_OPTIMIZER}"]
         )
         return state
+
+    def _give_learner_state(self) -> dict[str, Any]:
+        self.learner_group.set_state(self._learner_state)
+        return self._fetch_learner_state()
 
     def _remember(self, state: dict[str, Any]) -> None:
         """Keep the learner's small state: it feeds the rollouts, the checkpoints, and a learner that must be remade."""
@@ -193,10 +201,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         base = base_parameters(table, self.config.space, self.config.concentration)
         module = self._learner_state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         module["policy.base"] = base.numpy()
-        self.learner_group.set_state(self._learner_state)
         self._pipeline.discard()
         self._submitted = 0
-        self._remember(self._fetch_learner_state())
+        self._remember(self._of_learner(self._give_learner_state))
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +219,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         if self.last_iteration is not None:
             end = min(end, max(self.last_iteration - 1, self._iteration_done))
         while self._submitted <= end:
-            self._pipeline.submit(rollout_task(job) for job in self._jobs(self._submitted))
+            self._pipeline.submit(rollout_task(job, self.config.keep_images) for job in self._jobs(self._submitted))
             self._submitted += 1
 
     # -- one iteration ------------------------------------------------------------------------------------------------
@@ -221,6 +228,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         """Collect one iteration's scored rollouts, learn from them, and keep the actors busy with the next."""
         if not self.config.reward_specs:
             raise ConfigError(["rewards() names no head: nothing to learn from (distilling and sampling work)"])
+        if not self._training:
+            self._training = True
+            self._pipeline.take_metrics()  # waits of the start-up are none of an iteration's
         start = time.perf_counter()
         iteration = self._iteration_done
         self._fill()
@@ -233,50 +243,44 @@ class RDPO(Algorithm):  # type: ignore[misc]
         losses = self._learn(rows, jobs[0])
         learned = time.perf_counter()
         self._fill()
-        self._pipeline.poll()
-        metrics |= losses | self._policy_metrics()
+        self._pipeline.poll(0.0)
+        metrics |= losses | self._policy_metrics() | self._pipeline.take_metrics()
         metrics |= {
             "time/wait": collected - start,
             "time/learn": learned - collected,
             "time/iteration": time.perf_counter() - start,
             "staleness": float(iteration - jobs[0].policy_version),
-            "retries": float(self._pipeline.retries),
         }
         self.last = Iteration(self._iteration_done, metrics, tuple(rows))
         self._log(metrics)
 
     def _learn(self, rows: Sequence[Row], job: RolloutJob) -> dict[str, float]:
-        shape = (len(rows), *job.parameters.shape[:1], self.config.space.action_width)
-        batch = SampleBatch(
-            {
-                Columns.OBS: np.zeros((len(rows), 1), np.float32),
-                Columns.ACTIONS: np.array([r["action"] for r in rows], np.float32).reshape(shape),  # [B, N, A]
-                Columns.ACTION_LOGP: np.array([r["log_prob"] for r in rows], np.float64),
-                ADVANTAGES: np.array([r["advantage"] for r in rows], np.float32),
-            }
-        )
-        steps = {
-            "iteration": self._iteration_done,
-            "staleness": self._iteration_done - job.policy_version,
-            NUM_ENV_STEPS_SAMPLED_LIFETIME: (self._iteration_done + 1) * len(rows),
-        }
-        arguments = {
-            "batch": MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(rows)),
-            "timesteps": steps,
-            "num_epochs": self.config.num_epochs,
-            "minibatch_size": min(self.config.minibatch_size, len(rows)),
-            "shuffle_batch_per_epoch": self.config.shuffle_batch_per_epoch,
-        }
-        try:
-            results, state = self._update(arguments)
-        except (ray.exceptions.RayActorError, IndexError):  # the latter is RLlib's, for no answer from the only learner
-            self._remake_learner()
-            results, state = self._update(arguments)
+        arguments = learner_arguments(self.config, rows, job)
+        results, state = self._of_learner(lambda: self._update(arguments))
         self._iteration_done += 1
         self._remember(state)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         names = ("policy_loss", "approx_kl", "clipfrac", "behaviour_kl")
         return {f"losses/{n}": float(self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, n))) for n in names}
+
+    def _of_learner(self, ask: Callable[[], Any]) -> Any:
+        """What the learner answers; one that died over it is made again, with the state after the last update."""
+        lost = None
+        for _ in range(ATTEMPTS):
+            try:
+                if lost is not None:
+                    self._remake_learner()
+                answer = ask()
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, IndexError):
+                # IndexError is RLlib's: its only learner is dead.
+                if self.learner_group.is_local:
+                    raise
+                lost = lost or time.monotonic()
+            else:
+                if lost is not None:
+                    self._pipeline.recovered(time.monotonic() - lost)
+                return answer
+        raise ModelError(f"the learner: its process died {ATTEMPTS} times over the same update: out of memory?")
 
     def _update(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return self.learner_group.update(**arguments), self._fetch_learner_state()
@@ -360,10 +364,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         """Peaks of one actor of each kind; of the driver, where that makes the pictures."""
         runners = self.env_runner_group
         local = not runners.num_remote_env_runners()
-        found = {"rollout": runners.foreach_env_runner("memory", local_env_runner=local)[0]}
+        found = {"rollout": runners.foreach_env_runner(lambda r: r.memory(), local_env_runner=local)[0]}
         if self._encoder is not None:
             found["encoder"] = ray.get(self._encoder.memory.remote())
-        assert self._rewards is not None
         return found | {f"reward {name}": memory for name, memory in self._rewards.memory().items()}
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -387,7 +390,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def import_state(self, state: dict[str, Any]) -> None:
         """Go on from `export_state`."""
-        self.learner_group.set_state({COMPONENT_LEARNER: state[COMPONENT_LEARNER]})
+        self._learner_state = {COMPONENT_LEARNER: state[COMPONENT_LEARNER]}
+        self._of_learner(self._give_learner_state)
         self._take_over(state[RDPO_RESULTS])
 
     def _take_over(self, own: dict[str, Any]) -> None:

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ray.rllib.core import DEFAULT_MODULE_ID, Columns
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from epd_ray.rdpo.learner import ADVANTAGES
 from epd_ray.rdpo.loss import Advantages, leave_one_out
 from epd_ray.types import FloatArray, RolloutJob, RolloutRequest
 
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     from epd_ray.rdpo.pipeline import Outcome
 
 Row = dict[str, Any]
-"""A rollout with its scores and advantage, as store.rollout_table takes it."""
+"""A rollout with its scores and advantage, as rollout_files.rollout_table takes it."""
 
 
 def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> list[tuple[RolloutRequest, ...]]:
@@ -61,6 +65,7 @@ def join(
     rows: list[Row] = []
     for job, outcome in zip(jobs, outcomes, strict=True):
         ids = [r.rollout_id for r in job.requests]
+        images = {} if outcome.images is None else dict(zip(ids, outcome.images, strict=True))
         scores = {name: dict(zip(ids, values.tolist(), strict=True)) for name, values in outcome.scores.items()}
         rewards = dict(zip(ids, mix(outcome.scores).tolist(), strict=True))
         drawn = {r.rollout_id: r for r in outcome.value}
@@ -69,12 +74,14 @@ def join(
             rows.append(
                 {
                     **vars(request),
+                    **vars(rollout),
                     "iteration": job.job_id[0] + 1,
                     "policy_version": job.policy_version,
-                    "action": rollout.action.ravel().tolist(),
-                    "log_prob": rollout.log_prob,
                     "rewards": {name: values[request.rollout_id] for name, values in scores.items()},
                     "reward": rewards[request.rollout_id],
+                    "generate_seconds": outcome.generate_seconds / len(ids),
+                    "score_seconds": outcome.score_seconds / len(ids),
+                    "image": images.get(request.rollout_id),
                 }
             )
     advantages = leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
@@ -85,11 +92,45 @@ def join(
 
 def summarise(rows: Sequence[Row], advantages: Advantages, outcomes: Sequence["Outcome"]) -> dict[str, float]:
     """What is logged about a batch: rewards, their spread inside the groups, seconds that the workers spent in all."""
-    heads = {f"reward/{head}": float(np.mean([r["rewards"][head] for r in rows])) for head in rows[0]["rewards"]}
-    return heads | {
+    raw = {head: [r["rewards"][head] for r in rows] for head in rows[0]["rewards"]}
+    return {
+        **{f"reward/{head}": float(np.mean(values)) for head, values in raw.items()},
+        **{f"reward_std/{head}": float(np.std(values)) for head, values in raw.items()},
         "reward/mean": float(np.mean([r["reward"] for r in rows])),
         "reward/group_std": advantages.group_spread,
         "reward/silent_groups": float(advantages.silent_groups),
         "time/generate": sum(o.generate_seconds for o in outcomes),
         "time/score": sum(o.score_seconds for o in outcomes),
+    }
+
+
+def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob) -> dict[str, Any]:
+    """What RLlib's LearnerGroup.update takes for an iteration's rows.
+
+    Args:
+        config: of the update.
+        rows: B, in their order.
+        job: one of the iteration's, for its number and policy.
+    """
+    iteration = job.job_id[0]
+    shape = (len(rows), *job.parameters.shape[:1], config.space.action_width)
+    batch = SampleBatch(
+        {
+            Columns.OBS: np.zeros((len(rows), 1), np.float32),
+            Columns.ACTIONS: np.array([r["action"] for r in rows], np.float32).reshape(shape),  # [B, N, A]
+            Columns.ACTION_LOGP: np.array([r["log_prob"] for r in rows], np.float64),
+            ADVANTAGES: np.array([r["advantage"] for r in rows], np.float32),
+        }
+    )
+    steps = {
+        "iteration": iteration,
+        "staleness": iteration - job.policy_version,
+        NUM_ENV_STEPS_SAMPLED_LIFETIME: (iteration + 1) * len(rows),
+    }
+    return {
+        "batch": MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(rows)),
+        "timesteps": steps,
+        "num_epochs": config.num_epochs,
+        "minibatch_size": min(config.minibatch_size, len(rows)),
+        "shuffle_batch_per_epoch": config.shuffle_batch_per_epoch,
     }

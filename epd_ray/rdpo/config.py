@@ -10,12 +10,14 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from epd_ray.actors import RewardSpec
+from epd_ray.cluster import PLACEMENT_SECONDS
 from epd_ray.encoder import EncoderSpec
 from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
 from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rdpo.mixing import Mixer, Mode
 from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
-from epd_ray.rdpo.runner import BackboneSpec, SolverEnvRunner, WorkerSpec
+from epd_ray.rdpo.runner import SolverEnvRunner
+from epd_ray.rdpo.tasks import BackboneSpec, WorkerSpec
 from epd_ray.sampling import Sampler
 from epd_ray.solvers import SolverTable
 
@@ -46,7 +48,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
         super().__init__(algo_class=algo_class or RDPO)
         self.env_runner_cls = SolverEnvRunner
-        self.num_env_runners = 2
+        self.num_env_runners, self.max_env_runners = 2, 0
         self.num_learners = 1
         self.merge_env_runner_states = self.broadcast_env_runner_states = False
         self.restart_failed_env_runners = True
@@ -63,9 +65,11 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.order, self.hidden_width, self.hidden_depth = 1, 128, 2
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
+        self.placement_timeout_s = PLACEMENT_SECONDS
         self.prompts: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size, self.images_per_job = 8, 4, 8
         self.same_latent, self.baseline, self.max_staleness = True, "per_prompt", 1
+        self.keep_images = False
         self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
         self.normalisation: Mode = "none"
 
@@ -110,6 +114,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.backbone_spec = replace(self.backbone_spec, **chosen)
         return self
 
+    def placing(self, timeout_s: float) -> "RDPOConfig":
+        """How long actors may wait for room on the cluster; more than 30 s where an autoscaler adds nodes."""
+        return self._assign({"placement_timeout_s": timeout_s})
+
     def encoder(self, spec: EncoderSpec | None) -> "RDPOConfig":
         """An actor for the text encoders, which rollout actors then do without; None: each has its own."""
         return self._assign({"encoder_spec": spec})
@@ -124,6 +132,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         same_latent: bool = NotProvided,
         baseline: Baseline = NotProvided,
         max_staleness: int = NotProvided,
+        keep_images: bool = NotProvided,
+        max_env_runners: int = NotProvided,
     ) -> "RDPOConfig":
         """What an iteration draws.
 
@@ -135,6 +145,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             same_latent: images of a group share their noise.
             baseline: "per_prompt", or the reference's "mixed" one.
             max_staleness: how many updates old the policy behind a rollout may be; 0 is fully synchronous.
+            keep_images: bring the pictures to the driver, into the rows of `RDPO.last`.
+            max_env_runners: rollout actors that there may be while nodes come and go; 0: those of the start.
         """
         return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
 

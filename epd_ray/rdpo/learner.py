@@ -21,6 +21,13 @@ RATIO_TOLERANCE = 1e-5
 class RDPOLearner(TorchLearner):  # type: ignore[misc]
     """Minimises the clipped surrogate, plus KL to the base table and minus entropy where their weights are set."""
 
+    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+        return "learner"
+
+    def build(self) -> None:
+        torch.set_num_threads(1)  # in the driver of a job as in an actor: the last bits depend on it
+        super().build()
+
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         module = self.module[module_id]
         parameters = self.get_parameters(module)
@@ -30,6 +37,12 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
             params=parameters,
             lr_or_lr_schedule=config.lr,
         )
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        for optimizer in self._named_optimizers.values():  # a checkpoint brings its own run's, another's under PBT
+            for group in optimizer.param_groups:
+                group["lr"], group["weight_decay"] = self.config.lr, self.config.weight_decay
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         super().before_gradient_based_update(timesteps=timesteps)

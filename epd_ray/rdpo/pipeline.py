@@ -8,27 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors import RewardPool, TimedScores, unwrap
-from epd_ray.errors import EpdRayError, ModelError
-from epd_ray.rdpo.runner import Answer, Task
+from epd_ray.errors import EpdRayError, ModelError, TaskError
+from epd_ray.pool import Bounds, Call, Ended, Pool
+from epd_ray.rdpo.runner import SolverEnvRunner
+from epd_ray.rdpo.tasks import Answer, Task
 from epd_ray.types import FloatArray, ImageArray
 
 log = logging.getLogger(__name__)
 
-TAG = "run"
-POLL_SECONDS = 0.005
-RESTORE_SECONDS = 2.0
-PROBE_SECONDS = 1.0  # meanwhile nothing is handed out
+WAIT_SECONDS = 0.25  # for an answer, before the pools look around
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
-LOST = (
-    ray.exceptions.OwnerDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.ActorDiedError,
-    ray.exceptions.ActorUnavailableError,
-)
+LOST_IMAGES = ray.exceptions.ObjectLostError  # also of an owner that died
 
 
 @dataclass(frozen=True)
@@ -58,160 +53,240 @@ class Outcome:
 @dataclass
 class _Pending:
     task: Task
+    call: Call
     attempts: int = 0
     losses: int = 0
-    runner: int | None = None
+    lost_at: float | None = None
     answer: Answer | None = None
-    scores: dict[str, "ray.ObjectRef[TimedScores]"] = field(default_factory=dict)
+    scoring: dict[str, Call] = field(default_factory=dict)
+    scores: dict[str, TimedScores] = field(default_factory=dict)
 
 
 class RolloutPipeline:
-    """Hands tasks to idle rollout actors and their images to the reward actors.
+    """Hands tasks to free rollout actors and their images to the reward actors.
 
     Args:
-        runners: RLlib's group of SolverEnvRunners, remote or local.
+        runners: actors with TaskRunner's methods.
         rewards: the heads' actors.
+        local: does the tasks in the driver, where there are no rollout actors.
     """
 
-    def __init__(self, runners: EnvRunnerGroup, rewards: RewardPool) -> None:
-        self._runners, self._rewards = runners, rewards
+    def __init__(self, runners: Pool, rewards: RewardPool, local: SolverEnvRunner | None = None) -> None:
+        self._runners, self._local = runners, local
+        self._rewards = rewards.pools
+        self._score = rewards.score
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
         self._done: dict[str, Outcome] = {}
-        self._next_restore = 0.0
-        self.retries = 0
+        self._next_tick = 0.0
+        self.retries = self.recoveries = 0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
 
     def submit(self, tasks: Iterable[Task]) -> None:
         """Queue tasks, first come first served."""
         for task in tasks:
-            self._pending[task.task_id] = _Pending(task)
+            call = Call(task.task_id, _runs(task))
+            self._pending[task.task_id] = _Pending(task, call)
+            self._hand_out(call)
+
+    def _hand_out(self, call: Call) -> None:
+        if self._local is None:
+            self._runners.submit(call)
 
     def discard(self) -> None:
-        """Forget all tasks, once the actors have finished those that they are at."""
+        """Forget all tasks; what the actors are at already comes to nothing."""
         self._pending.clear()
         self._done.clear()
-        while self._runners.num_remote_env_runners() and self._runners.num_in_flight_async_reqs(TAG):
-            self._runners.fetch_ready_async_reqs(tags=TAG, timeout_seconds=0.1)
+        for pool in (self._runners, *self._rewards.values()):
+            pool.forget()
+
+    def stop(self) -> None:
+        """End the rollout actors, whatever they are at and also those that wait for room."""
+        self._runners.stop()
 
     def collect(self, task_ids: Iterable[str]) -> list[Outcome]:
         """Block until these tasks are done; their outcomes in the order asked.
 
         Raises:
             EpdRayError: a wrong reward, a model that cannot be used, or a task whose actors die over and over.
-            RuntimeError: the error of a task that failed three times, on different actors where there are several.
+            TaskError: a task failed three times, on different actors where there are several; the cause is its error.
         """
         wanted = list(task_ids)
-        while not all(i in self._done for i in wanted):
-            self.poll()
+        while missing := [i for i in wanted if i not in self._done]:
+            begin = time.perf_counter()
+            making = any(self._pending[i].answer is None for i in missing)
+            self.poll(0.0 if self._run_here() else WAIT_SECONDS)
+            if making:
+                self._for_rollouts += time.perf_counter() - begin
+            else:
+                self._for_rewards += time.perf_counter() - begin
         return [self._done.pop(i) for i in wanted]
 
-    def poll(self) -> None:
-        """One round: start what can be started, take in what is ready."""
-        self._start()
-        self._take_answers()
-        self._take_scores()
-        if time.monotonic() > self._next_restore:
-            self._runners.probe_unhealthy_env_runners(timeout_seconds=PROBE_SECONDS)
-            self._next_restore = time.monotonic() + RESTORE_SECONDS
+    def _run_here(self) -> bool:
+        """Run one task in the driver, where there are no rollout actors; whether there was one."""
+        waiting = next((p for p in self._pending.values() if p.answer is None), None)
+        if self._local is None or waiting is None:
+            return False
+        self._on_answer(Ended(waiting.call, 0, self._local.run(waiting.task)))
+        return True
 
-    def _start(self) -> None:
-        waiting = [p for p in self._pending.values() if p.runner is None and p.answer is None]
-        if not waiting:
-            return
-        if self._runners.num_remote_env_runners() == 0:
-            pending = waiting[0]
-            pending.runner = 0
-            self._on_answer(self._runners.local_env_runner.run(pending.task))
-            return
-        healthy = self._runners.healthy_env_runner_ids()
-        busy = {p.runner for p in self._pending.values()}
-        for runner in (r for r in healthy if r not in busy):
-            if not waiting:
-                return
-            pending = waiting.pop(0)
-            # One call an actor: RLlib misaligns lists of arguments when one is busy, and drops what is over its limit.
-            sent = self._runners.foreach_env_runner_async(
-                "run", tag=TAG, kwargs={"task": pending.task}, remote_worker_ids=[runner]
-            )
-            pending.runner = runner if sent else None
+    def poll(self, wait: float) -> None:
+        """Take in what is ready, waiting at most so many seconds for the first of it, and start what can be started."""
+        pools = [self._runners, *self._rewards.values()]
+        references = [reference for pool in pools for reference in pool.references()]
+        if references:
+            ray.wait(references, timeout=wait)
+            ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+            for ended in self._runners.take(ready):
+                self._on_answer(ended)
+            for head, pool in self._rewards.items():
+                for ended in pool.take(ready):
+                    self._on_score(head, ended)
+        elif self._local is None:
+            time.sleep(min(wait, 0.05))  # all actors are lost and on their way back
+        if time.monotonic() > self._next_tick:
+            self._next_tick = time.monotonic() + WAIT_SECONDS
+            for pool in pools:
+                pool.tick()
 
-    def _take_answers(self) -> None:
-        if not self._runners.num_remote_env_runners():
+    def _on_answer(self, ended: Ended) -> None:
+        pending = self._pending.get(ended.call.key)
+        if pending is None or pending.call is not ended.call:
+            return  # of a task that was discarded
+        if ended.lost:
+            self._requeue(pending, f"rollout actor {ended.number} was lost")
             return
-        working = [p for p in self._pending.values() if p.runner is not None]
-        scoring = any(p.scores for p in self._pending.values())
-        if not working:
-            if self._pending and not scoring:
-                time.sleep(POLL_SECONDS)  # all actors are lost and on their way back
+        answer: Answer = ended.value
+        error = ended.error or answer.error
+        if error is not None:
+            if isinstance(error, EpdRayError):
+                raise error
+            ended.call.avoid.add(ended.number)
+            self._requeue(pending, f"{type(error).__name__}: {error}", error)
             return
-        wait = 0.0 if scoring else POLL_SECONDS
-        for _, answer in self._runners.fetch_ready_async_reqs(tags=TAG, timeout_seconds=wait):
-            self._on_answer(answer)
-        # Fetching is what finds an actor dead; look now, before it is restored and seems never to have been away.
-        healthy = self._runners.healthy_env_runner_ids()
-        for pending in working:
-            if pending.runner is not None and pending.runner not in healthy:
-                self._requeue(pending, f"rollout actor {pending.runner} was lost")
-
-    def _on_answer(self, answer: Answer) -> None:
-        pending = self._pending.get(answer.task_id)
-        if pending is None or pending.answer is not None:
-            return  # a late duplicate
-        if answer.error is not None:
-            if isinstance(answer.error, EpdRayError):
-                raise answer.error
-            self._requeue(pending, f"{type(answer.error).__name__}: {answer.error}", answer.error)
-            return
-        pending.runner, pending.answer = None, answer
+        pending.answer = answer
         if pending.task.score:
             assert answer.images is not None
-            pending.scores = self._rewards.score(answer.images, pending.task.prompts, pending.task.rollout_ids)
+            task = pending.task
+            pending.scoring = self._score(task.task_id, answer.images, task.prompts, task.rollout_ids)
         else:
-            self._finish(pending, {})
+            self._finish(pending)
 
-    def _take_scores(self) -> None:
-        references = [r for p in self._pending.values() for r in p.scores.values()]
-        if not references:
+    def _on_score(self, head: str, ended: Ended) -> None:
+        pending = self._pending.get(ended.call.key)
+        if pending is None or pending.scoring.get(head) is not ended.call:
             return
-        ready, _ = ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS, fetch_local=False)
-        done = set(ready)
-        for pending in [p for p in self._pending.values() if p.scores and done.issuperset(p.scores.values())]:
-            scores, head = {}, ""
-            try:
-                for head, reference in pending.scores.items():
-                    scores[head] = ray.get(reference)
-                self._finish(pending, scores)
-            except LOST as error:
-                self._rewards.replace_dead()
-                self._requeue(pending, f"the scores of reward head {head!r}, or images, lost ({type(error).__name__})")
-            except ray.exceptions.RayTaskError as error:
-                cause = unwrap(error)
-                if isinstance(cause, LOST):  # the argument was lost before the head opened it
-                    self._requeue(pending, "its images were lost")
-                    continue
+        if ended.lost:
+            self._lose(pending, f"reward head {head!r} lost actor {ended.number} over its scores")
+            ended.call.avoid.add(ended.number)
+            self._rewards[head].submit(ended.call)  # the images are still there
+        elif ended.error is not None:
+            cause = unwrap(ended.error) if isinstance(ended.error, ray.exceptions.RayTaskError) else ended.error
+            if not isinstance(cause, LOST_IMAGES):
                 raise cause from None
+            self._requeue(pending, f"the images for reward head {head!r} were lost")
+        else:
+            pending.scores[head] = ended.value
+            if len(pending.scores) == len(pending.scoring):
+                self._finish(pending)
 
-    def _finish(self, pending: _Pending, scores: dict[str, TimedScores]) -> None:
+    def _finish(self, pending: _Pending) -> None:
         answer = pending.answer
         assert answer is not None
-        images = ray.get(answer.images) if pending.task.keep_images and answer.images is not None else None
+        images = None
+        if pending.task.keep_images and answer.images is not None:
+            try:
+                images = ray.get(answer.images)
+            except LOST_IMAGES:
+                self._requeue(pending, "its images were lost")
+                return
         self._done[pending.task.task_id] = Outcome(
             answer.value,
-            {name: s.values for name, s in scores.items()},
+            {name: pending.scores[name].values for name in pending.scoring},
             images,
             answer.seconds,
-            {name: s.seconds for name, s in scores.items()},
+            {name: pending.scores[name].seconds for name in pending.scoring},
         )
         del self._pending[pending.task.task_id]
+        if pending.lost_at is not None:
+            self.recovered(time.monotonic() - pending.lost_at)
+
+    def recovered(self, seconds: float) -> None:
+        """Count work that was lost and is done again, so many seconds later."""
+        self.recoveries += 1
+        self._recover_seconds += seconds
 
     def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None) -> None:
-        """Back to the queue, unless its own errors or the actors lost with it are too many."""
-        pending.runner, pending.answer, pending.scores = None, None, {}
+        """Make the task's images again, unless its own errors or the actors lost with it are too many."""
+        pending.answer, pending.scoring, pending.scores = None, {}, {}
+        if error is None:
+            self._lose(pending, why)
+        else:
+            self.retries += 1
+            pending.attempts += 1
+            if pending.attempts >= MAX_ATTEMPTS:
+                actors = ", ".join(map(str, sorted(pending.call.avoid)))
+                where = "in the driver" if self._local is not None else f"on rollout actors {actors}"
+                message = f"task {pending.task.task_id} failed {pending.attempts} times, {where}, last with {why}"
+                raise TaskError(message) from error
+            log.warning("task %s runs again: %s", pending.task.task_id, why)
+        self._hand_out(pending.call)
+
+    def _lose(self, pending: _Pending, why: str) -> None:
         self.retries += 1
-        pending.attempts += int(error is not None)
-        pending.losses += int(error is None)
-        times = pending.attempts + pending.losses
-        if pending.attempts >= MAX_ATTEMPTS:
-            raise RuntimeError(f"task {pending.task.task_id} failed {times} times, last with {why}") from error
+        pending.losses += 1
+        pending.lost_at = pending.lost_at or time.monotonic()
         if pending.losses >= MAX_LOSSES:
-            raise ModelError(f"task {pending.task.task_id} failed {times} times, last with {why}: out of memory?")
+            message = f"task {pending.task.task_id} failed {pending.losses} times, last with {why}: out of memory?"
+            raise ModelError(message)
+        for pool in (self._runners, *self._rewards.values()):
+            pool.give_way()
         log.warning("task %s runs again: %s", pending.task.task_id, why)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Queues and actors as they are; waits, recoveries and their seconds since the last call."""
+        found = {
+            "queue/waiting": self._runners.waiting,
+            "queue/generating": self._runners.working,
+            "queue/scoring": max((p.waiting + p.working for p in self._rewards.values()), default=0),
+            "actors/rollout": self._runners.present,
+            **{f"actors/reward/{head}": pool.present for head, pool in self._rewards.items()},
+            "wait/learner_for_rollouts": self._for_rollouts,
+            "wait/learner_for_rewards": self._for_rewards,
+            "wait/rollouts_for_learner": self._runners.idle_seconds,
+            **{f"wait/{head}_for_rollouts": pool.idle_seconds for head, pool in self._rewards.items()},
+            "retries": self.retries,
+            "recoveries": self.recoveries,
+            "time/recover": self._recover_seconds,
+        }
+        for pool in (self._runners, *self._rewards.values()):
+            pool.idle_seconds = 0.0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        return {name: float(value) for name, value in found.items()}
+
+
+def _runs(task: Task) -> Any:
+    def send(actor: ActorHandle[Any]) -> "ray.ObjectRef[Answer]":
+        reference: ray.ObjectRef[Answer] = actor.run.options(name=task.method).remote(task)
+        return reference
+
+    return send
+
+
+def runner_pool(group: EnvRunnerGroup, most: int) -> Pool:
+    """RLlib's rollout actors as a pool; RLlib makes them, and is told of those that are gone.
+
+    Args:
+        group: of SolverEnvRunners.
+        most: that there may be, as nodes join.
+    """
+    manager = group._worker_manager
+    start = list(manager.actors().items())
+    in_trial = ray.util.get_current_placement_group() is not None  # whose bundles are fixed
+    bounds = Bounds(len(start), len(start) if in_trial else max(most, len(start)))
+
+    def make() -> tuple[int, ActorHandle[Any]]:
+        group.add_workers(1)
+        number = max(manager.actor_ids())
+        return number, manager.actors()[number]
+
+    return Pool("rollout actors", start, make, lambda a: a.ready.remote(), bounds, removed=manager.remove_actor)

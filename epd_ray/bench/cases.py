@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from epd_ray.bench_batching import batching
+from epd_ray.bench.batching import batching
+from epd_ray.bench.faults import faults
+from epd_ray.bench.scale import flat, scale
+from epd_ray.bench.scoring import scoring
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import load_prompts
 from epd_ray.rewards import HEADS
@@ -206,4 +209,8 @@ CASES: dict[str, Callable[[], Record]] = {
     "reference": reference,
     "distill": distill,
     "batching": batching,
+    "scale": scale,
+    "flat": flat,
+    "faults": faults,
+    "scoring": scoring,
 }

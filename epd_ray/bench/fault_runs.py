@@ -1,0 +1,186 @@
+"""Whole runs whose driver dies: of the command line or of a submitted job, each against one that was left alone."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors
+
+from epd_ray.bench.fault_cluster import Fault, Nodes, living_actors, wait_for
+from epd_ray.rollout_files import TIMINGS
+
+HIT = 3  # the driver dies once this iteration is on the disk
+SETTINGS = (
+    "backbone.family=simulated",
+    "backbone.options={latency: 0.04}",
+    "rewards={sim: {head: simulated, options: {latency: 0.04}}}",
+    "distill.prompts=8",
+    "distill.teacher_steps=2",
+    "distill.grid=5",
+    "prompts.num_train=16",
+    "prompts.validation=8",
+    "prompts.test=8",
+    "rdpo.iterations=8",
+    "evaluation.every=3",
+    "evaluation.baselines=[euler]",
+    "checkpoint.every=2",
+    "cluster.rollout_actors=1",
+    "cluster.rollout_cpus=0.25",
+    "cluster.learner_actors=0",
+)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What a finished run leaves that must not depend on what it went through."""
+
+    solver: str
+    ids: tuple[str, ...]
+    rows: tuple[dict[str, object], ...]
+
+
+def leftover(run: Path) -> Leftover:
+    """Read a run directory."""
+    tables = [pq.read_table(path).drop_columns(list(TIMINGS)) for path in rollout_files(run)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    ids = tuple(str(row["rollout_id"]) for row in rows)
+    return Leftover((run / "solver" / "solver.json").read_text(), ids, tuple(rows))
+
+
+def rollout_files(run: Path) -> list[Path]:
+    """One per iteration, in order."""
+    return sorted((run / "rollouts").glob("iteration-*.parquet"))
+
+
+class RunBench:
+    """Runs in processes of their own.
+
+    Args:
+        nodes: a cluster that outlives them, with room for their actors.
+        folder: for the run directories.
+    """
+
+    def __init__(self, nodes: Nodes, folder: Path) -> None:
+        self.nodes, self.folder = nodes, folder
+        self._jobs = JobSubmissionClient(nodes.dashboard)
+        calm = folder / "calm"
+        self._finish(self._start(self._begin(calm, self._joined)))
+        self.calm = leftover(calm)
+
+    @property
+    def _joined(self) -> str:
+        return f"cluster.address={self.nodes.address}"
+
+    def _begin(self, run: Path, *overrides: str) -> list[str]:
+        return ["train", "--out", str(run), *SETTINGS, *overrides]
+
+    def _start(self, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen([sys.executable, "-m", "epd_ray.cli", *arguments], env=env, stdout=subprocess.DEVNULL)
+
+    def _finish(self, process: "subprocess.Popen[bytes]") -> None:
+        if code := process.wait():
+            raise RuntimeError(f"epd-ray ended with {code}: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+
+    def _compare(self, run: Path, killed: float, goes_on: float) -> Fault:
+        found, calm = leftover(run), self.calm
+        lost, twice = len(set(calm.ids) - set(found.ids)), len(found.ids) - len(set(found.ids))
+        return Fault(True, goes_on - killed, lost, twice, found == calm)
+
+    # -- the command line ---------------------------------------------------------------------------------------------
+
+    def local_driver(self) -> Fault:
+        """kill -9 to a run with a Ray of its own; its actors go too; resumed."""
+        run = self.folder / "local"
+        process = self._start(self._begin(run))
+        self._reached(run, HIT)
+        family = [p for p in psutil.Process(process.pid).children(recursive=True) if not _lingers(p)]
+        process.kill()
+        killed = time.monotonic()
+        process.wait()
+        wait_for("processes of the dead run", lambda: not [p for p in family if p.is_running()])
+        return self._resumed(run, killed)
+
+    def joined_driver(self) -> Fault:
+        """kill -9 to a driver whose cluster stays; its actors go; resumed."""
+        run, others = self.folder / "joined", self._actors()
+        process = self._start(self._begin(run, self._joined))
+        self._reached(run, HIT)
+        process.kill()
+        killed = time.monotonic()
+        process.wait()
+        wait_for("actors of the dead driver", lambda: not self._actors() - others)
+        return self._resumed(run, killed)
+
+    def _resumed(self, run: Path, killed: float) -> Fault:
+        before = len(rollout_files(run))
+        process = self._start(["train", "--resume", str(run)])
+        goes_on = self._reached(run, before + 1)
+        self._finish(process)
+        return self._compare(run, killed, goes_on)
+
+    def _reached(self, run: Path, iteration: int) -> float:
+        """When an iteration is on the disk."""
+        wait_for(f"iteration {iteration} of {run.name}", lambda: len(rollout_files(run)) >= iteration)
+        return time.monotonic()
+
+    def _actors(self) -> set[str]:
+        return {actor.actor_id for actor in living_actors()}
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def job(self) -> Fault:
+        """kill -9 to the driver of a submitted job."""
+        return self._job("job", supervisor=False)
+
+    def supervisor(self) -> Fault:
+        """kill -9 to the actor that looks after a submitted job."""
+        return self._job("supervisor", supervisor=True)
+
+    def _job(self, name: str, supervisor: bool) -> Fault:
+        run, others = self.folder / name, self._actors()
+        job = self._submit(self._begin(run))
+        self._reached(run, HIT)
+        driver = psutil.Process(int(self._jobs.get_job_info(job).driver_info.pid))
+        os.kill(_supervisor_pid() if supervisor else driver.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for("the job to be FAILED", lambda: self._jobs.get_job_status(job) == JobStatus.FAILED)
+        wait_for("the driver of the dead job", lambda: not driver.is_running())
+        wait_for("actors of the dead job", lambda: not self._actors() - others)
+        before = len(rollout_files(run))
+        job = self._submit(["train", "--resume", str(run)])
+        goes_on = self._reached(run, before + 1)
+        wait_for("the end of the job", lambda: self._jobs.get_job_status(job).is_terminal())
+        if (status := self._jobs.get_job_status(job)) != JobStatus.SUCCEEDED:
+            raise RuntimeError(f"the resumed job is {status}: {self._jobs.get_job_logs(job)}")
+        return self._compare(run, killed, goes_on)
+
+    def _submit(self, arguments: Sequence[str]) -> str:
+        return str(self._jobs.submit_job(entrypoint=shlex.join([sys.executable, "-m", "epd_ray.cli", *arguments])))
+
+
+def _lingers(process: psutil.Process) -> bool:
+    """Ray's own agents notice the end of a local Ray within two minutes; they hold nothing of the run."""
+    return any("Agent" in word for word in process.cmdline()[:1])
+
+
+def _supervisor_pid() -> int:
+    (actor,) = list_actors(filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")])
+    return int(actor.pid)
+
+
+RUN_EVENTS: dict[str, Callable[[RunBench], Fault]] = {
+    "driver with its own Ray": RunBench.local_driver,
+    "driver on a cluster": RunBench.joined_driver,
+    "driver of a job": RunBench.job,
+    "supervisor of a job": RunBench.supervisor,
+}

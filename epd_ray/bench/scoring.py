@@ -1,0 +1,124 @@
+"""What Ray Data leaves of a head's speed: the scoring pipeline with one actor against a bare loop in one process."""
+
+import io
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers.utils.logging import disable_progress_bar
+
+from epd_ray.actors import RewardActor, RewardSpec
+from epd_ray.score.inputs import read_index
+from epd_ray.score.pipeline import scored
+from epd_ray.score.rows import decode, pieces, score_rows
+from epd_ray.session import ray_session
+from epd_ray.shapes.scenes import distinct_scenes, render
+from epd_ray.types import FloatArray, ImageArray
+
+HEAD = RewardSpec(head="clip", options={"model": "shapes-clip"})
+ROW_GROUP = 256
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Images per second of the bare loop: with decoding, and of the head alone."""
+
+    with_decoding: float
+    head_alone: float
+
+
+def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> dict[str, Any]:
+    """Images per second of one actor, once it runs, and of a bare loop over the same head on the same file.
+
+    Both decode the same PNGs of 64 px and use one torch thread; the pipeline decodes in another process, the loop in
+    between. `ratio` compares these; `ratio_to_head` is against the loop's time in the head alone, which no pipeline can
+    exceed. Medians of interleaved repeats.
+
+    Args:
+        images: in the file, at least 1024.
+        batch_size: pictures per call of the head.
+        repeats: odd.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    piped, loops = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        file = _write(Path(folder, "images.parquet"), images)
+        for _ in range(repeats):
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                loops.append(pool.submit(_loop, str(file), batch_size).result())
+            with ray_session(None):
+                piped.append(_pipeline(str(file), batch_size))
+    actor, loop = statistics.median(piped), statistics.median(one.with_decoding for one in loops)
+    alone = statistics.median(one.head_alone for one in loops)
+    return {
+        "images": images,
+        "batch_size": batch_size,
+        "actor_images_per_s": actor,
+        "loop_images_per_s": loop,
+        "head_images_per_s": alone,
+        "ratio": actor / loop,
+        "ratio_to_head": actor / alone,
+    }
+
+
+def _write(path: Path, images: int) -> Path:
+    """Rendered scenes with their captions."""
+    scenes = distinct_scenes("train", 256, 0, 0.5)
+    pictures = (render(scenes, np.random.default_rng(0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    encoded = [_png(picture) for picture in pictures]
+    captions = [scene.caption for scene in scenes]
+    rows = [i % len(scenes) for i in range(images)]
+    table = pa.table({"image": [encoded[i] for i in rows], "prompt": [captions[i] for i in rows]})
+    pq.write_table(table, path, row_group_size=ROW_GROUP)
+    return path
+
+
+def _png(picture: ImageArray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "PNG")
+    return data.getvalue()
+
+
+def _pipeline(file: str, batch_size: int) -> float:
+    """From the first rows that arrive to the last."""
+    arrived = [(time.perf_counter(), len(t)) for t in scored(read_index(file), {"clip": HEAD}, batch_size)]
+    return sum(rows for _, rows in arrived[1:]) / (arrived[-1][0] - arrived[0][0])
+
+
+def _loop(file: str, batch_size: int) -> _Loop:
+    """The same rows one batch after another; the first warms up."""
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    actor = RewardActor("clip", HEAD.head, HEAD.options)
+    in_head = 0.0
+
+    def score(pictures: ImageArray, prompts: Sequence[str], ids: Sequence[str]) -> FloatArray:
+        nonlocal in_head
+        found = actor.score(pictures, prompts, ids)
+        in_head += found.seconds
+        return found.values
+
+    batches = _batches(file, batch_size)
+    score_rows(next(batches), "clip", score)
+    rows, in_head, start = 0, 0.0, time.perf_counter()
+    for batch in batches:
+        rows += len(score_rows(batch, "clip", score))
+    return _Loop(rows / (time.perf_counter() - start), rows / in_head)
+
+
+def _batches(file: str, batch_size: int) -> Iterator[pa.Table]:
+    for piece in pieces(read_index(file)):
+        for table in decode(piece):
+            for i in range(0, len(table), batch_size):
+                yield table.slice(i, batch_size)

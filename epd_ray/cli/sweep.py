@@ -1,0 +1,40 @@
+"""`epd-ray sweep`: many runs with other values."""
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, observed, say
+from epd_ray.errors import ConfigError
+
+
+def sweep(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New directory.", show_default="sweeps/<time>-<name>")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this sweep.")] = None,
+) -> None:
+    """Try values of a run's keys on Ray Tune, and keep the solver with the best held-out reward."""
+    with ending():
+        if resume and (config or out or overrides):
+            raise ConfigError(["--resume goes on with the sweep's own configuration: leave out everything else"])
+        from epd_ray.sweep import run as runner
+        from epd_ray.sweep.space import load_plan
+
+        if resume is None:
+            plan = load_plan(config, overrides or [])
+            path = out or Path("sweeps", f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.config.name}")
+        else:
+            path = resume
+        try:
+            with observed() as observer:
+                lines = runner.resume(path, observer) if resume else runner.sweep(plan, path, observer)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; continue with: epd-ray sweep --resume {shlex.quote(str(path))}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        say(lines)

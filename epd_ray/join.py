@@ -1,0 +1,115 @@
+"""Whether a Ray cluster can be joined, found out before Ray is asked to: it would wait for minutes, or abort."""
+
+import json
+import os
+from platform import python_version
+
+import grpc  # type: ignore[import-untyped]
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    GcsClient,
+    get_authentication_mode,
+)
+from ray.exceptions import AuthenticationError
+
+from epd_ray.errors import ClusterError
+
+CONNECT_SECONDS = 15.0
+AUTO = "auto"
+DASHBOARD = ("http://", "https://")
+TOKEN_HELP = (
+    "export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token, or into the file that "
+    "RAY_AUTH_TOKEN_PATH names (`ray get-auth-token --generate` makes one where the cluster is started)"
+)
+
+
+def reachable(address: str | None) -> str | None:
+    """The host:port of a cluster that answers, knows our token and runs our versions; None: no cluster is asked for.
+
+    Args:
+        address: host:port or "auto"; None: what RAY_ADDRESS says, if anything.
+
+    Raises:
+        ClusterError: why it cannot be joined, and what to do.
+    """
+    told = os.environ.get("RAY_ADDRESS")
+    source = "RAY_ADDRESS" if told and address in (None, AUTO) else "cluster.address"
+    asked = told if source == "RAY_ADDRESS" else address
+    if not asked or asked == "local":
+        return None
+    where = f"{asked} ({source})"
+    if asked.startswith(DASHBOARD):
+        raise ClusterError(
+            f"{where} is the address of a dashboard, which takes jobs: use it as `ray job submit --address {asked}`, "
+            f"or {_instead(source)}"
+        )
+    if asked.startswith("ray://"):
+        raise ClusterError(
+            f"{where} is the address of a Ray Client server, which runs cannot go through: submit a job to the "
+            f"dashboard (ray job submit --address http://...:8265), or {_instead(source)}"
+        )
+    found = _resolved(asked, where, source)
+    _require_listener(found, where, source)
+    _require_token(asked, where)
+    _require_same_versions(found, where)
+    return found
+
+
+def _instead(source: str) -> str:
+    return "leave cluster.address out" if source == "cluster.address" else "unset RAY_ADDRESS"
+
+
+def _resolved(asked: str, where: str, source: str) -> str:
+    try:
+        return str(canonicalize_bootstrap_address_or_die(asked))
+    except ConnectionError:
+        raise ClusterError(
+            f"no Ray runs on this machine to join as {where}: start one (ray start --head), or {_instead(source)} for "
+            "a Ray of the run's own"
+        ) from None
+    except ValueError:
+        raise ClusterError(f"{where} is no address: give host:port, such as 10.0.0.5:6379, or auto") from None
+
+
+def _require_listener(address: str, where: str, source: str) -> None:
+    with init_grpc_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            tried = "" if address in where else f", tried {address}"
+            raise ClusterError(
+                f"no Ray answers at {where}{tried} within {CONNECT_SECONDS:.0f} s: start one there (ray start --head), "
+                f"or {_instead(source)} for a Ray of the run's own"
+            ) from None
+
+
+def _require_token(asked: str, where: str) -> None:
+    """A token is there if one is wanted: without it Ray would abort this process."""
+    try:
+        if asked == AUTO:  # as ray.init does
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        enabled = get_authentication_mode() == AuthenticationMode.TOKEN
+        there = not enabled or AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError:
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        raise ClusterError(f"no token for {where} in {path} (RAY_AUTH_TOKEN_PATH): {TOKEN_HELP}") from None
+    if not there:
+        raise ClusterError(f"no token for {where}, though RAY_AUTH_MODE=token: {TOKEN_HELP}")
+
+
+def _require_same_versions(address: str, where: str) -> None:
+    try:
+        stored = GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster", timeout=10)
+    except AuthenticationError:
+        sent = "another token" if get_authentication_mode() == AuthenticationMode.TOKEN else "none"
+        raise ClusterError(f"{where} asks for its token and was shown {sent}: {TOKEN_HELP}") from None
+    theirs = json.loads(stored or b"{}")
+    ours = {"ray_version": ray.__version__, "python_version": python_version()}
+    for key, name in (("ray_version", "Ray"), ("python_version", "Python")):
+        if theirs.get(key, ours[key]) != ours[key]:
+            raise ClusterError(f"{where} runs {name} {theirs[key]}, this is {ours[key]}: install the same on both")

@@ -1,0 +1,308 @@
+"""Elastic pools of restartable actors: calls wait in one queue for the first actor that is free."""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.actor import ActorHandle
+
+from epd_ray.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+DEAD = (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError)  # the latter: ended by Ray, without a restart
+LOST_ACTOR = (*DEAD, ray.exceptions.ActorUnavailableError)
+CHECK_SECONDS = 0.5  # between questions to an actor that is away
+DEATHS = 3  # of one actor in a row while it loads
+LOOK_BACK_SECONDS = 5.0  # over which the load is averaged
+SHRINK_SECONDS = 60.0  # that the load must have been low
+CALM_SECONDS = 30.0  # without growth after a loss: what was lost comes back first
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many actors a pool may have.
+
+    Attributes:
+        low: at least, >= 0; there is always room for them.
+        high: at most.
+        load: calls, waiting or under way, that one actor is meant to have.
+    """
+
+    low: int
+    high: int
+    load: float = 1.0
+
+
+@dataclass(eq=False)
+class Call:
+    """Work for one actor.
+
+    Attributes:
+        key: what it is called.
+        send: makes the remote call.
+        avoid: numbers of the actors that it failed on; others get it where there are any.
+    """
+
+    key: str
+    send: "Callable[[ActorHandle[Any]], ray.ObjectRef[Any]]"
+    avoid: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a call: a value, or the error; `lost` when the actor was lost with it."""
+
+    call: Call
+    number: int
+    value: Any = None
+    error: BaseException | None = None
+    lost: bool = False
+
+
+@dataclass(eq=False)
+class _Member:
+    number: int
+    actor: ActorHandle[Any]
+    state: Literal["loading", "there", "away"]
+    grown: bool = False
+    check: "ray.ObjectRef[Any] | None" = None
+    next_check: float = 0.0
+    deaths: int = 0
+    calls: "dict[ray.ObjectRef[Any], Call]" = field(default_factory=dict)
+
+
+class Pool:
+    """Actors of one kind, between two bounds, each with at most `depth` calls.
+
+    The pool grows with the load of the last seconds and shrinks when it was low for a minute. An actor that was added
+    and still waits for room gives way as soon as any actor is lost, so that it does not take the place of that one.
+
+    Args:
+        what: the actors, for people: "reward head 'clip'".
+        actors: that are there at the start, by number.
+        make: starts one more; its number and its handle.
+        load: asks an actor to load what it works with; the answer's error is its own.
+        bounds: of the number of actors.
+        depth: calls that one actor may have; a second is fetched while the first is worked on.
+        removed: told the number of an actor that is gone for good.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        actors: "Iterable[tuple[int, ActorHandle[Any]]]",
+        make: "Callable[[], tuple[int, ActorHandle[Any]]]",
+        load: "Callable[[ActorHandle[Any]], ray.ObjectRef[Any]]",
+        bounds: Bounds,
+        depth: int = 1,
+        removed: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self.what, self.bounds = what, bounds
+        self._make, self._load, self._depth, self._removed = make, load, depth, removed
+        self._members = [_Member(number, actor, "there") for number, actor in actors]
+        self._waiting: deque[Call] = deque()
+        self._loads: deque[tuple[float, int]] = deque()
+        self._calm_until = 0.0
+        self._low_since = self._counted = time.monotonic()
+        self.idle_seconds = 0.0
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """Queue a call, first come first served."""
+        self._waiting.append(call)
+        self._dispatch()
+
+    def forget(self) -> None:
+        """Drop the calls that wait; what is under way ends, and comes out of `take` as usual."""
+        self._waiting.clear()
+
+    def references(self) -> "list[ray.ObjectRef[Any]]":
+        """What to wait for: every answer that is still to come."""
+        checks = [m.check for m in self._members if m.check is not None]
+        return [*checks, *(reference for m in self._members for reference in m.calls)]
+
+    def take(self, ready: "set[ray.ObjectRef[Any]]") -> list[Ended]:
+        """Take in what is ready of `references`, and hand out what waits.
+
+        Raises:
+            ModelError: an actor died DEATHS times while loading.
+            Exception: why an actor could not load; of one that was added, only a warning.
+        """
+        self._count_idle()
+        ended = []
+        for member in list(self._members):
+            if member.check in ready:
+                self._checked(member)
+            for reference in [r for r in member.calls if r in ready]:
+                ended.append(self._end(member, member.calls.pop(reference), reference))
+        self._dispatch()
+        return ended
+
+    def _end(self, member: _Member, call: Call, reference: "ray.ObjectRef[Any]") -> Ended:
+        try:
+            return Ended(call, member.number, ray.get(reference))
+        except ray.exceptions.RayTaskError as error:  # first: it may also be of the class of its cause
+            return Ended(call, member.number, error=error)
+        except LOST_ACTOR as error:
+            if member.state == "there":
+                log.warning("%s: actor %d was lost", self.what, member.number)
+                self._away(member)
+                self.give_way()
+            return Ended(call, member.number, error=error, lost=True)
+        except ray.exceptions.RayError as error:
+            return Ended(call, member.number, error=error)
+
+    def _dispatch(self) -> None:
+        kept: deque[Call] = deque()
+        while self._waiting:
+            call = self._waiting.popleft()
+            member = self._choose(call)
+            if member is None:
+                kept.append(call)
+            else:
+                member.calls[call.send(member.actor)] = call
+        self._waiting = kept
+
+    def _choose(self, call: Call) -> _Member | None:
+        """The least loaded of those that are free; not one that the call failed on where another is there."""
+        there = [m for m in self._members if m.state == "there"]
+        others = [m for m in there if m.number not in call.avoid]
+        free = [m for m in others or there if len(m.calls) < self._depth]
+        return min(free, key=lambda m: len(m.calls), default=None)
+
+    # -- actors that come and go --------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Ask after those that are away, follow the load; to be called every few tenths of a second."""
+        self._count_idle()
+        now = time.monotonic()
+        for member in self._members:
+            if member.state == "away" and member.check is None and now >= member.next_check:
+                member.check = member.actor.__ray_ready__.remote()
+        self._follow(now)
+        self._dispatch()
+
+    def _checked(self, member: _Member) -> None:
+        reference, member.check = member.check, None
+        assert reference is not None
+        try:
+            ray.get(reference)
+        except ray.exceptions.ActorUnavailableError:
+            self._away(member)
+        except DEAD:
+            self._died(member)
+        except ray.exceptions.RayError as error:
+            self._cannot_load(member, error)
+        else:
+            self._came(member)
+
+    def _came(self, member: _Member) -> None:
+        """The process is there: let it load, then give it work."""
+        if member.state == "away":
+            member.state, member.check = "loading", self._load(member.actor)
+        else:
+            member.state, member.deaths = "there", 0
+
+    def _away(self, member: _Member) -> None:
+        if member.state == "loading":
+            member.deaths += 1
+            if member.deaths >= DEATHS:
+                error = ModelError(f"{self.what}: its process died {DEATHS} times while loading: out of memory?")
+                self._cannot_load(member, error)
+                return
+        member.state, member.next_check = "away", time.monotonic() + CHECK_SECONDS
+
+    def _died(self, member: _Member) -> None:
+        """It never comes back by itself: another takes its place where it is needed."""
+        self._drop(member)
+        if len(self._members) < self.bounds.low:
+            self._add(grown=False)
+
+    def _cannot_load(self, member: _Member, error: BaseException) -> None:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None else error
+        if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+            cause = ModelError(f"{self.what}: its environment cannot be set up: {last_line(error)}")
+        if not member.grown:
+            raise cause
+        log.warning("%s: no more actors are added, one could not load: %s", self.what, cause)
+        self._drop(member)
+        self.bounds = Bounds(self.bounds.low, max(self.bounds.low, len(self._members)), self.bounds.load)
+
+    def _follow(self, now: float) -> None:
+        load = len(self._waiting) + sum(len(m.calls) for m in self._members)
+        self._loads.append((now, load))
+        while now - self._loads[0][0] > LOOK_BACK_SECONDS:
+            self._loads.popleft()
+        mean = sum(count for _, count in self._loads) / len(self._loads)
+        wanted = min(max(math.ceil(mean / self.bounds.load), self.bounds.low), self.bounds.high)
+        if wanted >= len(self._members):
+            self._low_since = now
+        settled = all(m.state == "there" for m in self._members) and now >= self._calm_until
+        if wanted > len(self._members) and settled and now - self._loads[0][0] > LOOK_BACK_SECONDS / 2:
+            for _ in range(wanted - len(self._members)):
+                self._add(grown=True)
+        elif now - self._low_since > SHRINK_SECONDS:
+            idle = [m for m in self._members if (m.state == "there" or m.grown) and not m.calls]
+            for member in idle[::-1][: len(self._members) - wanted]:
+                self._drop(member)
+
+    def give_way(self) -> None:
+        """End the added actors that still wait for room or load; no growth for a while."""
+        self._calm_until = time.monotonic() + CALM_SECONDS
+        for member in [m for m in self._members if m.grown and m.state == "loading"]:
+            self._drop(member)
+
+    def _add(self, grown: bool) -> None:
+        number, actor = self._make()
+        self._members.append(_Member(number, actor, "loading", grown, self._load(actor)))
+
+    def _drop(self, member: _Member) -> None:
+        self._members.remove(member)
+        self._waiting.extendleft(member.calls.values())
+        ray.kill(member.actor)
+        self._removed(member.number)
+
+    def stop(self) -> None:
+        """End all actors."""
+        for member in list(self._members):
+            self._drop(member)
+
+    # -- what is told about it ----------------------------------------------------------------------------------------
+
+    @property
+    def actors(self) -> "list[ActorHandle[Any]]":
+        """All that the pool has, there or not."""
+        return [m.actor for m in self._members]
+
+    @property
+    def present(self) -> int:
+        """Actors that can work."""
+        return sum(m.state == "there" for m in self._members)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for an actor."""
+        return len(self._waiting)
+
+    @property
+    def working(self) -> int:
+        """Calls under way."""
+        return sum(len(m.calls) for m in self._members)
+
+    def _count_idle(self) -> None:
+        """Add up the seconds of actors that could work and have nothing to do."""
+        now = time.monotonic()
+        self.idle_seconds += (now - self._counted) * sum(m.state == "there" and not m.calls for m in self._members)
+        self._counted = now
+
+
+def last_line(error: BaseException) -> str:
+    """What Ray's errors say after pages of context."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,0 +1,295 @@
+"""What is to be scored: an index of pictures and prompts, from folders, WebDataset tars or Parquet files.
+
+An index is an Arrow table with a row per picture: id, prompt, error, and where its bytes are: `file` with `offset` and
+`size`, or in Parquet `row_group` and `row`. No picture is opened for it. One without a prompt has its error already.
+"""
+
+import glob
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from epd_ray.errors import EpdRayError, PromptError
+from epd_ray.prompt_files import COLUMNS, SUFFIXES, pick_column, read_prompts
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
+IMAGE_COLUMN, ID_COLUMN = "image", "id"
+PLACES = {"range": ("offset", "size"), "row": ("row_group", "row")}
+NO_PROMPT = "no prompt"
+
+
+class SourceError(EpdRayError):
+    """Pictures to score that are not there, cannot be read, or cannot be told apart."""
+
+
+@dataclass
+class _Rows:
+    """An index while it grows."""
+
+    ids: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, row_id: str, prompt: str | None, file: str, place: tuple[int, int]) -> None:
+        self.ids.append(row_id)
+        self.prompts.append((prompt or "").strip())
+        self.files.append(file)
+        self.places.append(place)
+
+    def table(self, kind: str) -> pa.Table:
+        first, second = PLACES[kind]
+        return pa.table(
+            {
+                "id": pa.array(self.ids, pa.string()),
+                "prompt": pa.array(self.prompts, pa.string()),
+                "error": pa.array([None if p else NO_PROMPT for p in self.prompts], pa.string()),
+                "file": pa.array(self.files, pa.string()),
+                first: pa.array([a for a, _ in self.places], pa.int64()),
+                second: pa.array([b for _, b in self.places], pa.int64()),
+            }
+        )
+
+
+def read_index(source: str, prompts: Path | None = None) -> pa.Table:
+    """The index of a source, in a fixed order.
+
+    Args:
+        source: an image folder, a .tar or .parquet file, a folder of such, or a glob pattern.
+        prompts: of an image folder: .csv, .jsonl or .parquet with file names and prompts, or .txt with one prompt per
+            line in the order of the sorted names; None: `x.txt` beside `x.png`.
+
+    Raises:
+        SourceError: nothing there, of several kinds, damaged, without any prompt, or with an id twice.
+        PromptError: a prompt file that cannot be used.
+    """
+    root, files = _files(source)
+    kind = _kind(source, files)
+    if prompts is not None and kind != "images":
+        raise SourceError(f"--prompts belongs to a folder of images, but {source} holds {kind}: leave it out")
+    rows = _Rows()
+    if kind == "images":
+        _index_folder(rows, root, files, prompts)
+    else:
+        index: Callable[[_Rows, Path, str], None] = {"tars": _index_tar, "Parquet": _index_parquet}[kind]
+        for file in files:
+            index(rows, file, file.relative_to(root).as_posix())
+    if not rows.ids:
+        raise SourceError(f"{source} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    if not any(rows.prompts):
+        fix = "give --prompts FILE, or put x.txt beside x.png" if kind == "images" else "put key.txt beside key.png"
+        raise SourceError(f"{source} has {len(rows.ids)} pictures and no prompt: {fix}")
+    table = rows.table("row" if kind == "Parquet" else "range")
+    _require_unique(table["id"], source)
+    return table
+
+
+def _files(source: str) -> tuple[Path, list[Path]]:
+    """What ids are relative to, and every file that may hold pictures."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        known = (*IMAGE_SUFFIXES, ".tar", ".parquet")
+        found = [p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file()]
+        if not found:
+            raise SourceError(f"{source} holds nothing to score, expected {', '.join(known)}")
+        return path.absolute(), sorted(p.absolute() for p in found)
+    if path.is_file():
+        return path.absolute().parent, [path.absolute()]
+    if glob.has_magic(source):
+        parts = path.absolute().parts
+        plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        root = Path(*parts[:plain])
+        if found := sorted(p for p in root.glob("/".join(parts[plain:])) if p.is_file()):
+            return root, found
+    raise SourceError(f"{source}: no such file or folder")
+
+
+def _kind(source: str, files: Sequence[Path]) -> str:
+    suffixes = {p.suffix.lower() for p in files}
+    names = {"tars": {".tar"}, "Parquet": {".parquet"}, "images": set(IMAGE_SUFFIXES)}
+    kinds = [kind for kind, known in names.items() if suffixes & known]
+    if not kinds or suffixes - set().union(*names.values()):
+        raise SourceError(f"{source}: expected a folder of images, .tar or .parquet, not {min(suffixes) or 'a file'}")
+    if len(kinds) > 1:
+        raise SourceError(f"{source} holds {' and '.join(kinds)}: choose by a pattern, such as '{source}/*.tar'")
+    return kinds[0]
+
+
+def _require_unique(ids: pa.ChunkedArray, source: str) -> None:
+    counts = pc.value_counts(ids)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        first, times = twice[0]["values"].as_py(), twice[0]["counts"]
+        raise SourceError(f"{source} has the id {first!r} {times} times: make ids unique")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _index_folder(rows: _Rows, root: Path, files: Sequence[Path], prompts: Path | None) -> None:
+    names = [file.relative_to(root).as_posix() for file in files]
+    if prompts is None:
+        texts: list[str | None] = [_beside(file) for file in files]
+    elif prompts.suffix.lower() == ".txt":
+        lines = read_prompts(prompts)
+        if len(lines) != len(files):
+            raise PromptError(f"{prompts} has {len(lines)} prompts for {len(files)} pictures: one line each is needed")
+        texts = list(lines)
+    else:
+        by_name = _named_prompts(prompts)
+        texts = [by_name.get(name) for name in names]
+        if not any(texts):
+            raise PromptError(f"{prompts} names none of the pictures in {root}, such as {names[0]!r}")
+    for name, file, text in zip(names, files, texts, strict=True):
+        rows.add(name, text, str(file), (0, file.stat().st_size))
+
+
+def _beside(picture: Path) -> str | None:
+    text = picture.with_suffix(".txt")
+    return text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
+
+
+def _named_prompts(path: Path) -> dict[str, str]:
+    """File name -> prompt, of a table."""
+    if not path.is_file():
+        raise PromptError(f"cannot read prompts from {path}: no such file")
+    try:
+        table = _read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise PromptError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    file = next((name for name in FILE_COLUMNS if name in table.column_names), None)
+    if file is None:
+        has = ", ".join(table.column_names)
+        raise PromptError(f"{path} has the columns {has}, expected the file's name in one of {', '.join(FILE_COLUMNS)}")
+    prompt = pick_column([name for name in table.column_names if name != file], path)
+    found: dict[str, str] = {}
+    for name, text in zip(table[file].to_pylist(), table[prompt].to_pylist(), strict=True):
+        key = PurePosixPath(str(name)).as_posix()
+        if key in found:
+            raise PromptError(f"{path} names {key!r} twice, expected one prompt per picture")
+        found[key] = _text(text)
+    return found
+
+
+def _read_table(path: Path) -> pa.Table:
+    match path.suffix.lower():
+        case ".csv":
+            names = pacsv.open_csv(path).schema.names
+            texts = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            return pacsv.read_csv(path, pacsv.ReadOptions(), pacsv.ParseOptions(newlines_in_values=True), texts)
+        case ".jsonl":
+            return pajson.read_json(path)
+        case ".parquet":
+            return pq.read_table(path)
+    raise PromptError(f"--prompts {path}: expected {', '.join(SUFFIXES)}")
+
+
+def _text(value: object) -> str:
+    """A prompt; of several captions the first, "" where there is none."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else ""
+
+
+# -- tars -------------------------------------------------------------------------------------------------------------
+
+
+def _index_tar(rows: _Rows, path: Path, name: str) -> None:
+    """Samples of a WebDataset tar: members that are called the same up to the first dot."""
+    prompts: dict[str, str] = {}
+    pictures: list[tuple[str, tuple[int, int]]] = []
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in _members(tar):
+                key, suffix = _key(member.name)
+                if suffix in IMAGE_SUFFIXES:
+                    pictures.append((key, (member.offset_data, member.size)))
+                elif suffix in (".txt", ".json"):
+                    file.seek(member.offset_data)
+                    prompt = _prompt_of(file.read(member.size), suffix)
+                    prompts[key] = prompt or prompts.get(key, "")
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # where tarfile stops without a word
+                raise tarfile.ReadError("damaged header")
+    except (tarfile.TarError, OSError) as error:
+        raise SourceError(f"{path} cannot be read as a plain tar: {error}") from error
+    for key, place in pictures:
+        rows.add(f"{name}/{key}", prompts.get(key), str(path), place)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Regular files, none of which is remembered."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        if member.isreg() and not member.issparse():
+            yield member
+
+
+def _key(name: str) -> tuple[str, str]:
+    path = PurePosixPath(name)
+    stem, _, suffix = path.name.partition(".")
+    return path.with_name(stem or path.name).as_posix(), f".{suffix.lower()}"
+
+
+def _prompt_of(data: bytes, suffix: str) -> str:
+    text = data.decode("utf-8", errors="replace")
+    if suffix == ".txt":
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    known: Iterable[Any] = (record[name] for name in COLUMNS if name in record) if isinstance(record, dict) else ()
+    return next((t for value in known if (t := _text(value))), "")
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def _index_parquet(rows: _Rows, path: Path, name: str) -> None:
+    """Rows of a Parquet file; the pictures are bytes, or Hugging Face's struct of bytes and path."""
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image_path(schema, path)
+            others = [n for n in schema.names if n not in (IMAGE_COLUMN, ID_COLUMN)]
+            prompt = pick_column(others, path) if others else ""
+            if not prompt:
+                raise SourceError(f"{path} has no column of prompts, expected one of {', '.join(COLUMNS)}")
+            columns = [prompt, *([ID_COLUMN] if ID_COLUMN in schema.names else [])]
+            number = 0
+            for group in range(file.num_row_groups):
+                part = file.read_row_group(group, columns=columns)
+                ids = part[ID_COLUMN].to_pylist() if ID_COLUMN in columns else [None] * len(part)
+                for row, (text, given) in enumerate(zip(part[prompt].to_pylist(), ids, strict=True)):
+                    row_id = f"{name}:{number}" if given is None else str(given)
+                    rows.add(row_id, _text(text), str(path), (group, row))
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def image_path(schema: pa.Schema, where: str | Path) -> str:
+    """The Parquet path of the pictures' bytes.
+
+    Raises:
+        SourceError: no column of pictures.
+    """
+    if IMAGE_COLUMN not in schema.names:
+        raise SourceError(f"{where} has the columns {', '.join(schema.names)}, expected {IMAGE_COLUMN!r} and a prompt")
+    kind = schema.field(IMAGE_COLUMN).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{IMAGE_COLUMN}.bytes"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return IMAGE_COLUMN
+    raise SourceError(f"{where}: column {IMAGE_COLUMN!r} is {kind}, expected bytes, or a struct with bytes")

@@ -1,0 +1,233 @@
+"""Scores for pictures that are there already, by the hundred thousand: read, decode, one actor pool per head, write."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.data.exceptions import ExecutionTimeoutError
+
+from epd_ray.actors import RewardSpec, unwrap
+from epd_ray.cluster import require_room
+from epd_ray.config import RunConfig
+from epd_ray.errors import EpdRayError, ModelError
+from epd_ray.pool import last_line
+from epd_ray.progress import Observer
+from epd_ray.score.inputs import read_index
+from epd_ray.score.output import ScoreDirectory
+from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
+from epd_ray.score.stage import HeadStage, model_column
+from epd_ray.session import ray_session, reward_spec, stop_signals
+
+PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has as many, or is as old
+STORE_BYTES = 512 << 20  # of the object store per reward actor, and for reading
+STILL_SECONDS = 1800.0  # without any progress: a head hangs, or its process dies again and again
+READING = {"CPU": 1.0}  # what a task that reads and decodes asks for
+
+
+class TooManyErrors(EpdRayError):
+    """More rows failed than the user allows."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What to score, and how.
+
+    Attributes:
+        source: see read_index.
+        out: directory of the scores.
+        prompts: file of an image folder's prompts.
+        batch_size: pictures per call of a head.
+        max_errors: share of the source's rows that may fail, in [0, 1].
+    """
+
+    source: str
+    out: Path
+    prompts: Path | None = None
+    batch_size: int = 32
+    max_errors: float = 0.01
+
+
+def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[str]:
+    """Score the rows of a source that `out` lacks.
+
+    Args:
+        request: what to score.
+        config: its heads (`rewards`), and where they run (`cluster`).
+        observer: sees the progress.
+
+    Returns:
+        The results in a few lines.
+
+    Raises:
+        EpdRayError: something that the user can mend; what was scored is kept, and the same call scores the rest.
+    """
+    index = read_index(request.source, request.prompts)
+    told = {n: {"head": r.head, "backend": r.backend, "options": r.options} for n, r in config.rewards.items()}
+    out = ScoreDirectory(request.out, told)
+    todo = out.missing(index)
+    specs = {name: reward_spec(reward) for name, reward in config.rewards.items()}
+    limit = int(request.max_errors * len(index))
+    start = time.perf_counter()
+    if len(todo):
+        _Written(out, limit).count(todo)  # what has no prompt, before anything is started
+        observer.stage("starting Ray", 1)
+        with ray_session(config.cluster.address, config.cluster.env), stop_signals():
+            observer.advance()
+            out.drop(todo)
+            _score_all(todo, specs, request.batch_size, _Written(out, limit), observer)
+    return _summarised(request, index, out, len(todo), time.perf_counter() - start)
+
+
+def _score_all(
+    todo: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, written: "_Written", observer: Observer
+) -> None:
+    observer.stage("scoring", len(todo))
+    start = time.perf_counter()
+    rows = 0
+    try:
+        for table in scored(todo, specs, batch_size):
+            written.add(table)
+            rows += len(table)
+            observer.advance(len(table), failed=written.failed, images_per_s=rows / (time.perf_counter() - start))
+    finally:
+        written.flush()
+
+
+def scored(index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int) -> Iterator[pa.Table]:
+    """Rows with their scores, in whatever order they are done.
+
+    Args:
+        index: of the pictures.
+        specs: head name -> its spec.
+        batch_size: pictures per call of a head.
+
+    Raises:
+        EpdRayError: a head that cannot be built, or whose process died over the same rows again and again.
+        PlacementError: no room for the actors beside a CPU for reading.
+    """
+    require_room({"reward actors": [s.bundle for s in specs.values() for _ in range(s.replicas)], "reading": [READING]})
+    with _quiet_data(sum(s.max_replicas or s.replicas for s in specs.values())):
+        data = ray.data.from_arrow(pieces(index))
+        data = data.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=READING["CPU"])
+        for i, (name, spec) in enumerate(specs.items(), start=1):
+            most = max(spec.replicas, spec.max_replicas or spec.replicas)
+            least = min(spec.replicas, spec.min_replicas or spec.replicas)
+            here = spec.python is None  # else the actor only passes on to one in the environment, which asks for these
+            data = data.map_batches(
+                HeadStage,
+                fn_constructor_args=(name, spec, i == len(specs)),
+                batch_size=batch_size,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=least, max_size=most, initial_size=spec.replicas),
+                num_cpus=spec.num_cpus if here else 0,
+                num_gpus=spec.num_gpus if here else 0,
+                resources=dict(spec.resources) if here else None,
+            )
+        try:
+            yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        except ExecutionTimeoutError as error:
+            problem = f"no row was scored for {STILL_SECONDS:.0f} s: a head hangs, or its process dies again and again"
+            raise ModelError(problem) from error
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from None
+
+
+class _Written:
+    """Takes scored rows, writes them as parts, and counts those that failed.
+
+    Args:
+        out: where they go.
+        limit: rows that may fail.
+    """
+
+    def __init__(self, out: ScoreDirectory, limit: int) -> None:
+        self._out, self._limit = out, limit
+        self._tables: list[pa.Table] = []
+        self._models: dict[str, str] = {}
+        self._since = time.monotonic()
+        self.failed = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take rows.
+
+        Raises:
+            TooManyErrors: with these more have failed than may; all rows so far are kept.
+        """
+        self._tables.append(table)
+        self._models |= {head: table[model_column(head)][0].as_py() for head in self._out.heads}
+        rows = sum(len(t) for t in self._tables)
+        if rows >= PART_ROWS or time.monotonic() - self._since >= PART_SECONDS:
+            self.flush()
+        self.count(table)
+
+    def count(self, rows: pa.Table) -> None:
+        """Compare the failures, with those among these rows, with the limit.
+
+        Raises:
+            TooManyErrors: too many.
+        """
+        bad = rows.filter(pc.is_valid(rows["error"]))
+        self.failed += len(bad)
+        if self.failed > self._limit:
+            raise TooManyErrors(
+                f"{self.failed} rows failed, at most {self._limit} may (such as {bad['id'][0]}: {bad['error'][0]}): "
+                f"mend them, or raise --max-errors; what was scored is kept in {self._out.path}"
+            )
+
+    def flush(self) -> None:
+        """Write what there is."""
+        self._out.add(self._tables, self._models)
+        self._tables, self._since = [], time.monotonic()
+
+
+@contextmanager
+def _quiet_data(actors: int) -> Iterator[None]:
+    """Ray Data with bounded memory, and without a word of its own on the terminal."""
+    for name in ("ray.data", "ray.anyscale"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else the cause is lost on the way
+    context.execution_no_progress_timeout_s = STILL_SECONDS
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=STORE_BYTES * (1 + actors))
+    with DataContext.current(context):
+        yield
+
+
+def _cause(error: ray.exceptions.RayError) -> EpdRayError:
+    """What went wrong in a stage, without what Ray Data adds to it."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return ModelError(f"scoring ended early: {last_line(error)}")
+    cause = unwrap(error)
+    said = str(cause).partition("\nFailed to apply")[0]
+    return ModelError(said if isinstance(cause, EpdRayError) else f"scoring failed with {type(cause).__name__}: {said}")
+
+
+def _summarised(request: ScoreRequest, index: pa.Table, out: ScoreDirectory, rows: int, seconds: float) -> list[str]:
+    totals = out.totals()
+    heads = {name: {**known, "mean": totals.mean[name], "std": totals.std[name]} for name, known in out.heads.items()}
+    speed = rows / seconds if rows else None
+    run = {"rows": rows, "seconds": round(seconds, 3), "images_per_s": None if speed is None else round(speed, 2)}
+    counts = {"rows": totals.rows, "scored": totals.rows - totals.errors, "errors": totals.errors}
+    out.summarise({"source": request.source, **counts, "heads": heads, "last_run": run})
+    lines = [
+        f"{name}: mean {facts['mean']:.4f}, std {facts['std']:.4f}"
+        for name, facts in heads.items()
+        if facts["mean"] is not None
+    ]
+    what = f"scored {rows} rows in {seconds:.0f} s ({speed:.1f} images/s)" if speed else "nothing was missing"
+    return [
+        f"{what}: {counts['scored']} of {len(index)} have scores, {totals.errors} have errors",
+        *lines,
+        f"scores: {request.out}",
+    ]

@@ -1,0 +1,180 @@
+"""What happens to rows on their way: bytes become pixels, pixels become scores; what goes wrong stays in its row."""
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from epd_ray.errors import RewardError
+from epd_ray.score.inputs import image_path
+from epd_ray.types import FloatArray, ImageArray
+
+BLOCK_BYTES = 16 << 20  # of pixels that travel together
+READ_ROWS = 64  # of Parquet that are held at a time
+ROWS_PER_TASK = 256
+
+Score = Callable[[ImageArray, Sequence[str], Sequence[str]], FloatArray]
+"""Raw scores [B] of images [B, 3, H, W], uint8, with their prompts and ids; a RewardError instead of a wrong one."""
+
+
+def pieces(index: pa.Table) -> list[pa.Table]:
+    """An index cut into what one task reads; no row group of a Parquet file is read twice.
+
+    Args:
+        index: or some of its rows.
+    """
+    if "row_group" not in index.column_names:
+        return [index.slice(i, ROWS_PER_TASK) for i in range(0, len(index), ROWS_PER_TASK)]
+    files, groups = index["file"].to_pylist(), index["row_group"].to_pylist()
+    cuts = [0]
+    for i in range(1, len(index)):
+        another = (files[i], groups[i]) != (files[i - 1], groups[i - 1])
+        if another and i - cuts[-1] >= ROWS_PER_TASK:
+            cuts.append(i)
+    return [index.slice(a, b - a) for a, b in zip(cuts, [*cuts[1:], len(index)], strict=True)]
+
+
+def decode(piece: pa.Table) -> Iterator[pa.Table]:
+    """Read and decode the pictures of a piece, some MiB at a time.
+
+    Returns:
+        Tables of id, prompt, error, height, width, and pixels: RGB bytes, row by row.
+    """
+    read = _parquet_bytes if "row_group" in piece.column_names else _file_bytes
+    rows: list[dict[str, object]] = []
+    size = 0
+    for row, data in read(piece.to_pylist()):
+        kept = {name: row[name] for name in ("id", "prompt", "error")}
+        if row["error"] is None:
+            kept |= _decoded(data)
+        rows.append(kept)
+        size += len(kept.get("pixels") or b"")  # type: ignore[arg-type]
+        if size >= BLOCK_BYTES:
+            yield pa.Table.from_pylist(rows, schema=PIXELS)
+            rows, size = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=PIXELS)
+
+
+PIXELS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("error", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixels", pa.large_binary()),
+    ]
+)
+
+
+def _decoded(data: bytes | str) -> dict[str, object]:
+    """Pixels, or why there are none."""
+    if isinstance(data, str):
+        return {"error": data}
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.mode.startswith(("I", "F")):
+                return {"error": f"picture has mode {picture.mode}, expected 8 bits a channel"}
+            rgb = picture.convert("RGB")
+    except Exception as error:  # decoders raise almost anything; the row keeps what they said
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        said = "no known image format" if unknown else " ".join(str(error).split())
+        return {"error": f"picture cannot be decoded: {said}"}
+    return {"height": rgb.height, "width": rgb.width, "pixels": rgb.tobytes()}
+
+
+_Row = dict[str, object]
+
+
+def _file_bytes(rows: Sequence[_Row]) -> Iterator[tuple[_Row, bytes | str]]:
+    """Each row with its bytes, or with why they cannot be read."""
+    for row in rows:
+        try:
+            with open(str(row["file"]), "rb") as file:  # noqa: PTH123
+                file.seek(int(row["offset"]))  # type: ignore[call-overload]
+                yield row, file.read(int(row["size"]))  # type: ignore[call-overload]
+        except OSError as error:
+            yield row, f"picture cannot be read: {error.strerror}"
+
+
+def _parquet_bytes(rows: Sequence[_Row]) -> Iterator[tuple[_Row, bytes | str]]:
+    groups: dict[tuple[object, object], dict[object, _Row]] = defaultdict(dict)
+    for row in rows:
+        groups[row["file"], row["row_group"]][row["row"]] = row
+    for (file, group), wanted in groups.items():
+        try:
+            for number, data in _row_group(str(file), int(group)):  # type: ignore[call-overload]
+                if number in wanted:
+                    yield wanted.pop(number), "no picture" if data is None else data
+        except (pa.ArrowException, OSError) as error:
+            for row in wanted.values():
+                yield row, f"picture cannot be read: {str(error).splitlines()[0]}"
+
+
+def _row_group(path: str, group: int) -> Iterator[tuple[int, bytes | None]]:
+    """The pictures of a row group, a few at a time however large it is."""
+    with pq.ParquetFile(path) as file:
+        column = image_path(file.schema_arrow, path)
+        number = 0
+        for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=[column], use_threads=False):
+            values = batch.column(0)
+            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
+                yield number, value.as_py()
+                number += 1
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def score_rows(table: pa.Table, head: str, score: Score) -> pa.Table:
+    """Add a head's scores to decoded rows, and what it could not score to their errors.
+
+    Pictures of one size make a batch; where the head refuses a batch, its rows are tried one by one.
+
+    Args:
+        table: of PIXELS, at least.
+        head: names the new column.
+        score: of the head.
+    """
+    values: list[float | None] = [None] * len(table)
+    errors = table["error"].to_pylist()
+    ids, prompts, pixels = table["id"].to_pylist(), table["prompt"].to_pylist(), table["pixels"]
+    sizes = defaultdict(list)
+    for i, size in enumerate(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)):
+        if pixels[i].is_valid:
+            sizes[size].append(i)
+    for (height, width), rows in sizes.items():
+        images = np.stack([np.frombuffer(pixels[i].as_buffer(), np.uint8).reshape(height, width, 3) for i in rows])
+        found = _attempt(score, images.transpose(0, 3, 1, 2), [prompts[i] for i in rows], [ids[i] for i in rows])
+        for i, value in zip(rows, found, strict=True):
+            if isinstance(value, float):
+                values[i] = value
+            else:
+                errors[i] = "; ".join(filter(None, (errors[i], f"{head}: {value}")))
+    there = table.column_names.index("error")
+    with_errors = table.set_column(there, "error", pa.array(errors, pa.string()))
+    return with_errors.append_column(score_column(head), pa.array(values, pa.float32()))
+
+
+def score_column(head: str) -> str:
+    """The column of a head's scores while rows travel."""
+    return f"score:{head}"
+
+
+def _attempt(
+    score: Score, images: npt.NDArray[np.uint8], prompts: Sequence[str], ids: Sequence[str]
+) -> list[float | str]:
+    """A score per row, or what is wrong with the row."""
+    try:
+        return [float(value) for value in score(images, prompts, ids)]
+    except RewardError as error:
+        if len(ids) == 1:
+            return [error.problem]
+    alone = [_attempt(score, images[i : i + 1], prompts[i : i + 1], ids[i : i + 1]) for i in range(len(ids))]
+    return [value for values in alone for value in values]

@@ -1,0 +1,51 @@
+"""A head's place in the scoring pipeline; light, since every process of a pool imports it."""
+
+import pyarrow as pa
+
+from epd_ray.actors import RewardActor, RewardSpec, TimedScores, insist, start_head
+from epd_ray.score.rows import score_rows
+from epd_ray.types import ImageArray
+
+
+class HeadStage:
+    """A head's place in the pipeline: scores batches of decoded rows.
+
+    Args:
+        name: of the head.
+        spec: of the head.
+        last: the pictures go no further.
+    """
+
+    def __init__(self, name: str, spec: RewardSpec, last: bool) -> None:
+        self._name, self._last = name, last
+        own = spec.python is None
+        self._head = RewardActor(name, spec.target or spec.head, spec.options) if own else _Elsewhere(name, spec)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        found = score_rows(table, self._name, lambda *batch: self._head.score(*batch).values)
+        models = pa.array([self._head.model_id()] * len(found), pa.string())
+        found = found.append_column(model_column(self._name), models)
+        return found.drop_columns(["height", "width", "pixels"]) if self._last else found
+
+
+class _Elsewhere:
+    """A head in an actor of its own, which runs in another environment."""
+
+    def __init__(self, name: str, spec: RewardSpec) -> None:
+        asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
+        self._what = f"reward head {name!r}"
+        self._actor = start_head(name, spec, {**asked, "max_restarts": -1, "max_task_retries": 0})
+
+    def score(self, images: ImageArray, prompts: list[str], ids: list[str]) -> TimedScores:
+        found: TimedScores = insist(
+            self._actor, self._what, "scoring", lambda: self._actor.score.remote(images, prompts, ids)
+        )
+        return found
+
+    def model_id(self) -> str:
+        return str(insist(self._actor, self._what, "loading", self._actor.model_id.remote))
+
+
+def model_column(head: str) -> str:
+    """The column of what a head's model is called."""
+    return f"model:{head}"

@@ -1,0 +1,226 @@
+"""What a sweep tries: its section of the YAML file, checked against the run that it varies."""
+
+import difflib
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator, model_validator
+
+from epd_ray.config import RunConfig, apply_override, problems_of, read_yaml, resolve
+from epd_ray.errors import ConfigError
+from epd_ray.sections import Positive, Section
+
+COMBINATIONS = 1000  # of values that are checked before anything starts
+MUTABLE = frozenset(
+    f"rdpo.{name}" for name in ("lr", "weight_decay", "clip", "grad_clip", "kl_coeff", "entropy_coeff", "epochs")
+)
+"""What PBT may change in a policy that is trained already."""
+# The budget is counted in images; a start table has one shape; z-scores are against each trial's own start.
+FIXED = {"rdpo.iterations", "rdpo.normalisation", "distill.table"}
+KEYS = frozenset(
+    f"{section}.{name}"
+    for section in ("rdpo", "solver", "distill")
+    for name in RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+) - FIXED | {"backbone.guidance_scale"}
+"""What may be swept: nothing that would make held-out rewards of two trials mean different things."""
+
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Distribution(Section):
+    """Where a key's values come from: one of these."""
+
+    choice: Annotated[list[JsonValue], Field(min_length=1)] | None = Field(default=None, description="any of a list")
+    uniform: Bounds | None = Field(default=None, description="[low, high]")
+    loguniform: Bounds | None = Field(default=None, description="[low, high], by orders of magnitude")
+    integers: Whole | None = Field(default=None, description="[low, high], both included")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        return {"choice": given} if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _one(self) -> "Distribution":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'nothing'} given, expected one of {', '.join(self.kinds())}")
+        low, high = self.uniform or self.loguniform or self.integers or (0, 1)
+        if low >= high:
+            raise ValueError(f"{given[0]} is [{low:g}, {high:g}], expected the lower end first")
+        if given[0] == "loguniform" and low <= 0:
+            raise ValueError(f"loguniform is from {low:g}, expected more than 0")
+        return self
+
+    @classmethod
+    def kinds(cls) -> list[str]:
+        return list(cls.model_fields)
+
+    @property
+    def ends(self) -> list[JsonValue]:
+        """Every value of a choice, the two ends of a range."""
+        for values in (self.choice, self.uniform, self.loguniform, self.integers):
+            if values is not None:
+                return list(values)
+        return [0, 0]
+
+
+class SweepSection(Section):
+    """What is tried, how often, and who may go on."""
+
+    space: dict[str, Distribution] = Field(default={}, description="key of the run -> where its values come from")
+    trials: Positive = Field(default=8, description="runs with values drawn from the space")
+    scheduler: Literal["asha", "pbt", "none"] = Field(
+        default="asha", description="asha: the worse ones stop early; pbt: they go on from the better ones' policies"
+    )
+    concurrent: Positive | None = Field(
+        default=None, description="trials at a time, if there is room; null: 2, with pbt all"
+    )
+    images: Positive | None = Field(default=None, description="that a trial may draw; null: as many as the run would")
+    grace: float = Field(
+        default=0.2, gt=0, le=1, description="share of the images before asha may stop a trial, between pbt's exchanges"
+    )
+    reduction: float = Field(default=3.0, gt=1, description="of asha: 1 in so many goes on")
+
+    @field_validator("space")
+    @classmethod
+    def _known(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:
+        if not space:
+            raise ValueError("is empty: name what to vary, such as {rdpo.lr: {loguniform: [1e-4, 1e-2]}}")
+        if unknown := [key for key in space if key not in KEYS]:
+            if unknown[0] in FIXED:
+                raise ValueError(f"{unknown[0]} is the same for all trials (their budget is sweep.images)")
+            near = difflib.get_close_matches(unknown[0], KEYS, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else "keys of rdpo, solver and distill can"
+            raise ValueError(f"{unknown[0]} cannot be swept; {fix}")
+        return space
+
+    @field_validator("scheduler")
+    @classmethod
+    def _mutable(cls, scheduler: str, info: ValidationInfo) -> str:
+        space = info.data.get("space")
+        if scheduler == "pbt" and space and not MUTABLE & set(space):
+            raise ValueError(
+                f"pbt changes trials as they run, and {', '.join(space)} cannot be changed then: add one of "
+                f"{', '.join(sorted(MUTABLE))}, or take asha"
+            )
+        return scheduler
+
+    @field_validator("concurrent")
+    @classmethod
+    def _population(cls, concurrent: int | None, info: ValidationInfo) -> int | None:
+        trials = info.data.get("trials", 1)
+        if info.data.get("scheduler") == "pbt" and concurrent is not None and concurrent < trials:
+            raise ValueError(f"is {concurrent}, but pbt's {trials} trials live together (they take turns): set null")
+        return concurrent
+
+
+class _File(Section):
+    sweep: SweepSection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run and what is varied of it.
+
+    Attributes:
+        config: of the run; its seed fixes the held-out prompts and noise of all trials.
+        sweep: what is varied.
+    """
+
+    config: RunConfig = field(repr=False)
+    sweep: SweepSection
+
+    @property
+    def images(self) -> int:
+        """A trial's budget."""
+        rdpo = self.config.rdpo
+        return self.sweep.images or rdpo.iterations * rdpo.prompts_per_iteration * rdpo.group_size
+
+    def trial(self, values: Mapping[str, JsonValue]) -> RunConfig:
+        """The run with these values, for as many iterations as the budget pays (at least 1).
+
+        Raises:
+            ConfigError: they do not fit each other.
+        """
+        if problems := self._problems_with(values):
+            raise ConfigError([f"{problem} (with {_listed(values)})" for problem in problems])
+        varied = RunConfig.model_validate(self._with(values))
+        rdpo = varied.rdpo
+        iterations = max(1, self.images // (rdpo.prompts_per_iteration * rdpo.group_size))
+        return varied.model_copy(update={"rdpo": rdpo.model_copy(update={"iterations": iterations})})
+
+    def _with(self, values: Mapping[str, JsonValue]) -> dict[str, Any]:
+        data = self.config.model_dump(mode="json")
+        for key, value in values.items():
+            section, name = key.split(".")
+            data[section][name] = value
+        return data
+
+    def problems(self) -> list[str]:
+        """What keeps values of the space from being tried together."""
+        if self.images < 1:
+            return ["sweep.images: the run has no iterations: set it"]
+        if self.config.rdpo.normalisation == "zscore":
+            return ["rdpo.normalisation: z-scores of two trials cannot be compared: take none or reference"]
+        found: dict[str, dict[str, JsonValue]] = {}
+        for values in self._corners():
+            for problem in self._problems_with(values):
+                found.setdefault(problem, values)
+        return [f"sweep.space: {problem} (with {_listed(values)})" for problem, values in found.items()]
+
+    def _problems_with(self, values: Mapping[str, JsonValue]) -> list[str]:
+        try:
+            RunConfig.model_validate(self._with(values))
+        except ValidationError as error:
+            return problems_of(error)
+        return []
+
+    def _corners(self) -> Iterator[dict[str, JsonValue]]:
+        """The ends of all keys in every combination, or many at random where they are too many."""
+        keys, ends = list(self.sweep.space), [values.ends for values in self.sweep.space.values()]
+        rng = random.Random(0)
+        every = math.prod(map(len, ends)) <= COMBINATIONS
+        drawn = product(*ends) if every else ([rng.choice(e) for e in ends] for _ in range(COMBINATIONS))
+        return (dict(zip(keys, values, strict=True)) for values in drawn)
+
+
+def _listed(values: Mapping[str, JsonValue]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def load_plan(path: Path | None, overrides: Sequence[str] = ()) -> Plan:
+    """A run's configuration with a `sweep` section.
+
+    Args:
+        path: a YAML file as for `load_config`, with `sweep`.
+        overrides: "sweep.trials=4", "rdpo.iterations=20" and the like.
+
+    Raises:
+        ConfigError: every problem there is, one line each.
+    """
+    given: dict[str, Any] = {} if path is None else dict(read_yaml(path))
+    section: dict[str, Any] = {"sweep": given.pop("sweep", None) or {}}
+    own = [override for override in overrides if override.startswith("sweep.")]
+    problems = [problem for override in own if (problem := apply_override(section, override))]
+    plan = None
+    try:
+        config = resolve(given, [override for override in overrides if override not in own])
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        sweep = _File.model_validate(section).sweep
+    except ValidationError as error:
+        problems += problems_of(error, _File)
+    if not problems:
+        plan = Plan(config, sweep)
+        problems = plan.problems()
+    if problems or plan is None:
+        raise ConfigError(problems)
+    return plan

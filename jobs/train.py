@@ -1,0 +1,5 @@
+"""`epd-ray train`, for `ray job submit --working-dir . -- python jobs/train.py ...`."""
+
+from epd_ray.cli import main
+
+main("train")

@@ -1,0 +1,291 @@
+"""Joining a cluster or a Ray of one's own: what is said when it cannot be, who can reach it, which secrets stay."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from platform import python_version
+
+import psutil
+import pytest
+import ray
+from ray._private import services
+
+from epd_ray import cluster, join
+from epd_ray.cluster import start_ray
+from epd_ray.errors import ClusterError
+from epd_ray.join import reachable
+from tests.ray_head import Head, clean_env, free_ports, listening, ray_head, token_env
+
+ROOT = Path(__file__).parent.parent
+TOKEN, OTHER = "a1" * 16, "b2" * 16
+REACH = """
+import sys
+from epd_ray.errors import ClusterError
+from epd_ray.join import reachable
+try:
+    print("reached", reachable(sys.argv[1] or None))
+except ClusterError as error:
+    print(error)
+"""
+
+
+def reach(address: str, **env: str) -> str:
+    """What a process of its own is told, as Ray reads its token but once."""
+    command = [sys.executable, "-c", REACH, address]
+    whole = {**clean_env(), "PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal", **env}
+    done = subprocess.run(command, capture_output=True, text=True, env=whole, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert TOKEN not in done.stdout + done.stderr and OTHER not in done.stdout + done.stderr
+    return line
+
+
+# -- no cluster there -------------------------------------------------------------------------------------------------
+
+
+def test_no_ray_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "CONNECT_SECONDS", 1)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (port,) = free_ports(1)
+    with pytest.raises(ClusterError) as caught:
+        start_ray(f"127.0.0.1:{port}")
+    assert str(caught.value) == (
+        f"no Ray answers at 127.0.0.1:{port} (cluster.address) within 1 s: start one there (ray start --head), or "
+        "leave cluster.address out for a Ray of the run's own"
+    )
+    for address in (None, "auto"):
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        with pytest.raises(
+            ClusterError, match=rf"127.0.0.1:{port} \(RAY_ADDRESS\) within 1 s: .* or unset RAY_ADDRESS"
+        ):
+            start_ray(address)
+    assert not ray.is_initialized()
+
+
+def test_auto_without_a_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())  # of others who use this machine
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    with pytest.raises(
+        ClusterError, match=r"no Ray runs on this machine to join as auto \(cluster.address\): start one"
+    ):
+        start_ray("auto")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "http://127.0.0.1:8265",
+            "is the address of a dashboard, which takes jobs: use it as `ray job submit --address",
+        ),
+        ("ray://127.0.0.1:10001", "is the address of a Ray Client server, which runs cannot go through"),
+        ("nonsense", r"nonsense \(cluster.address\) is no address: give host:port"),
+    ],
+)
+def test_what_is_no_address_of_a_head(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=message) as caught:
+        reachable(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_address_means_a_ray_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told in ("", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", told)
+        assert reachable(None) is None
+    assert reachable("local") is None
+
+
+# -- tokens and versions ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head(token=TOKEN) as started:
+        yield started
+
+
+@pytest.mark.slow
+def test_the_right_token_opens_the_cluster(head: Head) -> None:
+    own = {name: head.env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    assert reach(head.address, **own) == f"reached {head.address}"
+    assert reach("", RAY_ADDRESS=head.address, **own) == f"reached {head.address}"
+
+
+@pytest.mark.slow
+def test_a_wrong_or_missing_token_is_named_and_never_shown(head: Head, tmp_path: Path) -> None:
+    wrong = reach(head.address, **token_env(OTHER, tmp_path))
+    assert wrong.startswith(f"{head.address} (cluster.address) asks for its token and was shown another token: export")
+    unset = reach(head.address, HOME=str(tmp_path))
+    assert unset.startswith(f"{head.address} (cluster.address) asks for its token and was shown none: export RAY_AUTH")
+    nowhere = reach(head.address, RAY_AUTH_MODE="token", HOME=str(tmp_path))
+    assert nowhere.startswith(f"no token for {head.address} (cluster.address), though RAY_AUTH_MODE=token: export")
+    path = reach(head.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="/no/such/file")
+    assert path.startswith(
+        f"no token for {head.address} (cluster.address) in /no/such/file (RAY_AUTH_TOKEN_PATH): export"
+    )
+    for line in (wrong, unset, nowhere, path):
+        assert "RAY_AUTH_TOKEN_PATH" in line and "ray get-auth-token --generate" in line
+
+
+PRETEND = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_put(b"CLUSTER_METADATA", sys.argv[2].encode(), True, b"cluster")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "name", "ours"), [("ray_version", "Ray", ray.__version__), ("python_version", "Python", python_version())]
+)
+def test_another_version_is_refused(head: Head, key: str, name: str, ours: str) -> None:
+    own = {n: head.env[n] for n in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    real = {"ray_version": ray.__version__, "python_version": python_version()}
+    for stored, line in (
+        (
+            real | {key: "2.1.0"},
+            f"{head.address} (cluster.address) runs {name} 2.1.0, this is {ours}: install the same",
+        ),
+        (real, f"reached {head.address}"),
+    ):
+        command = [sys.executable, "-c", PRETEND, head.address, json.dumps(stored)]
+        subprocess.run(command, env=head.env, check=True, timeout=120)
+        assert reach(head.address, **own).startswith(line)
+
+
+# -- what a job brings ------------------------------------------------------------------------------------------------
+
+
+def test_a_jobs_own_setup_hook_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cluster.JOB_CONFIG, '{"runtime_env": {"worker_process_setup_hook": "mine.hook"}}')
+    monkeypatch.setenv("HF_TOKEN", OTHER)
+    with pytest.raises(
+        ClusterError, match=r"the job has a worker_process_setup_hook of its own.*cluster.env=\[\]"
+    ) as caught:
+        cluster._variables(["HF_TOKEN"])
+    assert OTHER not in str(caught.value)
+    assert cluster._variables([]) == {}
+
+
+# -- a local Ray ------------------------------------------------------------------------------------------------------
+
+LOCAL = """
+import sys
+import ray
+from epd_ray.session import ray_session
+with ray_session(None, dashboard=sys.argv[1] == "dashboard"):
+    ray.get(ray.remote(lambda: 1).remote())
+    print(ray._private.worker._global_node.webui_url or "none", flush=True)
+    input()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dashboard", ["dashboard", "none"])
+def test_a_local_ray_listens_on_loopback_alone(dashboard: str) -> None:
+    env = {**clean_env(), "PYTHONPATH": str(ROOT)}
+    env.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # as an ordinary user has it
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCAL, dashboard],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+        url = process.stdout.readline().strip()
+        me = psutil.Process(process.pid)
+        sockets = listening([me, *me.children(recursive=True)])
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=600) == 0, said
+    assert len(sockets) >= 3
+    assert {ip for ip, _ in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    if dashboard == "none":
+        assert url == "none" and "dashboard" not in said
+    else:
+        assert url.startswith("127.0.0.1:") and int(url.rpartition(":")[2]) in {port for _, port in sockets}
+        assert f"dashboard: http://{url}" in said
+
+
+# -- a full object store ----------------------------------------------------------------------------------------------
+
+SMALL = ["backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false"]
+SMALL += ["solver.intervals=3", "rdpo.iterations=1", "prompts.validation=8", "prompts.test=2", "evaluation.pictures=1"]
+SMALL += ["cluster.rollout_actors=1", "cluster.learner_actors=0"]
+FILL = """
+import sys
+import numpy as np
+import ray
+ray.init(address=sys.argv[1], logging_level="ERROR")
+kept = []
+try:
+    for size in (1 << 23, 1 << 18):
+        while len(kept) < 1000:
+            kept.append(ray.put(np.zeros(size, np.uint8)))
+except ray.exceptions.OutOfDiskError:
+    print("full", flush=True)
+    input()
+"""
+
+
+@pytest.mark.slow
+def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
+    """Another driver has filled 80 MB, on a node whose disk counts as full at 0.01 %."""
+    full = {"RAY_local_fs_capacity_threshold": "0.0001"}
+    with ray_head("--object-store-memory=80000000", env=full) as node:
+        env = {**node.env, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": node.address}
+        fill = [sys.executable, "-c", FILL, node.address]
+        with subprocess.Popen(fill, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as other:
+            assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == "full\n"
+            command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(tmp_path / "run"), *SMALL]
+            command += ["backbone.options={size: 512}", "cluster.images_per_job=8"]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=800, check=False)
+            other.stdin.close()
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: the object store on node 127.0.0.1 has no room for 6 MiB of images, and its disk none"
+    )
+    assert "--object-store-memory, or lower rdpo.staleness" in last and "Traceback" not in done.stderr
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+PLANTED = {"HF_TOKEN": "hf_planted_value", "WANDB_API_KEY": "wandb_planted_value", "MY_TOKEN": "my_planted_value"}
+
+
+@pytest.mark.slow
+def test_no_planted_secret_stays_in_a_run_or_in_rays_logs(tmp_path: Path) -> None:
+    with ray_head(token=TOKEN) as node:
+        out = tmp_path / "run"
+        command = [
+            sys.executable,
+            "-m",
+            "epd_ray.cli",
+            "train",
+            "--out",
+            str(out),
+            *SMALL,
+            "cluster.env=[HF_TOKEN, MY_TOKEN]",
+        ]
+        env = {**node.env, **PLANTED, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": node.address}
+        env |= {"RAY_AUTH_TOKEN": TOKEN}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr
+        secrets = [*PLANTED.values(), TOKEN]
+        found = planted_in([out, *node.folder.glob("session_2*")], secrets)
+        assert found == []
+        assert not [secret for secret in secrets if secret in done.stdout + done.stderr]
+
+
+def planted_in(folders: list[Path], secrets: list[str]) -> list[tuple[str, str]]:
+    """Files below the folders that hold one of the secrets."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 30
+    return [
+        (str(path), s) for path in files if os.access(path, os.R_OK) for s in secrets if s.encode() in path.read_bytes()
+    ]

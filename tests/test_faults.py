@@ -1,0 +1,101 @@
+"""Actors, nodes, drivers and jobs, killed for good: the run goes on or is resumed, and ends bit by bit the same."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault
+from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
+from epd_ray.bench.faults import EVENTS, PROMPTS, FaultBench, Trace, compare, failing_task, fault_bench
+from epd_ray.store import RunDirectory
+
+
+def test_figures_tell_what_is_lost_learned_twice_or_different() -> None:
+    rows = [(name, 0.5, 1.0, -1.0) for name in "abcd"]
+    calm = Trace(rows, [1, 2], [1.0, 1.0], 0.0)
+    assert compare(Trace(rows, [1, 2], [1.0, 4.0], 2.0), calm) == Fault(True, 3.0, 0, 0, True, 2.0)
+    lost = compare(replace(calm, rows=rows[:3]), calm)
+    assert (lost.lost, lost.duplicated, lost.identical) == (1, 0, False)
+    twice = compare(replace(calm, rows=[*rows, rows[0]]), calm)
+    assert (twice.lost, twice.duplicated, twice.identical) == (0, 1, False)
+    assert not compare(replace(calm, checksums=[1, 3]), calm).identical
+    assert not compare(replace(calm, rows=[*rows[:3], ("d", 0.5, 1.0, -1.0000001)]), calm).identical
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[FaultBench]:
+    with fault_bench() as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def runs(bench: FaultBench, tmp_path_factory: pytest.TempPathFactory) -> RunBench:
+    return RunBench(bench.nodes, tmp_path_factory.mktemp("runs"))
+
+
+def assert_unharmed(name: str, fault: Fault) -> None:
+    sys.stdout.write(f"{name}: {fault}\n")  # shown by -rP
+    assert (fault.recovered, fault.lost, fault.duplicated, fault.identical) == (True, 0, 0, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVENTS)
+def test_the_run_goes_on(bench: FaultBench, name: str) -> None:
+    assert_unharmed(name, EVENTS[name](bench))
+
+
+@pytest.mark.slow
+def test_a_task_that_always_fails_ends_the_run_after_it_failed_on_different_actors(bench: FaultBench) -> None:
+    said, seconds = failing_task(bench)
+    sys.stdout.write(f"{seconds:.1f} s: {said}\n")
+    (actors,) = re.findall(r"failed 3 times, on rollout actors ([\d, ]+), last with RuntimeError: this prompt f", said)
+    assert len(set(actors.split(", "))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_EVENTS)
+def test_a_run_whose_driver_died_is_resumed(runs: RunBench, name: str) -> None:
+    assert_unharmed(name, RUN_EVENTS[name](runs))
+
+
+@pytest.mark.slow
+def test_a_learner_that_dies_before_the_first_update_is_made_again(build) -> None:  # type: ignore[no-untyped-def]
+    calm, hit = build(), build("cluster.learner_actors=1")
+    (pid,) = hit.learner_group.foreach_learner(lambda learner: os.getpid())
+    os.kill(pid.get(), signal.SIGKILL)
+    for algo in (calm, hit):
+        algo.rebase(algo.mean_table())
+        algo.train()
+    assert hit.checksum() == calm.checksum()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_so_in_one_line_and_can_be_resumed(tmp_path: Path) -> None:
+    prompts, traps, run = tmp_path / "prompts.txt", tmp_path / "traps", tmp_path / "run"
+    traps.mkdir()
+    prompts.write_text("\n".join([FAILING_PROMPT, *PROMPTS]))
+    settings = [
+        "backbone.family=epd_ray.bench.fault_cluster:TrappedBackbone",
+        f"backbone.options={{folder: '{traps}'}}",
+        "rewards={sim: {head: simulated}}",
+        "distill.enabled=false",
+        f"prompts.train={prompts}",
+        "prompts.validation=2",
+        "prompts.test=2",
+        "rdpo.prompts_per_iteration=13",
+    ]
+    command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(run), *settings]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (error,) = errors
+    assert re.search(r"failed 3 times, on rollout actors \d+, \d+, last with RuntimeError: this prompt fails$", error)
+    assert list(RunDirectory.open(run).checkpoints.glob("*.pt"))  # of the start, from which it goes on once mended

@@ -1,0 +1,237 @@
+"""Indexes of pictures from folders, tars and Parquet, and their bytes on the way to pixels; no Ray."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from epd_ray.errors import EpdRayError
+from epd_ray.score.inputs import read_index
+from epd_ray.score.rows import ROWS_PER_TASK, decode, pieces
+
+
+def png(brightness: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size, brightness if mode.startswith("I") else (brightness,) * 3).save(data, "PNG")
+    return data.getvalue()
+
+
+def folder_of(path: Path, names: list[str], prompts: bool = True) -> Path:
+    for i, name in enumerate(names):
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(10 * i))
+        if prompts:
+            file.with_suffix(".txt").write_text(f"prompt {i}\n")
+    return path
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def parquet_of(path: Path, columns: dict[str, object], row_group_size: int = 2) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def pixels_of(index: pa.Table) -> dict[str, object]:
+    """Id -> brightness of the first pixel, or the error."""
+    found = {}
+    for piece in pieces(index):
+        for row in (row for table in decode(piece) for row in table.to_pylist()):
+            found[row["id"]] = row["error"] or np.frombuffer(row["pixels"], np.uint8)[0]
+    return found
+
+
+def prompts_of(index: pa.Table) -> dict[str, str]:
+    return dict(zip(index["id"].to_pylist(), index["prompt"].to_pylist(), strict=True))
+
+
+def test_a_folder_with_texts_beside_its_pictures(tmp_path):
+    index = read_index(str(folder_of(tmp_path, ["b.png", "deep/a.PNG", "a.png"])))
+    assert prompts_of(index) == {"a.png": "prompt 2", "b.png": "prompt 0", "deep/a.PNG": "prompt 1"}
+    assert pixels_of(index) == {"a.png": 20, "b.png": 0, "deep/a.PNG": 10}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_with_a_table_of_prompts(tmp_path, suffix):
+    rows = [{"file_name": "./007.png", "caption": "seven, or 007"}, {"file_name": "gone.png", "caption": "x"}]
+    table = tmp_path / f"prompts{suffix}"
+    match suffix:
+        case ".csv":
+            table.write_text('file_name,caption\n./007.png,"seven, or 007"\ngone.png,x\n')
+        case ".jsonl":
+            table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), table)
+    index = read_index(str(folder_of(tmp_path / "images", ["007.png", "8.png"], prompts=False)), table)
+    assert prompts_of(index) == {"007.png": "seven, or 007", "8.png": ""}
+    assert index["error"].to_pylist() == [None, "no prompt"]
+    assert pixels_of(index) == {"007.png": 0, "8.png": "no prompt"}
+
+
+def test_a_folder_with_a_prompt_a_line(tmp_path):
+    folder_of(tmp_path / "images", ["2.png", "1.png"], prompts=False)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\n")
+    assert prompts_of(read_index(str(tmp_path / "images"), lines)) == {"1.png": "one", "2.png": "two"}
+
+
+def test_tars(tmp_path):
+    tar_of(tmp_path / "00.tar", {"a.txt": b"first", "a.png": png(1), "b.png": png(2), "b.json": b'{"caption": "two"}'})
+    tar_of(tmp_path / "sub/01.tar", {"x/a.jpg": png(3), "x/a.txt": b"third", "c.png": png(4), "c.json": b"[not json"})
+    whole = read_index(str(tmp_path))
+    assert prompts_of(whole) == {"00.tar/a": "first", "00.tar/b": "two", "sub/01.tar/x/a": "third", "sub/01.tar/c": ""}
+    assert pixels_of(whole) == {"00.tar/a": 1, "00.tar/b": 2, "sub/01.tar/x/a": 3, "sub/01.tar/c": "no prompt"}
+    assert list(prompts_of(read_index(str(tmp_path / "0*.tar")))) == ["00.tar/a", "00.tar/b"]
+
+
+@pytest.mark.parametrize("hugging_face", [False, True])
+def test_parquet(tmp_path, hugging_face):
+    data = [png(1), png(2), b"no picture", None, png(5)]
+    images = [{"bytes": d, "path": None} for d in data] if hugging_face else data
+    parquet_of(tmp_path / "a.parquet", {"image": images, "text": ["one", "two", "three", "four", " "]})
+    index = read_index(str(tmp_path / "a.parquet"))
+    assert prompts_of(index)["a.parquet:1"] == "two"
+    assert pixels_of(index) == {
+        "a.parquet:0": 1,
+        "a.parquet:1": 2,
+        "a.parquet:2": "picture cannot be decoded: no known image format",
+        "a.parquet:3": "no picture",
+        "a.parquet:4": "no prompt",
+    }
+    assert pixels_of(index.slice(1, 1)) == {"a.parquet:1": 2}
+
+
+def test_parquet_with_ids(tmp_path):
+    parquet_of(tmp_path / "a.parquet", {"image": [png(1)], "prompt": [["first", "second"]], "id": [7]})
+    assert prompts_of(read_index(str(tmp_path))) == {"7": "first"}
+
+
+def test_a_row_group_is_read_once(tmp_path):
+    rows = ROWS_PER_TASK * 2 + 10
+    columns = {"image": [png(0)] * rows, "prompt": ["x"] * rows}
+    index = read_index(str(parquet_of(tmp_path / "a.parquet", columns, row_group_size=100)))
+    assert [len(piece) for piece in pieces(index)] == [300, rows - 300]
+    one_group = read_index(str(parquet_of(tmp_path / "b.parquet", columns, row_group_size=rows)))
+    assert [len(piece) for piece in pieces(one_group)] == [rows]
+
+
+def test_pictures_that_are_none_keep_their_reason(tmp_path):
+    folder_of(tmp_path, ["cut.png", "deep.png", "gone.png"])
+    (tmp_path / "cut.png").write_bytes(png(1, (64, 64))[:60])
+    (tmp_path / "deep.png").write_bytes(png(1000, mode="I;16"))
+    index = read_index(str(tmp_path))
+    (tmp_path / "gone.png").unlink()
+    found = pixels_of(index)
+    assert found["cut.png"].startswith("picture cannot be decoded: ")
+    assert found["deep.png"] == "picture has mode I;16, expected 8 bits a channel"
+    assert found["gone.png"] == "picture cannot be read: No such file or directory"
+
+
+def test_a_parquet_file_that_breaks_keeps_the_reason_in_its_rows(tmp_path):
+    noise = np.random.default_rng(0).bytes(5000)
+    file = parquet_of(tmp_path / "a.parquet", {"image": [png(1), noise], "prompt": ["one", "two"]}, row_group_size=1)
+    index = read_index(str(file))
+    start = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    found = pixels_of(index)
+    assert found["a.parquet:0"] == 1
+    assert found["a.parquet:1"].startswith("picture cannot be read: ")
+
+
+def damaged_tar(path: Path, how: str) -> None:
+    whole = tar_of(path, {f"{i}.{end}": data for i in range(3) for end, data in (("png", png(i)), ("txt", b"x"))})
+    data = bytearray(whole.read_bytes())
+    match how:
+        case "cut":
+            data = data[:1100]
+        case "header":
+            data[2048:2100] = b"\xff" * 52
+        case "noise":
+            data = bytearray(b"no tar at all " * 100)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "header", "noise"])
+def test_a_damaged_tar_is_named(tmp_path, how):
+    damaged_tar(tmp_path / "a.tar", how)
+    with pytest.raises(EpdRayError, match=r"a\.tar cannot be read as a plain tar: "):
+        read_index(str(tmp_path))
+
+
+def test_what_cannot_be_a_source_is_named(tmp_path):
+    folder_of(tmp_path / "bare", ["a.png", "b.png"], prompts=False)
+    folder_of(tmp_path / "both", ["a.png"])
+    tar_of(tmp_path / "both/a.tar", {})
+    tar_of(tmp_path / "no.tar", {"a.txt": b"no picture"})
+    tar_of(tmp_path / "bare.tar", {"a.png": png(0)})
+    tar_of(tmp_path / "twice.tar", {"a.png": png(0), "a.txt": b"x", "a.jpg": png(0)})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").touch()
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    parquet_of(tmp_path / "other.parquet", {"photo": [png(0)], "prompt": ["x"]})
+    parquet_of(tmp_path / "words.parquet", {"image": ["a.png"], "prompt": ["x"]})
+    parquet_of(tmp_path / "alone.parquet", {"image": [png(0)]})
+    parquet_of(tmp_path / "many.parquet", {"image": [png(0)], "a": ["x"], "b": ["y"]})
+    parquet_of(tmp_path / "ids.parquet", {"image": [png(0)] * 3, "prompt": ["x"] * 3, "id": ["p", "q", "q"]})
+    expected = {
+        "nowhere": "nowhere: no such file or folder",
+        "none*.tar": r"none\*.tar: no such file or folder",
+        "empty": "empty holds nothing to score, expected .png",
+        "notes.md": "expected a folder of images, .tar or .parquet, not .md",
+        "both": r"holds tars and images: choose by a pattern, such as '.*/both/\*.tar'",
+        "bare": "has 2 pictures and no prompt: give --prompts FILE, or put x.txt beside x.png",
+        "no.tar": "holds no pictures",
+        "bare.tar": "has 1 pictures and no prompt: put key.txt beside key.png",
+        "twice.tar": "has the id 'twice.tar/a' 2 times",
+        "torn.parquet": "torn.parquet cannot be read as Parquet: ",
+        "other.parquet": "has the columns photo, prompt, expected 'image' and a prompt",
+        "words.parquet": "column 'image' is string, expected bytes",
+        "alone.parquet": "has no column of prompts",
+        "many.parquet": "has the columns a, b, expected one of prompt",
+        "ids.parquet": "has the id 'q' 2 times",
+    }
+    for name, said in expected.items():
+        with pytest.raises(EpdRayError, match=said) as caught:
+            read_index(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_prompts_is_named(tmp_path):
+    folder = folder_of(tmp_path / "images", ["a.png", "b.png"], prompts=False)
+    tar_of(tmp_path / "a.tar", {"a.png": png(0), "a.txt": b"x"})
+    for name, content, said in [
+        ("lines.txt", "one\n", "has 1 prompts for 2 pictures"),
+        ("other.csv", "name,prompt\na.png,x\n", "has the columns name, prompt, expected the file's name in one of"),
+        ("twice.csv", "file,prompt\na.png,x\na.png,y\n", "names 'a.png' twice"),
+        ("none.csv", "file,prompt\nc.png,x\n", "names none of the pictures in .*, such as 'a.png'"),
+        ("empty.csv", "", "cannot be read"),
+        ("torn.parquet", "PAR1", "cannot be read"),
+        ("torn.jsonl", "{", "cannot be read"),
+        ("prompts.xlsx", "", "expected .txt, .csv, .parquet, .jsonl"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(EpdRayError, match=said) as caught:
+            read_index(str(folder), tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(EpdRayError, match=r"cannot read prompts from .*gone.csv: no such file"):
+        read_index(str(folder), tmp_path / "gone.csv")
+    with pytest.raises(EpdRayError, match="--prompts belongs to a folder of images"):
+        read_index(str(tmp_path / "a.tar"), tmp_path / "lines.txt")
