@@ -13,7 +13,7 @@ from epd_ray.cluster import Resources, resources
 from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.memory import Memory, peak_memory
-from epd_ray.pool import Bounds, Call, Pool, last_line
+from epd_ray.pool import DEAD, Bounds, Call, Pool, last_line
 from epd_ray.rewards import HEADS
 from epd_ray.scoring import Scorer
 from epd_ray.types import FloatArray, ImageArray
@@ -22,7 +22,7 @@ RESTART_SECONDS = 300.0  # for a process to take the place of one that died
 POLL_SECONDS = 0.2
 ATTEMPTS = 3  # processes that may die over the same work
 CALLS_PER_ACTOR = 2  # images of the second travel while the first is scored
-LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class TimedScores:
-    """Raw scores [B] and the seconds they took."""
+    """Raw scores [B], the seconds they took, and the actor's peak memory so far."""
 
     values: FloatArray
     seconds: float
+    memory: Memory
 
 
 class RewardActor:
@@ -103,15 +104,11 @@ class RewardActor:
         scorer = self._built()
         start = time.perf_counter()
         values = scorer.score(images, prompts, rollout_ids)
-        return TimedScores(values, time.perf_counter() - start)
+        return TimedScores(values, time.perf_counter() - start, peak_memory())
 
     def model_id(self) -> str:
         """What the head's model is called."""
         return self._built().head.model_id
-
-    def memory(self) -> Memory:
-        """Peaks of this actor."""
-        return peak_memory()
 
 
 class RewardPool:
@@ -128,6 +125,8 @@ class RewardPool:
 
     def _pool(self, name: str, spec: RewardSpec) -> Pool:
         low, high = spec.min_replicas or spec.replicas, spec.max_replicas or spec.replicas
+        if ray.util.get_current_placement_group() is not None:  # a trial, whose room is fixed
+            low = high = spec.replicas
         start = [self._make(name) for _ in range(spec.replicas)]
         bounds = Bounds(low, max(high, spec.replicas), CALLS_PER_ACTOR)
         return Pool(f"reward head {name!r}", start, partial(self._make, name), _load, bounds, CALLS_PER_ACTOR)
@@ -161,9 +160,10 @@ class RewardPool:
             self.pools[name].submit(call)
         return calls
 
-    def memory(self) -> dict[str, Memory]:
-        """Peaks of each head's first actor."""
-        return {name: ray.get(pool.actors[0].memory.remote()) for name, pool in self.pools.items()}
+    @property
+    def actors(self) -> list[ActorHandle[RewardActor]]:
+        """All of them."""
+        return [actor for pool in self.pools.values() for actor in pool.actors]
 
     def stop(self) -> None:
         """End the actors of this pool."""
@@ -230,7 +230,7 @@ def _why_gone(actor: ActorHandle[Any]) -> str | None:
             return None
         except ray.exceptions.ActorUnavailableError:
             time.sleep(POLL_SECONDS)  # calls to one that restarts fail at once
-        except (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError) as error:
+        except (*DEAD, ray.exceptions.RuntimeEnvSetupError) as error:
             return last_line(error)
     return f"none took its place in {RESTART_SECONDS:.0f} s"
 

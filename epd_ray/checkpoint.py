@@ -29,7 +29,7 @@ DAMAGE = (
 
 
 def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write iteration-NNNNNN.pt and drop all but the newest `keep`; the best one stays.
+    """Write iteration-NNNNNN.pt and drop all but it and the `keep` - 1 before; the best one stays.
 
     Args:
         folder: of the run's checkpoints.
@@ -41,8 +41,10 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
         RunDirectoryError: the disk refuses; what was there still is.
     """
     path = _write(folder / PATTERN.format(iteration), iteration, state)
-    for old in _numbered(folder)[:-keep]:
-        old.unlink()
+    found = _numbered(folder)
+    later = [other for other in found if other > path]  # damaged, or of updates that are being done again
+    for other in [*found[: len(found) - len(later)][:-keep], *later]:
+        other.unlink()
     return path
 
 

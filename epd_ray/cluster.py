@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray.actor import ActorHandle
 
 from epd_ray.errors import ClusterError, PlacementError
 from epd_ray.join import reachable
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
+START_SECONDS = 600.0
 ONE_MACHINE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -137,6 +139,26 @@ def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = 
             raise PlacementError(_shortage(bundles, timeout_s))
     finally:
         ray.util.remove_placement_group(group)
+
+
+def require_started(actors: Mapping[str, Sequence[ActorHandle[Any]]], timeout_s: float = START_SECONDS) -> None:
+    """Wait for processes, which another run may have left no room for since `require_room`; not for models to load.
+
+    Args:
+        actors: what they are ("rollout actors") -> handles.
+        timeout_s: generous; on a busy machine a process takes a minute to start.
+
+    Raises:
+        PlacementError: how many did not start.
+    """
+    for kind, handles in actors.items():
+        references = [actor.__ray_ready__.remote() for actor in handles]
+        if not references:
+            continue
+        _, missing = ray.wait(references, num_returns=len(references), timeout=timeout_s)
+        if missing:
+            fix = "if another run has taken their room, wait for its end; or add nodes"
+            raise PlacementError(f"{len(missing)} of {len(handles)} {kind} did not start in {timeout_s:.0f} s: {fix}")
 
 
 def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> str:

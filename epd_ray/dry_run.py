@@ -93,8 +93,9 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
 
 
 def _measure(config: RunConfig, prompts: PromptSplits, observer: Observer) -> tuple[Costs, dict[str, Memory]]:
-    few = {name: reward.model_copy(update={"replicas": 1}) for name, reward in config.rewards.items()}
-    one = {"rollout_actors": min(1, config.cluster.rollout_actors), "learner_actors": 0}
+    single = {"replicas": 1, "min_replicas": None, "max_replicas": None}
+    few = {name: reward.model_copy(update=single) for name, reward in config.rewards.items()}
+    one = {"rollout_actors": min(1, config.cluster.rollout_actors), "max_rollout_actors": None, "learner_actors": 0}
     small = config.model_copy(update={"rewards": few, "cluster": config.cluster.model_copy(update=one)})
     observer.stage("starting one actor of each kind", 1)
     begin = time.perf_counter()

@@ -15,7 +15,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
     GcsClient,
     get_authentication_mode,
 )
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 
 from epd_ray.errors import ClusterError
 
@@ -105,6 +105,10 @@ def _require_token(asked: str, where: str) -> None:
 def _require_same_versions(address: str, where: str) -> None:
     try:
         stored = GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster", timeout=10)
+    except RpcError:
+        raise ClusterError(
+            f"{where} answers, but is no Ray head: give the port of `ray start --head --port`, 6379 by default"
+        ) from None
     except AuthenticationError:
         sent = "another token" if get_authentication_mode() == AuthenticationMode.TOKEN else "none"
         raise ClusterError(f"{where} asks for its token and was shown {sent}: {TOKEN_HELP}") from None

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-import pyarrow as pa
 from pyarrow import fs
 
 from epd_ray.errors import RunDirectoryError
@@ -22,8 +21,6 @@ from epd_ray.store import unwritable
 
 log = logging.getLogger(__name__)
 
-TROUBLE = (OSError, pa.ArrowException)
-"""What a filesystem raises."""
 LEASE = "lease.json"
 LEASE_SECONDS = 180.0
 """Without a renewal for so long a lease's holder counts as dead."""
@@ -79,6 +76,13 @@ def _locked(descriptor: int, name: str) -> bool:
     return True
 
 
+def _machine() -> str:
+    """What process ids count in, this boot of this machine or container; empty where the system does not say."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    return ""
+
+
 def _who(host: str, pid: int, since: float) -> str:
     return f"process {pid} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(since))}"
 
@@ -88,6 +92,7 @@ class Holder:
     """Who holds a lease; times are in seconds since 1970."""
 
     host: str
+    machine: str
     pid: int
     since: float
     renewed: float
@@ -97,11 +102,9 @@ class Holder:
         """Seconds since the last sign of life."""
         return time.time() - self.renewed
 
-    def dead(self) -> bool:
-        """Whether it has been silent for too long, or was a process of this machine that is gone."""
-        if self.age() > LEASE_SECONDS:
-            return True
-        if self.host != socket.gethostname():
+    def gone(self) -> bool:
+        """Whether it was a process of this machine that is no more."""
+        if not self.machine or self.machine != _machine():
             return False
         try:
             os.kill(self.pid, 0)
@@ -123,8 +126,8 @@ class Lease:
     def __init__(self, root: fs.FileSystem, name: str) -> None:
         self._root, self._name = root, name
         now = time.time()
-        self._mine = Holder(socket.gethostname(), os.getpid(), now, now, uuid.uuid4().hex)
-        self._ended = threading.Event()
+        self._mine = Holder(socket.gethostname(), _machine(), os.getpid(), now, now, uuid.uuid4().hex)
+        self._ended, self._renewing = threading.Event(), threading.Lock()
 
     @contextmanager
     def held(self, wait: bool) -> Iterator[None]:
@@ -138,7 +141,9 @@ class Lease:
         """
         try:
             self._take(wait)
-        except TROUBLE as error:
+        except RunDirectoryError:
+            raise
+        except Exception as error:  # fsspec's filesystems raise what they like
             raise RunDirectoryError(f"cannot write to {self._name}: {' '.join(str(error).split())}") from error
         renewal = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
         renewal.start()
@@ -147,42 +152,58 @@ class Lease:
         finally:
             self._ended.set()
             renewal.join()
-            with suppress(*TROUBLE):  # else it expires
+            with suppress(Exception):  # else it expires
                 if self._is_mine(self._read()):
                     self._root.delete_file(LEASE)
 
     def require(self) -> None:
-        """See that no other run has taken over, since this one seemed dead.
+        """See that no other run has taken over, since this one seemed dead; it may be done by now.
 
         Raises:
             RunDirectoryError: one has.
-            OSError: the folder cannot be read.
+            Exception: the folder cannot be read.
         """
-        holder = self._read()
-        if holder is not None and not self._is_mine(holder):
-            raise RunDirectoryError(f"{self._name} was taken over by {self._describe(holder)}: this run ends")
+        with self._renewing:
+            holder = self._read()
+        if not self._is_mine(holder):
+            by = f"by {self._describe(holder)}" if holder else f"(its {LEASE} is gone)"
+            raise RunDirectoryError(f"{self._name} was taken over {by}: this run ends")
 
     def _take(self, wait: bool) -> None:
-        first = holder = self._read()
-        while holder is not None and not holder.dead():
-            if not wait or (first is not None and holder.renewed != first.renewed):
-                raise RunDirectoryError(
-                    f"{self._name} is in use by {self._describe(holder)}: if it is dead, wait "
-                    f"{max(1, LEASE_SECONDS - holder.age()):.0f} s, or delete {LEASE} there"
-                )
-            log.warning("%s was in use by %s: waiting for a sign of life", self._name, self._describe(holder))
-            time.sleep(POLL_SECONDS)
-            holder = self._read()
+        holder = self._read()
+        if holder is not None and not holder.gone():
+            if wait:
+                self._watch(holder)
+            elif holder.age() <= LEASE_SECONDS:
+                raise self._in_use(holder)
         self._write(replace(self._mine, renewed=time.time()))
         time.sleep(SETTLE_SECONDS)
         self.require()
 
+    def _watch(self, first: Holder) -> None:
+        """Wait until a holder was silent for long enough by the clock of this machine; the holder's may be wrong."""
+        log.warning("%s was in use by %s: waiting for a sign of life", self._name, self._describe(first))
+        end = time.monotonic() + LEASE_SECONDS
+        while (holder := self._read()) is not None and not holder.gone():
+            if holder != first:
+                raise self._in_use(holder)
+            if time.monotonic() > end:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _in_use(self, holder: Holder) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self._name} is in use by {self._describe(holder)}: if it is dead, wait "
+            f"{max(1, LEASE_SECONDS - holder.age()):.0f} s, or delete {LEASE} there"
+        )
+
     def _keep_renewing(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                if self._is_mine(self._read()):
-                    self._write(replace(self._mine, renewed=time.time()))
-            except TROUBLE as error:
+                with self._renewing:
+                    if self._is_mine(self._read()):
+                        self._write(replace(self._mine, renewed=time.time()))
+            except Exception as error:
                 log.warning("the lease of %s could not be renewed: %s", self._name, error)
 
     def _is_mine(self, holder: Holder | None) -> bool:
@@ -193,14 +214,20 @@ class Lease:
         return f"{who} (last sign of life {max(0, holder.age()):.0f} s ago)"
 
     def _read(self) -> Holder | None:
-        if self._root.get_file_info(LEASE).type != fs.FileType.File:
-            return None
-        try:
-            with self._root.open_input_stream(LEASE) as stream:
-                return Holder(**json.loads(stream.read()))
-        except (FileNotFoundError, ValueError, TypeError):  # given up just now, or by no epd_ray
-            return None
+        for pause in (POLL_SECONDS, 0.0):  # what makes no sense may be half written
+            if self._root.get_file_info(LEASE).type != fs.FileType.File:
+                return None
+            try:
+                with self._root.open_input_stream(LEASE) as stream:
+                    return Holder(**json.loads(stream.read()))
+            except FileNotFoundError:  # given up just now
+                return None
+            except (ValueError, TypeError):
+                time.sleep(pause)
+        return None
 
     def _write(self, holder: Holder) -> None:
-        with self._root.open_output_stream(LEASE) as stream:
+        partial = f".{holder.token}.tmp"
+        with self._root.open_output_stream(partial) as stream:
             stream.write(json.dumps(asdict(holder)).encode())
+        self._root.move(partial, LEASE)

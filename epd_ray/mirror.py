@@ -1,24 +1,35 @@
 """Filesystems by URI, and the mirror of a local folder on one of them."""
 
+import re
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
-from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_not_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+)
 
 from epd_ray.errors import EpdRayError
-from epd_ray.lock import LEASE, TROUBLE
+from epd_ray.lock import LEASE
 
 ATTEMPTS, WAIT = 4, wait_exponential(multiplier=1, max=8)
 TRANSFERS, CHUNK = 8, 2**24  # at the same time; bytes
+TROUBLE = retry_if_exception_type(Exception) & retry_if_not_exception_type(EpdRayError)
+"""What may pass; fsspec's filesystems raise what they like."""
+SECRET = re.compile(r"://[^@/]*:[^@]*@|[?&](sig|[^=&]*(secret|password|token|key))=", re.IGNORECASE)
+LAST = {"config.yaml": 2, "stages.json": 3}
 
 T = TypeVar("T")
 
@@ -27,13 +38,25 @@ class StorageError(EpdRayError):
     """A filesystem that is unknown, out of reach, or refuses."""
 
 
+class Fresh(fs.FSSpecHandler):  # type: ignore[misc]
+    """A filesystem of fsspec that shows what others have written; some would remember what they have seen."""
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        self.fs.invalidate_cache()
+        return super().get_file_info(paths)
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> Any:
+        self.fs.invalidate_cache()
+        return super().get_file_info_selector(selector)
+
+
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """pyarrow's filesystem of a URI, or fsspec's where pyarrow has none, and the path in it.
 
     Raises:
-        StorageError: a password in it, no such filesystem, or one that cannot be opened.
+        StorageError: a secret in it, no such filesystem, or one that cannot be opened.
     """
-    if urlsplit(uri).password is not None:
+    if SECRET.search(uri):
         raise StorageError("a run's URI holds a secret key: leave it out, credentials come from the environment")
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
@@ -41,10 +64,10 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     except pa.ArrowInvalid as refused:
         try:
             found, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
+        except Exception as error:
             raise StorageError(f"cannot open {uri}: {one_line(refused)}; {one_line(error)}") from error
-        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
-    except TROUBLE as error:
+        return fs.PyFileSystem(Fresh(found)), path
+    except Exception as error:
         raise StorageError(f"cannot open {uri}: {one_line(error)}") from error
 
 
@@ -106,7 +129,8 @@ class Mirror:
         for path in self._folder.rglob("*"):
             relative = path.relative_to(self._folder)
             if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-                found[relative.as_posix()] = self._stamp(relative.as_posix())
+                with suppress(FileNotFoundError):  # gone meanwhile
+                    found[relative.as_posix()] = self._stamp(relative.as_posix())
         return found
 
     def _stamp(self, path: str) -> tuple[int, int]:
@@ -121,8 +145,12 @@ class Mirror:
         self._saved[path] = self._stamp(path)
 
     def _upload(self, path: str) -> None:
-        partial, stamp = str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.tmp")), self._stamp(path)
-        with (self._folder / path).open("rb") as source, self._root.open_output_stream(partial) as sink:
+        partial = str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.tmp"))
+        try:
+            stamp, local = self._stamp(path), (self._folder / path).open("rb")
+        except FileNotFoundError:  # gone meanwhile
+            return
+        with local as source, self._root.open_output_stream(partial) as sink:
             shutil.copyfileobj(source, sink, CHUNK)
         self._root.move(partial, path)
         self._saved[path] = stamp
@@ -138,7 +166,7 @@ class Mirror:
 
     def _attempt(self, what: str, action: Callable[[], T]) -> T:
         """An action, repeated while it fails."""
-        retrying = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=WAIT, retry=retry_if_exception_type(TROUBLE))
+        retrying = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=WAIT, retry=TROUBLE)
         try:
             return retrying(action)
         except RetryError as error:
@@ -147,5 +175,5 @@ class Mirror:
 
 
 def _rank(path: str) -> int:
-    """Later than all that it counts on: a checkpoint is found by a resume, config.yaml makes it a run."""
-    return 2 if path == "config.yaml" else int(path.startswith("checkpoints/"))
+    """Later than all it counts on: a resume finds a checkpoint, config.yaml makes a run, stages.json a finished one."""
+    return LAST.get(path, int(path.startswith("checkpoints/")))

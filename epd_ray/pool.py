@@ -105,10 +105,12 @@ class Pool:
     ) -> None:
         self.what, self.bounds = what, bounds
         self._make, self._load, self._depth, self._removed = make, load, depth, removed
+        self.holds: Callable[[int], bool] = lambda number: False
+        """Whether the actor of this number has what others still need, so that it must not end."""
         self._members = [_Member(number, actor, "there") for number, actor in actors]
         self._waiting: deque[Call] = deque()
         self._loads: deque[tuple[float, int]] = deque()
-        self._calm_until = 0.0
+        self._calm_until, self._died_loading = 0.0, 0
         self._low_since = self._counted = time.monotonic()
         self.idle_seconds = 0.0
 
@@ -138,10 +140,13 @@ class Pool:
         self._count_idle()
         ended = []
         for member in list(self._members):
+            for reference in [r for r in member.calls if r in ready]:
+                call = member.calls.pop(reference, None)
+                if call is not None:  # else the loss of another has queued it again
+                    ended.append(self._end(member, call, reference))
+        for member in list(self._members):
             if member.check in ready:
                 self._checked(member)
-            for reference in [r for r in member.calls if r in ready]:
-                ended.append(self._end(member, member.calls.pop(reference), reference))
         self._dispatch()
         return ended
 
@@ -208,22 +213,29 @@ class Pool:
         if member.state == "away":
             member.state, member.check = "loading", self._load(member.actor)
         else:
-            member.state, member.deaths = "there", 0
+            member.state, member.deaths, self._died_loading = "there", 0, 0
 
     def _away(self, member: _Member) -> None:
         if member.state == "loading":
             member.deaths += 1
             if member.deaths >= DEATHS:
-                error = ModelError(f"{self.what}: its process died {DEATHS} times while loading: out of memory?")
-                self._cannot_load(member, error)
+                self._cannot_load(member, self._too_many_deaths())
                 return
         member.state, member.next_check = "away", time.monotonic() + CHECK_SECONDS
 
     def _died(self, member: _Member) -> None:
         """It never comes back by itself: another takes its place where it is needed."""
+        if member.state == "loading":
+            self._died_loading += 1
+            if self._died_loading >= DEATHS:
+                self._cannot_load(member, self._too_many_deaths())
+                return
         self._drop(member)
         if len(self._members) < self.bounds.low:
             self._add(grown=False)
+
+    def _too_many_deaths(self) -> ModelError:
+        return ModelError(f"{self.what}: its process died {DEATHS} times while loading: out of memory?")
 
     def _cannot_load(self, member: _Member, error: BaseException) -> None:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None else error
@@ -249,14 +261,15 @@ class Pool:
             for _ in range(wanted - len(self._members)):
                 self._add(grown=True)
         elif now - self._low_since > SHRINK_SECONDS:
-            idle = [m for m in self._members if (m.state == "there" or m.grown) and not m.calls]
+            able = [m for m in self._members if m.state == "there" or m.grown]
+            idle = [m for m in able if not m.calls and not self.holds(m.number)]
             for member in idle[::-1][: len(self._members) - wanted]:
                 self._drop(member)
 
     def give_way(self) -> None:
-        """End the added actors that still wait for room or load; no growth for a while."""
+        """End the added actors that wait for room, load or were lost; no growth for a while."""
         self._calm_until = time.monotonic() + CALM_SECONDS
-        for member in [m for m in self._members if m.grown and m.state == "loading"]:
+        for member in [m for m in self._members if m.grown and m.state != "there"]:
             self._drop(member)
 
     def _add(self, grown: bool) -> None:
@@ -265,7 +278,8 @@ class Pool:
 
     def _drop(self, member: _Member) -> None:
         self._members.remove(member)
-        self._waiting.extendleft(member.calls.values())
+        self._waiting.extendleft(reversed(member.calls.values()))
+        member.calls.clear()
         ray.kill(member.actor)
         self._removed(member.number)
 

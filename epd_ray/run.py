@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from epd_ray.sampling import learned
 from epd_ray.sections import BUILTIN, SHAPES
 from epd_ray.session import algorithm, stop_signals
 from epd_ray.solvers import Solver
-from epd_ray.storage import Place, inside, place_of
+from epd_ray.storage import Place, inside, place_of, reading
 from epd_ray.store import RunDirectory, named_when_full, package_versions, write_text
 from epd_ray.trackers import require_trackers, trackers
 from epd_ray.trainer import Trainer, comparison, noise_seeds, warn_of_long_prompts
@@ -92,7 +93,7 @@ def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = 
         run = RunDirectory.create(folder, to_yaml(config), saved)
         place.save()
         try:
-            return _go_on(config, run, start, None, observer, place.save)
+            return _go_on(config, run, prompts, start, None, observer, place.save)
         except EpdRayError:
             if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
                 shutil.rmtree(run.path)
@@ -104,14 +105,20 @@ def resume(where: str | Path, observer: Observer) -> list[str]:
     place = place_of(where)
     place.require_run()
     with place.claimed() as folder:
+        run, config = _opened(place, folder)
+        return _continue(config, run, place, observer)
+
+
+def _opened(place: Place, folder: Path) -> tuple[RunDirectory, RunConfig]:
+    with reading(place, folder):
         run = RunDirectory.open(folder)
-        return _continue(load_config(run.config), run, place, observer)
+        return run, load_config(run.config)
 
 
 def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
     with place.claimed(wait=True) as folder:
-        run = RunDirectory.open(folder)
-        if changed := first_difference(load_config(run.config), config):
+        run, begun = _opened(place, folder)
+        if changed := first_difference(begun, config):
             raise RunDirectoryError(f"{place.name} holds another run: {changed} (name a new directory)")
         if run.stages.is_file() and run.report.is_file():  # the last that are written
             return headline(json.loads(run.evaluation.read_text()))
@@ -119,12 +126,13 @@ def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
 
 
 def _continue(config: RunConfig, run: RunDirectory, place: Place, observer: Observer) -> list[str]:
-    checkpoint = load_newest(run.checkpoints)
+    with reading(place, run.path):
+        checkpoint, prompts = load_newest(run.checkpoints), saved_prompts(run)
     if checkpoint is None:
-        return _go_on(config, run, given_solver(config), None, observer, place.save)
+        return _go_on(config, run, prompts, given_solver(config), None, observer, place.save)
     if changed := changed_versions(checkpoint["versions"], package_versions()):
         log.warning("%s was made with other versions (%s): the last bits may differ from now on", place.name, changed)
-    return _go_on(config, run, None, checkpoint, observer, place.save)
+    return _go_on(config, run, prompts, None, checkpoint, observer, place.save)
 
 
 def saved_prompts(run: RunDirectory) -> PromptSplits:
@@ -159,12 +167,12 @@ def given_solver(config: RunConfig) -> Solver | None:
 def _go_on(
     config: RunConfig,
     run: RunDirectory,
+    prompts: PromptSplits,
     start: Solver | None,
     checkpoint: dict[str, Any] | None,
     observer: Observer,
     save: Callable[[], None],
 ) -> list[str]:
-    prompts = saved_prompts(run)
     clock = StageClock()
     observer.stage("starting actors", 1)
     with ExitStack() as stack:
@@ -210,8 +218,8 @@ def evaluate(
 ) -> list[str]:
     """Compare a run's solver with the baselines again, on other or more prompts.
 
-    The results and a report go to RUN/evaluations/<prompts>-<count>; the run's own stay as they are, and it may be
-    going on meanwhile.
+    The results and a report go to RUN/evaluations/<split>-<count>, or file-<name>-<checksum>-<count>; the run's own
+    stay as they are, and it may be going on meanwhile.
 
     Args:
         where: a run with a solver, at a path or URI.
@@ -220,19 +228,25 @@ def evaluate(
         split: "validation" or "test".
         observer: sees the progress.
     """
-    with place_of(where).visited() as folder:
-        run = RunDirectory.open(folder)
-        config = load_config(run.config)
+    place = place_of(where)
+    with place.visited() as folder:
+        run, config = _opened(place, folder)
         if not (run.solver / "solver.json").exists():
             raise RunDirectoryError(f"{where} has no solver yet: continue it with epd-ray train --resume {where}")
-        prompts = _evaluation_prompts(config, run, count, prompts_file, split)
-        name = f"{prompts_file.stem if prompts_file else split}-{len(prompts)}"
+        with reading(place, folder):
+            prompts = _evaluation_prompts(config, run, count, prompts_file, split)
+        name = f"{_file_name(prompts_file, prompts) if prompts_file else split}-{len(prompts)}"
         seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
         with _evaluation_directory(run, name) as target:
             found = _compared_again(config, run, target, prompts, seeds, observer)
             report = write_report(target.path)
         observer.done()
         return [*headline(found.summary()), f"report: {inside(where, report.relative_to(folder))}"]
+
+
+def _file_name(path: Path, prompts: list[str]) -> str:
+    """Another one for other prompts, and none that a split has."""
+    return f"file-{path.stem.lstrip('.')}-{zlib.crc32(chr(10).join(prompts).encode()):08x}"
 
 
 def _compared_again(

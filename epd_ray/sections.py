@@ -5,6 +5,7 @@ The defaults are the run that `epd-ray train` makes on the embedded model.
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +27,18 @@ SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
 RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy"}
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+TOKEN = re.compile(r"hf_|[0-9a-f]{40}")  # of Hugging Face and of Weights & Biases, which could be names too
+SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # in the names of keys
+
+
+def _holds_secret(url: str) -> bool:
+    """Whether a URL has a login, or a query key such as token."""
+    address, _, query = url.partition("?")
+    return "@" in address or any(SECRET.search(name) for name, _ in parse_qsl(query, keep_blank_values=True))
+
+
+def _names_variable(name: Any) -> bool:
+    return isinstance(name, str) and VARIABLE.fullmatch(name) is not None and not TOKEN.match(name)
 
 
 def _gpus(amount: float) -> float:
@@ -175,8 +188,8 @@ class RewardConfig(Section):
     @field_validator("options")
     @classmethod
     def _without_secrets(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if "@" in str(options.get("url", "")).partition("?")[0]:  # the run directory keeps its configuration
-            raise ValueError("url holds a name or password: put a token into a variable and name it as token_env")
+        if _holds_secret(str(options.get("url", ""))):  # the run directory keeps its configuration
+            raise ValueError("url holds a login or token: put a token into a variable and name it as token_env")
         return options
 
 
@@ -304,7 +317,7 @@ class ClusterConfig(Section):
     @classmethod
     def _names_alone(cls, env: Any) -> Any:
         names = env if isinstance(env, list | tuple) else [None]
-        wrong = [i for i, name in enumerate(names) if not (isinstance(name, str) and VARIABLE.fullmatch(name))]
+        wrong = [i for i, name in enumerate(names) if not _names_variable(name)]
         if wrong:  # it may hold a token, which must not be shown
             raise ValueError(
                 f"entry {wrong[0]} is no name of a variable: list names alone, such as [HF_TOKEN] (their values stay "
@@ -328,7 +341,7 @@ class StoreConfig(Section):
 
 def _keyless(section: Any, variable: str) -> Any:
     """A tracker's section as written; keys that hold secrets are refused without being shown."""
-    secret = [key for key in section if re.search("key|token|password", str(key))] if isinstance(section, dict) else []
+    secret = [key for key in section if SECRET.search(str(key))] if isinstance(section, dict) else []
     if secret:  # a run keeps its configuration
         raise ValueError(f"{secret[0]} is no setting: its value comes from the environment alone (set {variable})")
     return section
@@ -360,9 +373,9 @@ class MlflowConfig(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _without_login(cls, uri: str | None) -> str | None:
-        if uri is not None and "@" in uri.partition("?")[0]:
+        if uri is not None and _holds_secret(uri):
             raise ValueError(
-                "holds a name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+                "holds a login or token: set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN instead"
             )
         return uri
 

@@ -16,7 +16,7 @@ from epd_ray.encoder import EncoderSpec
 from epd_ray.environments import package_spec
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
-from epd_ray.sections import SHAPES, RewardConfig
+from epd_ray.sections import SHAPES, ClusterConfig, RewardConfig
 from epd_ray.solvers import SolverTable
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: 
 
 def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
     """The algorithm's configuration of a run, starting from `table` (evenly spaced points when None)."""
-    rdpo, cluster = config.rdpo, config.cluster
-    encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
+    rdpo = config.rdpo
     heads = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     built: RDPOConfig = (
         RDPOConfig()
@@ -64,17 +63,16 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             options=config.backbone.arguments,
             guidance_scale=config.backbone.guidance_scale,
         )
-        .encoder(encoder if cluster.encoder_actors else None)
         .rollouts(
             prompts=prompts,
             prompts_per_iteration=rdpo.prompts_per_iteration,
             group_size=rdpo.group_size,
-            images_per_job=cluster.images_per_job,
+            images_per_job=config.cluster.images_per_job,
             same_latent=rdpo.same_latent,
             baseline=rdpo.baseline,
             max_staleness=rdpo.staleness,
             keep_images=config.store.images,
-            max_env_runners=cluster.max_rollout_actors or 0,
+            max_env_runners=config.cluster.max_rollout_actors or 0,
         )
         .rewards(heads, normalisation=rdpo.normalisation)
         .training(
@@ -87,6 +85,16 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             kl_coeff=rdpo.kl_coeff,
             entropy_coeff=rdpo.entropy_coeff,
         )
+        .debugging(seed=config.seed, log_level="ERROR")
+    )
+    return _placed(built, config.cluster)
+
+
+def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
+    """With the actors that a cluster section asks for."""
+    encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
+    placed: RDPOConfig = (
+        built.encoder(encoder if cluster.encoder_actors else None)
         .env_runners(
             num_env_runners=cluster.rollout_actors,
             num_cpus_per_env_runner=cluster.rollout_cpus,
@@ -99,9 +107,8 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             num_gpus_per_learner=cluster.learner_gpus,
         )
         .placing(cluster.placement_timeout_s)
-        .debugging(seed=config.seed, log_level="ERROR")
     )
-    return built
+    return placed
 
 
 def reward_spec(reward: RewardConfig) -> RewardSpec:

@@ -1,9 +1,9 @@
 """Where runs lie: a local directory, or one on any filesystem of pyarrow or fsspec, worked on in a local copy.
 
 A remote run is the state of its last checkpoint: `save` uploads what changed since the last time, checkpoints after
-everything that they count on, config.yaml last, each file under another name that is then moved. An upload that fails
-is repeated, and then left for the next checkpoint with a warning; at the end of the run it is an error, and the local
-copy stays. The copy is a new folder in the system's temporary directory (TMPDIR).
+everything that they count on, each file under another name that is then moved. An upload that fails is repeated, and
+then left for the next checkpoint with a warning; at the end of the run it is an error. The copy is a new folder in the
+system's temporary directory (TMPDIR), which stays when it was not saved whole.
 """
 
 import logging
@@ -13,12 +13,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from epd_ray.errors import RunDirectoryError
-from epd_ray.lock import LEASE, TROUBLE, Lease, held
+from epd_ray.errors import EpdRayError, RunDirectoryError
+from epd_ray.lock import LEASE, Lease, held
 from epd_ray.mirror import Mirror, StorageError, one_line, open_filesystem
 from epd_ray.store import RunDirectory, refuse_others, unwritable
 
@@ -90,6 +89,16 @@ def inside(where: str | Path, part: str | Path) -> str:
     return f"{str(where).partition('?')[0].rstrip('/')}/{PurePosixPath(part)}"
 
 
+@contextmanager
+def reading(place: Place, folder: Path) -> Iterator[None]:
+    """Say of the place what is wrong with a file that was read from its folder."""
+    try:
+        yield
+    except EpdRayError as error:
+        error.args = tuple(str(arg).replace(str(folder), place.name) for arg in error.args)
+        raise
+
+
 class LocalPlace:
     """A directory."""
 
@@ -113,15 +122,15 @@ class LocalPlace:
         except OSError as error:
             raise unwritable(self.path, error) from error
         lock = RunDirectory(self.path).lock
-        try:
-            with held(lock, self.name):
+        with held(lock, self.name):
+            try:
                 yield self.path
-        finally:
-            with suppress(OSError):  # a run that came to nothing leaves nothing
-                if [path.name for path in self.path.iterdir()] == [lock.name]:
-                    lock.unlink()
-                    for folder in made:
-                        folder.rmdir()
+            finally:
+                with suppress(OSError):  # a run that came to nothing leaves nothing
+                    if [path.name for path in self.path.iterdir()] == [lock.name]:
+                        lock.unlink()
+                        for folder in made:
+                            folder.rmdir()
 
     @contextmanager
     def visited(self) -> Iterator[Path]:
@@ -158,7 +167,7 @@ class RemotePlace:
     def _names(self) -> list[str]:
         try:
             found = self._root.get_file_info(fs.FileSelector("", allow_not_found=True))
-        except TROUBLE as error:
+        except Exception as error:
             raise StorageError(f"cannot read {self.name}: {one_line(error)}") from error
         return [name for info in found if (name := PurePosixPath(info.path).name) != LEASE]
 
@@ -166,7 +175,7 @@ class RemotePlace:
     def claimed(self, wait: bool = False) -> Iterator[Path]:
         try:
             self._filesystem.create_dir(self._path, recursive=True)
-        except TROUBLE as error:
+        except Exception as error:
             raise StorageError(f"cannot write to {self.name}: {one_line(error)}") from error
         lease = Lease(self._root, self.name)
         with lease.held(wait), self._mirrored(NOT_TO_RESUME, lease.require) as folder:
@@ -182,23 +191,23 @@ class RemotePlace:
     def _mirrored(self, leave_out: Collection[str], require: Callable[[], None]) -> Iterator[Path]:
         """A temporary folder of the run's name; it stays when its content could not be saved."""
         above = Path(tempfile.mkdtemp(prefix="epd-ray-"))
-        folder = above / (PurePosixPath(urlsplit(self.name).path).name or "run")
+        folder = above / (PurePosixPath(self._path).name or "run")
         folder.mkdir()
         self._mirror, keep = Mirror(self._root, folder, self.name, require), False
         try:
             self._mirror.pull(leave_out)
+            keep = True  # until it is saved
             try:
                 yield folder
             except BaseException:
-                keep = not self._saved(f"it lies in {folder}")
+                keep = not self._saved("that was the last try")
                 raise
-            try:
-                self._mirror.push()
-            except StorageError as error:
-                keep = True
-                raise StorageError(f"{error}: the run lies whole in {folder}, copy it there") from error
+            self._mirror.push()
+            keep = False
         finally:
-            if not keep:
+            if keep:
+                log.warning("%s was not saved whole: its copy stays in %s", self.name, folder)
+            else:
                 shutil.rmtree(above, ignore_errors=True)
 
     def save(self) -> None:

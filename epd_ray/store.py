@@ -42,7 +42,8 @@ def whole(path: Path) -> Iterator[Path]:
         yield partial
         _to_disk(partial)
         partial.replace(path)
-        _to_disk(path.parent)
+        with suppress(OSError):  # some filesystems cannot
+            _to_disk(path.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -56,6 +56,12 @@ class Best:
         assert positions is not None and weights is not None
         return SolverTable(positions, weights, tensor(self.scale_dir), tensor(self.scale_time))
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its solver says of how it came about."""
+        stage = "rdpo" if self.iteration else "distilled"
+        return {"stage": stage, "iteration": self.iteration, "validation_reward": round(self.reward, 6)}
+
     def take(self, table: SolverTable, reward: float, iteration: int) -> bool:
         """Keep the table if it is better."""
         if reward <= self.reward:
@@ -128,6 +134,7 @@ def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
 
 def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
     """A run's solver, with what it was made for and from."""
+    rewards = {name: head.weight for name, head in config.rewards.items()}
     about = {
         "backbone": facts.family,
         "model_id": facts.model_id,
@@ -135,6 +142,7 @@ def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta:
         "guidance_scale": facts.guidance_scale,
         "registry": config.backbone.family,
         "options": config.backbone.portable,
+        **({"rewards": rewards} if rewards else {}),
         **meta,
     }
     sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
@@ -158,6 +166,7 @@ class Trainer:
         self.sinks, self.after_checkpoint = sinks, after_checkpoint
         self._about = {"seed": config.seed, "versions": package_versions()}
         self.best = Best()
+        self._checkpointed = -1
 
     # -- stage 1 ------------------------------------------------------------------------------------------------------
 
@@ -181,14 +190,14 @@ class Trainer:
         table = table or self.algo.mean_table()
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
         self.run.metrics.unlink(missing_ok=True)
+        drop_rollouts(self.run.rollouts, after=0)
         with MetricsLog(self.run) as metrics:
             self._write(metrics, {"iteration": 0, "images": 0, **self._validate(table, 0)})
         self._mark(better=True)
         self._checkpoint()
 
     def _solver(self, table: SolverTable, **meta: Any) -> Solver:
-        rewards = {name: head.weight for name, head in self.config.rewards.items()}
-        return made_by(self.config, self.algo.facts, table, rewards=rewards, **meta)
+        return made_by(self.config, self.algo.facts, table, **meta)
 
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 
@@ -241,12 +250,16 @@ class Trainer:
             save_best(self.run.checkpoints, *self._whole)
 
     def _checkpoint(self) -> None:
-        save_checkpoint(self.run.checkpoints, *self._whole, self.config.checkpoint.keep)
-        self.after_checkpoint()
+        iteration, state = self._whole
+        if iteration != self._checkpointed:
+            save_checkpoint(self.run.checkpoints, iteration, state, self.config.checkpoint.keep)
+            self._checkpointed = iteration
+            self.after_checkpoint()
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Go on where a checkpoint was made; what was written after it is written again, the same."""
         self.algo.import_state(checkpoint["algorithm"])
+        self._checkpointed = checkpoint["iteration"]
         self.best = Best(**checkpoint["best"])
         self._save_best()
         drop_rollouts(self.run.rollouts, after=self.algo.policy_version)
@@ -273,9 +286,7 @@ class Trainer:
             return {}
 
     def _save_best(self, **rewards: Any) -> None:
-        stage = "rdpo" if self.best.iteration else "distilled"
-        meta = {"stage": stage, "iteration": self.best.iteration, "validation_reward": round(self.best.reward, 6)}
-        self._solver(self.best.table, **meta, **rewards).save_pretrained(self.run.solver)
+        self._solver(self.best.table, **self.best.about, **rewards).save_pretrained(self.run.solver)
 
     # -- the comparison -----------------------------------------------------------------------------------------------
 

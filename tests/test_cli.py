@@ -92,6 +92,14 @@ def test_train_reports_all_problems_and_writes_nothing(tmp_path, train):
         (("train", "--config", "absent.yaml"), "error: cannot read the configuration absent.yaml"),
         (("train", "--resume", "mine", "seed=1"), "error: --resume continues with the run's own configuration"),
         (("train", "--resume", "mine"), "error: mine is not a directory"),
+        (("train", "--resume", ""), "error: . is not a run directory"),
+        (("train", "--resume", "", "seed=1"), "error: --resume continues with the run's own configuration"),
+        (("distill", "--out", "s3://b/x"), "s3://b/x is a URI"),
+        (("sweep", "--out", "s3://b/x"), "s3://b/x is a URI"),
+        (("sweep", "--resume", "s3://b/x"), "s3://b/x is a URI"),
+        (("score", "pictures", "--out", "s3://b/x"), "s3://b/x is a URI"),
+        (("sample", "--solver", "x", "--prompt", "a", "--out", "s3://b/x.png"), "s3://b/x.png is a URI"),
+        (("tables", "convert", "sd15-rl", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("sample", "--prompt", "a star"), "--solver"),
         (("evaluate", "mine", "--count", 0), "--count"),
         (("evaluate", "mine", "--split", "train"), "validation"),
@@ -104,6 +112,7 @@ def test_bad_input_is_exit_code_2_without_a_traceback(arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.output
+    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"a\n\n", "blank"), (b"\xff\n", "not UTF-8")])
@@ -146,6 +155,8 @@ def test_resume(monkeypatch):
     result = invoke("train", "--resume", "mine")
     assert result.stdout.splitlines() == ["better", "report: mine/report.html", "solver: mine/solver"]
     assert fake.call_args.args[0] == Path("mine")
+    last = invoke("train", "--resume", "s3://b/mine").stdout.splitlines()[-1]
+    assert last == "solver: s3://b/mine/solver (copy it to a disk to sample with it)"
 
 
 def test_sample(monkeypatch):

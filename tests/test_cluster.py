@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from epd_ray import cluster, join
 from epd_ray.cluster import start_ray
 from epd_ray.errors import ClusterError
 from epd_ray.join import reachable
-from tests.ray_head import Head, clean_env, free_ports, listening, ray_head, token_env
+from tests.ray_head import Head, clean_env, free_ports, listening, processes_of, ray_head, token_env
 
 ROOT = Path(__file__).parent.parent
 TOKEN, OTHER = "a1" * 16, "b2" * 16
@@ -114,6 +115,18 @@ def test_the_right_token_opens_the_cluster(head: Head) -> None:
     own = {name: head.env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
     assert reach(head.address, **own) == f"reached {head.address}"
     assert reach("", RAY_ADDRESS=head.address, **own) == f"reached {head.address}"
+
+
+@pytest.mark.slow
+def test_another_port_of_ray_is_told_from_the_head(head: Head) -> None:
+    """The head's node has a gRPC server of its own, as every node."""
+    own = {name: head.env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    raylets = [process for process in processes_of(head.pid) if process.name() == "raylet"]
+    said = [reach(f"127.0.0.1:{port}", **own) for _, port in listening(raylets)]
+    assert any(
+        re.match(r"127.0.0.1:\d+ \(cluster.address\) answers, but is no Ray head: give the port", s) for s in said
+    )
+    assert not [line for line in said if line.startswith("reached")]
 
 
 @pytest.mark.slow
@@ -223,9 +236,8 @@ import ray
 ray.init(address=sys.argv[1], logging_level="ERROR")
 kept = []
 try:
-    for size in (1 << 23, 1 << 18):
-        while len(kept) < 1000:
-            kept.append(ray.put(np.zeros(size, np.uint8)))
+    while len(kept) < 1000:
+        kept.append(ray.put(np.zeros(1 << 22, np.uint8)))
 except ray.exceptions.OutOfDiskError:
     print("full", flush=True)
     input()
@@ -234,8 +246,11 @@ except ray.exceptions.OutOfDiskError:
 
 @pytest.mark.slow
 def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
-    """Another driver has filled 80 MB, on a node whose disk counts as full at 0.01 %."""
-    full = {"RAY_local_fs_capacity_threshold": "0.0001"}
+    """Another driver has filled 80 MB, on a node whose disk counts as full at 0.01 %.
+
+    However full that is, Ray's workers for it would make room by and by: there are none.
+    """
+    full = {"RAY_local_fs_capacity_threshold": "0.0001", "RAY_max_io_workers": "0"}
     with ray_head("--object-store-memory=80000000", env=full) as node:
         env = {**node.env, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": node.address}
         fill = [sys.executable, "-c", FILL, node.address]

@@ -19,6 +19,7 @@ from epd_ray.cli import app
 from epd_ray.config import RunConfig, load_config
 from epd_ray.rdpo.config import placement
 from epd_ray.session import ray_session, rdpo_config
+from tests.ray_head import free_ports
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "jobs" / "configs" / "sd3_1024_cluster.yaml"
@@ -40,9 +41,11 @@ def config() -> RunConfig:
 
 
 def asked() -> Counter[str]:
-    """What the actors of the configuration ask for in all."""
+    """What the actors of the configuration ask for in all, with as many that draw as there may be."""
     total: Counter[str] = Counter()
-    for bundles in placement(rdpo_config(config(), ["any"])).values():
+    given = rdpo_config(config(), ["any"])
+    most = given.copy().env_runners(num_env_runners=given.max_env_runners)
+    for bundles in placement(most).values():
         for bundle in bundles:
             total.update({name: round(1000 * amount) for name, amount in bundle.items()})
     return total
@@ -70,6 +73,18 @@ def test_the_nodes_of_the_recipe_hold_the_configuration() -> None:
     assert "GPU" not in types["head"]["resources"]
     assert types["rollout_gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert not {"head", "reward_gpu"} & {n for n, t in types.items() if "InstanceMarketOptions" in t["node_config"]}
+
+
+def test_a_run_starts_with_the_nodes_that_are_always_there_and_takes_all() -> None:
+    """Spot nodes may be short: the run waits for none but the first."""
+    types, asks = recipe()["available_node_types"], config().cluster
+    assert asks.rollout_actors == types["rollout_gpu"]["min_workers"]
+    assert asks.max_rollout_actors == types["rollout_gpu"]["max_workers"]
+
+
+def test_no_node_is_started_again_without_its_shared_folder() -> None:
+    """Ray skips the setup commands of a stopped AWS node that it starts again."""
+    assert recipe()["provider"]["cache_stopped_nodes"] is False
 
 
 def test_every_node_asks_for_the_token_and_the_dashboard_is_not_public() -> None:
@@ -130,6 +145,12 @@ def test_the_groups_of_the_manifest_hold_the_configuration() -> None:
     assert not {name for name, amount in asked().items() if amount > 1000 * room[name]}
 
 
+def test_the_image_gets_what_git_has() -> None:
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    anchored = [line.removeprefix("/") if line.startswith("/") else f"**/{line}" for line in ignored]
+    assert (ROOT / ".dockerignore").read_text().split() == [".git", *anchored]
+
+
 def test_the_entrypoint_is_a_command_of_ours() -> None:
     python, script, *arguments = shlex.split(job()["spec"]["entrypoint"])
     root = "/home/ray/epd_ray/"
@@ -152,7 +173,9 @@ def nodes() -> Iterator[dict[str, str]]:
         own = dict(types[name]["resources"])
         return {"num_cpus": own.pop("CPU"), "num_gpus": own.pop("GPU", 0), "resources": own}
 
-    cluster = Cluster(initialize_head=True, head_node_args={**has("head"), "include_dashboard": False})
+    (port,) = free_ports(1)
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}  # it lists actors
+    cluster = Cluster(initialize_head=True, head_node_args={**has("head"), **dashboard})
     try:
         found = {cluster.head_node.node_id: "head"}
         for name in ("rollout_gpu", "rollout_gpu", "reward_gpu"):
@@ -168,7 +191,7 @@ def nodes() -> Iterator[dict[str, str]]:
 def test_actors_land_on_the_nodes_made_for_them(nodes: dict[str, str]) -> None:
     """The recipe's node types and its configuration's own requests; the models alone are simulated."""
     given = config()
-    few = {"rollout_actors": 2, "encoder_actors": 0, "placement_timeout_s": 60.0}
+    few = {"rollout_actors": 2, "max_rollout_actors": None, "encoder_actors": 0, "placement_timeout_s": 60.0}
     simulated = {name: head.model_copy(update={"head": "simulated"}) for name, head in given.rewards.items()}
     small = given.model_copy(
         update={

@@ -56,6 +56,13 @@ def test_the_files_heads_replace_the_default_one(tmp_path):
     assert config.rewards["mine"].options == {"lr": 1e-3}
 
 
+def test_addresses_and_names_without_secrets_are_kept():
+    options = "rewards.clip.options={url: 'http://host/x?model=a@b', token_env: MY_TOKEN}"
+    names = ["HF_TOKEN", "https_proxy", "WANDB_API_KEY"]
+    config = load_config(None, [options, f"cluster.env=[{', '.join(names)}]"])
+    assert config.rewards["clip"].options["url"].endswith("a@b") and list(config.cluster.env) == names
+
+
 def test_resolved_yaml_reads_back(tmp_path):
     config = load_config(None, ["rdpo.lr=1e-7", "name=large-2", "prompts.train='a ü.txt'"])
     assert load_config(written(tmp_path, to_yaml(config))) == config
@@ -87,7 +94,18 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("cluster.rollout_gpus=1.5", "cluster.rollout_gpus: is 1.5, a share of one GPU (below 1) or a whole number"),
         ("rewards.clip.num_gpus=2.5", "rewards.clip.num_gpus: is 2.5, a share of one GPU (below 1) or a whole number"),
         ("rewards.clip.resources={GPU: 1}", "rewards.clip.resources: GPU is no custom resource: set the key for GPUs"),
-        ("rewards.clip.options={url: 'http://me:pw@host'}", "rewards.clip.options: url holds a name or password"),
+        ("rewards.clip.options={url: 'http://me:pw@host'}", "rewards.clip.options: url holds a login or token"),
+        (
+            "rewards.clip.options={url: 'http://host/x?v=1&Api_Key=pw'}",
+            "rewards.clip.options: url holds a login or token",
+        ),
+        ("tracking.mlflow={tracking_uri: 'https://me@host'}", "tracking.mlflow.tracking_uri: holds a login or token"),
+        (
+            "tracking.mlflow={tracking_uri: 'https://h?token=pw'}",
+            "tracking.mlflow.tracking_uri: holds a login or token",
+        ),
+        ("cluster.env=[HF_HOME, hf_AbCdEf]", "cluster.env: entry 1 is no name of a variable"),
+        (f"cluster.env=[{'ab12' * 10}]", "cluster.env: entry 0 is no name of a variable"),
         ("rdpo.normalisation=zscor", "rdpo.normalisation: unknown 'zscor'; did you mean 'zscore'?"),
         ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
@@ -113,6 +131,7 @@ def test_one_wrong_value_gives_one_line(override, said):
     (problem,) = problems(override)
     assert problem.startswith(said)
     assert "\n" not in problem
+    assert not any(secret in problem for secret in ("pw", "hf_", "ab12"))
 
 
 def test_all_problems_are_reported_together(tmp_path):

@@ -43,7 +43,8 @@ def drawn(algo, prompts=PROMPTS):
 
 
 def held(runner):
-    return sorted(n for n, p in runner._worker.backbone.pipeline.components.items() if isinstance(p, torch.nn.Module))
+    components = runner._runner._worker.backbone.pipeline.components
+    return sorted(name for name, part in components.items() if isinstance(part, torch.nn.Module))
 
 
 def test_an_encoder_actor_changes_no_bit_and_survives_its_death(tiny):

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 
-from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault
+from epd_ray.bench import fault_cluster
+from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault, StuckError, Trap, beside
 from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
 from epd_ray.bench.faults import EVENTS, PROMPTS, FaultBench, Trace, compare, failing_task, fault_bench
 from epd_ray.store import RunDirectory
@@ -27,6 +29,24 @@ def test_figures_tell_what_is_lost_learned_twice_or_different() -> None:
     assert (twice.lost, twice.duplicated, twice.identical) == (0, 1, False)
     assert not compare(replace(calm, checksums=[1, 3]), calm).identical
     assert not compare(replace(calm, rows=[*rows[:3], ("d", 0.5, 1.0, -1.0000001)]), calm).identical
+
+
+def test_work_that_is_given_up_has_ended_and_its_traps_are_gone(tmp_path: Path) -> None:
+    trap, given_up = Trap(tmp_path, "draw"), Event()
+    trap.set()
+    with pytest.raises(TimeoutError, match="nobody"), beside(lambda: given_up.wait(60), [trap]) as running:
+        Timer(0.3, given_up.set).start()
+        raise TimeoutError("nobody")
+    assert running.result(0)
+    trap.spring()  # catches nobody
+
+
+def test_work_that_never_ends_is_said_to_be_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_cluster, "PATIENCE_SECONDS", 0.05)
+    never = Event()
+    with pytest.raises(StuckError, match="has not ended 0 s after"), beside(never.wait, []) as running:
+        running.result(0.05)
+    never.set()
 
 
 @pytest.fixture(scope="module")

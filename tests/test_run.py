@@ -1,5 +1,6 @@
 """Whole runs on the simulated backbone: what they leave, how they stop, how they go on."""
 
+import errno
 import io
 import json
 import os
@@ -16,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from typer import Exit
 
 from epd_ray import run as run_module
 from epd_ray import session, trainer
 from epd_ray.checkpoint import load_newest, save_best, save_checkpoint
+from epd_ray.cli.common import ending
 from epd_ray.config import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo.algorithm import RDPO
@@ -222,6 +225,34 @@ def test_keep_counts_the_newest_and_not_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "iteration-000004.pt", "iteration-000005.pt"]
 
 
+def test_a_checkpoint_outlives_those_of_a_damaged_future(tmp_path):
+    for iteration in (2, 8, 9):
+        save_checkpoint(tmp_path, iteration, {"x": 1}, keep=9)
+    save_checkpoint(tmp_path, 4, {"x": 1}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration-000002.pt", "iteration-000004.pt"]
+
+
+def test_a_checkpoint_is_written_once(finished, tmp_path, monkeypatch):
+    written, original = [], trainer.save_checkpoint
+
+    def note(folder, iteration, *rest):
+        written.append(iteration)
+        return original(folder, iteration, *rest)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", note)
+    train(load_config(None, [*TINY, "rdpo.iterations=2"]), tmp_path / "new", Quiet())
+    resume(tmp_path / "new", Quiet())
+    assert written == [0, 2]
+
+
+def test_a_run_begun_anew_keeps_no_rollouts(finished, tmp_path):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(KeyboardInterrupt):
+        resume(out, Quiet(interrupt_after=1))
+    assert [path.name for path in (out / "rollouts").iterdir()] == ["iteration-000001.parquet"]
+
+
 def test_a_checkpoint_of_a_newer_format_is_no_damage(checkpoints):
     save_checkpoint(checkpoints, 7, {"format": 2}, keep=9)
     with pytest.raises(RunDirectoryError, match=r"newer epd_ray \(checkpoint format 2, .* up to 1\): update epd_ray"):
@@ -372,10 +403,16 @@ def test_evaluate_on_other_prompts(finished, tmp_path):
     prompts.write_text("a cat\na dog\na house\n")
     lines = evaluate(out, None, prompts, "test", Quiet())
     assert any("DDIM / Euler" in line for line in lines)
-    own = out / "evaluations" / "prompts-3"
+    (own,) = (out / "evaluations").glob("file-prompts-*-3")
     assert json.loads((own / "evaluation.json").read_text())["prompts"] == 3
     assert (own / "report.html").stat().st_size > 0
     assert json.loads((out / "evaluation.json").read_text())["prompts"] == 8  # the run's own result stays
+    prompts.write_text("a cat\na dog\na horse\n")
+    other = tmp_path / ".prompts.txt"
+    other.write_text("a cat\na dog\na mouse\n")
+    for file in (prompts, other):
+        evaluate(out, None, file, "test", Quiet())
+    assert len(list((out / "evaluations").glob("file-prompts-*-3"))) == 3
     with pytest.raises(PromptError, match="4 prompts asked, 3 there"):
         evaluate(out, 4, prompts, "test", Quiet())
 
@@ -453,11 +490,16 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     overrides = [*TINY, "rdpo.iterations=500", "backbone.options={latency: 0.01}"]
     command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(out), *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
-    deadline = time.monotonic() + 120
-    while not list(out.glob("rollouts/*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("rollouts/*.parquet")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+        assert list(out.glob("rollouts/*.parquet"))
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 130, errors
     assert f"epd-ray train --resume {out}" in errors and "Traceback" not in errors
     done = load_newest(out / "checkpoints")["iteration"]
@@ -472,6 +514,15 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     assert rollouts(out) == rollouts(tmp_path / "whole") and table(out / "solver") == table(
         tmp_path / "whole" / "solver"
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"), [(errno.ENOSPC, "make room, or use"), (errno.EACCES, "see to its permissions, or use")]
+)
+def test_what_a_disk_refuses_is_one_line(capsys, number, fix):
+    with pytest.raises(Exit), ending():
+        raise OSError(number, os.strerror(number), "/x")
+    assert capsys.readouterr().err == f"error: /x: {os.strerror(number)} ({fix} another place)\n"
 
 
 def test_prompts_that_the_model_cuts_are_counted_once(caplog):

@@ -1,9 +1,11 @@
 """Runs on other filesystems, their copies, and who may write to them."""
 
+import errno
 import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -14,17 +16,19 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 import tenacity
+from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
 from epd_ray import lock, mirror
-from epd_ray.config import load_config
-from epd_ray.errors import ModelError, RunDirectoryError
+from epd_ray.config import load_config, to_yaml
+from epd_ray.errors import EpdRayError, ModelError, RunDirectoryError
 from epd_ray.lock import LEASE, Holder, Lease, held
 from epd_ray.mirror import Mirror, StorageError, open_filesystem
 from epd_ray.report import write_report
 from epd_ray.rollout_files import TIMINGS
 from epd_ray.run import evaluate, resume, train
 from epd_ray.storage import RemotePlace, inside, is_uri, place_of
+from epd_ray.store import write_text
 from tests.fakes import Quiet
 from tests.test_run import TINY
 
@@ -50,6 +54,7 @@ class Fallible(fs.FileSystemHandler):
     def __init__(self, folder: Path) -> None:
         self.disk = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
         self.refuse, self.times, self.taken = "", 0, []
+        self.error: Exception = OSError("the bucket is on fire")
 
     def get_type_name(self):
         return "fallible"
@@ -79,7 +84,7 @@ class Fallible(fs.FileSystemHandler):
     def move(self, src, dest):
         if self.times and self.refuse in dest:
             self.times -= 1
-            raise OSError("the bucket is on fire")
+            raise self.error
         self.disk.move(src, dest)
         self.taken.append(dest)
 
@@ -173,9 +178,10 @@ def test_only_what_changed_is_uploaded_and_in_an_order_that_may_break_off(tmp_pa
     handler, root = fallible(tmp_path)
     folder = tmp_path / "folder"
     write(folder, config_yaml="c", checkpoints__a_pt="1", rollouts__1_parquet="r", solver__solver_json="s")
+    write(folder, stages_json="{}")  # with it, and the report, a run is finished
     copy = Mirror(root, folder, "there", nothing)
     copy.push()
-    assert handler.taken[-2:] == ["checkpoints/a.pt", "config.yaml"] and len(handler.taken) == 4
+    assert handler.taken[-3:] == ["checkpoints/a.pt", "config.yaml", "stages.json"] and len(handler.taken) == 5
     handler.taken.clear()
     copy.push()
     assert handler.taken == []
@@ -186,12 +192,14 @@ def test_only_what_changed_is_uploaded_and_in_an_order_that_may_break_off(tmp_pa
     handler.taken.clear()
     shutil.rmtree(folder)
     copy.push()
-    assert handler.taken[:2] == ["-config.yaml", "-checkpoints/b.pt"]
+    assert handler.taken[:3] == ["-stages.json", "-config.yaml", "-checkpoints/b.pt"]
     assert names(root) == []
 
 
-def test_an_upload_is_repeated_and_then_an_error(tmp_path):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])  # fsspec's filesystems raise what they like
+def test_an_upload_is_repeated_and_then_an_error(tmp_path, error):
     handler, root = fallible(tmp_path)
+    handler.error = error("the bucket is on fire")
     folder = tmp_path / "folder"
     write(folder, config_yaml="c", checkpoints__a_pt="1")
     copy = Mirror(root, folder, "there", nothing)
@@ -205,6 +213,44 @@ def test_an_upload_is_repeated_and_then_an_error(tmp_path):
     assert read(root, "checkpoints/a.pt") == b"1" and read(root, "config.yaml") == b"c"  # the state before, whole
     copy.push()
     assert read(root, "checkpoints/a.pt") == read(root, "config.yaml") == b"changed"
+
+
+def test_files_that_go_while_they_are_saved_end_nothing(tmp_path, monkeypatch):
+    handler, root = fallible(tmp_path)
+    folder = tmp_path / "folder"
+    write(folder, config_yaml="c", early_txt="seen, then gone", late_txt="listed, then gone")
+    stamp = Mirror._stamp
+
+    def gone(self: Mirror, path: str) -> tuple[int, int]:
+        if path == "early.txt":
+            (folder / path).unlink()
+        return stamp(self, path)
+
+    monkeypatch.setattr(Mirror, "_stamp", gone)
+    copy = Mirror(root, folder, "there", nothing)
+    listed = copy._stamps()
+    assert set(listed) == {"config.yaml", "late.txt"}
+    (folder / "late.txt").unlink()
+    monkeypatch.setattr(copy, "_stamps", lambda: listed)
+    copy.push()
+    assert handler.taken == ["config.yaml"]
+
+
+def test_what_others_have_written_is_seen():
+    class Remembering(MemoryFileSystem):
+        cachable = False
+        seen: dict[str, object] = {}  # noqa: RUF012
+
+        def info(self, path, **kwargs):
+            return self.seen.setdefault(path, super().info(path, **kwargs))
+
+        def invalidate_cache(self, path=None):
+            self.seen.clear()
+
+    root, path = fs.PyFileSystem(mirror.Fresh(Remembering())), f"bucket-{time.time_ns()}"
+    for text in ("one", "three"):
+        MemoryFileSystem().pipe(path, text.encode())
+        assert root.get_file_info(path).size == len(text)
 
 
 def remote(tmp_path: Path) -> tuple[Fallible, RemotePlace]:
@@ -237,9 +283,53 @@ def test_what_cannot_be_saved_in_the_end_stays_here(tmp_path, caplog, temporary,
         handler.refuse, handler.times = "config", mirror.ATTEMPTS
         if interrupted:
             raise KeyboardInterrupt
-    told = caplog.records[0].message if interrupted else str(said.value)
-    assert str(folder) in told and "on fire" in told and "\n" not in told
+    assert "on fire" in (caplog.records[0].message if interrupted else str(said.value))
+    assert caplog.records[-1].message == f"fire://bucket/mine was not saved whole: its copy stays in {folder}"
     assert (folder / "config.yaml").read_text() == "c"
+
+
+@pytest.mark.parametrize("inside", [KeyboardInterrupt, None])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_whatever_ends_the_last_save_the_copy_stays(tmp_path, caplog, monkeypatch, temporary, inside, error):
+    def end(self: Mirror, path: str) -> None:
+        raise error
+
+    _, place = remote(tmp_path)
+    monkeypatch.setattr(Mirror, "_upload", end)
+    with pytest.raises((KeyboardInterrupt, SystemExit, StorageError)), place.claimed() as folder:
+        write(folder, config_yaml="c")
+        if inside:
+            raise inside
+    assert caplog.records[-1].message.endswith(f"its copy stays in {folder}")
+    assert (folder / "config.yaml").read_text() == "c"
+
+
+def damage(run: Path, what: str) -> None:
+    write(run, config_yaml=to_yaml(load_config(None, TINY)), versions_json="{}", prompts_json="{}")
+    if what == "checkpoints":
+        write(run, checkpoints__iteration_000001_pt="none")
+        (run / "checkpoints" / "iteration.000001.pt").rename(run / "checkpoints" / "iteration-000001.pt")
+    elif what == "config":
+        write(run, config_yaml="format: 99")
+    else:
+        (run / f"{what}.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("versions", "{} is not a run directory: versions.json missing"),
+        ("config", "{}/config.yaml was written by a newer epd_ray"),
+        ("prompts", "{}/prompts.json cannot be read"),
+        ("checkpoints", "all 1 checkpoints in {}/checkpoints are damaged"),
+    ],
+)
+def test_what_is_wrong_with_a_remote_run_is_said_of_it(tmp_path, temporary, what, said):
+    uri = f"file://{tmp_path}/run"
+    damage(tmp_path / "run", what)
+    with pytest.raises(EpdRayError) as raised:
+        resume(uri, Quiet())
+    assert str(raised.value).startswith(said.format(uri)) and str(temporary) not in str(raised.value)
 
 
 def test_a_place_that_is_not_free_is_refused(tmp_path, temporary):
@@ -258,17 +348,33 @@ def test_a_place_that_is_not_free_is_refused(tmp_path, temporary):
     assert place.begun() and list(temporary.iterdir()) == []
 
 
+SECRETS = (
+    "s3://key:5ecret@bucket/run",
+    "s3://key:5e/cret@bucket/run",  # AWS's may have a slash
+    "abfs://container@account.dfs.core.windows.net/run?client_id=me&client_secret=5ecret",
+    "memory://bucket/run?sig=5ecret",
+)
+
+
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
         ("nosuch://bucket/run", "cannot open nosuch://bucket/run: Unrecognized filesystem type in URI.*nosuch"),
-        ("s3://key:secret@bucket/run", "holds a secret key: leave it out, credentials come from the environment"),
+        ("s3://[b/run", r"cannot open s3://\[b/run: Cannot parse URI"),
+        *((uri, "holds a secret key: leave it out, credentials come from the environment") for uri in SECRETS),
     ],
 )
 def test_filesystems_that_cannot_be(uri, said):
     with pytest.raises(StorageError, match=said) as raised:
         place_of(uri)
-    assert "\n" not in str(raised.value) and "key:secret" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "5ecret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account.dfs.core.windows.net/x", "s3://b/x?endpoint_override=a:9000"]
+)
+def test_what_is_no_secret_passes(uri):
+    assert not mirror.SECRET.search(uri)
 
 
 def test_names_for_people():
@@ -310,9 +416,30 @@ def test_a_claim_that_comes_to_nothing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_claim_that_is_refused_leaves_the_lock_of_another(tmp_path):
+    place = place_of(tmp_path / "a")
+    with place.claimed() as folder:
+        with pytest.raises(RunDirectoryError, match="in use by"), place.claimed():
+            pass
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_disk_that_cannot_sync_directories_will_do(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "a.txt", "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def holder(**changes: object) -> Holder:
     now = time.time()
-    return replace(Holder("elsewhere", 7, now - 60, now, "theirs"), **changes)  # type: ignore[arg-type]
+    return replace(Holder("elsewhere", "another", 7, now - 60, now, "theirs"), **changes)  # type: ignore[arg-type]
 
 
 def put(root: fs.FileSystem, other: Holder) -> None:
@@ -320,6 +447,7 @@ def put(root: fs.FileSystem, other: Holder) -> None:
         stream.write(json.dumps(asdict(other)).encode())
 
 
+@pytest.fixture
 def dead_process() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -340,15 +468,25 @@ def test_a_lease_is_held_by_one(root):
     assert names(root) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"renewed": 0.0}, {"host": socket.gethostname(), "pid": dead_process()}],
-    ids=["silent", "dead"],
-)
-def test_a_dead_holders_lease_is_taken_over(root, changes):
-    put(root, holder(**changes))
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_dead_holders_lease_is_taken_over(root, dead_process, silent):
+    put(root, holder(renewed=0.0) if silent else holder(machine=lock._machine(), pid=dead_process))
     with Lease(root, "x").held(wait=False):
         assert json.loads(read(root, LEASE))["pid"] == os.getpid()
+
+
+def test_a_process_of_another_machine_with_the_same_name_is_not_dead(root, dead_process):
+    put(root, holder(host=socket.gethostname(), pid=dead_process))
+    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held(wait=False):
+        pass
+
+
+def test_a_lease_that_is_half_written_is_one(root, monkeypatch):
+    with root.open_output_stream(LEASE) as stream:
+        stream.write(json.dumps(asdict(holder())).encode()[:20])
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: put(root, holder()))
+    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held(wait=False):
+        pass
 
 
 def test_a_lease_that_is_none_is_taken_over(root):
@@ -358,18 +496,20 @@ def test_a_lease_that_is_none_is_taken_over(root):
         pass
 
 
-def test_waiting_for_a_silent_holder(root, monkeypatch):
+@pytest.mark.parametrize("ahead", [0.0, 1e6])  # seconds
+def test_waiting_for_a_silent_holder(root, monkeypatch, ahead):
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
-    put(root, holder())
+    put(root, holder(renewed=time.time() + ahead))
     with Lease(root, "x").held(wait=True):
         assert json.loads(read(root, LEASE))["pid"] == os.getpid()
 
 
-def test_waiting_ends_with_a_sign_of_life(root, monkeypatch):
-    put(root, holder())
+@pytest.mark.parametrize("behind", [0.0, 1e6])  # seconds
+def test_waiting_ends_with_a_sign_of_life(root, monkeypatch, behind):
+    put(root, holder(renewed=time.time() - behind))
 
     def sign_of_life(seconds: float) -> None:
-        put(root, holder())
+        put(root, holder(renewed=time.time() - behind))
 
     monkeypatch.setattr(lock.time, "sleep", sign_of_life)
     with pytest.raises(RunDirectoryError, match="in use by process 7 on elsewhere"), Lease(root, "x").held(wait=True):
@@ -381,18 +521,24 @@ def test_a_lease_is_renewed_until_it_ends(root, monkeypatch):
     with Lease(root, "x").held(wait=False):
         first = json.loads(read(root, LEASE))["renewed"]
         deadline = time.monotonic() + 60
-        while json.loads(read(root, LEASE) or b'{"renewed": 0}')["renewed"] <= first:
+        while json.loads(read(root, LEASE))["renewed"] <= first:  # whole at any time
             assert time.monotonic() < deadline
     assert names(root) == []
 
 
-def test_who_was_taken_over_writes_no_more(tmp_path, temporary):
+@pytest.mark.parametrize(
+    ("done", "said"), [(False, "by process 7 on elsewhere since"), (True, r"\(its lease.json is gone\)")]
+)
+def test_who_was_taken_over_writes_no_more(tmp_path, temporary, done, said):
     _, place = remote(tmp_path)
-    with pytest.raises(RunDirectoryError, match="was taken over by process 7 on elsewhere"), place.claimed() as folder:
+    with pytest.raises(RunDirectoryError, match=f"was taken over {said}"), place.claimed() as folder:
         write(folder, config_yaml="c")
         put(place._root, holder())
+        if done:
+            place._root.delete_file(LEASE)
         place.save()
-    assert names(place._root) == [LEASE]  # theirs
+    assert names(place._root) == ([] if done else [LEASE])  # theirs
+    assert (folder / "config.yaml").is_file()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -17,9 +19,9 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from typer.testing import CliRunner
 
 from epd_ray import cli
-from epd_ray.cluster import require_room
 from epd_ray.config import dump_yaml, load_config
-from epd_ray.errors import ConfigError, PlacementError, RunDirectoryError, TaskError
+from epd_ray.errors import ConfigError, PlacementError, RunDirectoryError, TableError, TaskError
+from epd_ray.lock import held
 from epd_ray.prompts import load_prompts
 from epd_ray.solvers import Solver
 from epd_ray.sweep.run import create, domain, resume, scheduler, sweep, within
@@ -38,6 +40,7 @@ TINY = {
     "cluster": {"rollout_actors": 0, "rollout_cpus": 0.5, "learner_actors": 0, "learner_cpus": 0.1},
     "sweep": {"trials": 3, "space": {"rdpo.lr": {"choice": [1e-4, 1e-2]}, "rdpo.group_size": [2, 4]}},
 }
+ROOT = Path(__file__).parent.parent
 LR = "rdpo.lr: {loguniform: [1e-4, 1e-2]}"
 
 
@@ -126,6 +129,7 @@ def test_every_key_that_may_be_swept_exists():
 
 def test_plans_read_back_as_they_were_written(tmp_path):
     first = plan(tmp_path, f"sweep.space={{{LR}, solver.points: {{integers: [1, 3]}}}}", "sweep.scheduler=pbt")
+    (tmp_path / "out").mkdir()
     create(tmp_path / "out", first, load_prompts(first.config.prompts, 0))
     assert load_plan(tmp_path / "out" / "sweep.yaml") == first
 
@@ -185,7 +189,7 @@ def test_table_is_ranked_and_complete():
 
 def test_directories_that_are_taken(tmp_path):
     found = plan(tmp_path)
-    for name, file, said in (("a", "sweep.yaml", "another sweep"), ("b", "notes.txt", "not an empty directory")):
+    for name, file, said in (("a", "sweep.yaml", "another sweep"), ("b", "notes.txt", "is not empty")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("mine")
         with pytest.raises(RunDirectoryError, match=said):
@@ -193,6 +197,58 @@ def test_directories_that_are_taken(tmp_path):
         assert [path.name for path in (tmp_path / name).iterdir()] == [file]
     with pytest.raises(RunDirectoryError, match="is no sweep"):
         resume(tmp_path / "b", Quiet())
+
+
+@pytest.fixture
+def stopped_early(monkeypatch):
+    """No Ray, and Tune is stopped before it makes a trial; gives the arguments of what is faked."""
+    asked = {}
+    monkeypatch.setattr("epd_ray.sweep.run.ray_session", lambda *of: asked.update(session=of) or nullcontext())
+    monkeypatch.setattr("epd_ray.sweep.run.require_room", lambda *of: asked.update(room=of))
+    monkeypatch.setattr("epd_ray.sweep.run._tune", lambda *of: [])
+    return asked
+
+
+def test_a_sweep_asks_for_what_its_cluster_section_says(tmp_path, stopped_early):
+    with pytest.raises(KeyboardInterrupt):
+        sweep(plan(tmp_path, "cluster.placement_timeout_s=7", "cluster.dashboard=true"), tmp_path / "out", Quiet())
+    assert stopped_early["room"][1] == 7 and stopped_early["session"] == (None, ("HF_TOKEN", "HF_HOME"), True)
+
+
+def test_a_sweep_that_was_stopped_before_its_first_trial_can_be_resumed(tmp_path, stopped_early, monkeypatch):
+    plan(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    begun = CliRunner().invoke(cli.app, ["sweep", "--config", "sweep.yaml", "--out", "out"])
+    assert begun.exit_code == 130 and begun.stderr.endswith("\nstopped; continue with: epd-ray sweep --resume out\n")
+    again = CliRunner().invoke(cli.app, ["sweep", "--resume", "out"])
+    assert (again.exit_code, again.stderr) == (begun.exit_code, begun.stderr)
+
+
+def test_what_a_killed_creation_leaves_is_written_again(tmp_path, stopped_early):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".lock", "prompts.json", ".sweep.yaml.tmp"):
+        (out / name).write_text("half")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(plan(tmp_path), out, Quiet())
+    assert load_plan(out / "sweep.yaml") == plan(tmp_path) and json.loads((out / "prompts.json").read_text())
+
+
+def test_one_process_makes_a_sweep(tmp_path, stopped_early):
+    out = tmp_path / "out"
+    out.mkdir()
+    with held(out / ".lock", "out"), pytest.raises(RunDirectoryError, match="in use"):
+        sweep(plan(tmp_path), out, Quiet())
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_what_no_trial_could_use_leaves_no_directory(tmp_path, stopped_early, monkeypatch):
+    with pytest.raises(TableError, match="nowhere/at/all"):
+        sweep(plan(tmp_path, "distill.table=nowhere/at/all"), tmp_path / "out", Quiet())
+    monkeypatch.setattr("epd_ray.trackers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        sweep(plan(tmp_path, "tracking.wandb={}"), tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_line_says_what_is_wrong(tmp_path, monkeypatch):
@@ -255,25 +311,23 @@ def test_sweep_leaves_a_table_and_the_best_solver(finished):
 def test_finished_sweep_is_not_run_again(finished):
     out, _ = finished
     before = rows(out)
-    drawn = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/result.json")}
+    drawn = results_of(out)  # Tune writes the files again, as they were
     resume(out, Quiet())
     assert rows(out) == before
-    assert drawn == {path: path.stat().st_mtime_ns for path in out.glob("trials/*/result.json")}
+    assert drawn == results_of(out) and len(drawn) == 3
 
 
 @pytest.mark.slow
 def test_same_seed_gives_the_same_rewards(finished, tmp_path):
     out, _ = finished
-    space = "sweep.space={rdpo.lr: [1e-2], rdpo.group_size: [4]}"
+    twin = next(row for row in rows(out) if row["status"] == "finished")
+    space = f"sweep.space={{rdpo.lr: [{twin['rdpo.lr']}], rdpo.group_size: [{twin['rdpo.group_size']}]}}"
     again = []
     for name in ("a", "b"):
         sweep(plan(tmp_path, space, "sweep.trials=1"), tmp_path / name, Quiet())
         again.append([rows(tmp_path / name)[0][key] for key in ("images", "start", "reward", "low", "high")])
-    assert again[0] == again[1]
-    twins = [row for row in rows(out) if (float(row["rdpo.lr"]), row["rdpo.group_size"]) == (1e-2, "4")]
-    assert all(row["start"] == again[0][1] for row in rows(out)) and all(
-        row["reward"] == again[0][2] for row in twins if row["status"] == "finished"
-    )
+    assert again[0] == again[1] == [twin[key] for key in ("images", "start", "reward", "low", "high")]
+    assert {row["start"] for row in rows(out)} == {twin["start"]}
 
 
 @pytest.mark.slow
@@ -292,10 +346,9 @@ def test_a_failing_trial_is_a_row_and_all_failing_is_an_error(small_ray, tmp_pat
 
 
 @pytest.mark.slow
-def test_no_room_is_said_before_anything_starts(small_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr("epd_ray.sweep.run.require_room", lambda bundles: require_room(bundles, timeout_s=1))
-    with pytest.raises(PlacementError, match="a trial: 1 x 64"):
-        sweep(plan(tmp_path, "cluster.rollout_cpus=64"), tmp_path / "out", Quiet())
+def test_no_room_is_said_before_anything_starts(small_ray, tmp_path):
+    with pytest.raises(PlacementError, match=r"after 1 s .*a trial: 1 x 64"):
+        sweep(plan(tmp_path, "cluster.rollout_cpus=64", "cluster.placement_timeout_s=1"), tmp_path / "out", Quiet())
 
 
 @pytest.mark.slow
@@ -316,12 +369,17 @@ def test_pbt_changes_what_the_learner_uses(small_ray, tmp_path, monkeypatch):
     assert all(1e-4 <= rate <= 1e-2 for rates in used.values() for rate in rates)
 
 
+IMAGES = 192
+
+
 def begin(folder: Path, out: Path) -> "subprocess.Popen[str]":
     """A sweep in a process of its own, slow enough to be stopped."""
     slow = ["backbone.family='tests.sweep_fakes:SlowBackbone'", "distill.enabled=false", "sweep.scheduler=none"]
+    long = [f"sweep.images={IMAGES}", "evaluation.every=2"]
     plan(folder)
     command = [sys.executable, "-m", "epd_ray.cli", "sweep", "--config", str(folder / "sweep.yaml"), "--out", str(out)]
-    return subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+    return subprocess.Popen([*command, *slow, *long], stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heeded)
 
 
 def results_of(out: Path) -> dict[str, list[int]]:
@@ -332,21 +390,30 @@ def results_of(out: Path) -> dict[str, list[int]]:
     }
 
 
-def wait_for_a_finished_and_an_unfinished_trial(process, out: Path) -> dict[str, list[int]]:
+def snapshot(out: Path) -> dict[str, tuple[str, int]]:
+    """Trial -> its status and number of results, as Tune has written them down; in place, so maybe not whole yet."""
+    try:
+        written = [json.loads(path.read_text())["trial_data"] for path in out.glob("trials/experiment_state-*.json")]
+    except json.JSONDecodeError:
+        return {}
+    found = {}
+    for trial, so_far in (map(json.loads, pair) for pair in chain(*written)):
+        results = (so_far["last_result"] or {}).get("training_iteration", 0)
+        found[f"trial-{trial['trial_id'].rpartition('_')[2]}"] = trial["status"], results
+    return found
+
+
+def wait_for_a_finished_and_an_unfinished_trial(process, out: Path) -> tuple[str, str]:
+    """Until a killed sweep would know of both, the second one with a checkpoint and far from its end."""
     end = time.monotonic() + 600
     while time.monotonic() < end and process.poll() is None:
-        found = results_of(out)
-        ended = [name for name, images in found.items() if images and images[-1] == 96]
-        if ended and any(images and images[-1] < 96 for images in found.values()) and snapshot_has(out, ended):
-            return found
+        known, images = snapshot(out), results_of(out)
+        ended = [name for name, (status, _) in known.items() if status == "TERMINATED"]
+        going = [name for name, (_, results) in known.items() if results > 1 and images[name][-1] <= IMAGES - 64]
+        if ended and going:
+            return ended[0], going[0]
         time.sleep(0.2)
     raise AssertionError(f"the sweep ended or hung at {results_of(out)}: {process.poll()}")
-
-
-def snapshot_has(out: Path, ended: list[str]) -> bool:
-    """Whether Tune has written down that these have ended."""
-    text = "".join(path.read_text() for path in out.glob("trials/experiment_state-*.json"))
-    return text.count("TERMINATED") >= len(ended)
 
 
 @pytest.mark.slow
@@ -356,26 +423,24 @@ def test_stopped_sweep_goes_on(tmp_path, number):
     process = begin(tmp_path, out)
     family = []
     try:
-        before = wait_for_a_finished_and_an_unfinished_trial(process, out)
+        ended, going = wait_for_a_finished_and_an_unfinished_trial(process, out)
         family = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
         _, said = process.communicate(timeout=300)
     finally:
         process.kill()
+    before = results_of(out)
     if number != signal.SIGKILL:
         assert process.returncode == 130 and f"stopped; continue with: epd-ray sweep --resume {out}" in said
         assert {row["status"] for row in rows(out)} >= {"finished", "unfinished"}
     _, left = psutil.wait_procs(family, timeout=120)
     assert not left, "processes of the first try outlive it"
     command = [sys.executable, "-m", "epd_ray.cli", "sweep", "--resume", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert len(rows(out)) == 3 and {row["status"] for row in rows(out)} == {"finished"}
-    assert {row["images"] for row in rows(out)} == {"96"}
+    assert {row["images"] for row in rows(out)} == {str(IMAGES)}
     after = results_of(out)
-    for name, images in before.items():
-        if images and images[-1] == 96:
-            assert after[name] == images, "a finished trial ran again"
-        elif len(images) > 1:
-            assert after[name][len(images) :][0] > 32, "a trial began anew"
+    assert after[ended] == before[ended], "a finished trial ran again"
+    assert after[going][len(before[going])] > before[going][0], "a trial began anew"
     assert (out / "best" / "solver.json").is_file()

@@ -4,10 +4,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants
@@ -27,6 +29,7 @@ PATIENCE_SECONDS = 400.0
 POLL_SECONDS = 0.05
 FAILING_PROMPT = "a prompt that fails"
 FOLDER = "trap_folder"
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class Trap:
         """The next process that passes is caught."""
         (self.folder / self.name).touch()
 
+    def unset(self) -> None:
+        """Nobody is caught any more, and whoever was is forgotten."""
+        for name in (self.name, f"{self.name}.caught"):
+            (self.folder / name).unlink(missing_ok=True)
+
     def spring(self) -> None:
         """To be called at that point of the work."""
         mine = self.folder / f"{self.name}.{os.getpid()}"
@@ -109,6 +117,39 @@ class Trap:
         pid, node_id = path.read_text().split()
         path.unlink()
         return Caught(int(pid), node_id)
+
+
+class StuckError(Exception):
+    """A run that neither ends nor fails, so that nothing else can be measured in this process."""
+
+
+@contextmanager
+def beside(work: Callable[[], Answer], traps: Sequence[Trap]) -> "Iterator[Future[Answer]]":
+    """Work in a thread, so that this one can add nodes (Ray wants the main thread); left when the work has ended.
+
+    Args:
+        work: that uses the algorithm, which only one may do at a time.
+        traps: on its way, which are taken up at the end.
+
+    Raises:
+        StuckError: it does not end.
+    """
+    future: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        yield future
+    finally:
+        for trap in traps:
+            trap.unset()
+        if not wait([future], 2 * PATIENCE_SECONDS).done:  # a process that is caught goes on after half of it
+            raise StuckError(f"work has not ended {2 * PATIENCE_SECONDS:.0f} s after it was given up")
 
 
 class TrappedBackbone(SimulatedBackbone):

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,8 @@ class RunBench:
         self.nodes, self.folder = nodes, folder
         self._jobs = JobSubmissionClient(nodes.dashboard)
         calm = folder / "calm"
-        self._finish(self._start(self._begin(calm, self._joined)))
+        with self._started(self._begin(calm, self._joined)) as process:
+            self._finish(process)
         self.calm = leftover(calm)
 
     @property
@@ -83,9 +85,16 @@ class RunBench:
     def _begin(self, run: Path, *overrides: str) -> list[str]:
         return ["train", "--out", str(run), *SETTINGS, *overrides]
 
-    def _start(self, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+    @contextmanager
+    def _started(self, arguments: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
+        """A run that does not outlive the context."""
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return subprocess.Popen([sys.executable, "-m", "epd_ray.cli", *arguments], env=env, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "epd_ray.cli", *arguments]
+        with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def _finish(self, process: "subprocess.Popen[bytes]") -> None:
         if code := process.wait():
@@ -101,31 +110,27 @@ class RunBench:
     def local_driver(self) -> Fault:
         """kill -9 to a run with a Ray of its own; its actors go too; resumed."""
         run = self.folder / "local"
-        process = self._start(self._begin(run))
-        self._reached(run, HIT)
-        family = [p for p in psutil.Process(process.pid).children(recursive=True) if not _lingers(p)]
-        process.kill()
+        with self._started(self._begin(run)) as process:
+            self._reached(run, HIT)
+            family = [p for p in psutil.Process(process.pid).children(recursive=True) if not _lingers(p)]
         killed = time.monotonic()
-        process.wait()
         wait_for("processes of the dead run", lambda: not [p for p in family if p.is_running()])
         return self._resumed(run, killed)
 
     def joined_driver(self) -> Fault:
         """kill -9 to a driver whose cluster stays; its actors go; resumed."""
         run, others = self.folder / "joined", self._actors()
-        process = self._start(self._begin(run, self._joined))
-        self._reached(run, HIT)
-        process.kill()
+        with self._started(self._begin(run, self._joined)):
+            self._reached(run, HIT)
         killed = time.monotonic()
-        process.wait()
         wait_for("actors of the dead driver", lambda: not self._actors() - others)
         return self._resumed(run, killed)
 
     def _resumed(self, run: Path, killed: float) -> Fault:
         before = len(rollout_files(run))
-        process = self._start(["train", "--resume", str(run)])
-        goes_on = self._reached(run, before + 1)
-        self._finish(process)
+        with self._started(["train", "--resume", str(run)]) as process:
+            goes_on = self._reached(run, before + 1)
+            self._finish(process)
         return self._compare(run, killed, goes_on)
 
     def _reached(self, run: Path, iteration: int) -> float:

@@ -8,11 +8,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any, TypeVar
 
 import ray
@@ -26,6 +25,7 @@ from epd_ray.bench.fault_cluster import (
     Nodes,
     Trap,
     TrappedLearner,
+    beside,
     drawn_on,
     living_actors,
     simulated_nodes,
@@ -119,16 +119,16 @@ class FaultBench:
             later: done in iteration LATER.
         """
         reached = {HIT: Event(), LATER: Event()}
-        running = beside(lambda: self.run(lambda i: reached[i].set() if i in reached else None))
-        reached[HIT].wait(PATIENCE_SECONDS)
-        for trap in traps:
-            trap.set()
-        for trap in traps:
-            strike(trap.wait())
-        if later is not None:
-            reached[LATER].wait(PATIENCE_SECONDS)
-            later()
-        hit = running.result(PATIENCE_SECONDS)
+        with beside(lambda: self.run(lambda i: reached[i].set() if i in reached else None), traps) as running:
+            reached[HIT].wait(PATIENCE_SECONDS)
+            for trap in traps:
+                trap.set()
+            for trap in traps:
+                strike(trap.wait())
+            if later is not None:
+                reached[LATER].wait(PATIENCE_SECONDS)
+                later()
+            hit = running.result(PATIENCE_SECONDS)
         self.settle()
         return compare(hit, self.calm)
 
@@ -170,9 +170,9 @@ class FaultBench:
         """
         calm, expected = _timed(work)
         trap.set()
-        running = beside(lambda: _timed(work))
-        kill(trap.wait())
-        hit, found = running.result(PATIENCE_SECONDS)
+        with beside(lambda: _timed(work), [trap]) as running:
+            kill(trap.wait())
+            hit, found = running.result(PATIENCE_SECONDS)
         self.settle()
         missing = len(expected) - len(found)
         return Fault(True, hit - calm, max(missing, 0), max(-missing, 0), found == expected)
@@ -207,20 +207,6 @@ def failing_task(bench: FaultBench) -> tuple[str, float]:
 def kill(caught: Caught) -> None:
     """SIGKILL to an actor's process."""
     os.kill(caught.pid, signal.SIGKILL)
-
-
-def beside(work: Callable[[], Answer]) -> "Future[Answer]":
-    """Work in a thread that keeps nothing from ending, so that this one can add nodes (Ray wants the main thread)."""
-    future: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
@@ -277,9 +263,13 @@ def fault_bench(overrides: Sequence[str] = ()) -> Iterator[FaultBench]:
 def faults() -> dict[str, Any]:
     """Kill whatever takes part in a run, one after the other; each against the same run left alone (see Fault)."""
     found: dict[str, Fault] = {}
+    while missing := [name for name in EVENTS if name not in found]:
+        with fault_bench() as bench:
+            for name in missing:
+                found[name] = _or_not(name, EVENTS[name], bench)
+                if not found[name].recovered:
+                    break  # nodes or actors may be missing: the next one gets a cluster of its own
     with fault_bench() as bench, tempfile.TemporaryDirectory() as folder:
-        for name, event in EVENTS.items():
-            found[name] = _or_not(name, event, bench)
         error, seconds = failing_task(bench)
         runs = RunBench(bench.nodes, Path(folder))
         for name, run_event in RUN_EVENTS.items():

@@ -80,7 +80,7 @@ def _plain(count: int, iterations: int) -> Record:
     config = rdpo_config(_config(count), PROMPTS)
     actor = ray.remote(TaskRunner).options(num_cpus=0.01)
     actors = [(i, actor.remote(config.worker_spec)) for i in range(count)]
-    pool = Pool("plain actors", actors, lambda: actors[0], lambda a: a.ready.remote(), Bounds(count, count))
+    pool = Pool("plain actors", actors, lambda: actors[0], lambda a: a.ready.remote(), Bounds(count, count), 2)
     rewards = RewardPool(config.reward_specs, f"plain{count}")
     pipeline = RolloutPipeline(pool, rewards)
     try:
@@ -92,7 +92,7 @@ def _plain(count: int, iterations: int) -> Record:
             pipeline.submit(_tasks(config, iteration + 1))
             pipeline.collect([task.task_id for task in _tasks(config, iteration)])
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        peak = ray.get(pool.actors[0].memory.remote()).host
+        peak = pipeline.memory["rollout"].host
         return _measured(iterations * config.images_per_iteration, seconds, cpu, peak)
     finally:
         pipeline.stop()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from epd_ray.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
-DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
+FULL, REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, {errno.EACCES, errno.EROFS, errno.EPERM}
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run directory, as `train` leaves it, or a URI: s3://bucket/run.")
@@ -31,6 +31,13 @@ def place(run: str) -> str | Path:
     return run if "://" in run else Path(run)
 
 
+def local_path(text: str | Path) -> Path:
+    """Parses an option that is written to a local disk alone; a Path of s3://b/x would be a local folder s3:/b/x."""
+    if "://" in str(text):
+        raise typer.BadParameter(f"{text} is a URI, and only runs can lie elsewhere: name a path of this machine")
+    return Path(text)
+
+
 @contextmanager
 def ending(run: str | Path | None = None) -> Iterator[None]:
     """Turn the user's errors and Ctrl-C into clean lines and an exit code; `run` is what could be resumed."""
@@ -41,10 +48,10 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(USER_ERROR) from None
     except OSError as error:
-        if error.errno not in DISK_PROBLEMS:
+        if error.errno not in FULL | REFUSED:
             raise
-        where = error.filename or "the disk"
-        typer.echo(f"error: {where}: {error.strerror} (make room, or choose another --out)", err=True)
+        where, fix = error.filename or "the disk", "make room" if error.errno in FULL else "see to its permissions"
+        typer.echo(f"error: {where}: {error.strerror} ({fix}, or use another place)", err=True)
         raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
         begun = isinstance(run, str) or (run is not None and (run / "config.yaml").is_file())

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from epd_ray.cli.common import ConfigOption, OverridesArgument, RunArgument, ending, observed, place, say
+from epd_ray.cli.common import (
+    ConfigOption,
+    OverridesArgument,
+    RunArgument,
+    ending,
+    local_path,
+    observed,
+    place,
+    say,
+)
 from epd_ray.errors import ConfigError
 
 
@@ -27,7 +36,7 @@ def train(
 ) -> None:
     """Fine-tune a solver, compare it with the baselines, and write a report."""
     with ending():
-        if resume and (config or out or overrides or dry_run or retry):
+        if resume is not None and (config or out or overrides or dry_run or retry):
             raise ConfigError(["--resume continues with the run's own configuration: leave out everything else"])
         if retry and (out is None or dry_run):
             raise ConfigError(["--retry continues the run in --out: give --out, and no --dry-run"])
@@ -52,8 +61,12 @@ def train(
         if resume is None:
             say(run.describe(settings))
         with observed() as observer:
-            headline = run.resume(path, observer) if resume else run.train(settings, path, observer, again=retry)
-        say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}"])
+            if resume is None:
+                headline = run.train(settings, path, observer, again=retry)
+            else:
+                headline = run.resume(path, observer)
+        copy = "" if isinstance(path, Path) else " (copy it to a disk to sample with it)"
+        say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
 
 
 def sample(
@@ -63,7 +76,9 @@ def sample(
     ],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; give it again for more pictures.")],
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the noise.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes.")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes.", parser=local_path)] = Path(
+        "sample.png"
+    ),
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Directory, hub id or embedded name.", show_default="the solver's own"),
@@ -129,7 +144,10 @@ def distill(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New solver directory.", show_default="solvers/<time>-<name>")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="New solver directory.", show_default="solvers/<time>-<name>", parser=local_path
+        ),
     ] = None,
 ) -> None:
     """Stage 1 alone, without rewards: a solver that follows a finer one, also for unconditional models."""
@@ -169,7 +187,9 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="CASE", help="overhead, overlap, scale, flat, faults, scoring, reference, ..."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.", parser=local_path)
+    ] = None,
 ) -> None:
     """Measure this system against something in the same run."""
     with ending():

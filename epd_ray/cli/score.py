@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, observed, say
+from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, local_path, observed, say
 from epd_ray.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ def score(
         str,
         typer.Argument(metavar="SOURCE", help="Folder of images, .tar or .parquet files, or a pattern of such files."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the scores go; what is there already is kept.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where the scores go; what is there already is kept.", parser=local_path),
+    ],
     overrides: OverridesArgument = None,
     heads: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Heads, such as clip,hpsv2 (epd-ray rewards list).")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, observed, say
+from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, local_path, observed, say
 from epd_ray.errors import ConfigError
 
 
@@ -15,9 +15,12 @@ def sweep(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New directory.", show_default="sweeps/<time>-<name>")
+        Path | None,
+        typer.Option(metavar="DIR", help="New directory.", show_default="sweeps/<time>-<name>", parser=local_path),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with this sweep.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with this sweep.", parser=local_path)
+    ] = None,
 ) -> None:
     """Try values of a run's keys on Ray Tune, and keep the solver with the best held-out reward."""
     with ending():
@@ -35,6 +38,8 @@ def sweep(
             with observed() as observer:
                 lines = runner.resume(path, observer) if resume else runner.sweep(plan, path, observer)
         except KeyboardInterrupt:
-            typer.echo(f"stopped; continue with: epd-ray sweep --resume {shlex.quote(str(path))}", err=True)
+            begun = (path / runner.PLAN_FILE).is_file()
+            hint = f"; continue with: epd-ray sweep --resume {shlex.quote(str(path))}" if begun else ""
+            typer.echo(f"stopped{hint}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         say(lines)

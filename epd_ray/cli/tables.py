@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from epd_ray.cli.common import ending
+from epd_ray.cli.common import ending, local_path
 
 app = typer.Typer(help="Solver tables: presets, the reference's files, your own.", no_args_is_help=True)
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOLVER", help="A preset, a directory, a *.pkl of the reference, or a hub id.")
 ]
-OutOption = Annotated[Path, typer.Option(metavar="DIR", help="New solver directory.")]
+OutOption = Annotated[Path, typer.Option(metavar="DIR", help="New solver directory.", parser=local_path)]
 
 
 @app.command("list")

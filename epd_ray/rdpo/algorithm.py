@@ -27,7 +27,7 @@ from ray.rllib.utils.metrics import (
 from ray.tune import PlacementGroupFactory
 
 from epd_ray.actors import ATTEMPTS, RewardPool
-from epd_ray.cluster import require_room, start_ray
+from epd_ray.cluster import require_room, require_started, start_ray
 from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
 from epd_ray.errors import ConfigError, ModelError
 from epd_ray.memory import Memory
@@ -92,8 +92,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         own: RDPOConfig = self.config
         if not ray.is_initialized():
             start_ray()
-        if not ray.util.get_current_placement_group():  # under Tune the trial's group holds the room already
-            require_room(placement(own), own.placement_timeout_s)
+        self._require_room(placement(own))
         self._closing = ExitStack()
         self._encoder: ActorHandle[EncoderActor] | None = None
         try:
@@ -101,6 +100,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
         except BaseException:
             self.cleanup()  # nobody else holds the actors that are up already
             raise
+
+    def _require_room(self, bundles: dict[str, list[dict[str, float]]]) -> None:
+        if ray.util.get_current_placement_group() is None:  # under Tune the trial's group holds the room already
+            require_room(bundles, self.config.placement_timeout_s)
 
     def _build(self, config: RDPOConfig) -> None:
         tag = f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}"
@@ -116,6 +119,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
             self.env_runner_group.local_env_runner,
         )
         self._closing.callback(self._pipeline.stop)
+        require_started({"rollout actors": self._pipeline.runners, "reward actors": self._rewards.actors})
         self._rewards.wait_ready()
         if self._encoder is not None:
             wait_for_encoder(self._encoder)
@@ -271,11 +275,12 @@ class RDPO(Algorithm):  # type: ignore[misc]
                 if lost is not None:
                     self._remake_learner()
                 answer = ask()
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, IndexError):
-                # IndexError is RLlib's: its only learner is dead.
-                if self.learner_group.is_local:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, IndexError) as error:
+                # IndexError is RLlib's, where its only learner is dead; from within the learner it is a task's error.
+                if self.learner_group.is_local or isinstance(error, ray.exceptions.RayTaskError):
                     raise
                 lost = lost or time.monotonic()
+                self._pipeline.give_way()
             else:
                 if lost is not None:
                     self._pipeline.recovered(time.monotonic() - lost)
@@ -288,6 +293,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def _remake_learner(self) -> None:
         """A dead learner actor is replaced by one with the state after the last update."""
         self.learner_group.shutdown()
+        self._require_room({"learner": placement(self.config)["learner"]})
         self.learner_group = self.config.build_learner_group(rl_module_spec=self.config.get_multi_rl_module_spec())
         self.learner_group.set_state(self._learner_state)
 
@@ -361,13 +367,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
         return [self._run([rollout_task(job)])[0] for job in (jobs[0], jobs[min(1, len(jobs) - 1)])]
 
     def memory(self) -> dict[str, Memory]:
-        """Peaks of one actor of each kind; of the driver, where that makes the pictures."""
-        runners = self.env_runner_group
-        local = not runners.num_remote_env_runners()
-        found = {"rollout": runners.foreach_env_runner(lambda r: r.memory(), local_env_runner=local)[0]}
-        if self._encoder is not None:
-            found["encoder"] = ray.get(self._encoder.memory.remote())
-        return found | {f"reward {name}": memory for name, memory in self._rewards.memory().items()}
+        """Peaks of the actor of each kind that answered last; of the driver, where that makes the pictures."""
+        if self._encoder is None:
+            return self._pipeline.memory
+        return self._pipeline.memory | {"encoder": ray.get(self._encoder.memory.remote())}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -379,7 +382,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
         if RDPO_RESULTS in state:
-            self._take_over(state[RDPO_RESULTS])
+            self._take_over(state[RDPO_RESULTS], self._fetch_learner_state())
 
     def export_state(self) -> dict[str, Any]:
         """What a run needs to go on exactly: learner, optimiser, staleness window. Plain numbers and arrays."""
@@ -391,15 +394,14 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def import_state(self, state: dict[str, Any]) -> None:
         """Go on from `export_state`."""
         self._learner_state = {COMPONENT_LEARNER: state[COMPONENT_LEARNER]}
-        self._of_learner(self._give_learner_state)
-        self._take_over(state[RDPO_RESULTS])
+        self._take_over(state[RDPO_RESULTS], self._of_learner(self._give_learner_state))
 
-    def _take_over(self, own: dict[str, Any]) -> None:
+    def _take_over(self, own: dict[str, Any], learner: dict[str, Any]) -> None:
         self._pipeline.discard()
         self._mixer.restore(own["mixer"])
         self._iteration_done = self._submitted = own["iteration"]
         self._window = OrderedDict((int(v), np.asarray(p, np.float32)) for v, p in sorted(own["window"].items()))
-        self._remember(self._fetch_learner_state())
+        self._remember(learner)
 
     def checksum(self) -> int:
         """CRC of the current parameters: equal for equal runs."""

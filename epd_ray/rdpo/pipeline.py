@@ -13,6 +13,7 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors import RewardPool, TimedScores, unwrap
 from epd_ray.errors import EpdRayError, ModelError, TaskError
+from epd_ray.memory import Memory
 from epd_ray.pool import Bounds, Call, Ended, Pool
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rdpo.tasks import Answer, Task
@@ -58,6 +59,7 @@ class _Pending:
     losses: int = 0
     lost_at: float | None = None
     answer: Answer | None = None
+    maker: int | None = None
     scoring: dict[str, Call] = field(default_factory=dict)
     scores: dict[str, TimedScores] = field(default_factory=dict)
 
@@ -73,6 +75,7 @@ class RolloutPipeline:
 
     def __init__(self, runners: Pool, rewards: RewardPool, local: SolverEnvRunner | None = None) -> None:
         self._runners, self._local = runners, local
+        runners.holds = self._holds
         self._rewards = rewards.pools
         self._score = rewards.score
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
@@ -80,6 +83,8 @@ class RolloutPipeline:
         self._next_tick = 0.0
         self.retries = self.recoveries = 0
         self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        self.memory: dict[str, Memory] = {}
+        """Peaks, as the actors that answered last told them: "rollout", "reward <head>"."""
 
     def submit(self, tasks: Iterable[Task]) -> None:
         """Queue tasks, first come first served."""
@@ -98,6 +103,11 @@ class RolloutPipeline:
         self._done.clear()
         for pool in (self._runners, *self._rewards.values()):
             pool.forget()
+
+    @property
+    def runners(self) -> list[ActorHandle[Any]]:
+        """All rollout actors."""
+        return self._runners.actors
 
     def stop(self) -> None:
         """End the rollout actors, whatever they are at and also those that wait for room."""
@@ -128,6 +138,10 @@ class RolloutPipeline:
             return False
         self._on_answer(Ended(waiting.call, 0, self._local.run(waiting.task)))
         return True
+
+    def _holds(self, number: int) -> bool:
+        """Whether a rollout actor's images are still to be scored: they would be lost with it."""
+        return any(p.maker == number and p.answer is not None for p in self._pending.values())
 
     def poll(self, wait: float) -> None:
         """Take in what is ready, waiting at most so many seconds for the first of it, and start what can be started."""
@@ -163,7 +177,9 @@ class RolloutPipeline:
             ended.call.avoid.add(ended.number)
             self._requeue(pending, f"{type(error).__name__}: {error}", error)
             return
-        pending.answer = answer
+        pending.answer, pending.maker = answer, ended.number
+        if answer.memory is not None:
+            self.memory["rollout"] = answer.memory
         if pending.task.score:
             assert answer.images is not None
             task = pending.task
@@ -186,6 +202,7 @@ class RolloutPipeline:
             self._requeue(pending, f"the images for reward head {head!r} were lost")
         else:
             pending.scores[head] = ended.value
+            self.memory[f"reward {head}"] = ended.value.memory
             if len(pending.scores) == len(pending.scoring):
                 self._finish(pending)
 
@@ -238,9 +255,13 @@ class RolloutPipeline:
         if pending.losses >= MAX_LOSSES:
             message = f"task {pending.task.task_id} failed {pending.losses} times, last with {why}: out of memory?"
             raise ModelError(message)
+        self.give_way()
+        log.warning("task %s runs again: %s", pending.task.task_id, why)
+
+    def give_way(self) -> None:
+        """Leave the room to what was lost: no actors are added for a while."""
         for pool in (self._runners, *self._rewards.values()):
             pool.give_way()
-        log.warning("task %s runs again: %s", pending.task.task_id, why)
 
     def take_metrics(self) -> dict[str, float]:
         """Queues and actors as they are; waits, recoveries and their seconds since the last call."""
@@ -289,4 +310,5 @@ def runner_pool(group: EnvRunnerGroup, most: int) -> Pool:
         number = max(manager.actor_ids())
         return number, manager.actors()[number]
 
-    return Pool("rollout actors", start, make, lambda a: a.ready.remote(), bounds, removed=manager.remove_actor)
+    # The next batch waits at the actor already, so that it starts without asking the driver.
+    return Pool("rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, removed=manager.remove_actor)

@@ -7,7 +7,6 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
 
-from epd_ray.memory import Memory
 from epd_ray.rdpo.tasks import Answer, Task, TaskRunner
 
 
@@ -28,10 +27,6 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
     def run(self, task: Task) -> Answer:
         """See TaskRunner.run."""
         return self._runner.run(task)
-
-    def memory(self) -> Memory:
-        """See TaskRunner.memory."""
-        return self._runner.memory()
 
     def sample(self, **kwargs: Any) -> None:
         """Not used: tasks go through `run`."""

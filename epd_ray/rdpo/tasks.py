@@ -103,12 +103,13 @@ def rollout_task(job: RolloutJob, keep_images: bool = False) -> Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task: its value, the images in the object store, the error if it failed."""
+    """What came of a task: its value, the images in the object store, or the error; and the actor's peak memory."""
 
     task_id: str
     value: Any = None
     images: "ray.ObjectRef[Any] | None" = None
     seconds: float = 0.0
+    memory: Memory | None = None
     error: BaseException | None = None
 
 
@@ -139,11 +140,7 @@ class TaskRunner:
             reference = None if images is None else keep(images)
         except Exception as error:
             return Answer(task.task_id, error=error)
-        return Answer(task.task_id, value, reference, time.perf_counter() - start)
-
-    def memory(self) -> Memory:
-        """Peaks of this process."""
-        return peak_memory()
+        return Answer(task.task_id, value, reference, time.perf_counter() - start, peak_memory())
 
     def _built(self) -> RolloutWorker:
         if self._worker is None:

@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
 from epd_ray.actors import RewardSpec, unwrap
-from epd_ray.cluster import require_room
+from epd_ray.cluster import PLACEMENT_SECONDS, require_room
 from epd_ray.config import RunConfig
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.pool import last_line
@@ -82,18 +82,17 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
         with ray_session(config.cluster.address, config.cluster.env), stop_signals():
             observer.advance()
             out.drop(todo)
-            _score_all(todo, specs, request.batch_size, _Written(out, limit), observer)
+            tables = scored(todo, specs, request.batch_size, config.cluster.placement_timeout_s)
+            _write_all(tables, len(todo), _Written(out, limit), observer)
     return _summarised(request, index, out, len(todo), time.perf_counter() - start)
 
 
-def _score_all(
-    todo: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, written: "_Written", observer: Observer
-) -> None:
-    observer.stage("scoring", len(todo))
+def _write_all(tables: Iterator[pa.Table], count: int, written: "_Written", observer: Observer) -> None:
+    observer.stage("scoring", count)
     start = time.perf_counter()
     rows = 0
     try:
-        for table in scored(todo, specs, batch_size):
+        for table in tables:
             written.add(table)
             rows += len(table)
             observer.advance(len(table), failed=written.failed, images_per_s=rows / (time.perf_counter() - start))
@@ -101,19 +100,25 @@ def _score_all(
         written.flush()
 
 
-def scored(index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int) -> Iterator[pa.Table]:
+def scored(
+    index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, timeout_s: float = PLACEMENT_SECONDS
+) -> Iterator[pa.Table]:
     """Rows with their scores, in whatever order they are done.
+
+    Batches are made as pictures arrive: a head whose last bits depend on the batch may differ in them another time.
 
     Args:
         index: of the pictures.
         specs: head name -> its spec.
         batch_size: pictures per call of a head.
+        timeout_s: how long nodes may take to join.
 
     Raises:
         EpdRayError: a head that cannot be built, or whose process died over the same rows again and again.
         PlacementError: no room for the actors beside a CPU for reading.
     """
-    require_room({"reward actors": [s.bundle for s in specs.values() for _ in range(s.replicas)], "reading": [READING]})
+    heads = [s.bundle for s in specs.values() for _ in range(s.replicas)]
+    require_room({"reward actors": heads, "reading": [READING]}, timeout_s)
     with _quiet_data(sum(s.max_replicas or s.replicas for s in specs.values())):
         data = ray.data.from_arrow(pieces(index))
         data = data.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=READING["CPU"])
@@ -184,8 +189,9 @@ class _Written:
 
     def flush(self) -> None:
         """Write what there is."""
-        self._out.add(self._tables, self._models)
-        self._tables, self._since = [], time.monotonic()
+        tables, self._tables = self._tables, []  # before they are written: a signal must not let them be written twice
+        self._out.add(tables, self._models)
+        self._since = time.monotonic()
 
 
 @contextmanager

@@ -24,16 +24,17 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from epd_ray.cluster import require_room
 from epd_ray.config import dump_yaml, to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
-from epd_ray.lock import held
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.run import given_solver
 from epd_ray.session import ray_session
 from epd_ray.solvers import Solver
+from epd_ray.storage import LocalPlace
 from epd_ray.store import write_text
 from epd_ray.sweep.space import MUTABLE, Distribution, Plan, load_plan
 from epd_ray.sweep.table import Result, Status, as_csv, as_lines, ranking
 from epd_ray.sweep.trial import IMAGES, OBJECTIVE, PLAN, PROMPTS, SOLVER, SweepTrial
-from epd_ray.trackers import tune_callbacks
+from epd_ray.trackers import require_trackers, tune_callbacks
 
 PLAN_FILE, PROMPTS_FILE, TABLE, TRIALS, BEST = "sweep.yaml", "prompts.json", "results.csv", "trials", "best"
 CHECKPOINTS = 3  # PBT may still want one that is not the newest
@@ -61,9 +62,13 @@ def sweep(plan: Plan, out: Path, observer: Observer, callbacks: Sequence[Callbac
         EpdRayError: something that the user can mend, such as that every trial failed.
         KeyboardInterrupt: stopped by a signal; the sweep can be resumed.
     """
+    _require_new(out)
     prompts = load_prompts(plan.config.prompts, plan.config.seed)
-    create(out, plan, prompts)
-    return _go_on(plan, prompts, out, observer, callbacks)
+    given_solver(plan.config)
+    require_trackers(plan.config.tracking)
+    with LocalPlace(out).claimed():
+        create(out, plan, prompts)
+        return _go_on(plan, prompts, out, observer, callbacks)
 
 
 def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -> list[str]:
@@ -74,23 +79,23 @@ def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -
         prompts = PromptSplits(**json.loads((path / PROMPTS_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path / PROMPTS_FILE} cannot be read ({error}): the sweep cannot go on") from error
-    return _go_on(load_plan(path / PLAN_FILE), prompts, path, observer, callbacks)
+    with LocalPlace(path).claimed():
+        return _go_on(load_plan(path / PLAN_FILE), prompts, path, observer, callbacks)
+
+
+def _require_new(out: Path) -> None:
+    if (out / PLAN_FILE).exists():
+        raise RunDirectoryError(f"{out} holds another sweep: resume it, or name a new directory")
+    LocalPlace(out).require_new()
 
 
 def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
-    """Make a sweep's directory.
+    """Write what a sweep goes on from; what one that was killed here has left is written again.
 
     Raises:
-        RunDirectoryError: it holds something already, or cannot be written.
+        RunDirectoryError: the directory holds something else already, or cannot be written.
     """
-    if (out / PLAN_FILE).exists():
-        raise RunDirectoryError(f"{out} holds another sweep: resume it, or name a new directory")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunDirectoryError(f"{out} is not an empty directory: name a new one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot create {out}: {error.strerror or error}") from error
+    _require_new(out)
     write_text(out / PROMPTS_FILE, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
     varied = plan.sweep.model_dump(mode="json", exclude_none=True)
     write_text(out / PLAN_FILE, to_yaml(plan.config) + dump_yaml({"sweep": varied}))  # last: its presence marks a sweep
@@ -100,14 +105,16 @@ def _go_on(
     plan: Plan, prompts: PromptSplits, path: Path, observer: Observer, callbacks: Sequence[Callback]
 ) -> list[str]:
     cluster = plan.config.cluster
-    with held(path / ".lock", str(path)), _quiet(), ray_session(cluster.address, cluster.env), _sigterm():
+    with _quiet(), ray_session(cluster.address, cluster.env, cluster.dashboard), _sigterm():
         observer.stage("starting actors", 1)
         bundles = SweepTrial.default_resource_request({PLAN: plan}).bundles
-        require_room({"a trial": bundles})
+        require_room({"a trial": bundles}, cluster.placement_timeout_s)
         observer.advance()
-        own = [Progress(observer, plan.sweep.trials), *tune_callbacks(plan.config.tracking)]
-        trials = _tune(plan, prompts, path, [*own, *callbacks])
-    results = ranking([_result(trial, plan, path) for trial in trials])
+        progress = Progress(observer, plan.sweep.trials)
+        trials = _tune(plan, prompts, path, [progress, *tune_callbacks(plan.config.tracking), *callbacks])
+    if not trials:  # stopped before the first
+        raise KeyboardInterrupt
+    results = ranking([_result(trial, plan, path, progress.has_ended(trial)) for trial in trials])
     write_text(path / TABLE, as_csv(results))
     observer.done()
     if any(result.status == "unfinished" for result in results) or len(results) < plan.sweep.trials:
@@ -200,17 +207,22 @@ class Progress(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, observer: Observer, total: int) -> None:
-        self._observer, self._total, self._ended = observer, total, 0
+        self._observer, self._total, self._ended = observer, total, set[str]()
+        self._stepped = False
         self._best: dict[str, float] = {}
 
     def setup(self, **info: Any) -> None:
         self._observer.stage("trials", self._total)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        ended = sum(trial.is_finished() for trial in trials)
-        if ended > self._ended:  # also those of before, in a resumed sweep
-            self._observer.advance(ended - self._ended, **self._best)
-            self._ended = ended
+        ended = {str(trial) for trial in trials if trial.is_finished()}
+        if len(ended) > len(self._ended):  # also those of before, in a resumed sweep
+            self._observer.advance(len(ended) - len(self._ended), **self._best)
+        self._ended, self._stepped = ended, True
+
+    def has_ended(self, trial: Trial) -> bool:
+        """Whether a trial came to its end; Tune calls those that Ctrl-C ended terminated too."""
+        return bool(trial.is_finished()) and (not self._stepped or str(trial) in self._ended)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -224,7 +236,7 @@ class Progress(Callback):  # type: ignore[misc]
         self._observer.note(f"{trial} failed: {_why(Path(trial.local_path))}")
 
 
-def _result(trial: Trial, plan: Plan, path: Path) -> Result:
+def _result(trial: Trial, plan: Plan, path: Path, ended: bool) -> Result:
     values = {key: trial.config[key] for key in plan.sweep.space}
     last = trial.last_result or {}
     reward = last.get("held_out", {})
@@ -232,7 +244,7 @@ def _result(trial: Trial, plan: Plan, path: Path) -> Result:
     status: dict[str, Status] = {Trial.ERROR: "failed", Trial.TERMINATED: "finished" if complete else "stopped"}
     return Result(
         trial=str(trial),
-        status=status.get(trial.status, "unfinished"),
+        status=status[trial.status] if ended else "unfinished",
         values=values,
         images=last.get(IMAGES, 0),
         seconds=round(last.get("time_total_s", 0.0), 1),

@@ -93,11 +93,7 @@ class SweepTrial(RDPO):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
         if self._best.positions is not None:
-            stage = "rdpo" if self._best.iteration else "distilled"
-            reward = round(self._best.reward, 6)
-            about = {"stage": stage, "iteration": self._best.iteration, "validation_reward": reward}
-            rewards = {name: head.weight for name, head in self._run_config.rewards.items()}
-            solver = made_by(self._run_config, self.facts, self._best.table, rewards=rewards, **about)
+            solver = made_by(self._run_config, self.facts, self._best.table, **self._best.about)
             solver.save_pretrained(Path(checkpoint_dir) / SOLVER)
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
