@@ -13,7 +13,6 @@ from ray._private import ray_constants
 from ray.actor import ActorHandle
 
 from epd_ray.errors import ClusterError, PlacementError
-from epd_ray.join import reachable
 from epd_ray.types import ImageArray
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,8 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
         logging.getLogger(name).setLevel(logging.ERROR)
+    from epd_ray.join import reachable  # not above: the environments of reward packages lack what it needs
+
     cluster = reachable(address)
     if cluster is not None:
         ray.init(address=cluster, runtime_env=_handed_over(_variables(env)), **quiet)

@@ -134,7 +134,6 @@ def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
 
 def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
     """A run's solver, with what it was made for and from."""
-    rewards = {name: head.weight for name, head in config.rewards.items()}
     about = {
         "backbone": facts.family,
         "model_id": facts.model_id,
@@ -142,11 +141,15 @@ def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta:
         "guidance_scale": facts.guidance_scale,
         "registry": config.backbone.family,
         "options": config.backbone.portable,
-        **({"rewards": rewards} if rewards else {}),
         **meta,
     }
     sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
     return Solver(table, sigmas, facts.form, config.solver.afs, config.solver.order, about)
+
+
+def weights_of(config: RunConfig) -> dict[str, float]:
+    """Head -> share in the mix, as a solver file keeps it."""
+    return {name: head.weight for name, head in config.rewards.items()}
 
 
 class Trainer:
@@ -197,7 +200,7 @@ class Trainer:
         self._checkpoint()
 
     def _solver(self, table: SolverTable, **meta: Any) -> Solver:
-        return made_by(self.config, self.algo.facts, table, **meta)
+        return made_by(self.config, self.algo.facts, table, rewards=weights_of(self.config), **meta)
 
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import yaml
 from click import Context
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 from typer.main import get_command
 
 from epd_ray.cli import app
@@ -202,7 +203,9 @@ def test_actors_land_on_the_nodes_made_for_them(nodes: dict[str, str]) -> None:
     )
     algo = rdpo_config(small, [f"prompt {i}" for i in range(8)]).build_algo()
     try:
-        placed = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=60)
+        here = ray.get_runtime_context().gcs_address  # other clusters may run on the machine
+        alive = [("state", "=", "ALIVE")]
+        placed = list_actors(here, filters=alive, detail=True, timeout=60)
         where = [(actor.class_name, nodes[actor.node_id]) for actor in placed]
         assert Counter(t for c, t in where if c == "RewardActor") == {"reward_gpu": len(given.rewards)}
         assert Counter(t for c, t in where if c not in ("RewardActor",) and "Runner" in c) == {"rollout_gpu": 2}

@@ -165,7 +165,7 @@ import epd_ray.actors, epd_ray.rewards.package
 
 def test_an_actor_needs_little_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    there = {"ray", "torch", "numpy", "pillow", "pydantic", "pyyaml", "tqdm", "safetensors"}
+    there = {"ray", "torch", "numpy", "pillow", "psutil", "pydantic", "pyyaml", "tqdm", "safetensors"}
     names = {line.split("[")[0].split(">")[0].split("=")[0].lower() for line in project["dependencies"]} - there
     blocked = ",".join(sorted({"jinja2": "jinja2"}.get(n, n) for n in names | {"torchvision", "gymnasium", "pandas"}))
     assert {"diffusers", "transformers", "typer", "pyarrow", "scipy"} <= set(blocked.split(","))
@@ -193,8 +193,14 @@ def run_pool(specs: dict[str, RewardSpec]) -> tuple[dict[str, np.ndarray], float
     try:
         pool.wait_ready()
         seconds = time.perf_counter() - start
-        found = pool.score(ray.put(IMAGES), PROMPTS, IDS)
-        return {name: ray.get(ref, timeout=300).values for name, ref in found.items()}, seconds
+        pool.score("batch", ray.put(IMAGES), PROMPTS, IDS)
+        found = {}
+        for name, actors in pool.pools.items():
+            ready, _ = ray.wait(actors.references(), timeout=300)
+            (ended,) = actors.take(set(ready))
+            assert ended.error is None
+            found[name] = ended.value.values
+        return found, seconds
     finally:
         pool.stop()
 

@@ -194,7 +194,7 @@ def test_a_missing_package_is_named_before_anything_starts(monkeypatch, name):
         ),
         (
             "tracking.mlflow.tracking_uri=http://me:sekret@there",
-            "tracking.mlflow.tracking_uri: holds a name or password",
+            "tracking.mlflow.tracking_uri: holds a login or token",
         ),
         ("tracking.wandb.projekt=x", "tracking.wandb.projekt: unknown key; did you mean 'project'"),
     ],

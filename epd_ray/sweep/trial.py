@@ -15,7 +15,7 @@ from epd_ray.shard import as_table
 from epd_ray.solvers import SolverTable
 from epd_ray.statistics import bootstrap_mean
 from epd_ray.sweep.space import Plan
-from epd_ray.trainer import Best, distil, made_by, validation_rewards
+from epd_ray.trainer import Best, distil, made_by, validation_rewards, weights_of
 
 PLAN, PROMPTS, STATE = "plan", "prompts", "sweep"
 SOLVER = "solver"
@@ -93,7 +93,8 @@ class SweepTrial(RDPO):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
         if self._best.positions is not None:
-            solver = made_by(self._run_config, self.facts, self._best.table, **self._best.about)
+            about = {"rewards": weights_of(self._run_config), **self._best.about}
+            solver = made_by(self._run_config, self.facts, self._best.table, **about)
             solver.save_pretrained(Path(checkpoint_dir) / SOLVER)
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
