@@ -1,6 +1,5 @@
 """A run as one self-contained page: what was gained, at which cost, and how it looks."""
 
-import base64
 import io
 import itertools
 import math
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -22,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from epd_ray.errors import RunDirectoryError
+from epd_ray.page import data_uri, open_picture, page_template, signed
 from epd_ray.solvers import Solver
 from epd_ray.statistics import Interval
 from epd_ray.store import RunDirectory, read_metrics, write_text
@@ -142,7 +141,7 @@ def write_report(run: Path) -> Path:
         with rc_context(STYLE):
             curve = _publish(_reward_curve(rows), files.images / "reward_curve.png") if rows else None
             drawing = _publish(_solver_drawing(tables), files.images / "solver_table.png") if tables else None
-        page = _template().render(
+        page = page_template("report.html.j2").render(
             name=run.resolve().name,
             headline=_headline(evaluation, rows),
             facts=_facts(rows),
@@ -152,7 +151,7 @@ def write_report(run: Path) -> Path:
             ours=OURS,
             columns=columns,
             sheet=[
-                (prompt, [_data_uri(files.samples / column.key / f"{index:03d}.png") for column in columns])
+                (prompt, [data_uri(files.samples / column.key / f"{index:03d}.png") for column in columns])
                 for index, prompt in enumerate(prompts)
             ],
             curve=curve,
@@ -201,7 +200,7 @@ def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
         draw.multiline_text((x, head - 34), label, ACCENT if column.key == OURS else INK, label_font, anchor="ld")
         draw.text((x, head - 14), column.costs, MUTED, small_font, anchor="ls")
         for row in range(len(prompts)):
-            if picture := _open_picture(files.samples / column.key / f"{row:03d}.png"):
+            if picture := open_picture(files.samples / column.key / f"{row:03d}.png"):
                 sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, head + row * (side + gap)))
     for row, prompt in enumerate(prompts):
         text = "\n".join(textwrap.wrap(prompt, 26, max_lines=7, placeholder=" ..."))
@@ -219,25 +218,6 @@ def _load(kind: Any, path: Path) -> Any:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
         raise RunDirectoryError(f"{path} cannot be read: {where}{first['msg']}") from error
-
-
-def _open_picture(path: Path) -> Image.Image | None:
-    if not path.is_file():
-        return None
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be read as a picture: make the samples again") from error
-
-
-def _data_uri(path: Path) -> str | None:
-    """A picture of at most 384 pixels, lossless where it is small anyway."""
-    if (picture := _open_picture(path)) is None:
-        return None
-    picture.thumbnail((384, 384), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=max(picture.size) <= 128, quality=90)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:
@@ -268,7 +248,7 @@ def _headline(evaluation: Evaluation | None, rows: Sequence[Mapping[str, float]]
         f"{ours.metrics[metric].mean:.{digits}f} vs distilled {base.metrics[metric].mean:.{digits}f}",
     )
     held_out = "held-out prompts" if evaluation.split == "test" else f"prompts of the {evaluation.split} split"
-    mean, low, high = (_signed(value, digits) for value in (gain.mean, gain.low, gain.high))
+    mean, low, high = (signed(value, digits) for value in (gain.mean, gain.low, gain.high))
     where = f"{evaluation.prompts} {held_out} at parallel NFE {ours.parallel_nfe}"
     sentence = f"EPD + RDPO {scores}: {mean} [{low},\N{NO-BREAK SPACE}{high}] on {where}"
     if gain.low > 0:
@@ -304,22 +284,6 @@ def _decimals(evaluation: Evaluation, metric: str) -> int:
     widths = [d.high - d.low for d in evaluation.differences if d.metric == metric]
     narrowest = min((width / 2 for width in widths if width > 0), default=0.01)
     return min(5, max(3, 1 - math.floor(math.log10(narrowest))))
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("epd_ray"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["signed"] = _signed
-    return environment.get_template("report.html.j2")
 
 
 def _publish(figure: Figure, path: Path) -> Markup:
