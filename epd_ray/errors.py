@@ -50,6 +50,10 @@ class RewardError(EpdRayError):
         return type(self), (self.head, self.problem, self.rollout_ids)
 
 
+class MetricError(EpdRayError):
+    """Pictures, features or statistics that a metric cannot be computed from."""
+
+
 class RunDirectoryError(EpdRayError):
     """An output directory that cannot be written, or that holds another run."""
 

@@ -159,3 +159,21 @@ class RewardHead(Protocol):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W], float in [0, 1]; returns float32 [B]."""
         ...
+
+
+class FeatureExtractor(Protocol):
+    """Turns pictures into vectors that a metric compares.
+
+    Attributes:
+        model_id: as the user names it.
+        revision: of the weights: features are kept under both.
+        dimension: D.
+    """
+
+    model_id: str
+    revision: str
+    dimension: int
+
+    def features(self, images: ImageArray) -> FloatArray:
+        """images [B, 3, H, W], uint8; returns float32 [B, D]."""
+        ...

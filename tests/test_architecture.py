@@ -25,7 +25,7 @@ LAYERS = (
     ("score.inputs",),
     ("solvers", "shapes", "environments"),
     PURE,
-    ("backbones", "rewards", "sampling", "scheduler", "parallel", "tables"),
+    ("backbones", "rewards", "metrics", "sampling", "scheduler", "parallel", "tables"),
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
     ("score.rows", "score.output"),
     ("rollout", "random_models"),
