@@ -10,7 +10,7 @@ from epd_ray.distill import NormalEquations, normal_equations
 from epd_ray.distill_gradient import Loss, distill_loss
 from epd_ray.errors import ModelError
 from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, clamp_scale_time
-from epd_ray.sampling import Sampler, noises, to_uint8
+from epd_ray.sampling import Sampler, alike, noises, to_uint8
 from epd_ray.shard import Points, Shard, ShardStates
 from epd_ray.solvers import SolverTable
 from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob, RolloutRequest
@@ -96,8 +96,9 @@ class RolloutWorker:
     def sample(self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int]) -> ImageArray:
         """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
         conditioning = self.backbone.encode(prompts, self.guidance_scale)
+        starts = alike(self.backbone, prompts, noise_seeds, self.guidance_scale)
         with torch.inference_mode():
-            latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds))
+            latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds), starts)
         pictures = self.backbone.decode(latents)
         broken = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
         if broken:

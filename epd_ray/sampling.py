@@ -53,8 +53,10 @@ class Sampler:
         """The same sampler with another table."""
         return replace(self, table=table)
 
-    def run(self, backbone: Backbone, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """From unit noise [B, ...] to latents [B, ...]."""
+    def run(
+        self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
+    ) -> Tensor:
+        """From unit noise [B, ...] to latents [B, ...]; "epd" evaluates the start of rows that begin alike once."""
         drift = conditioned_drift(backbone, conditioning)
         if self.sigmas is not None:
             sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
@@ -62,6 +64,8 @@ class Sampler:
             sigmas = backbone.sigmas(self.intervals, final_zero=self.kind in ENDS_AT_ZERO)
         x = backbone.initial(noise)
         if self.table is not None:
+            if starts is not None and not self.afs:
+                drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
         solve = {"euler": euler, "heun": heun, "dpm2": dpm2, "ipndm": ipndm}[self.kind]
         return solve(drift, x, sigmas)
@@ -96,6 +100,48 @@ def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
         return backbone.drift(x, sigma, repeated[copies])
 
     return drift
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The D < B distinct beginnings in a batch: rows of the same prompt and noise have the same first drift.
+
+    Attributes:
+        conditioning: of the D prompts.
+        rows: [D], of the batch, the first of each.
+        kinds: [B], which of the D each row is.
+    """
+
+    conditioning: Conditioning
+    rows: tuple[int, ...]
+    kinds: tuple[int, ...]
+
+    def begin(self, backbone: Backbone, drift: Drift) -> Drift:
+        """The same drift, for a solver whose first call is at the start: that one evaluates D rows."""
+        begun = False
+
+        def shared(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal begun
+            if begun:
+                return drift(x, sigma)
+            begun = True
+            rows = list(self.rows)
+            return backbone.drift(x[rows], sigma[rows], self.conditioning)[list(self.kinds)]
+
+        return shared
+
+
+def alike(
+    backbone: Backbone, prompts: Sequence[str], noise_seeds: Sequence[int], guidance_scale: float
+) -> Alike | None:
+    """Which rows of a batch begin alike; None where no two of them do."""
+    beginnings = list(zip(prompts, noise_seeds, strict=True))
+    distinct = list(dict.fromkeys(beginnings))
+    if len(distinct) == len(beginnings):
+        return None
+    conditioning = backbone.encode([prompt for prompt, _ in distinct], guidance_scale)
+    rows, kinds = map(beginnings.index, distinct), map(distinct.index, beginnings)
+    return Alike(conditioning, tuple(rows), tuple(kinds))
 
 
 def to_uint8(images: Tensor) -> Tensor:

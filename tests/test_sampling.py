@@ -1,0 +1,56 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.sampling import Sampler, alike, noises
+from epd_ray.solvers import SolverTable
+
+PROMPTS = ["red", "blue", "red", "red", "blue"]
+SEEDS = [1, 1, 1, 2, 1]  # rows 0 and 2 begin alike, and rows 1 and 4
+POSITIONS = torch.linspace(0.1, 0.9, 20).reshape(5, 2, 2)  # each row with a table of its own
+SAMPLER = Sampler("epd", 2, "epd", "EPD", SolverTable(POSITIONS, torch.full((5, 2, 2), 0.5)))
+
+
+class Counting(SimulatedBackbone):
+    """Counts the rows of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def drift(self, x: Tensor, sigma: Tensor, conditioning) -> Tensor:
+        self.calls.append(len(x))
+        return super().drift(x, sigma, conditioning)
+
+
+def draw(sampler: Sampler, *, shared: bool) -> tuple[Tensor, list[int]]:
+    backbone = Counting()
+    starts = alike(backbone, PROMPTS, SEEDS, 1.0) if shared else None
+    x = sampler.run(backbone, backbone.encode(PROMPTS, 1.0), noises(backbone, SEEDS), starts)
+    return x, backbone.calls
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_rows_that_begin_alike_are_evaluated_once(order: int) -> None:
+    sampler = replace(SAMPLER, order=order)
+    (together, calls), (apart, more) = draw(sampler, shared=True), draw(sampler, shared=False)
+    assert (calls, more) == ([3, 10, 5, 10], [5, 10, 5, 10])
+    assert torch.allclose(together, apart, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(together[0], together[2], atol=1e-3)  # alike at the start, not in their tables
+
+
+def test_an_analytical_first_step_has_no_start_to_share() -> None:
+    (together, calls), (apart, _) = draw(replace(SAMPLER, afs=True), shared=True), draw(
+        replace(SAMPLER, afs=True), shared=False
+    )  # fmt: skip
+    assert calls == [10, 5, 10] and torch.equal(together, apart)
+
+
+def test_rows_are_alike_in_prompt_and_noise() -> None:
+    found = alike(SimulatedBackbone(), PROMPTS, SEEDS, 1.0)
+    assert found is not None and (found.rows, found.kinds) == ((0, 1, 3), (0, 1, 0, 2, 1))
+    assert len(found.conditioning) == 3
+    assert alike(SimulatedBackbone(), ["red", "blue", "red"], [1, 1, 2], 1.0) is None
