@@ -1,4 +1,4 @@
-"""Virtual environments for the reward packages that cannot live beside this one, and how actors start in them."""
+"""Virtual environments for the packages that cannot live beside this one, and how actors start in them."""
 
 import fcntl
 import hashlib
@@ -19,12 +19,15 @@ from pathlib import Path
 from epd_ray.errors import EpdRayError, UnknownNameError
 from epd_ray.registry import did_you_mean
 
-NAMES = ("imagereward", "hpsv2")
+NAMES = ("imagereward", "hpsv2", "fid")
 HEADS = {
     "imagereward": ("epd_ray.rewards.package:PackageImageReward", "imagereward"),
     "hpsv2.1": ("epd_ray.rewards.package:PackageHpsv2", "hpsv2"),
 }
 """Reward head -> the class that runs its published package, and the environment that the class needs."""
+
+EXTRACTORS = {"inception": "fid"}
+"""Feature extractor -> the environment that it runs in."""
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 PACKAGE = Path(__file__).parent
@@ -134,7 +137,7 @@ def _build(name: str, folder: Path, say: Callable[[str], None]) -> None:
     _link(folder)
     say(f"{name}: trying it")
     # Imports what an actor will, which also leaves the compiled files that make its start fast.
-    trial = f"import epd_ray.actors; from epd_ray.rewards import package; package.PACKAGES[{name!r}]()"
+    trial = f"import epd_ray.feature_pool; from epd_ray.rewards import package; package.PACKAGES[{name!r}]()"
     _run(name, [python, "-W", "ignore", "-c", trial], say)
     say(f"{name}: built")
 

@@ -13,8 +13,8 @@ READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but
 PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
 RAY_ROOMS = (
     *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
-    *("sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve", "monitor", "trackers"),
-    *("bench", "doctor", "cli"),
+    *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
+    *("monitor", "trackers", "bench", "doctor", "cli"),
 )  # and jobs/
 
 # A module imports from its own layer or from those above it in this list. What is not listed is a front end.
@@ -29,7 +29,7 @@ LAYERS = (
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
     ("score.rows", "score.output"),
     ("rollout", "random_models"),
-    ("cluster", "join", "encoder", "pool", "actors", "rdpo"),
+    ("cluster", "join", "encoder", "pool", "actors", "feature_pool", "rdpo"),
     ("score.stage",),
 )
 

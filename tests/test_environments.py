@@ -159,7 +159,7 @@ class Block:
         if name.split(".")[0] in sys.argv[1].split(","):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-import epd_ray.actors, epd_ray.rewards.package
+import epd_ray.feature_pool, epd_ray.metrics.inception, epd_ray.rewards.package
 """
 
 

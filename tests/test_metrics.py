@@ -217,7 +217,7 @@ def test_revision_is_of_the_weights(clip: ClipFeatures) -> None:
 
 
 def test_extractors_by_name(clip: ClipFeatures) -> None:
-    assert EXTRACTORS.names() == ["clip"]
+    assert EXTRACTORS.names() == ["clip", "inception"]
     assert EXTRACTORS.get("clip") is ClipFeatures
     with pytest.raises(MetricError, match="images are float64"):
         clip.features(PICTURES / 255)  # type: ignore[arg-type]

@@ -24,10 +24,10 @@ def list_() -> None:
 
 @app.command()
 def install(
-    name: Annotated[str, typer.Argument(help="imagereward or hpsv2.")],
+    name: Annotated[str, typer.Argument(help="imagereward, hpsv2, or fid (of Inception's features).")],
     force: Annotated[bool, typer.Option(help="Build it again.")] = False,
 ) -> None:
-    """Build the Python environment of a published reward package, for `backend: package`."""
+    """Build the Python environment of a published package: a reward's for `backend: package`, or the FID's."""
     with ending():
         from epd_ray.environments import install as build
 

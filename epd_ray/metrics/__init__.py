@@ -11,5 +11,6 @@ EXTRACTORS: "Registry[FeatureExtractor]" = Registry(
     "feature extractor",
     {
         "clip": "epd_ray.metrics.clip:ClipFeatures",
+        "inception": "epd_ray.metrics.inception:InceptionFeatures",
     },
 )

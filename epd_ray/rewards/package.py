@@ -1,4 +1,4 @@
-"""The published packages image-reward and hpsv2 as heads, for actors whose environment holds them (see environments).
+"""The published packages, two of them as heads, for actors whose environment holds them (see environments).
 
 Nothing here needs more than torch, numpy and Pillow at import: the environments have little else of this package's.
 """
@@ -19,6 +19,8 @@ from epd_ray.devices import pick_device
 from epd_ray.errors import ModelError
 
 MISSING_OPERATORS = ("nms", "qnms")
+HEADS_FIX = "use `backend: package`, and run `epd-ray rewards install` on every node"
+FID_FIX = "start it by FeaturePool, and run `epd-ray rewards install fid` on every node"
 
 
 def _imagereward() -> ModuleType:
@@ -37,16 +39,22 @@ def _hpsv2() -> ModuleType:
     return _package("hpsv2.src.open_clip")
 
 
-PACKAGES: dict[str, Callable[[], ModuleType]] = {"imagereward": _imagereward, "hpsv2": _hpsv2}
+def _fid() -> ModuleType:
+    """torch-fidelity's Inception, for metrics.inception."""
+    _torchvision(FID_FIX)
+    return _package("torch_fidelity.feature_extractor_inceptionv3", FID_FIX)
+
+
+PACKAGES: dict[str, Callable[[], ModuleType]] = {"imagereward": _imagereward, "hpsv2": _hpsv2, "fid": _fid}
 """How each environment's package is imported."""
 
 _operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
 
 
-def _torchvision() -> None:
+def _torchvision(fix: str = HEADS_FIX) -> None:
     """Import torchvision; its CUDA build beside CPU torch lacks two operators, which nothing here calls."""
     try:
-        _package("torchvision")
+        _package("torchvision", fix)
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -54,14 +62,13 @@ def _torchvision() -> None:
         for name in MISSING_OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _operators.append(library)
-        _package("torchvision")
+        _package("torchvision", fix)
 
 
-def _package(name: str) -> ModuleType:
+def _package(name: str, fix: str = HEADS_FIX) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        fix = "use `backend: package`, and run `epd-ray rewards install` on every node"
         raise ModelError(f"{error.name} is not installed for {sys.executable}: {fix}") from error
 
 

@@ -1,0 +1,384 @@
+import io
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from epd_ray import feature_pool
+from epd_ray.environments import EnvironmentFailure, install
+from epd_ray.errors import EpdRayError, MetricError, ModelError
+from epd_ray.feature_pool import FeatureActor, FeaturePool, FeatureSpec
+from epd_ray.metrics import inception
+from epd_ray.metrics.cache import FeatureCache
+from epd_ray.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from epd_ray.metrics.inception import InceptionFeatures
+from epd_ray.metrics.reference import read_statistics, reference_statistics, write_statistics
+from tests.environments_fixture import real_home  # noqa: F401
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (9, 3, 12, 16), np.uint8)
+
+
+class Colours:
+    """Mean red, green and blue; counts what it looks at."""
+
+    model_id = "colours"
+    revision = "1"
+    dimension = 3
+
+    def __init__(self, fail: str = "") -> None:
+        self.looked_at: list[int] = []
+        if fail:
+            raise RuntimeError(fail)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        self.looked_at.append(len(images))
+        if images.max(initial=0) == 0:
+            raise MetricError("nothing but black")
+        return images.mean(axis=(2, 3)).astype(np.float32)
+
+
+class Short(Colours):
+    def features(self, images: np.ndarray) -> np.ndarray:
+        return super().features(images)[1:]
+
+
+# --- kept features ----------------------------------------------------------------------------------------------------
+
+
+def test_features_are_computed_once(tmp_path: Path) -> None:
+    colours, cache = Colours(), FeatureCache(tmp_path / "features")
+    first = cache.features(colours, PICTURES)
+    again = FeatureCache(tmp_path / "features").features(colours, PICTURES.copy())
+    assert colours.looked_at == [9] and again.dtype == np.float32
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, Colours().features(PICTURES))
+
+
+def other_revision(colours: Colours, images: np.ndarray) -> np.ndarray:
+    colours.revision = "2"
+    return images
+
+
+def other_model(colours: Colours, images: np.ndarray) -> np.ndarray:
+    colours.model_id = "shades"
+    return images
+
+
+def one_pixel(_: Colours, images: np.ndarray) -> np.ndarray:
+    images = images.copy()
+    images[-1, -1, -1, -1] ^= 1
+    return images
+
+
+def other_order(_: Colours, images: np.ndarray) -> np.ndarray:
+    return images[::-1]
+
+
+def other_shape(_: Colours, images: np.ndarray) -> np.ndarray:
+    return images.reshape(9, 3, 16, 12)
+
+
+@pytest.mark.parametrize("change", [other_revision, other_model, one_pixel, other_order, other_shape])
+def test_what_decides_features_decides_the_file(
+    tmp_path: Path, change: Callable[[Colours, np.ndarray], np.ndarray]
+) -> None:
+    colours, cache = Colours(), FeatureCache(tmp_path)
+    cache.features(colours, PICTURES)
+    changed = change(colours, PICTURES)
+    found = cache.features(colours, changed)
+    assert colours.looked_at == [9, 9] and len(list(tmp_path.iterdir())) == 2
+    np.testing.assert_array_equal(found, changed.mean(axis=(2, 3)).astype(np.float32))
+
+
+def test_a_computation_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MetricError, match="nothing but black"):
+        FeatureCache(tmp_path).features(Colours(), PICTURES * 0)
+    with pytest.raises(MetricError, match=r"'colours' gave features of shape \[8, 3\], expected \[9, 3\]"):
+        FeatureCache(tmp_path).features(Short(), PICTURES)
+    with pytest.raises(MetricError, match="images are float64"):
+        FeatureCache(tmp_path).features(Colours(), PICTURES / 255)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: save_file({"other": np.zeros((9, 3), np.float32)}, path),
+        lambda path: save_file({"features": np.zeros((8, 3), np.float32)}, path),
+        lambda path: save_file({"features": np.zeros((9, 3))}, path),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.features(Colours(), PICTURES)
+    (file,) = tmp_path.iterdir()
+    damage(file)
+    with pytest.raises(MetricError, match=rf"{file} is damaged .*: delete it") as caught:
+        cache.features(Colours(), PICTURES)
+    assert "\n" not in str(caught.value)
+
+
+# --- what is compared with --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """PICTURES and one of another size, in a tree."""
+    folder = tmp_path / "real"
+    (folder / "more").mkdir(parents=True)
+    for index, picture in enumerate([*PICTURES, PICTURES[0, :, :5, :5]]):
+        name = f"more/{index}.png" if index > 4 else f"{index}.png"
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / name)
+    return folder
+
+
+def test_a_folder_is_looked_at_once(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epd_ray.metrics.reference.BATCH", 4)
+    colours = Colours()
+    found = reference_statistics(folder, colours, tmp_path / "cache")
+    assert sorted(colours.looked_at) == [1, 1, 4, 4]
+    rows = [*PICTURES.mean(axis=(2, 3)), PICTURES[0, :, :5, :5].mean(axis=(1, 2))]
+    expected = FeatureStatistics.of(np.array(rows, np.float32)).gaussian()
+    assert found.count == 10
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-9)
+    again = reference_statistics(folder, colours, tmp_path / "cache")
+    assert sum(colours.looked_at) == 10 and frechet_distance(again, found) == pytest.approx(0, abs=1e-9)
+    Image.fromarray(PICTURES[0].transpose(1, 2, 0)).save(folder / "4.png")
+    changed = reference_statistics(folder, colours, tmp_path / "cache")
+    assert sum(colours.looked_at) == 20 and frechet_distance(changed, found) > 1e-3
+
+
+def test_statistics_in_the_published_form(tmp_path: Path) -> None:
+    """As other programs write them (no count), and as they read ours."""
+    mean, covariance = RNG.normal(size=3), np.cov(RNG.normal(size=(3, 9)))
+    np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance, arr_0=np.zeros((2, 2), np.uint8))
+    theirs = reference_statistics(tmp_path / "theirs.npz", Colours(), tmp_path / "cache")
+    assert theirs.count is None
+    write_statistics(tmp_path / "ours.npz", Gaussian(theirs.mean, theirs.covariance, 9))
+    with np.load(tmp_path / "ours.npz") as ours:
+        np.testing.assert_array_equal(ours["mu"], mean)
+        np.testing.assert_array_equal(ours["sigma"], covariance)
+    assert read_statistics(tmp_path / "ours.npz").count == 9
+
+
+class Trap:
+    def __reduce__(self) -> tuple[type[Path], tuple[str, ...]]:
+        raise AssertionError("was pickled")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: np.savez(p, mu=np.zeros(3)), r"has no sigma \(it has mu\): give an .npz with mu and sigma"),
+        (lambda p: np.savez(p, mu=np.zeros(4), sigma=np.eye(3)), r"mu \[4\] and sigma \[3, 3\], expected"),
+        (lambda p: np.savez(p, mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), "a number that is not finite"),
+        (lambda p: np.savez(p, mu=np.zeros(2), sigma=np.eye(2)), "is of 2 features, colours has 3: give statistics of"),
+        (
+            lambda p: np.savez(p, mu=np.array([{}]), sigma=np.eye(1)),
+            "cannot be read as statistics .*allow_pickle",
+        ),
+        (lambda p: p.write_bytes(pickle.dumps([1])), "cannot be read as statistics"),
+        (lambda p: p.write_bytes(b"PK\x03\x04rest"), "cannot be read as statistics"),
+        (lambda p: p.write_bytes(b""), "cannot be read as statistics"),
+        (lambda p: np.save(p.open("wb"), np.zeros(3)), "cannot be read as statistics"),
+        (lambda p: None, "cannot be read as statistics .*No such file"),
+    ],
+)
+def test_what_is_no_statistics_file_is_named(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
+    path = tmp_path / "reference.npz"
+    write(path)
+    with pytest.raises(MetricError, match=message) as caught:
+        reference_statistics(path, Colours(), tmp_path / "cache")
+    assert "reference.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "3.png").write_bytes(b"no"), r"3.png cannot be read as a picture \(no known image format\)"),
+        (lambda f: (f / "3.png").write_bytes((f / "3.png").read_bytes()[:60]), "3.png cannot be read as a picture"),
+        (lambda f: Image.new("I;16", (4, 4)).save(f / "3.png"), "3.png has mode I;16, expected 8 bits a channel"),
+        (lambda f: [p.unlink() for p in f.rglob("*.png")], "holds no pictures"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(
+    tmp_path: Path, folder: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(folder)
+    with pytest.raises(MetricError, match=message):
+        reference_statistics(folder, Colours(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+# --- in actors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_is_an_extractor(small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_pool, "BATCH", 2)
+    spec = FeatureSpec("tests.test_features:Colours", replicas=2, num_cpus=0.25)
+    with FeaturePool(spec) as pool:
+        assert (pool.model_id, pool.revision, pool.dimension) == ("colours", "1", 3)
+        np.testing.assert_array_equal(pool.features(PICTURES), Colours().features(PICTURES))
+        assert FeatureCache(tmp_path).features(pool, PICTURES).shape == (9, 3)
+        assert pool.features(PICTURES[:0]).shape == (0, 3)
+        with pytest.raises(MetricError, match="nothing but black"):
+            pool.features(PICTURES * 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip", {"model": "./nowhere"}, "is no directory"),
+        ("clipp", {}, "unknown feature extractor 'clipp'; did you mean 'clip'"),
+        ("clip", {"modle": "x"}, "unexpected keyword argument 'modle'"),
+        ("tests.test_features:Colours", {"fail": "boom"}, "Colours' cannot be built: RuntimeError: boom"),
+    ],
+)
+def test_what_cannot_be_built_is_said(name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(EpdRayError, match=message):
+        FeatureActor(name, options).describe()
+
+
+def test_an_actor_passes_its_words_on(small_ray: None) -> None:
+    with pytest.raises(ModelError, match=r"Colours' cannot be built: RuntimeError: boom"):
+        FeaturePool(FeatureSpec("tests.test_features:Colours", {"fail": "boom"}, num_cpus=0.25))
+
+
+# --- Inception --------------------------------------------------------------------------------------------------------
+
+
+def test_without_its_environment_inception_says_so(
+    small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match="'fid' is not built: run `epd-ray rewards install fid`"):
+        FeaturePool(FeatureSpec("inception"))
+    with pytest.raises(ModelError, match=r"torchvision is not installed for .*: .* `epd-ray rewards install fid`"):
+        InceptionFeatures()
+
+
+class Package:
+    """Stands in for torch-fidelity's module where it is not installed."""
+
+    URL_INCEPTION_V3 = ""
+
+    @staticmethod
+    def FeatureExtractorInceptionV3(name: str, layers: list[str], *, feature_extractor_weights_path: str) -> Any:
+        network = torch.nn.Linear(2, 2)
+        network.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+        return network
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_weights_are_tensors_alone_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(inception.PACKAGES, "fid", Package)
+    good = saved(tmp_path / "good.pth", torch.nn.Linear(2, 2).state_dict())
+    assert InceptionFeatures(weights=str(good), device="cpu").revision
+    with pytest.raises(ModelError, match=r"weights '.*nowhere.pth' is no file: give"):
+        InceptionFeatures(weights=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(ModelError, match=r"other.pth is not torch-fidelity's Inception: .*size mismatch") as caught:
+        InceptionFeatures(weights=str(saved(tmp_path / "other.pth", torch.nn.Linear(3, 2).state_dict())))
+    assert "\n" not in str(caught.value)
+    for bad in (saved(tmp_path / "trap.pth", {"weight": io.StringIO}), tmp_path / "text.pth"):
+        if not bad.exists():
+            bad.write_text("not found")
+        with pytest.raises(ModelError, match=f"{bad.name} cannot be loaded") as caught:
+            InceptionFeatures(weights=str(bad))
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(inception.PACKAGES, "fid", Package)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    served = saved(tmp_path / "weights-1.pth", torch.nn.Linear(2, 2).state_dict())
+    monkeypatch.setattr(Package, "URL_INCEPTION_V3", served.as_uri())
+    first = InceptionFeatures(device="cpu")
+    served.unlink()
+    assert InceptionFeatures(device="cpu").revision == first.revision
+    (tmp_path / "hub/checkpoints/weights-1.pth").unlink()
+    with pytest.raises(ModelError, match=r"weights-1.pth cannot be downloaded \(.*\): fetch it elsewhere and give"):
+        InceptionFeatures(device="cpu")
+    assert not list((tmp_path / "hub/checkpoints").iterdir())
+
+
+# Random weights in torch-fidelity's own file format; its own functions compute the FID from them.
+ALONE = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from epd_ray.rewards.package import PACKAGES
+PACKAGES["fid"]()
+import torch_fidelity
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+folder = Path(sys.argv[1])
+torch.manual_seed(0)
+torch.nn.Module.load_state_dict, load = lambda *_: None, torch.nn.Module.load_state_dict
+torch.save({}, folder / "empty.pth")
+network = FeatureExtractorInceptionV3("new", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
+torch.nn.Module.load_state_dict = load
+for module in network.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.bias.uniform_(-0.5, 0.5)
+        module.running_var.uniform_(0.02, 0.1)
+torch.save(network.state_dict(), folder / "inception.pth")
+sets = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in "ab"]
+features = [network(images)[0].numpy() for images in sets]
+np.savez(folder / "alone.npz", a=features[0], b=features[1])
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, images): self.images = images
+    def __len__(self): return len(self.images)
+    def __getitem__(self, index): return self.images[index]
+found = torch_fidelity.calculate_metrics(
+    input1=Pictures(sets[0]), input2=Pictures(sets[1]), fid=True, cuda=False, batch_size=50, cache=False, verbose=False,
+    feature_extractor_weights_path=str(folder / "inception.pth"), save_cpu_ram=True)
+print(found["frechet_inception_distance"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("real_home")
+def test_inception_in_its_own_actor_says_what_it_says_alone(small_ray: None, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    python = install("fid")
+    building = time.perf_counter() - start
+    a, b = RNG.integers(0, 256, (2, 24, 3, 32, 40), np.uint8)
+    b = np.maximum(b, 128)
+    np.save(tmp_path / "a.npy", a)
+    np.save(tmp_path / "b.npy", b)
+    alone = subprocess.run([python, "-W", "ignore", "-c", ALONE, tmp_path], capture_output=True, text=True, check=False)
+    assert alone.returncode == 0, alone.stderr
+    theirs = float(alone.stdout.split()[-1])
+
+    spec = FeatureSpec("inception", {"weights": str(tmp_path / "inception.pth"), "device": "cpu"})
+    start = time.perf_counter()
+    with FeaturePool(spec) as pool:
+        sys.stdout.write(f"fid: built in {building:.0f} s, actor ready in {time.perf_counter() - start:.1f} s")
+        assert (pool.model_id, pool.dimension) == ("inception-2015-12-05", 2048)
+        found = {"a": pool.features(a), "b": pool.features(b)}
+    with np.load(tmp_path / "alone.npz") as expected:
+        for name, features in found.items():
+            scale = expected[name].std()
+            assert scale > 1e-3 and np.ptp(expected[name], axis=0).max() > 1e-3  # or any picture would do
+            np.testing.assert_allclose(features, expected[name], atol=1e-4 * scale)
+    # So few pictures make singular covariances, which the package does not mind; without the count, nor do we.
+    ours = [FeatureStatistics.of(features).gaussian() for features in found.values()]
+    distance = frechet_distance(*(Gaussian(g.mean, g.covariance) for g in ours))
+    assert distance == pytest.approx(theirs, rel=1e-3)
+    with pytest.raises(MetricError, match="24 pictures, expected at least 2049 for 2048 features"):
+        frechet_distance(*ours)
