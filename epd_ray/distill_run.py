@@ -14,6 +14,7 @@ from epd_ray.sampling import Sampler, learned
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table, refine
 from epd_ray.solvers.solver import FILE_NAME
+from epd_ray.solvers.zoo import require_installed
 from epd_ray.trainer import distil, made_by, noise_seeds, warn_of_long_prompts
 from epd_ray.types import FloatArray, ImageArray
 
@@ -35,6 +36,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     """
     if (out / FILE_NAME).exists():
         raise RunDirectoryError(f"{out} holds a solver already: choose another --out")
+    require_installed(config.evaluation.baselines)
     prompts = load_prompts(config.prompts, config.seed)
     observer.stage("starting actors", 1)
     with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from epd_ray.sampling import ENDS_AT_ZERO, Kind, Sampler, baseline
+from epd_ray.sampling import Sampler, nearest_baseline
 from epd_ray.shapes.judge import scene_accuracy
 from epd_ray.shapes.scenes import CANVAS, parse
 from epd_ray.statistics import bootstrap_mean, paired_difference
@@ -62,6 +62,7 @@ class Comparison:
                 "key": row.sampler.key,
                 "label": row.sampler.label,
                 "kind": row.sampler.kind,
+                "schedule": row.sampler.schedule,
                 "intervals": row.sampler.intervals,
                 "parallel_nfe": row.sampler.parallel_nfe,
                 "model_evals": row.sampler.model_evals,
@@ -90,15 +91,15 @@ class Comparison:
         return pa.table(columns)
 
 
-def rivals(kinds: Sequence[Kind], ours: Sampler, equal_evals: bool) -> list[Sampler]:
+def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
     """Each method at our sequential depth and, with `equal_evals`, at our number of evaluations.
 
-    Where a method with two evaluations an interval cannot meet an odd number, it gets one more.
+    Where a method with several evaluations an interval cannot meet the number, it gets the next that it can.
     """
     costs = [ours.parallel_nfe, *([ours.model_evals] if equal_evals else [])]
     found: dict[str, Sampler] = {}
-    for cost, kind in product(costs, kinds):
-        sampler = baseline(kind, cost if kind in ENDS_AT_ZERO else cost + cost % 2)
+    for cost, name in product(costs, names):
+        sampler = nearest_baseline(name, cost)
         found.setdefault(sampler.key, sampler)
     return list(found.values())
 

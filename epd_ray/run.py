@@ -25,6 +25,7 @@ from epd_ray.sampling import learned
 from epd_ray.sections import BUILTIN, SHAPES
 from epd_ray.session import algorithm, stop_signals
 from epd_ray.solvers import Solver
+from epd_ray.solvers.zoo import require_installed
 from epd_ray.storage import Place, inside, place_of, reading
 from epd_ray.store import RunDirectory, named_when_full, package_versions, write_text
 from epd_ray.trackers import require_trackers, trackers
@@ -173,6 +174,7 @@ def _go_on(
     observer: Observer,
     save: Callable[[], None],
 ) -> list[str]:
+    require_installed(config.evaluation.baselines)
     clock = StageClock()
     observer.stage("starting actors", 1)
     with ExitStack() as stack:

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from epd_ray.solvers import Solver, SolverTable, dpm2, epd, euler, heun, ipndm
+from epd_ray.errors import ScheduleError
+from epd_ray.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
+from epd_ray.solvers import Solver, SolverTable, epd, zoo
 from epd_ray.types import Backbone, Conditioning, Drift
 
-Kind = Literal["euler", "heun", "dpm2", "ipndm", "epd"]
-ENDS_AT_ZERO = {"euler", "ipndm"}  # one evaluation an interval, so the last sigma may be 0, as in the pipelines
-LABELS = {"euler": "DDIM / Euler", "heun": "Heun", "dpm2": "DPM-Solver-2", "ipndm": "iPNDM", "epd": "EPD"}
+EPD = "epd"
 
 
 @dataclass(frozen=True)
@@ -20,17 +19,18 @@ class Sampler:
     """A solver with its number of intervals; "epd" carries its table.
 
     Attributes:
-        kind: which method.
+        kind: "epd", or the name of a method in epd_ray.solvers.zoo.
         intervals: N, at least 1.
         key: unique in a comparison, safe as a file name.
         label: for people.
         table: [N, K] or [B, N, K] for "epd", else None.
         afs: analytical first step ("epd" alone).
         order: of the multistep slope ("epd": 1 to 4).
-        sigmas: [N+1], where a saved solver brings its own; else the backbone's.
+        sigmas: [N+1], where a saved solver brings its own; else by `schedule`.
+        schedule: "model" for the backbone's own, or a name of epd_ray.schedules.SCHEDULES.
     """
 
-    kind: Kind
+    kind: str
     intervals: int
     key: str
     label: str
@@ -38,11 +38,14 @@ class Sampler:
     afs: bool = False
     order: int = 1
     sigmas: tuple[float, ...] | None = None
+    schedule: str = MODEL
 
     @property
     def parallel_nfe(self) -> int:
         """Sequential depth."""
-        return self.intervals * (1 if self.kind in ENDS_AT_ZERO else 2) - int(self.afs)
+        if self.kind == EPD:
+            return 2 * self.intervals - int(self.afs)
+        return zoo.find(self.kind).parallel_nfe(self.intervals)
 
     @property
     def model_evals(self) -> int:
@@ -56,37 +59,100 @@ class Sampler:
     def run(
         self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
     ) -> Tensor:
-        """From unit noise [B, ...] to latents [B, ...]; "epd" evaluates the start of rows that begin alike once."""
+        """From unit noise [B, ...] to latents [B, ...]; "epd" evaluates the start of rows that begin alike once.
+
+        Raises:
+            ConfigError: a method that does not follow the backbone's form, or whose package is missing.
+            ScheduleError: a schedule that is not for this backbone.
+        """
         drift = conditioned_drift(backbone, conditioning)
         if self.sigmas is not None:
             sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
         else:
-            sigmas = backbone.sigmas(self.intervals, final_zero=self.kind in ENDS_AT_ZERO)
+            final_zero = self.kind != EPD and zoo.find(self.kind).ends_at_zero
+            sigmas = scheduled(backbone, self.intervals, self.schedule, final_zero=final_zero)
         x = backbone.initial(noise)
         if self.table is not None:
             if starts is not None and not self.afs:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
-        solve = {"euler": euler, "heun": heun, "dpm2": dpm2, "ipndm": ipndm}[self.kind]
-        return solve(drift, x, sigmas)
+        return zoo.follow(self.kind, drift, x, sigmas, backbone.form)
 
 
-def baseline(kind: Kind, parallel_nfe: int) -> Sampler:
+def baseline(name: str, parallel_nfe: int, schedule: str = MODEL) -> Sampler:
     """A named method at a given sequential depth.
 
+    Args:
+        name: of the zoo, an alias, or "module:function"; see epd_ray.solvers.zoo.
+        parallel_nfe: at least 1, one that the method can have.
+        schedule: "model" for the backbone's own, or a name of epd_ray.schedules.SCHEDULES.
+
     Raises:
-        ValueError: an odd depth for a method with two evaluations an interval.
+        UnknownNameError: no such method or schedule.
+        ConfigError: its package is missing.
+        ValueError: a depth that the method cannot have, with those that it can.
     """
-    per_interval = 1 if kind in ENDS_AT_ZERO else 2
-    if parallel_nfe % per_interval:
-        raise ValueError(f"{kind} has 2 evaluations an interval, parallel NFE {parallel_nfe} is odd")
-    return Sampler(kind, parallel_nfe // per_interval, key=f"{kind}-{parallel_nfe}", label=LABELS[kind])
+    require_schedule(schedule)
+    zoo.require_installed([name])
+    kind, method = zoo.ALIASES.get(name, name), zoo.find(name)
+    intervals = method.intervals(parallel_nfe)
+    if method.parallel_nfe(intervals) != parallel_nfe:
+        near = {method.parallel_nfe(n) for n in (max(1, intervals - 1), intervals)}
+        possible = " or ".join(str(n) for n in sorted(near))
+        raise ValueError(
+            f"{name} has {method.evals} evaluations an interval, parallel NFE {parallel_nfe} is impossible "
+            f"(take {possible})"
+        )
+    suffix, on = ("", "") if schedule == MODEL else (f"-{schedule}", f" ({schedule})")
+    key = f"{kind.replace(':', '.')}{suffix}-{parallel_nfe}"
+    return Sampler(kind, intervals, key, method.label + on, schedule=schedule)
+
+
+def nearest_baseline(name: str, parallel_nfe: int, schedule: str = MODEL) -> Sampler:
+    """A named method at the smallest sequential depth that it can have from `parallel_nfe` on; see `baseline`."""
+    method = zoo.find(name)
+    return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)), schedule)
+
+
+def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: bool) -> Tensor:
+    """Sigmas of a named schedule between the backbone's own ends.
+
+    Args:
+        backbone: whose first and last sigmas above 0 they span.
+        intervals: N.
+        schedule: "model", or a name of epd_ray.schedules.SCHEDULES.
+        final_zero: whether the last sigma is 0; N sigmas of the schedule come before it, as in the pipelines.
+
+    Returns:
+        [N+1], float64, decreasing.
+
+    Raises:
+        ScheduleError: a schedule that is not for this backbone.
+        UnknownNameError: no such schedule.
+    """
+    require_schedule(schedule)
+    if schedule in (MODEL, backbone.schedule):
+        return backbone.sigmas(intervals, final_zero=final_zero)
+    if schedule not in (known := schedules_for(backbone)):
+        raise ScheduleError(
+            f"schedule {schedule!r} is not for model {backbone.model_id!r} (form {backbone.form}): "
+            f"take {' or '.join(known)}"
+        )
+    high, low = backbone.sigmas(1).tolist()
+    sigmas = spanning(schedule, intervals + (not final_zero), low, high)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]) if final_zero else sigmas
+
+
+def schedules_for(backbone: Backbone) -> list[str]:
+    """Every schedule that a backbone can be run on, its own first, as "model"."""
+    others = [name for name, form in SCHEDULES.items() if form == backbone.form and name not in IN_MODEL_TIME]
+    return [MODEL, *(name for name in others if name != backbone.schedule)]
 
 
 def learned(solver: Solver, key: str, label: str) -> Sampler:
     """A sampler around a saved solver."""
     sigmas = tuple(solver.sigmas.tolist())
-    return Sampler("epd", solver.table.intervals, key, label, solver.table, solver.afs, solver.order, sigmas)
+    return Sampler(EPD, solver.table.intervals, key, label, solver.table, solver.afs, solver.order, sigmas)
 
 
 def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:

@@ -5,7 +5,20 @@ import math
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError
+from epd_ray.errors import ScheduleError, UnknownNameError
+from epd_ray.registry import did_you_mean
+from epd_ray.types import Form
+
+MODEL = "model"  # whichever is the model's own
+SCHEDULES: dict[str, Form] = {
+    "polynomial": "ve",
+    "logsnr": "ve",
+    "uniform": "ve",
+    "time_uniform": "ve",
+    "shift": "flow",
+}
+"""Named schedules, and the form of the models that each is for."""
+IN_MODEL_TIME = ("uniform", "shift")  # which the model alone knows; the others lie between any two sigmas
 
 _EPSILON_S = 1e-3  # smallest VP time, as in EDM (arXiv 2206.00364, table 1)
 
@@ -180,6 +193,35 @@ def timestep_on_grid(sigma: Tensor, grid: Tensor) -> Tensor:
     """
     log_alpha, steps = grid
     return _interpolate(-0.5 * sigma.double().square().log1p(), log_alpha, steps)
+
+
+def spanning(name: str, num_sigmas: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """A named schedule between two sigmas.
+
+    Args:
+        name: of SCHEDULES, but for those in a model's own time.
+        num_sigmas: how many, >= 1.
+        sigma_min: last sigma, > 0.
+        sigma_max: first sigma, > sigma_min.
+
+    Returns:
+        Sigmas [num_sigmas], float64, decreasing.
+
+    Raises:
+        ScheduleError: a value outside its range.
+    """
+    make = {"polynomial": polynomial, "logsnr": logsnr, "time_uniform": time_uniform}[name]
+    return make(num_sigmas, sigma_min, sigma_max)
+
+
+def require_schedule(name: str) -> None:
+    """Refuse a name that is no schedule's.
+
+    Raises:
+        UnknownNameError: with the nearest.
+    """
+    if name != MODEL and name not in SCHEDULES:
+        raise UnknownNameError(f"unknown schedule {name!r}{did_you_mean(name, [MODEL, *SCHEDULES])}")
 
 
 def check_sigmas(sigmas: Tensor, *, allow_zero: bool = False) -> None:

@@ -22,6 +22,7 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.prompt_files import SUFFIXES
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
+from epd_ray.solvers.zoo import SOLVERS
 
 SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
 RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy"}
@@ -65,6 +66,10 @@ def _registered(registry: Registry[Any], name: str) -> str:
     if ":" not in name and name not in registry.names():
         raise ValueError(f"unknown {registry.kind} {name!r}{did_you_mean(name, registry.names())}")
     return name
+
+
+def _solver(name: str) -> str:
+    return _registered(SOLVERS, name)
 
 
 class Section(BaseModel):
@@ -271,8 +276,10 @@ class EvaluationConfig(Section):
     """What the learned solver is compared with."""
 
     every: Positive = Field(default=5, description="iterations between validations")
-    baselines: tuple[Literal["euler", "heun", "dpm2", "ipndm"], ...] = Field(
-        default=("euler", "heun", "dpm2", "ipndm"), strict=False, description="at the same parallel NFE"
+    baselines: tuple[Annotated[str, AfterValidator(_solver)], ...] = Field(
+        default=("euler", "heun", "dpm2", "ipndm"),
+        strict=False,
+        description="names in epd_ray/solvers/zoo.py, or module:function; at the same parallel NFE",
     )
     equal_evals: bool = Field(default=True, description="also at the same total evaluations")
     pictures: int = Field(default=8, ge=0, description="rows of the contact sheet")

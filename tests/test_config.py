@@ -110,7 +110,7 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
         ("backbone.offload=disk", "backbone.offload: unknown 'disk'; known: model, none, sequential"),
-        ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown 'heunn'; did you mean 'heun'?"),
+        ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown solver 'heunn'; did you mean 'heun'?"),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 2 is needed"),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.5 is needed"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),

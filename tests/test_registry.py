@@ -13,7 +13,7 @@ from epd_ray.backbones.auto import FAMILIES
 from epd_ray.errors import UnknownNameError
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
-from epd_ray.schedules import check_sigmas
+from epd_ray.schedules import SCHEDULES, check_sigmas
 from epd_ray.types import Backbone, RewardHead
 from tests import tiny_heads, tiny_models
 from tests.families import edit
@@ -135,6 +135,7 @@ def test_suggestions() -> None:
 def test_backbones_keep_their_contract(name: str, make_entry: Callable[[Registry[Any], str], Any]) -> None:
     backbone, twin = make_entry(BACKBONES, name), make_entry(BACKBONES, name)
     assert isinstance(backbone.family, str) and backbone.model_id and backbone.form in ("ve", "flow")
+    assert SCHEDULES[backbone.schedule] == backbone.form
     for count in (1, 5):
         for final_zero in (False, True):
             sigmas = backbone.sigmas(count, final_zero=final_zero)

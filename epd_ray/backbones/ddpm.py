@@ -26,6 +26,7 @@ class DDPMFamily:
 
     name = "ddpm"
     form: Form = "ve"
+    schedule = "uniform"
     default_guidance = 1.0
     classifier_free = False
     text_limits: Sequence[tuple[Any, int]] = ()

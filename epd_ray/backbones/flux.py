@@ -29,6 +29,7 @@ class FluxFamily:
 
     name = "flux"
     form: Form = "flow"
+    schedule = "shift"
     default_guidance = 3.5
     classifier_free = False  # the guidance scale is an input of the network
 

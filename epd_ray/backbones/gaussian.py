@@ -131,6 +131,7 @@ class GaussianBackbone:
             raise ModelError(f"sigma_max is {sigma_max:g}, but a flow model starts at 1 (leave it out)")
         self.model_id = model or f"gaussian-{form}"
         self.form: Form = form
+        self.schedule = "shift" if form == "flow" else "polynomial"
         self._shape = (3, size, size)
         self.facts: dict[str, JsonValue] = {"resolution": size, "revision": None}
         low = (1e-3 if form == "flow" else 2e-3) if sigma_min is None else sigma_min

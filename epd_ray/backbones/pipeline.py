@@ -22,6 +22,7 @@ class Family(Protocol):
     Attributes:
         name: of the family, as solver files have it.
         form: of its ODE.
+        schedule: the name of its own schedule.
         default_guidance: the guidance scale that the family is usually run with.
         classifier_free: whether guidance takes a second pass for the empty prompt.
         pixel_step: what the resolution has to be a multiple of.
@@ -32,6 +33,7 @@ class Family(Protocol):
 
     name: str
     form: Form
+    schedule: str
     default_guidance: float
     classifier_free: bool
 
@@ -92,7 +94,7 @@ class PipelineBackbone:
     def __init__(self, pipeline: Any, family: Family, options: PipelineOptions, commit: str | None = None) -> None:
         self.pipeline, self._family, self.options = pipeline, family, options
         self.model_id, self.family, self.form = options.model, family.name, family.form
-        self.default_guidance = family.default_guidance
+        self.schedule, self.default_guidance = family.schedule, family.default_guidance
         self.device = pipeline._execution_device
         # Text encoders alone draw nothing, and know no size.
         self.resolution = options.resolution or (0 if options.parts == "text" else family.default_resolution)

@@ -26,6 +26,7 @@ class SDFamily:
 
     name = "sd"
     form: Form = "ve"
+    schedule = "uniform"
     default_guidance = 7.5
     classifier_free = True
 

@@ -30,6 +30,7 @@ class SD3Family:
 
     name = "sd3"
     form: Form = "flow"
+    schedule = "shift"
     default_guidance = 4.5
     classifier_free = True
 

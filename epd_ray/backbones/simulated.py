@@ -37,6 +37,7 @@ class SimulatedBackbone:
         self._latency = latency
         self.form: Form = "flow"
         self._inner = GaussianBackbone(model=self.model_id, form=self.form, components=2, size=size)
+        self.schedule = self._inner.schedule
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> GaussianConditioning:
         """Conditioning of length B for B prompts."""

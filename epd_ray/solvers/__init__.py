@@ -1,6 +1,6 @@
 """ODE solvers `solve(drift, x, sigmas, ...) -> x`, and the learned table that people take home."""
 
-from epd_ray.solvers.baselines import dpm2, euler, heun, ipndm
+from epd_ray.solvers.baselines import dpm2, edm, euler, heun, ipndm
 from epd_ray.solvers.epd import Callback, epd
 from epd_ray.solvers.fit import check_fit
 from epd_ray.solvers.solver import Solver
@@ -15,6 +15,7 @@ __all__ = [
     "check_fit",
     "dpm2",
     "dpm2_table",
+    "edm",
     "epd",
     "euler",
     "heun",

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from epd_ray.errors import TableError
+from epd_ray.errors import ScheduleError, TableError
 from epd_ray.schedules import check_sigmas
 from epd_ray.solvers.epd import ADAMS_BASHFORTH, Callback, epd, multistep
 from epd_ray.solvers.table import dpm2_table
@@ -50,10 +50,38 @@ def heun(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
     Source: EDM (arXiv 2206.00364), algorithm 1.
     """
     check_sigmas(sigmas)
+    return _heun(drift, x, sigmas, callback)
+
+
+def edm(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
+    """EDM's deterministic sampler, Heun's method with a last step of Euler's to 0: 2N - 1 evaluations.
+
+    Args:
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing to 0.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N] = 0, [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease to 0.
+
+    Source: EDM (arXiv 2206.00364), algorithm 1.
+    """
+    check_sigmas(sigmas, allow_zero=True)
+    if sigmas[-1] > 0:
+        raise ScheduleError(f"sigmas[{len(sigmas) - 1}] is {sigmas[-1].item():g}, expected 0 (heun ends above it)")
+    return _heun(drift, x, sigmas, callback)
+
+
+def _heun(drift: Drift, x: Tensor, sigmas: Tensor, callback: Callback | None) -> Tensor:
     for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
         d = drift(x, x.new_full(x.shape[:1], a))
-        d_next = drift(x + (b - a) * d, x.new_full(x.shape[:1], b))
-        x = x + (b - a) * (d + d_next) / 2
+        if b > 0:
+            d = (d + drift(x + (b - a) * d, x.new_full(x.shape[:1], b))) / 2
+        x = x + (b - a) * d
         if callback is not None:
             callback(i, b, x)
     return x

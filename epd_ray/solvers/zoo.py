@@ -1,0 +1,174 @@
+"""The methods that a learned table is compared with: what each costs and where it applies. All load when first run."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from epd_ray.errors import ConfigError
+from epd_ray.registry import Registry
+from epd_ray.solvers.epd import Callback
+from epd_ray.types import Drift, Form
+
+NATIVE, SCHEDULERS = "epd_ray.solvers.baselines", "epd_ray.solvers.schedulers"
+STRUCTURED, RUNGE_KUTTA = "epd_ray.solvers.skrample:structured", "epd_ray.solvers.skrample:runge_kutta"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver with its facts.
+
+    Attributes:
+        label: for people.
+        target: "module:function" of `solve(drift, x, sigmas, *, callback=None)`.
+        options: its further keyword arguments.
+        evals: evaluations of the drift an interval, one after the other.
+        last_evals: in the last interval; None: as many.
+        ends_at_zero: whether its last sigma is 0, as in the pipelines; else it is above 0.
+        forms: of the ODE that it follows.
+        needs_form: whether `solve` takes `form`.
+        extra: the optional dependency of this package that it needs, named after the module that it imports.
+    """
+
+    label: str
+    target: str
+    options: Mapping[str, int | str] = field(default_factory=dict)
+    evals: int = 1
+    last_evals: int | None = None
+    ends_at_zero: bool = False
+    forms: tuple[Form, ...] = ("ve", "flow")
+    needs_form: bool = False
+    extra: str | None = None
+
+    def parallel_nfe(self, intervals: int) -> int:
+        """Evaluations over N intervals: nothing here runs in parallel, so this is the sequential depth too."""
+        last = self.evals if self.last_evals is None else self.last_evals
+        return self.evals * (intervals - 1) + last
+
+    def intervals(self, parallel_nfe: int) -> int:
+        """The fewest intervals that cost at least `parallel_nfe`, at least 1."""
+        short = max(0, parallel_nfe - self.parallel_nfe(1))
+        return 1 - (-short // self.evals)
+
+    @property
+    def installed(self) -> bool:
+        """Whether the optional dependency is there, if there is one."""
+        return self.extra is None or importlib.util.find_spec(self.extra) is not None
+
+
+def _scheduler(label: str, function: str, order: int, ends_at_zero: bool = True) -> Method:
+    target = f"{SCHEDULERS}:{function}"
+    return Method(label, target, {"order": order}, ends_at_zero=ends_at_zero, needs_form=True)
+
+
+def _structured(sampler: str, order: int) -> Method:
+    options: dict[str, int | str] = {"sampler": sampler, "order": order}
+    label = f"skrample {sampler} (order {order})"
+    return Method(label, STRUCTURED, options, ends_at_zero=True, needs_form=True, extra="skrample")
+
+
+def _runge_kutta(order: int) -> Method:
+    label = f"skrample Runge-Kutta (order {order})"
+    return Method(label, RUNGE_KUTTA, {"order": order}, evals=order, needs_form=True, extra="skrample")
+
+
+METHODS: dict[str, Method] = {
+    "euler": Method("DDIM / Euler", f"{NATIVE}:euler", ends_at_zero=True),
+    "heun": Method("Heun", f"{NATIVE}:heun", evals=2),
+    "edm": Method("EDM", f"{NATIVE}:edm", evals=2, last_evals=1, ends_at_zero=True),
+    "dpm2": Method("DPM-Solver-2", f"{NATIVE}:dpm2", evals=2),
+    "ipndm": Method("iPNDM", f"{NATIVE}:ipndm", ends_at_zero=True),
+    "ipndm2": Method("iPNDM (order 2)", f"{NATIVE}:ipndm", {"order": 2}, ends_at_zero=True),
+    "ipndm3": Method("iPNDM (order 3)", f"{NATIVE}:ipndm", {"order": 3}, ends_at_zero=True),
+    "dpmpp2m": _scheduler("DPM-Solver++ 2M", "dpmpp", 2),
+    "dpmpp3m": _scheduler("DPM-Solver++ 3M", "dpmpp", 3),
+    "unipc": _scheduler("UniPC", "unipc", 2),
+    "unipc3": _scheduler("UniPC (order 3)", "unipc", 3),
+    "deis": _scheduler("DEIS", "deis", 2, ends_at_zero=False),
+    "deis3": _scheduler("DEIS (order 3)", "deis", 3, ends_at_zero=False),
+    **{f"skrample_dpm{n}": _structured("DPM", n) for n in (2, 3)},
+    **{f"skrample_adams{n}": _structured("Adams", n) for n in (2, 3, 4)},
+    **{f"skrample_unip{n}": _structured("UniP", n) for n in (2, 3)},
+    **{f"skrample_unipc{n}": _structured("UniPC", n) for n in (2, 3)},
+    **{f"skrample_rk{n}": _runge_kutta(n) for n in (2, 3, 4)},
+}
+
+ALIASES = {"ddim": "euler", "ipndm1": "euler", "ipndm4": "ipndm", "unipc2": "unipc", "deis2": "deis"}
+"""Other names of the same methods, so that none is drawn twice."""
+
+SOLVERS: Registry[Tensor] = Registry(
+    "solver", {name: METHODS[ALIASES.get(name, name)].target for name in (*METHODS, *ALIASES)}
+)
+
+
+def find(name: str) -> Method:
+    """The method behind a name, an alias, or "module:attribute".
+
+    An attribute is a Method, or a bare function: one evaluation an interval, any form, a last sigma above 0.
+
+    Raises:
+        UnknownNameError: no such method.
+    """
+    name = ALIASES.get(name, name)
+    if name in METHODS:
+        return METHODS[name]
+    found: object = SOLVERS.get(name)
+    return found if isinstance(found, Method) else Method(name.rpartition(":")[2], name)
+
+
+def applicable(form: Form, *, installed: bool = True) -> list[str]:
+    """Every method of the zoo that follows a form, each by one name.
+
+    Args:
+        form: of the ODE.
+        installed: leave out what needs a package that is not there.
+    """
+    return [name for name, m in METHODS.items() if form in m.forms and (m.installed or not installed)]
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Check that the packages of the methods that are asked for are there.
+
+    Raises:
+        ConfigError: one is missing.
+        UnknownNameError: no such method.
+    """
+    missing = {name: method.extra for name in names if not (method := find(name)).installed}
+    if missing:
+        raise ConfigError(
+            [
+                f"solver {name!r}: the package {extra} is not installed: pip install 'epd-ray[{extra}]'"
+                for name, extra in missing.items()
+            ]
+        )
+
+
+def follow(
+    name: str, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, *, callback: Callback | None = None
+) -> Tensor:
+    """Run a method.
+
+    Args:
+        name: see `find`.
+        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing, >= 0, or > 0 where the method does not end at zero.
+        form: of the ODE.
+        callback: called after each interval.
+
+    Returns:
+        The state at sigmas[N], [B, ...].
+
+    Raises:
+        ConfigError: a form that the method does not follow, or a package that is missing.
+        ScheduleError: sigmas that the method cannot follow.
+        UnknownNameError: no such method.
+    """
+    method = find(name)
+    if form not in method.forms:
+        raise ConfigError([f"solver {name!r} follows the form {' or '.join(method.forms)}, but this model's is {form}"])
+    require_installed([name])
+    solve = SOLVERS.get(method.target)
+    extra = {"form": form} if method.needs_form else {}
+    return solve(drift, x, sigmas, callback=callback, **method.options, **extra)

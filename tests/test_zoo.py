@@ -1,0 +1,365 @@
+"""Every method of the zoo: its cost, its order, and the library's own run of it."""
+
+import importlib.util
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from epd_ray.backbones.gaussian import GaussianBackbone
+from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
+from epd_ray.evaluate import rivals
+from epd_ray.sampling import Sampler, baseline, nearest_baseline, noises, scheduled, schedules_for
+from epd_ray.schedules import SCHEDULES, check_sigmas, logsnr
+from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
+from epd_ray.solvers.schedulers import deis, dpmpp, unipc
+from tests.families import PROMPTS, SEEDS, backbones, folder
+from tests.tiny_models import TOKENS
+
+FORMS: tuple[Form, ...] = ("ve", "flow")
+EVERY = [(name, form) for form in FORMS for name in zoo.applicable(form)]
+LIBRARIES = {"dpmpp": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "deis": DEISMultistepScheduler}
+
+
+def grid(name: str, form: Form, intervals: int) -> Tensor:
+    """From the far end of the form to the last sigma that the method asks for."""
+    inner = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.03]) if form == "flow" else logsnr(6, 0.02, 80.0)
+    last = 0.0 if zoo.find(name).ends_at_zero else 1e-3
+    steps = torch.linspace(0, 5, intervals).floor().long() if intervals <= 6 else None
+    middle = inner[steps] if steps is not None else torch.linspace(inner[0], inner[-1], intervals)
+    return torch.cat([middle, torch.tensor([last])]).double()
+
+
+START = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+
+
+def curved(x: Tensor, sigma: Tensor) -> Tensor:
+    """A bounded drift that is non-linear in x and sigma, sample by sample."""
+    return torch.sin(x + sigma.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+@pytest.mark.parametrize("intervals", [1, 2, 4, 17])
+@pytest.mark.parametrize(("name", "form"), EVERY)
+def test_contract(name: str, form: Form, intervals: int) -> None:
+    method, sigmas = zoo.find(name), grid(name, form, intervals)
+    for shape, dtype in (((2,), torch.float64), ((2, 3), torch.float32), ((2, 4, 2, 3), torch.float32)):
+        calls: list[Tensor] = []
+        states: list[tuple[int, float, Tensor]] = []
+
+        def drift(x: Tensor, sigma: Tensor, calls: list[Tensor] = calls) -> Tensor:
+            assert sigma.shape == x.shape[:1] and sigma.dtype == x.dtype
+            calls.append(sigma)
+            return curved(x, sigma)
+
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        before = x.clone()
+        end = zoo.follow(name, drift, x, sigmas, form, callback=lambda *seen, s=states: s.append(seen))
+        assert len(calls) == method.parallel_nfe(intervals) == sum(len(c) == 2 for c in calls)
+        assert end.shape == shape and end.dtype == dtype and bool(end.isfinite().all())
+        assert torch.equal(x, before) and torch.equal(states[-1][2], end)
+        assert [i for i, _, _ in states] == list(range(intervals))
+        assert [s for _, s, _ in states] == pytest.approx(sigmas[1:].tolist(), rel=1e-9)
+        assert calls[0].tolist() == pytest.approx([sigmas[0].item()] * 2) and min(c.min() for c in calls) > 0
+        alone = zoo.follow(name, drift, x[1:], sigmas, form)
+        assert torch.allclose(alone, end[1:], rtol=1e-5, atol=1e-5)
+
+
+# Each method's order where its coefficients hold (see `uniform`), by a drift that is still at both ends, so that the
+# lower orders there do not count. UniPC's corrector adds one. DPM-Solver++ 3M, in diffusers and in skrample, is a
+# second-order method with a smaller constant: its second difference is half of the second derivative.
+ORDERS = {
+    "euler": 1, "heun": 2, "dpm2": 2, "ipndm": 4, "ipndm2": 2, "ipndm3": 3, "dpmpp2m": 2, "dpmpp3m": 2,
+    "unipc": 3, "unipc3": 4, "deis": 2, "deis3": 3, "skrample_dpm2": 2, "skrample_dpm3": 2, "skrample_adams2": 2,
+    "skrample_adams3": 3, "skrample_adams4": 4, "skrample_unip2": 2, "skrample_unip3": 3, "skrample_unipc2": 3,
+    "skrample_unipc3": 4, "skrample_rk2": 2, "skrample_rk3": 3, "skrample_rk4": 4,
+}  # fmt: skip
+ENDS: dict[Form, tuple[float, float]] = {"ve": (2.0, 0.7), "flow": (0.8, 0.4)}
+
+
+def uniform(name: str, form: Form, intervals: int) -> Tensor:
+    """A grid that is uniform in sigma, 1 / sigma or log SNR, whichever the coefficients are made for."""
+    high, low = torch.tensor(ENDS[form], dtype=torch.float64)
+    share = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
+    if name.startswith(("ipndm", "euler")):
+        return high + share * (low - high)
+    if "adams" in name:
+        return 1 / (1 / high + share * (1 / low - 1 / high))
+    if form == "ve":
+        return high * (low / high) ** share
+    return torch.sigmoid(high.logit() + share * (low.logit() - high.logit()))
+
+
+def still_at_both_ends(form: Form) -> Any:
+    high, low = ENDS[form]
+
+    def drift(x: Tensor, sigma: Tensor) -> Tensor:
+        share = (sigma.reshape(-1, 1) - low) / (high - low)
+        return 2.5 / (high - low) * (4 * share * (1 - share)) ** 6 * torch.cos(x + share)
+
+    return drift
+
+
+@cache
+def solution(form: Form, steps: int = 2000) -> Tensor:
+    """By the classical Runge-Kutta method in tiny steps."""
+    drift, x = still_at_both_ends(form), START
+    for a, b in pairwise(torch.linspace(*ENDS[form], steps + 1, dtype=torch.float64).split(1)):
+        k1 = drift(x, a)
+        k2 = drift(x + (b - a) / 2 * k1, (a + b) / 2)
+        k3 = drift(x + (b - a) / 2 * k2, (a + b) / 2)
+        x = x + (b - a) / 6 * (k1 + 2 * k2 + 2 * k3 + drift(x + (b - a) * k3, b))
+    return x
+
+
+@pytest.mark.parametrize(("name", "form"), [case for case in EVERY if case[0] != "edm"])
+def test_order(name: str, form: Form) -> None:
+    drift, counts = still_at_both_ends(form), (48, 96, 192)
+    ends = [zoo.follow(name, drift, START, uniform(name, form, n), form) for n in counts]
+    errors = torch.stack([(end - solution(form)).abs().max() for end in ends])
+    n, e = torch.tensor(counts).double().log(), errors.log()
+    slope = -((n - n.mean()) * (e - e.mean())).sum() / ((n - n.mean()) ** 2).sum()
+    assert slope.item() == pytest.approx(ORDERS[name], abs=0.3)
+
+
+def test_edm_is_heun_and_a_step_to_zero() -> None:
+    sigmas = logsnr(9, 0.1, 10.0)
+    to_zero = edm(curved, START, torch.cat([sigmas, torch.zeros(1)]))
+    last = heun(curved, START, sigmas)
+    assert torch.allclose(
+        to_zero, last - 0.1 * curved(last, torch.full((2,), 0.1, dtype=torch.float64)), rtol=0, atol=1e-12
+    )
+    with pytest.raises(ScheduleError, match=r"sigmas\[8\] is 0.1, expected 0"):
+        edm(curved, START, sigmas)
+
+
+@pytest.mark.parametrize(("name", "form"), EVERY)
+def test_gaussians_are_solved(name: str, form: Form) -> None:
+    """On every schedule that applies, with many steps, each method ends near the exact solution."""
+    backbone = GaussianBackbone(form=form, std=0.5, size=2, sigma_min=0.02, sigma_max=10 if form == "ve" else None)
+    conditioning, noise = backbone.encode(PROMPTS, 1.0), noises(backbone, SEEDS)
+    assert name in zoo.applicable(backbone.form)
+    for schedule in schedules_for(backbone):
+        sampler = nearest_baseline(name, 60, schedule)
+        sigmas = scheduled(backbone, sampler.intervals, schedule, final_zero=zoo.find(name).ends_at_zero)
+        check_sigmas(sigmas, allow_zero=zoo.find(name).ends_at_zero)
+        assert sigmas[0] == backbone.sigmas(1)[0] and len(sigmas) == sampler.intervals + 1
+        exact = backbone.exact(backbone.initial(noise), sigmas[0].item(), sigmas[-1].item(), conditioning)
+        error = (sampler.run(backbone, conditioning, noise) - exact).abs().max().item()
+        assert error < (0.2 if schedule == "time_uniform" or name == "euler" else 0.05), schedule
+
+
+@pytest.mark.parametrize("order", [0, 4])
+@pytest.mark.parametrize("solve", [dpmpp, unipc, deis])
+def test_orders_that_diffusers_lacks(solve: Any, order: int) -> None:
+    with pytest.raises(TableError, match=f"order is {order}, expected 1, 2 or 3"):
+        solve(curved, START, torch.tensor([1.0, 0.5]), form="ve", order=order)
+
+
+def test_deis_keeps_its_precision_at_the_start_of_a_flow() -> None:
+    """Where it divides by 1 - sigma."""
+    sigmas, x = torch.tensor([1.0, 0.9, 0.5, 0.1]).double(), torch.randn(2, 50, generator=torch.Generator())
+    single, double = (zoo.follow("deis3", curved, state, sigmas, "flow") for state in (x, x.double()))
+    assert single.dtype == torch.float32 and (single - double).abs().max() < 1e-5
+
+
+# -- the libraries' own runs ------------------------------------------------------------------------------------------
+
+
+def exact_timesteps(scheduler: type) -> type:
+    """The pipelines cut a flow's timesteps to whole numbers; our networks see 1000 * sigma."""
+
+    class Exact(scheduler):  # type: ignore[misc]
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.timesteps = 1000 * self.sigmas[:-1]
+
+    return Exact
+
+
+def by_the_pipeline(name: str, scheduler: type, order: int, steps: int, noise: Tensor) -> tuple[Any, Tensor]:
+    """diffusers' own call with its own scheduler: the scheduler, and the latents that it ends at."""
+    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if name == "sd3" else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder(name), low_cpu_mem_usage=False, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    config = dict(pipeline.scheduler.config)
+    if backbones(name).form == "flow":
+        more = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
+        pipeline.scheduler = exact_timesteps(scheduler).from_config(config, solver_order=order, **more)
+    else:
+        pipeline.scheduler = scheduler.from_config(config, timestep_spacing="trailing", solver_order=order)
+    more = {"max_sequence_length": TOKENS} if name in ("sd3", "flux") else {}
+    latents = pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=3.0, latents=noise, height=16, width=16,
+        output_type="latent", **more,
+    ).images  # fmt: skip
+    return pipeline.scheduler, latents
+
+
+@pytest.mark.parametrize("name", ["dpmpp2m", "dpmpp3m", "unipc", "unipc3", "deis", "deis3"])
+@pytest.mark.parametrize("model", ["sd", "sd_v", "sd3", "flux"])
+def test_equals_the_pipeline_with_that_scheduler(model: str, name: str) -> None:
+    method, backbone = zoo.find(name), backbones(model)
+    library, order = LIBRARIES[method.target.partition(":")[2]], int(method.options["order"])
+    flow = backbone.form == "flow"
+    # In flow form diffusers' DEIS repeats its last sigma, an interval of no length; from 15 on none is of lower order.
+    steps = 16 if flow and library is DEISMultistepScheduler else 5
+    noise = noises(backbone, SEEDS)
+    # The pipelines begin at unit variance, x / sqrt(1 + sigma^2), whatever the first sigma.
+    start = backbone.initial(noise) if flow else noise
+    scheduler, theirs = by_the_pipeline(model, library, order, steps, start)
+    sigmas = scheduler.sigmas.double()
+    scale = 1.0 if flow else (1 + sigmas[[0, -1]] ** 2).sqrt()
+    sigmas = sigmas[:-1] if sigmas[-1] == sigmas[-2] else sigmas
+    if not flow:
+        noise = noise * (scale[0] / backbone.sigmas(1)[0]).float()
+    ours = Sampler(name, len(sigmas) - 1, "t", "t", sigmas=tuple(sigmas.tolist()))
+    x = ours.run(backbone, backbone.encode(PROMPTS, 3.0), noise)
+    x = x if flow else x / scale[1].float()
+    assert x.shape == theirs.shape and theirs.std() > 0.1
+    # In float32 theirs loses digits where DEIS divides by 1 - sigma = 0.001; ours is float64 there.
+    tolerance = 5e-5 if flow and library is DEISMultistepScheduler else 1e-5
+    assert (x - theirs).abs().max() < tolerance * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", ["dpmpp2m", "unipc"])
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_models_own_schedule_is_the_pipelines(name: str, steps: int) -> None:
+    backbone, library = backbones("sd"), LIBRARIES[zoo.find(name).target.partition(":")[2]]
+    scheduler = library.from_config(backbone.pipeline.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert torch.allclose(scheduler.sigmas.double(), backbone.sigmas(steps, final_zero=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["DPM", "Adams", "UniP", "UniPC"])
+def test_equals_skramples_own_run(name: str, form: Form) -> None:
+    pytest.importorskip("skrample", reason="needs Python 3.12")
+    from skrample.sampling import models, structured
+    from skrample.sampling.interface import StructuredFunctionalAdapter
+    from skrample.scheduling import Linear, Scaled
+
+    schedule = Linear() if form == "flow" else Scaled()
+    points = schedule.schedule(6)
+    sampler = StructuredFunctionalAdapter(getattr(structured, name)(order=3))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = 1.0 if form == "flow" else points[0].alpha  # theirs is in VP form
+
+    def model(z: Tensor, timestep: float, sigma: float, alpha: float) -> Tensor:
+        at = sigma if form == "flow" else sigma / alpha
+        return curved(z if form == "flow" else z / alpha, torch.full((2,), at, dtype=torch.float64))
+
+    transform = models.FlowModel() if form == "flow" else models.NoiseModel()
+    theirs = sampler.sample_model(scale * x, model, transform, schedule, 6)
+    sigmas = [p.sigma if form == "flow" else p.sigma / p.alpha for p in points]
+    ours = zoo.follow(f"skrample_{name.lower()}3", curved, x, torch.tensor([*sigmas, 0.0]).double(), form)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+# -- names and costs --------------------------------------------------------------------------------------------------
+
+
+def test_every_name_has_its_order_and_label() -> None:
+    assert set(ORDERS) | {"edm"} == set(zoo.METHODS)
+    assert len({method.label for method in zoo.METHODS.values()}) == len(zoo.METHODS)
+    assert set(zoo.ALIASES.values()) <= set(zoo.METHODS) and not set(zoo.ALIASES) & set(zoo.METHODS)
+    assert {"euler", "dpmpp2m", "deis"} <= set(zoo.applicable("flow")) <= set(zoo.applicable("flow", installed=False))
+    assert len(zoo.applicable("ve", installed=False)) == len(zoo.METHODS)
+
+
+@pytest.mark.parametrize("name", zoo.METHODS)
+def test_costs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo.Method, "installed", True)
+    method = zoo.METHODS[name]
+    for cost in range(1, 14):
+        sampler = nearest_baseline(name, cost)
+        assert sampler.parallel_nfe == sampler.model_evals == method.parallel_nfe(sampler.intervals) >= cost
+        assert sampler.intervals == 1 or method.parallel_nfe(sampler.intervals - 1) < cost
+        assert sampler == baseline(name, sampler.parallel_nfe)
+
+
+@pytest.mark.parametrize(
+    ("name", "cost", "possible"), [("heun", 7, "6 or 8"), ("edm", 6, "5 or 7"), ("dpm2", 1, "2"), ("edm", 0, "1")]
+)
+def test_impossible_costs_are_explained(name: str, cost: int, possible: str) -> None:
+    with pytest.raises(ValueError, match=rf"parallel NFE {cost} is impossible \(take {possible}\)"):
+        baseline(name, cost)
+
+
+def test_rivals_cost_no_less() -> None:
+    ours = Sampler("epd", 3, "t", "t", dpm2_table(3), afs=True)
+    found = rivals(["euler", "ddim", "heun", "edm", "ipndm4"], ours, equal_evals=True)
+    assert [s.key for s in found] == ["euler-5", "heun-6", "edm-5", "ipndm-5"]
+    assert [s.key for s in rivals(["edm", "heun"], nearest_baseline("euler", 6), equal_evals=False)] == [
+        "edm-7",
+        "heun-6",
+    ]
+
+
+def test_keys_and_labels() -> None:
+    sampler = baseline("heun", 6, "logsnr")
+    assert (sampler.key, sampler.label, sampler.schedule) == ("heun-logsnr-6", "Heun (logsnr)", "logsnr")
+    assert baseline("ipndm1", 4) == baseline("euler", 4) == baseline("ddim", 4)
+    assert baseline("euler", 4).key == "euler-4" and baseline("euler", 4).label == "DDIM / Euler"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UnknownNameError, match="unknown solver 'unipcc'; did you mean 'unipc'"):
+        baseline("unipcc", 4)
+    with pytest.raises(UnknownNameError, match="unknown schedule 'logsnrr'; did you mean 'logsnr'"):
+        baseline("euler", 4, "logsnrr")
+    with pytest.raises(UnknownNameError, match="cannot be imported"):
+        baseline("no_such_module:solve", 4)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert not any(name.startswith("skrample") for name in zoo.applicable("ve"))
+    line = r"solver 'skrample_rk4': the package skrample is not installed: pip install 'epd-ray\[skrample\]'"
+    with pytest.raises(ConfigError, match=line):
+        baseline("skrample_rk4", 8)
+
+
+def test_ones_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_methods.py").write_text(
+        "from epd_ray.solvers import euler, heun\n"
+        "from epd_ray.solvers.zoo import Method\n"
+        "def twice(drift, x, sigmas, *, callback=None):\n    return heun(drift, x, sigmas, callback=callback)\n"
+        "TWICE = Method('Mine', 'my_methods:twice', evals=2, forms=('ve',))\n"
+        "def once(drift, x, sigmas, *, callback=None):\n    return euler(drift, x, sigmas, callback=callback)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    once, twice = baseline("my_methods:once", 3), baseline("my_methods:TWICE", 6)
+    assert (once.label, once.key, once.intervals) == ("once", "my_methods.once-3", 3)
+    assert (twice.label, twice.key, twice.intervals) == ("Mine", "my_methods.TWICE-6", 3)
+    ve, flow = GaussianBackbone(form="ve", size=2), GaussianBackbone(form="flow", size=2)
+    conditioning, noise = ve.encode(PROMPTS, 1.0), noises(ve, SEEDS)
+    assert torch.equal(twice.run(ve, conditioning, noise), baseline("heun", 6).run(ve, conditioning, noise))
+    assert once.run(flow, conditioning, noise).isfinite().all()
+    with pytest.raises(ConfigError, match="'my_methods:TWICE' follows the form ve, but this model's is flow"):
+        twice.run(flow, conditioning, noise)
+
+
+def test_schedules_belong_to_forms() -> None:
+    ve, flow, sd = GaussianBackbone(form="ve"), GaussianBackbone(form="flow"), backbones("sd")
+    assert schedules_for(ve) == ["model", "logsnr", "time_uniform"]  # its own is polynomial
+    assert schedules_for(flow) == schedules_for(backbones("sd3")) == ["model"]  # its own is shift
+    assert schedules_for(sd) == ["model", "polynomial", "logsnr", "time_uniform"]  # its own is uniform
+    for backbone, own in ((ve, "polynomial"), (flow, "shift"), (sd, "uniform")):
+        assert torch.equal(scheduled(backbone, 4, own, final_zero=True), backbone.sigmas(4, final_zero=True))
+    assert set(SCHEDULES.values()) == set(FORMS)
+    for backbone, name in ((flow, "logsnr"), (ve, "uniform"), (ve, "shift"), (sd, "shift")):
+        with pytest.raises(ScheduleError, match=rf"schedule '{name}' is not for model .* take model"):
+            scheduled(backbone, 4, name, final_zero=False)
+    assert scheduled(sd, 3, "logsnr", final_zero=True).tolist()[2:] == pytest.approx([sd.sigmas(1)[1].item(), 0.0])
