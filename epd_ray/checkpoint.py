@@ -18,7 +18,7 @@ from epd_ray.store import unwritable, whole
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no held-out curve
 PATTERN = "iteration-{:06d}.pt"
 BEST = "best.pt"
 DAMAGE = (
@@ -104,6 +104,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(
             f"{path} was written by a newer epd_ray (checkpoint format {state['format']}, this one reads up to "
             f"{FORMAT}): update epd_ray"
+        )
+    if state["format"] < FORMAT:
+        raise RunDirectoryError(
+            f"{path} was written by an older epd_ray (checkpoint format {state['format']}, this one goes on from "
+            f"{FORMAT}): finish the run with the versions in its versions.json, or begin it anew"
         )
     return state
 

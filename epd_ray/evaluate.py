@@ -12,7 +12,7 @@ from PIL import Image
 
 from epd_ray.sampling import Sampler, nearest_baseline
 from epd_ray.shapes.judge import scene_accuracy
-from epd_ray.shapes.scenes import CANVAS, parse
+from epd_ray.shapes.scenes import CANVAS, Scene, parse
 from epd_ray.statistics import bootstrap_mean, paired_difference
 from epd_ray.store import RunDirectory, whole, write_text
 from epd_ray.types import FloatArray, ImageArray, Sampled
@@ -122,18 +122,32 @@ def compare(
         split: for the record.
         after_each: called with a sampler's results and pictures.
     """
-    scenes = [parse(p) for p in prompts]
+    scenes = scenes_of(prompts)
     rows = []
     for sampler in samplers:
         sampled = draw(sampler, prompts, seeds, True)
         assert sampled.images is not None
         values = dict(sampled.scores)
-        if all(s is not None for s in scenes) and sampled.images.shape[-2:] == (CANVAS, CANVAS):
-            pictures = np.asarray(sampled.images, np.float32) / np.float32(255)
-            values[SCENE_ACCURACY] = scene_accuracy(pictures, [s for s in scenes if s is not None]).astype(np.float32)
+        judged = None if scenes is None else accuracy(scenes, sampled.images)
+        if judged is not None:
+            values[SCENE_ACCURACY] = judged
         rows.append(Row(sampler, values, sampled.seconds / len(prompts)))
         after_each(sampler, rows[-1], sampled.images)
     return Comparison(split, tuple(prompts), tuple(seeds), tuple(rows))
+
+
+def scenes_of(prompts: Sequence[str]) -> list[Scene] | None:
+    """What the prompts describe, where every one is a scene of the embedded model's world."""
+    scenes = [scene for prompt in prompts if (scene := parse(prompt)) is not None]
+    return scenes if len(scenes) == len(prompts) else None
+
+
+def accuracy(scenes: Sequence[Scene], images: ImageArray) -> FloatArray | None:
+    """1 for each picture that shows its scene, else 0, [B]; None for pictures [B, 3, H, W] of another size."""
+    if images.shape[-2:] != (CANVAS, CANVAS):
+        return None
+    pictures = np.asarray(images, np.float32) / np.float32(255)
+    return scene_accuracy(pictures, scenes).astype(np.float32)
 
 
 def save_pictures(run: RunDirectory, key: str, images: ImageArray) -> None:

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -26,6 +28,12 @@ def page_template(name: str) -> Template:
 def signed(value: float, digits: int) -> str:
     """With its sign, minus as a minus sign."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def digits(widths: Sequence[float]) -> int:
+    """Decimals for two digits of half the narrowest of intervals' widths, between 3 and 5."""
+    narrowest = min((width / 2 for width in widths if width > 0), default=0.01)
+    return min(5, max(3, 1 - math.floor(math.log10(narrowest))))
 
 
 def open_picture(path: Path) -> Image.Image | None:

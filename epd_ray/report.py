@@ -1,9 +1,5 @@
 """A run as one self-contained page: what was gained, at which cost, and how it looks."""
 
-import io
-import itertools
-import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,40 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.page import data_uri, open_picture, page_template, signed
+from epd_ray.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
+from epd_ray.held_out import early_end, held_out
+from epd_ray.page import data_uri, digits, open_picture, page_template, signed
 from epd_ray.solvers import Solver
 from epd_ray.statistics import Interval
 from epd_ray.store import RunDirectory, read_metrics, write_text
+from epd_ray.validation import read_curve
 
 OURS, BASE = "rdpo", "distilled"
-PAPER, INK, MUTED, RULE, ACCENT = "#ffffff", "#1b1d20", "#6b7078", "#d9dbdf", "#c2410c"
-THEMED = {PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent"}
-"""Colours of the pictures -> the page's CSS variables, so that an inline drawing follows the reader's theme."""
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "epd-ray",
-}
 SHEET_ROWS = 8
 SHEET_COLUMNS = 8
 
@@ -139,8 +115,8 @@ def write_report(run: Path) -> Path:
         if columns:
             contact_sheet(run, [column.key for column in columns], SHEET_ROWS).save(files.images / "contact_sheet.png")
         with rc_context(STYLE):
-            curve = _publish(_reward_curve(rows), files.images / "reward_curve.png") if rows else None
-            drawing = _publish(_solver_drawing(tables), files.images / "solver_table.png") if tables else None
+            curve = publish(reward_curve(rows), files.images / "reward_curve.png") if rows else None
+            drawing = publish(solver_drawing(tables, OURS), files.images / "solver_table.png") if tables else None
         page = page_template("report.html.j2").render(
             name=run.resolve().name,
             headline=_headline(evaluation, rows),
@@ -155,6 +131,8 @@ def write_report(run: Path) -> Path:
                 for index, prompt in enumerate(prompts)
             ],
             curve=curve,
+            held_out=held_out(read_curve(files.validation), rows),
+            ended=early_end(rows),
             has_validation=any("validation/reward" in row for row in rows),
             drawing=drawing,
             timings=_timings(rows),
@@ -280,84 +258,5 @@ def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
 
 
 def _decimals(evaluation: Evaluation, metric: str) -> int:
-    """Enough decimals for two digits of the narrowest half-width, between 3 and 5."""
-    widths = [d.high - d.low for d in evaluation.differences if d.metric == metric]
-    narrowest = min((width / 2 for width in widths if width > 0), default=0.01)
-    return min(5, max(3, 1 - math.floor(math.log10(narrowest))))
-
-
-def _publish(figure: Figure, path: Path) -> Markup:
-    """Save the PNG, and return the drawing as SVG in the page's own colours and font."""
-    figure.savefig(path, dpi=200, facecolor=PAPER)
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)  # ids are shared by the whole page
-    for colour, name in THEMED.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return Markup(svg)
-
-
-def _reward_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Reward over iterations: training batches, and the mean table on the validation split."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    batches = [(row["iteration"], row["reward/mean"]) for row in rows if "reward/mean" in row]
-    if batches:
-        marker = "." if len(batches) < 3 else ""
-        axes.plot(*zip(*batches, strict=True), color=MUTED, alpha=0.5, lw=0.9, marker=marker, label="training batch")
-    checks = [row for row in rows if "validation/reward" in row]
-    if checks:
-        at = [row["iteration"] for row in checks]
-        low, high = (
-            [row.get(f"validation/{end}", row["validation/reward"]) for row in checks] for end in ("low", "high")
-        )
-        axes.fill_between(at, low, high, color=ACCENT, alpha=0.14, lw=0, label="95 % interval")
-        axes.plot(
-            at, [row["validation/reward"] for row in checks], color=ACCENT, lw=1.8, marker=".", label="validation"
-        )
-    if best := [row for row in checks if row.get("validation/best")]:
-        x, y = best[-1]["iteration"], best[-1]["validation/reward"]
-        label = f"best: {y:.4f} at iteration {x:.0f}"
-        axes.plot(x, y, "o", ms=9, color=ACCENT, mfc=PAPER, mew=1.8, label=label)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("reward", labelpad=12)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="y", color=RULE, lw=0.6)
-    axes.tick_params(length=0)
-    axes.spines["left"].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=3, handlelength=1.4, borderpad=0)
-    return figure
-
-
-def _solver_drawing(tables: Mapping[str, Solver]) -> Figure:
-    """Where each interval looks (circles on its line) and how it weighs what it sees (their area)."""
-    intervals = max(solver.table.intervals for solver in tables.values())
-    figure = Figure(figsize=(7.2, 0.8 + 0.66 * intervals), layout="constrained")
-    axes = figure.subplots()
-    handles = []
-    for key, solver in tables.items():
-        ours = key == OURS
-        edge, fill, layer = (ACCENT, ACCENT, 2) if ours else (INK, "none", 3)
-        look: dict[str, Any] = {"ls": "", "marker": "o", "color": edge, "mfc": fill, "zorder": layer}
-        handles.append(Line2D([], [], ms=8, label="EPD + RDPO" if ours else "distilled", **look))
-        for line, (positions, weights) in enumerate(zip(solver.table.positions, solver.table.weights, strict=True), 1):
-            for r, w in zip(positions.tolist(), weights.tolist(), strict=True):
-                axes.plot(r, line, ms=18 * math.sqrt(w), **look)
-                if len(positions) <= 3:
-                    above, colour = (1, ACCENT) if ours else (-1, MUTED)
-                    text: dict[str, Any] = {"size": 7.5, "ha": "center", "va": "center", "color": colour}
-                    place = (0, above * (9 * math.sqrt(w) + 7))
-                    axes.annotate(f"{w:.2f}", (r, line), place, textcoords="offset points", **text)
-    sigmas = next(iter(tables.values())).sigmas.tolist()
-    for line, (a, b) in enumerate(itertools.pairwise(sigmas), 1):
-        axes.plot((0, 1), (line, line), color=RULE, lw=1.4, zorder=1)
-        axes.text(-0.045, line, f"{a:.3g}", color=MUTED, ha="right", va="center")
-        axes.text(1.045, line, f"{b:.3g}", color=MUTED, va="center")
-    axes.set(xlim=(-0.14, 1.14), ylim=(intervals + 0.6, 0.4))
-    axes.set_axis_off()
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, borderpad=0)
-    return figure
+    """Of a metric, by its differences."""
+    return digits([d.high - d.low for d in evaluation.differences if d.metric == metric])

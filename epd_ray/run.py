@@ -296,6 +296,8 @@ def _evaluation_directory(run: RunDirectory, name: str) -> Iterator[RunDirectory
         target.path.mkdir()
         for source in (run.config, run.versions, run.metrics):
             shutil.copy(source, target.path)
+        if run.validation.is_file():
+            shutil.copy(run.validation, target.path)
         shutil.copytree(run.solver, target.solver)
         shutil.copytree(run.distilled, target.distilled)
         yield target

@@ -25,7 +25,10 @@ from epd_ray.rewards import HEADS
 from epd_ray.solvers.zoo import SOLVERS
 
 SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
-RESERVED_HEADS = {"mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy"}
+RESERVED_HEADS = {
+    *("mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy", "iteration", "reward"),
+    *("low", "high", "gain", "gain_low", "gain_high", "best", "stalled"),
+}
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TOKEN = re.compile(r"hf_|[0-9a-f]{40}")  # of Hugging Face and of Weights & Biases, which could be names too
@@ -235,7 +238,10 @@ class RDPOSection(Section):
     group_size: int = Field(default=4, description="G, images per prompt")
     same_latent: bool = Field(default=True, description="images of a group share their noise")
     baseline: Literal["per_prompt", "mixed"] = Field(default="per_prompt", description="mixed: the reference's")
-    lr: float = Field(default=2e-3, gt=0, le=1, description="of AdamW")
+    lr: float = Field(default=2e-3, gt=0, le=1, description="of AdamW, at the start")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="linear, cosine: it falls to 0 over the iterations"
+    )
     weight_decay: Amount = Field(default=0.01, description="of AdamW")
     clip: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the clipped surrogate")
     epochs: Positive = Field(default=1, description="passes over an iteration's images")
@@ -276,6 +282,8 @@ class EvaluationConfig(Section):
     """What the learned solver is compared with."""
 
     every: Positive = Field(default=5, description="iterations between validations")
+    patience: int = Field(default=0, ge=0, description="end after so many validations without progress; 0: never")
+    stop_on_alarm: bool = Field(default=False, description="end when heads that are not trained on fall")
     baselines: tuple[Annotated[str, AfterValidator(_solver)], ...] = Field(
         default=("euler", "heun", "dpm2", "ipndm"),
         strict=False,

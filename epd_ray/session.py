@@ -1,6 +1,7 @@
 """From a run's configuration to live actors."""
 
 import logging
+import math
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from epd_ray.encoder import EncoderSpec
 from epd_ray.environments import package_spec
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
-from epd_ray.sections import SHAPES, ClusterConfig, RewardConfig
+from epd_ray.sections import SHAPES, ClusterConfig, RDPOSection, RewardConfig
 from epd_ray.solvers import SolverTable
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
         )
         .rewards(heads, normalisation=rdpo.normalisation)
         .training(
-            lr=rdpo.lr,
+            lr=learning_rate(rdpo),
             weight_decay=rdpo.weight_decay,
             clip_param=rdpo.clip,
             num_epochs=rdpo.epochs,
@@ -88,6 +89,19 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
         .debugging(seed=config.seed, log_level="ERROR")
     )
     return _placed(built, config.cluster)
+
+
+def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:
+    """What RLlib takes as lr: a number, or [images drawn before, rate] for each iteration and the end."""
+    if rdpo.lr_schedule == "constant" or not rdpo.iterations:
+        return rdpo.lr
+    images = rdpo.prompts_per_iteration * rdpo.group_size
+    points = []
+    for i in range(rdpo.iterations + 1):
+        done = i / rdpo.iterations
+        share = 1 - done if rdpo.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        points.append([i * images, rdpo.lr * share])
+    return points
 
 
 def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:

@@ -14,19 +14,20 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval."""
+    """A mean with its bootstrap interval, of 95 % unless said otherwise."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap_mean(values: Values, *, seed: int = 0) -> Interval:
-    """The mean of a sample, with the percentile bootstrap's 95 % interval.
+def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:
+    """The mean of a sample, with the percentile bootstrap's interval.
 
     Args:
         values: [n], finite, n >= 1; the units that were drawn independently (prompts, not pictures of one prompt).
         seed: of the resampling; the same values and seed give the same interval.
+        confidence: of the interval, in (0, 1).
 
     Returns:
         Zero width where all values are equal, and so also for a single value, which says nothing about spread.
@@ -43,17 +44,26 @@ def bootstrap_mean(values: Values, *, seed: int = 0) -> Interval:
     if np.ptp(sample) == 0:
         return Interval(*[float(sample[0])] * 3)
     rng = np.random.default_rng(seed)
-    found = stats.bootstrap((sample,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=rng)
+    found = stats.bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        confidence_level=confidence,
+        method="percentile",
+        rng=rng,
+    )
     return Interval(float(sample.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-def paired_difference(a: Values, b: Values, *, seed: int = 0) -> Interval:
-    """The mean of a - b over pairs, with its 95 % interval.
+def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:
+    """The mean of a - b over pairs, with its interval.
 
     Args:
         a: [n], finite.
         b: [n], finite; b[i] was measured on the same prompt and seed as a[i].
         seed: of the resampling.
+        confidence: of the interval, in (0, 1).
 
     Raises:
         ValueError: different shapes, or values that `bootstrap_mean` refuses.
@@ -61,4 +71,4 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0) -> Interval:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a has shape {list(first.shape)} and b {list(second.shape)}, expected pairs")
-    return bootstrap_mean(first - second, seed=seed)
+    return bootstrap_mean(first - second, seed=seed, confidence=confidence)

@@ -231,6 +231,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def validation(self) -> Path:
+        return self.path / "validation.parquet"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

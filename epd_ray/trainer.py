@@ -4,7 +4,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,19 @@ import torch
 from epd_ray.checkpoint import save_best, save_checkpoint
 from epd_ray.config import RunConfig
 from epd_ray.distill_gradient import Descent
-from epd_ray.evaluate import Comparison, Draw, Row, compare, headline, rivals, save_comparison, save_pictures
+from epd_ray.evaluate import (
+    SCENE_ACCURACY,
+    Comparison,
+    Draw,
+    Row,
+    accuracy,
+    compare,
+    headline,
+    rivals,
+    save_comparison,
+    save_pictures,
+    scenes_of,
+)
 from epd_ray.monitor import memory_metrics
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits
@@ -25,52 +36,15 @@ from epd_ray.sampling import Sampler, learned
 from epd_ray.shard import Fit, as_table
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.stage_one import StageOne, fit_table
-from epd_ray.statistics import bootstrap_mean
 from epd_ray.store import MetricsLog, RunDirectory, package_versions
 from epd_ray.trackers import Sink
-from epd_ray.types import FloatArray, ImageArray
+from epd_ray.types import ImageArray
+from epd_ray.validation import STOPPED, Best, Curve, Validation, write_curve
 
 log = logging.getLogger(__name__)
 TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cut"
 RATE_ITERATIONS = 10  # that images per second are averaged over: what a validation delays comes out at once afterwards
 STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
-
-
-@dataclass
-class Best:
-    """The best table so far by held-out reward."""
-
-    reward: float = -np.inf
-    iteration: int = -1
-    positions: Any = None
-    weights: Any = None
-    scale_dir: Any = None
-    scale_time: Any = None
-
-    @property
-    def table(self) -> SolverTable:
-        def tensor(values: Any) -> torch.Tensor | None:
-            return None if values is None else torch.as_tensor(np.array(values))
-
-        positions, weights = tensor(self.positions), tensor(self.weights)
-        assert positions is not None and weights is not None
-        return SolverTable(positions, weights, tensor(self.scale_dir), tensor(self.scale_time))
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What its solver says of how it came about."""
-        stage = "rdpo" if self.iteration else "distilled"
-        return {"stage": stage, "iteration": self.iteration, "validation_reward": round(self.reward, 6)}
-
-    def take(self, table: SolverTable, reward: float, iteration: int) -> bool:
-        """Keep the table if it is better."""
-        if reward <= self.reward:
-            return False
-        self.reward, self.iteration = reward, iteration
-        for name in ("positions", "weights", "scale_dir", "scale_time"):
-            values = getattr(table, name)
-            setattr(self, name, None if values is None else values.numpy())
-        return True
 
 
 def noise_seeds(config: RunConfig, stream: str, count: int) -> list[int]:
@@ -113,17 +87,21 @@ def descent_of(config: RunConfig, facts: BackboneFacts) -> Descent | None:
     return Descent(d.steps, d.lr, batch, d.min_weight, d.scale_range, max_sigma)
 
 
-def validation_rewards(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> FloatArray:
-    """A table's reward on each validation prompt, always with the same seeds."""
+def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable, iteration: int) -> Validation:
+    """A table's scores on each validation prompt, always with the same seeds."""
     s = config.solver
     sampler = Sampler("epd", s.intervals, "validation", "validation", table, s.afs, s.order)
     seeds = noise_seeds(config, "validation", len(prompts.validation))
-    return algo.sample_scored(sampler, prompts.validation, seeds).reward
+    scenes = scenes_of(prompts.validation)
+    found = algo.sample_scored(sampler, prompts.validation, seeds, keep_images=scenes is not None)
+    judged = None if scenes is None or found.images is None else accuracy(scenes, found.images)
+    more = {} if judged is None else {SCENE_ACCURACY: judged}
+    return Validation(iteration, found.reward, {**found.scores, **more})
 
 
 def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
     """The current mean table's reward on the validation prompts."""
-    return float(validation_rewards(config, prompts, algo, algo.mean_table()).mean())
+    return float(validate(config, prompts, algo, algo.mean_table(), algo.policy_version).reward.mean())
 
 
 def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
@@ -169,6 +147,9 @@ class Trainer:
         self.sinks, self.after_checkpoint = sinks, after_checkpoint
         self._about = {"seed": config.seed, "versions": package_versions()}
         self.best = Best()
+        trained = tuple(name for name, head in config.rewards.items() if head.weight)
+        seeds = noise_seeds(config, "validation", len(prompts.validation))
+        self.curve = Curve(tuple(prompts.validation), tuple(seeds), trained)
         self._checkpointed = -1
 
     # -- stage 1 ------------------------------------------------------------------------------------------------------
@@ -193,6 +174,7 @@ class Trainer:
         table = table or self.algo.mean_table()
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
         self.run.metrics.unlink(missing_ok=True)
+        self.run.validation.unlink(missing_ok=True)
         drop_rollouts(self.run.rollouts, after=0)
         with MetricsLog(self.run) as metrics:
             self._write(metrics, {"iteration": 0, "images": 0, **self._validate(table, 0)})
@@ -205,7 +187,7 @@ class Trainer:
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 
     def fine_tune(self) -> None:
-        """RDPO until the last iteration; a checkpoint every few iterations and at an interrupt."""
+        """RDPO until the last iteration or an early stop; a checkpoint every few iterations and at an interrupt."""
         iterations = self.config.rdpo.iterations
         done = self.algo.policy_version
         self.observer.stage("fine-tuning", iterations)
@@ -214,12 +196,22 @@ class Trainer:
         self._ends = deque([time.perf_counter()], RATE_ITERATIONS + 1)
         with MetricsLog(self.run, keep_until=done) as metrics:
             try:
-                while self.algo.policy_version < iterations:
+                while self.algo.policy_version < iterations and not self._early_stop():
                     self._iterate(metrics)
             except KeyboardInterrupt:
                 self._checkpoint()
                 raise
         self._checkpoint()
+        if (why := self._early_stop()) and (done := self.algo.policy_version) < iterations:
+            self.algo.drop_ahead()
+            self.observer.note(f"fine-tuning ends early, after iteration {done} of {iterations}: {STOPPED[why]}")
+
+    def _early_stop(self) -> str | None:
+        """Why fine-tuning is over before its last iteration; it follows from the curve, so a resumed run agrees."""
+        e = self.config.evaluation
+        if e.stop_on_alarm and self.curve.falls():
+            return "alarm"
+        return "patience" if e.patience and self.curve.stalled >= e.patience else None
 
     def _iterate(self, metrics: MetricsLog) -> None:
         self.algo.train()
@@ -231,13 +223,15 @@ class Trainer:
         write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)
+            if why := self._early_stop():
+                row[f"stopped/{why}"] = 1.0
         self._write(metrics, row)
         self._mark(better=bool(row.get("validation/best")))
         if last.number % self.config.checkpoint.every == 0:
             self._checkpoint()
         shown = {"reward": row["reward/mean"], "images/s": rate}
         if "validation/reward" in row:
-            shown["held-out"] = row["validation/reward"]
+            shown |= {"held-out": row["validation/reward"], "gain": row["validation/gain"]}
         self.observer.advance(1, **shown)
 
     def _write(self, metrics: MetricsLog, row: dict[str, float]) -> None:
@@ -247,7 +241,8 @@ class Trainer:
 
     def _mark(self, better: bool = False) -> None:
         """Remember the state after a whole iteration, since a signal may come in the middle of one; keep the best."""
-        state = {"algorithm": self.algo.export_state(), "best": dict(vars(self.best)), **self._about}
+        kept = {"best": dict(vars(self.best)), "curve": self.curve.state()}
+        state = {"algorithm": self.algo.export_state(), **kept, **self._about}
         self._whole = self.algo.policy_version, state
         if better:
             save_best(self.run.checkpoints, *self._whole)
@@ -263,24 +258,23 @@ class Trainer:
         """Go on where a checkpoint was made; what was written after it is written again, the same."""
         self.algo.import_state(checkpoint["algorithm"])
         self._checkpointed = checkpoint["iteration"]
-        self.best = Best(**checkpoint["best"])
+        self.best, self.curve = Best(**checkpoint["best"]), self.curve.restored(checkpoint["curve"])
+        write_curve(self.run.validation, self.curve)
         self._save_best()
         drop_rollouts(self.run.rollouts, after=self.algo.policy_version)
         self._mark()
 
     def _validate(self, table: SolverTable, iteration: int) -> dict[str, float]:
         """Score a table on the validation split; the best one so far becomes the solver to take home."""
-        interval = bootstrap_mean(validation_rewards(self.config, self.prompts, self.algo, table))
-        better = self.best.take(table, interval.mean, iteration)
+        self.curve = self.curve.extended(validate(self.config, self.prompts, self.algo, table, iteration))
+        write_curve(self.run.validation, self.curve)
+        row = self.curve.metrics()
+        if alarm := self.curve.alarm():
+            log.warning(alarm)
+        better = self.best.take(table, row["validation/reward"], iteration)
         if better:
             self._save_best()
-        return {
-            "validation/reward": interval.mean,
-            "validation/low": interval.low,
-            "validation/high": interval.high,
-            "validation/best": float(better),
-            **self._memory(),
-        }
+        return {**row, "validation/best": float(better), **self._memory()}
 
     def _memory(self) -> dict[str, float]:
         try:

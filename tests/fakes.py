@@ -32,6 +32,29 @@ class ShortHead:
         return torch.zeros(len(prompts) - 1)
 
 
+class FlatHead:
+    """Its scores follow the prompt alone."""
+
+    model_id = "flat"
+
+    def score(self, images, prompts):
+        return torch.tensor([len(prompt) / 100 for prompt in prompts])
+
+
+class BrightHead(FlatHead):
+    """Rewards brightness alone."""
+
+    def score(self, images, prompts):
+        return super().score(images, prompts) + images.mean((1, 2, 3))
+
+
+class DarkHead(FlatHead):
+    """What gets lost when brightness alone is rewarded."""
+
+    def score(self, images, prompts):
+        return super().score(images, prompts) - images.mean((1, 2, 3))
+
+
 class TableBackbone(SimulatedBackbone):
     """dx/dsigma = sigma from x = 0, whatever the prompt: brightness is 1 + sum_i (b - a) * sum_k w_k s_k."""
 

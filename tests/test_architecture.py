@@ -27,6 +27,7 @@ LAYERS = (
     PURE,
     ("backbones", "rewards", "metrics", "sampling", "scheduler", "parallel", "tables"),
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
+    ("validation",),
     ("score.rows", "score.output"),
     ("rollout", "random_models"),
     ("cluster", "join", "encoder", "pool", "actors", "feature_pool", "rdpo"),

@@ -38,6 +38,8 @@ RAYS_OWN = {"ray_node_gram_used"}  # Ray's gauge of its nodes' GPUs
         ("wait/a_for_b_for_rollouts", "epd_ray_wait_seconds", {"who": "a_for_b", "for": "rollouts"}),
         ("actors/reward/clip", "epd_ray_actors", {"kind": "reward/clip"}),
         ("memory/reward/clip/gpu", "epd_ray_memory_bytes", {"kind": "reward/clip", "device": "gpu"}),
+        ("validation/gain_low", "epd_ray_heldout_reward", {"value": "gain_low"}),
+        ("alarm/reward_hacking", "epd_ray_alarm", {"kind": "reward_hacking"}),
         ("retries", "epd_ray_retries_total", {}),
         ("something/new", "epd_ray_other", {"name": "something/new"}),
     ],

@@ -53,6 +53,24 @@ def test_starts_as_the_base_table_and_learns(build):
     assert (algo.mean_table().positions.mean() - start.positions.mean()) > 0.02
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [8, 8, 8, 8]), ("linear", [8, 6, 4, 2]), ("cosine", [8, 6.8284, 4, 1.1716])],
+)
+def test_the_learning_rate_follows_its_schedule(build, schedule, rates):
+    overrides = (f"rdpo.lr_schedule={schedule}", "rdpo.lr=8e-3", "rdpo.iterations=4")
+    algo, used, state = build(*overrides), [], {}
+    for i in range(4):
+        if i == 2:
+            state = algo.export_state()
+        algo.train()
+        used.append(algo.last.metrics["losses/learning_rate"] * 1e3)
+    assert used == pytest.approx(rates, rel=1e-4)
+    again = build(*overrides)
+    again.import_state(state)
+    assert run(again, 2) == algo.checksum() and again.last.metrics["losses/learning_rate"] * 1e3 == used[-1]
+
+
 def _sampler(algo, table):
     return Sampler("epd", table.intervals, "t", "t", table)
 

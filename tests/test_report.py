@@ -10,7 +10,8 @@ from PIL import Image
 
 from epd_ray.errors import RunDirectoryError
 from epd_ray.report import contact_sheet, write_report
-from epd_ray.store import RunDirectory
+from epd_ray.store import RunDirectory, read_metrics
+from epd_ray.validation import Curve, Validation, write_curve
 
 NASTY = '<b>&" a small red circle</b><script>alert(1)</script>'
 SOLVERS = [
@@ -21,6 +22,9 @@ SOLVERS = [
     ("heun-3", "Heun", "heun", 3, 6, 6, 0.742),
     ("ipndm-6", "iPNDM", "ipndm", 6, 6, 6, 0.805),
 ]
+
+
+GAIN = {"": 0.0, "_low": -0.002, "_high": 0.0021}
 
 
 def around(mean: float, half: float) -> dict[str, float]:
@@ -59,12 +63,27 @@ def write_metrics(run: RunDirectory, iterations: int = 60) -> None:
         row |= {"time/wait": 0.2, "policy/entropy": -3.0}
         if iteration % 5 == 0:
             value = level + rng.normal(0, 0.0007)
-            row |= {"validation/reward": value, "validation/low": value - 0.003, "validation/high": value + 0.003}
+            row |= {"validation/reward": value, "validation/low": value - 0.03, "validation/high": value + 0.03}
+            row |= {f"validation/gain{end}": value - 0.822 + off for end, off in GAIN.items()}
+            row["alarm/reward_hacking"] = float(iteration in (45, 50))
             if value > best:
                 best = value
                 row["validation/best"] = 1.0
         lines.append(json.dumps(row))
     run.metrics.write_text("\n".join(lines) + "\n")
+
+
+def write_validation(run: RunDirectory) -> None:
+    """A curve whose watched head falls in the end."""
+    prompts, rng = tuple(f"prompt {i}" for i in range(48)), np.random.default_rng(5)
+    curve, spread = Curve(prompts, tuple(range(48)), ("clip",)), rng.normal(0, 0.1, 48)
+    for row in read_metrics(run.metrics):
+        if "validation/gain" in row:
+            clip = (0.822 + spread + row["validation/gain"] + rng.normal(0, 0.003, 48)).astype(np.float32)
+            lost = 0.4 + spread - 0.04 * (row["iteration"] > 40) + rng.normal(0, 0.02, 48)
+            scores = {"clip": clip, "aesthetic": lost.astype(np.float32)}
+            curve = curve.extended(Validation(int(row["iteration"]), clip, scores))
+    write_curve(run.validation, curve)
 
 
 def write_solver(folder: Path, positions: list[list[float]], weights: list[list[float]]) -> None:
@@ -95,6 +114,7 @@ def make_run(path: Path) -> RunDirectory:
     run = RunDirectory.create(path, config)
     write_evaluation(run)
     write_metrics(run)
+    write_validation(run)
     write_solver(run.distilled, [[0.3, 0.7]] * 3, [[0.6, 0.4], [0.5, 0.5], [0.9, 0.1]])
     write_solver(run.solver, [[0.35, 0.8], [0.25, 0.66], [0.21, 0.6]], [[0.7, 0.3], [0.42, 0.58], [0.82, 0.18]])
     write_samples(run, [NASTY, *(f"a small red circle left of a large blue star, number {i}" for i in range(5))])
@@ -147,7 +167,10 @@ def test_page_has_every_section(full: RunDirectory) -> None:
         "seconds",
         "best: 0.83",
         "validation",
-        "interval",
+        "gain over the start",
+        "95 % interval, paired",
+        "aestheticwatched",
+        "Reward hacking? at iteration 45 the held-out reward is up by +0.0",
         "generate",
     ):
         assert text in loads.text

@@ -21,7 +21,7 @@ from typer import Exit
 
 from epd_ray import run as run_module
 from epd_ray import session, trainer
-from epd_ray.checkpoint import load_newest, save_best, save_checkpoint
+from epd_ray.checkpoint import FORMAT, load_newest, save_best, save_checkpoint
 from epd_ray.cli.common import ending
 from epd_ray.config import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
@@ -254,8 +254,12 @@ def test_a_run_begun_anew_keeps_no_rollouts(finished, tmp_path):
 
 
 def test_a_checkpoint_of_a_newer_format_is_no_damage(checkpoints):
-    save_checkpoint(checkpoints, 7, {"format": 2}, keep=9)
-    with pytest.raises(RunDirectoryError, match=r"newer epd_ray \(checkpoint format 2, .* up to 1\): update epd_ray"):
+    save_checkpoint(checkpoints, 7, {"format": FORMAT + 1}, keep=9)
+    said = rf"newer epd_ray \(checkpoint format {FORMAT + 1}, .* up to {FORMAT}\): update epd_ray"
+    with pytest.raises(RunDirectoryError, match=said):
+        load_newest(checkpoints)
+    save_checkpoint(checkpoints, 7, {"format": 1}, keep=9)
+    with pytest.raises(RunDirectoryError, match=r"older epd_ray \(checkpoint format 1, .* versions.json, or begin it"):
         load_newest(checkpoints)
 
 

@@ -118,11 +118,12 @@ def test_a_checkpoint_goes_on_with_the_new_learning_rate(build, tmp_path, learne
     second = build("rdpo.lr=0.05", "rdpo.weight_decay=0.5", *actors)
     second.load_checkpoint(str(tmp_path))
     assert second.checksum() == first.checksum()
+    before = second.distribution().parameters.clone()
+    first.train(), second.train()
     groups = second.learner_group.foreach_learner(
         lambda learner: [g for o in learner._named_optimizers.values() for g in o.param_groups]
     )
     assert {(g["lr"], g["weight_decay"]) for each in groups for g in each.get()} == {(0.05, 0.5)}
-    before = second.distribution().parameters.clone()
-    first.train(), second.train()
+    assert [algo.last.metrics["losses/learning_rate"] for algo in (first, second)] == [1e-3, 0.05]
     moved = [float((algo.distribution().parameters - before).abs().mean()) for algo in (first, second)]
     assert moved[1] > 5 * moved[0] > 0

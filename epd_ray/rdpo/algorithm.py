@@ -205,8 +205,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         base = base_parameters(table, self.config.space, self.config.concentration)
         module = self._learner_state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         module["policy.base"] = base.numpy()
-        self._pipeline.discard()
-        self._submitted = 0
+        self.drop_ahead()
         self._remember(self._of_learner(self._give_learner_state))
 
     # -- proposing ----------------------------------------------------------------------------------------------------
@@ -225,6 +224,11 @@ class RDPO(Algorithm):  # type: ignore[misc]
         while self._submitted <= end:
             self._pipeline.submit(rollout_task(job, self.config.keep_images) for job in self._jobs(self._submitted))
             self._submitted += 1
+
+    def drop_ahead(self) -> None:
+        """Forget what is drawn for iterations to come: there will be none."""
+        self._pipeline.discard()
+        self._submitted = self._iteration_done
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
@@ -264,7 +268,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._iteration_done += 1
         self._remember(state)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
-        names = ("policy_loss", "approx_kl", "clipfrac", "behaviour_kl")
+        names = ("policy_loss", "approx_kl", "clipfrac", "behaviour_kl", "learning_rate")
         return {f"losses/{n}": float(self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, n))) for n in names}
 
     def _of_learner(self, ask: Callable[[], Any]) -> Any:

@@ -125,6 +125,7 @@ def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob
     steps = {
         "iteration": iteration,
         "staleness": iteration - job.policy_version,
+        "images": iteration * len(rows),
         NUM_ENV_STEPS_SAMPLED_LIFETIME: (iteration + 1) * len(rows),
     }
     return {

@@ -33,19 +33,22 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         parameters = self.get_parameters(module)
         self.register_optimizer(
             module_id=module_id,
-            optimizer=torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay),
+            optimizer=torch.optim.AdamW(parameters, weight_decay=config.weight_decay),
             params=parameters,
             lr_or_lr_schedule=config.lr,
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
-        for optimizer in self._named_optimizers.values():  # a checkpoint brings its own run's, another's under PBT
+        for optimizer in self._named_optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"], group["weight_decay"] = self.config.lr, self.config.weight_decay
+                group["weight_decay"] = self.config.weight_decay
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         super().before_gradient_based_update(timesteps=timesteps)
+        [(optimizer, schedule)] = self._optimizer_lr_schedules.items()
+        self._lr = schedule.update(timesteps["images"])  # a checkpoint brings another run's, under PBT
+        self._set_optimizer_lr(optimizer, lr=self._lr)
         # RLlib shuffles minibatches with numpy's global generator: tie it to the iteration, so a resumed run agrees.
         np.random.seed([(self.config.seed or 0) & 0xFFFFFFFF, timesteps["iteration"]])
         self._on_policy = timesteps["staleness"] == 0
@@ -77,6 +80,7 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
                 "clipfrac": surrogate.clipfrac,
                 "kl_to_base": kl_to_base.detach(),
                 "entropy": entropy.detach(),
+                "learning_rate": self._lr,
             },
         )
         loss: Tensor = surrogate.loss + config.kl_coeff * kl_to_base - config.entropy_coeff * entropy
@@ -89,5 +93,5 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         if self._on_policy and worst > RATIO_TOLERANCE:
             raise RuntimeError(f"first ratio is off 1 by {worst:.2g}, at most {RATIO_TOLERANCE:g} on fresh rollouts")
 
-    def _log(self, module_id: str, values: dict[str, Tensor]) -> None:
+    def _log(self, module_id: str, values: Mapping[str, Tensor | float]) -> None:
         self.metrics.log_dict({k: float(v) for k, v in values.items()}, key=module_id, window=1)

@@ -15,7 +15,8 @@ from epd_ray.shard import as_table
 from epd_ray.solvers import SolverTable
 from epd_ray.statistics import bootstrap_mean
 from epd_ray.sweep.space import Plan
-from epd_ray.trainer import Best, distil, made_by, validation_rewards, weights_of
+from epd_ray.trainer import distil, made_by, validate, weights_of
+from epd_ray.validation import Best
 
 PLAN, PROMPTS, STATE = "plan", "prompts", "sweep"
 SOLVER = "solver"
@@ -79,7 +80,7 @@ class SweepTrial(RDPO):
 
     def _evaluate(self, table: SolverTable) -> float:
         run = self._run_config.model_copy(update={"seed": self._plan.config.seed})
-        interval = bootstrap_mean(validation_rewards(run, self._prompt_splits, self, table))
+        interval = bootstrap_mean(validate(run, self._prompt_splits, self, table, self.policy_version).reward)
         if self._best.take(table, interval.mean, self.policy_version):
             self._interval = {"best": interval.mean, "low": interval.low, "high": interval.high}
         return interval.mean

@@ -1,0 +1,135 @@
+"""The drawings of a run's page: its held-out curve, its table."""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from epd_ray.solvers import Solver
+
+PAPER, INK, MUTED, RULE, ACCENT = "#ffffff", "#1b1d20", "#6b7078", "#d9dbdf", "#c2410c"
+THEMED = {PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent"}
+"""Colours of the pictures -> the page's CSS variables, so that an inline drawing follows the reader's theme."""
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "epd-ray",
+}
+
+
+def publish(figure: Figure, path: Path) -> Markup:
+    """Save the PNG, and return the drawing as SVG in the page's own colours and font."""
+    figure.savefig(path, dpi=200, facecolor=PAPER)
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)  # ids are shared by the whole page
+    for colour, name in THEMED.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return Markup(svg)
+
+
+def reward_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Reward over iterations; below it what the held-out prompts gained over the start, with its paired interval."""
+    checks = [row for row in rows if "validation/reward" in row]
+    gains = [row for row in checks if "validation/gain" in row]
+    figure = Figure(figsize=(7.2, 5.2 if gains else 3.4), layout="constrained")
+    if gains:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        _draw_gain(below, gains)
+    else:
+        above = below = figure.subplots()
+    _draw_rewards(above, rows, checks)
+    below.set_xlabel("iteration")
+    below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=2.4, handlelength=1.4, borderpad=0)
+    return figure
+
+
+def _draw_rewards(axes: Axes, rows: Sequence[Mapping[str, float]], checks: Sequence[Mapping[str, float]]) -> None:
+    """Training batches, and the mean table on the validation split."""
+    batches = [(row["iteration"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+    if batches:
+        marker = "." if len(batches) < 3 else ""
+        axes.plot(*zip(*batches, strict=True), color=MUTED, alpha=0.5, lw=0.9, marker=marker, label="training batch")
+    if checks:
+        at, values = ([row[key] for row in checks] for key in ("iteration", "validation/reward"))
+        axes.plot(at, values, color=ACCENT, lw=1.8, marker=".", label="validation")
+    if best := [row for row in checks if row.get("validation/best")]:
+        x, y = best[-1]["iteration"], best[-1]["validation/reward"]
+        label = f"best: {y:.4f} at iteration {x:.0f}"
+        axes.plot(x, y, "o", ms=9, color=ACCENT, mfc=PAPER, mew=1.8, label=label)
+    _plain(axes, "reward")
+
+
+def _draw_gain(axes: Axes, gains: Sequence[Mapping[str, float]]) -> None:
+    at = [row["iteration"] for row in gains]
+    mean, low, high = ([row[f"validation/gain{end}"] for row in gains] for end in ("", "_low", "_high"))
+    axes.axhline(0, color=MUTED, lw=0.9)
+    axes.fill_between(at, low, high, color=ACCENT, alpha=0.14, lw=0, label="95 % interval, paired")
+    axes.plot(at, mean, color=ACCENT, lw=1.8, marker=".")
+    raised = [row for row in gains if row.get("alarm/reward_hacking")]
+    if raised:
+        places = [row["iteration"] for row in raised], [row["validation/gain"] for row in raised]
+        axes.plot(*places, "x", color=INK, ms=7, mew=1.6, label="alarm")
+    _plain(axes, "gain over the start")
+
+
+def _plain(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, labelpad=12)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
+    """Where each interval looks (circles on its line) and how it weighs what it sees (their area); `ours` in colour."""
+    intervals = max(solver.table.intervals for solver in tables.values())
+    figure = Figure(figsize=(7.2, 0.8 + 0.66 * intervals), layout="constrained")
+    axes = figure.subplots()
+    handles = []
+    for key, solver in tables.items():
+        mine = key == ours
+        edge, fill, layer = (ACCENT, ACCENT, 2) if mine else (INK, "none", 3)
+        look: dict[str, Any] = {"ls": "", "marker": "o", "color": edge, "mfc": fill, "zorder": layer}
+        handles.append(Line2D([], [], ms=8, label="EPD + RDPO" if mine else "distilled", **look))
+        for line, (positions, weights) in enumerate(zip(solver.table.positions, solver.table.weights, strict=True), 1):
+            for r, w in zip(positions.tolist(), weights.tolist(), strict=True):
+                axes.plot(r, line, ms=18 * math.sqrt(w), **look)
+                if len(positions) <= 3:
+                    above, colour = (1, ACCENT) if mine else (-1, MUTED)
+                    text: dict[str, Any] = {"size": 7.5, "ha": "center", "va": "center", "color": colour}
+                    place = (0, above * (9 * math.sqrt(w) + 7))
+                    axes.annotate(f"{w:.2f}", (r, line), place, textcoords="offset points", **text)
+    sigmas = next(iter(tables.values())).sigmas.tolist()
+    for line, (a, b) in enumerate(itertools.pairwise(sigmas), 1):
+        axes.plot((0, 1), (line, line), color=RULE, lw=1.4, zorder=1)
+        axes.text(-0.045, line, f"{a:.3g}", color=MUTED, ha="right", va="center")
+        axes.text(1.045, line, f"{b:.3g}", color=MUTED, va="center")
+    axes.set(xlim=(-0.14, 1.14), ylim=(intervals + 0.6, 0.4))
+    axes.set_axis_off()
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, borderpad=0)
+    return figure
