@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, get_args
 
 import yaml
@@ -120,19 +120,22 @@ class RunConfig(Section):
         return distill
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), assumed: Mapping[str, Any] = MappingProxyType({})
+) -> RunConfig:
     """The defaults, changed by a YAML file, changed by overrides.
 
     Args:
         path: a mapping of sections; None for the defaults. Paths inside are relative to the working directory.
         overrides: "rdpo.lr=1e-3" and the like; values are YAML.
+        assumed: sections with what the file is taken to say where it says nothing.
 
     Raises:
         ConfigError: every problem there is, one line each.
     """
     given = {} if path is None else read_yaml(path)
     _require_format(path, given.get("format", FORMAT))
-    return resolve(given, overrides)
+    return resolve(_fill(dict(assumed), given), overrides)
 
 
 def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

@@ -1,9 +1,11 @@
 """A comparison of samplers on the same prompts and seeds, with paired intervals."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from PIL import Image
 from epd_ray.sampling import Sampler, nearest_baseline
 from epd_ray.shapes.judge import scene_accuracy
 from epd_ray.shapes.scenes import CANVAS, Scene, parse
-from epd_ray.statistics import bootstrap_mean, paired_difference
+from epd_ray.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.store import RunDirectory, whole, write_text
 from epd_ray.types import FloatArray, ImageArray, Sampled
 
@@ -32,6 +34,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A paired difference of two samplers, by their keys: `solver` minus `against`."""
+
+    metric: str
+    solver: str
+    against: str
+    interval: Interval
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All samplers on one set of prompts and seeds.
 
@@ -40,23 +52,33 @@ class Comparison:
         prompts: B prompts.
         seeds: their noise seeds.
         rows: per sampler.
+        ours: keys of the samplers that the others are compared with, the first before those that it came from.
     """
 
     split: str
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    ours: tuple[str, ...] = OURS
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, Interval]]:
+        """Sampler's key -> metric -> mean over the prompts."""
+        return {row.sampler.key: {m: bootstrap_mean(v) for m, v in row.values.items()} for row in self.rows}
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Ours minus each of the others, by metric."""
+        by_key = {row.sampler.key: row for row in self.rows}
+        ours = [key for key in self.ours if key in by_key]
+        pairs = [(a, b) for i, a in enumerate(ours) for b in by_key if b not in ours[: i + 1]]
+        return [
+            Difference(m, a, b, paired_difference(by_key[a].values[m], by_key[b].values[m]))
+            for m, (a, b) in product(self.rows[0].values, pairs)
+        ]
 
     def summary(self) -> dict[str, object]:
         """Means with intervals, and the paired differences of ours to each of the others; ready for JSON."""
-        metrics = list(self.rows[0].values)
-        by_key = {row.sampler.key: row for row in self.rows}
-        pairs = [(a, b) for a in OURS for b in by_key if a in by_key and b != a and (a, b) != OURS[::-1]]
-        differences = [
-            {"metric": m, "solver": a, "against": b}
-            | asdict(paired_difference(by_key[a].values[m], by_key[b].values[m]))
-            for m, (a, b) in product(metrics, pairs)
-        ]
         solvers = [
             {
                 "key": row.sampler.key,
@@ -67,14 +89,18 @@ class Comparison:
                 "parallel_nfe": row.sampler.parallel_nfe,
                 "model_evals": row.sampler.model_evals,
                 "seconds_per_image": row.seconds_per_image,
-                "metrics": {m: asdict(bootstrap_mean(v)) for m, v in row.values.items()},
+                "metrics": {m: asdict(interval) for m, interval in self.means[row.sampler.key].items()},
             }
             for row in self.rows
+        ]
+        differences = [
+            {"metric": d.metric, "solver": d.solver, "against": d.against} | asdict(d.interval)
+            for d in self.differences
         ]
         return {
             "split": self.split,
             "prompts": len(self.prompts),
-            "metrics": metrics,
+            "metrics": list(self.rows[0].values),
             "solvers": solvers,
             "differences": differences,
         }
@@ -150,11 +176,10 @@ def accuracy(scenes: Sequence[Scene], images: ImageArray) -> FloatArray | None:
     return scene_accuracy(pictures, scenes).astype(np.float32)
 
 
-def save_pictures(run: RunDirectory, key: str, images: ImageArray) -> None:
-    """images/samples/<key>/NNN.png, the same number for the same prompt and seed."""
-    folder = run.samples / key
+def save_pictures(folder: Path, images: Iterable[ImageArray], first: int = 0) -> None:
+    """<folder>/NNN.png, counted from `first`: the same number for the same prompt and seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
+    for i, image in enumerate(images, first):
         with whole(folder / f"{i:03d}.png") as partial:
             Image.fromarray(image.transpose(1, 2, 0)).save(partial, "PNG")
 

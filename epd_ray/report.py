@@ -124,7 +124,7 @@ def write_report(run: Path) -> Path:
             evaluation=evaluation,
             decimals={metric: _decimals(evaluation, metric) for metric in evaluation.metrics} if evaluation else {},
             solvers={row.key: row for row in evaluation.solvers} if evaluation else {},
-            ours=OURS,
+            ours=[OURS],
             columns=columns,
             sheet=[
                 (prompt, [data_uri(files.samples / column.key / f"{index:03d}.png") for column in columns])

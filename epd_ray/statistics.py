@@ -10,6 +10,7 @@ from scipy import stats
 Values = Sequence[float] | npt.NDArray[np.floating]
 
 RESAMPLES = 9999
+HELD = 10**7  # resampled values at a time: 80 MB
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -
     if np.ptp(sample) == 0:
         return Interval(*[float(sample[0])] * 3)
     rng = np.random.default_rng(seed)
+    batch = min(1000, max(1, HELD // sample.size))
     found = stats.bootstrap(
         (sample,),
         np.mean,
         n_resamples=RESAMPLES,
-        batch=1000,
+        batch=batch,
         confidence_level=confidence,
         method="percentile",
         rng=rng,

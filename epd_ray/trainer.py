@@ -315,7 +315,7 @@ def comparison(
     observer.stage("comparing", len(samplers))
 
     def show(sampler: Sampler, row: Row, images: ImageArray) -> None:
-        save_pictures(run, sampler.key, images[:pictures])
+        save_pictures(run.samples / sampler.key, images[:pictures])
         observer.advance(1, **{name: float(values.mean()) for name, values in row.values.items()})
 
     found = compare(draw, samplers, prompts, seeds, split, show)

@@ -14,6 +14,7 @@ PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
 RAY_ROOMS = (
     *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
     *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
+    *("suite.run", "suite.jobs", "suite.features"),
     *("monitor", "trackers", "bench", "doctor", "cli"),
 )  # and jobs/
 

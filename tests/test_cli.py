@@ -12,6 +12,8 @@ from epd_ray import cli, doctor, report, run, sample
 from epd_ray.config import RunConfig
 from epd_ray.errors import PromptError, RewardError
 from epd_ray.progress import LineObserver
+from epd_ray.suite import run as suite
+from epd_ray.suite.settings import Request
 
 
 def invoke(*arguments: object) -> Result:
@@ -102,6 +104,14 @@ def test_train_reports_all_problems_and_writes_nothing(tmp_path, train):
         (("tables", "convert", "sd15-rl", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("sample", "--prompt", "a star"), "--solver"),
         (("evaluate", "mine", "--count", 0), "--count"),
+        (("evaluate",), "error: give one RUN, with --count"),
+        (("evaluate", "mine", "--solver", "x"), "error: give one RUN, with --count"),
+        (("evaluate", "--suite", "papers"), "'paper'"),
+        (("evaluate", "--suite", "paper"), "error: --suite paper needs --out DIR"),
+        (("evaluate", "--suite", "paper", "file.txt", "--out", "x"), "error: 'file.txt': with --suite paper expected"),
+        (("evaluate", "--suite", "embedded", "--out", "x"), "error: --suite embedded compares a learned solver"),
+        (("evaluate", "--suite", "paper-fid", "--out", "x"), "error: --suite paper-fid needs --table: cifar10_32"),
+        (("evaluate", "--suite", "paper", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("evaluate", "mine", "--split", "train"), "validation"),
         (("evaluate", "mine"), "error: mine is not a directory"),
         (("report", "mine"), "error: mine holds no run"),
@@ -179,6 +189,25 @@ def test_evaluate_names_the_users_error(monkeypatch):
     fake = create_autospec(run.evaluate, side_effect=PromptError("held.txt is empty"))
     monkeypatch.setattr(run, "evaluate", fake)
     assert invoke("evaluate", "mine").stderr == "error: held.txt is empty\n"
+
+
+def test_a_suite(monkeypatch):
+    fake = create_autospec(suite.evaluate_suite, return_value=["better"])
+    monkeypatch.setattr(suite, "evaluate_suite", fake)
+    options = ("--solver", "a/solver", "--solver", "b/solver", "--out", "mine", "--images-per-prompt", 2, "--count", 9)
+    result = invoke("evaluate", "--suite", "prompts", "own.txt", "--model", "a/b", "seed=3", *options)
+    assert result.stdout.splitlines() == ["better"], result.output
+    config, request, _ = fake.call_args.args
+    assert (config.backbone.model, config.backbone.guidance_scale, config.seed) == ("a/b", None, 3)
+    assert request == Request(
+        "prompts", Path("mine"), ("a/solver", "b/solver"), count=9, prompts=Path("own.txt"), images_per_prompt=2
+    )
+
+
+def test_an_interrupted_suite_says_how_to_go_on(monkeypatch):
+    monkeypatch.setattr(suite, "evaluate_suite", create_autospec(suite.evaluate_suite, side_effect=KeyboardInterrupt))
+    result = invoke("evaluate", "--suite", "embedded", "--solver", "a", "--out", "mine")
+    assert (result.exit_code, result.stderr) == (130, "stopped: what was scored is in mine; the same command goes on\n")
 
 
 def test_report(monkeypatch):

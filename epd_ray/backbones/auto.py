@@ -48,4 +48,13 @@ def open_backbone(**options: Any) -> PipelineBackbone:
     return PipelineBackbone(pipeline, family, opened, index.commit)
 
 
+def takes_prompts(model: str, revision: str | None) -> bool:
+    """Whether a pipeline draws what it is told, before anything heavy is read.
+
+    Raises:
+        ModelError: no such model, or no pipeline.
+    """
+    return read_index(model, revision).class_name not in UNCONDITIONAL
+
+
 open_backbone.__signature__ = inspect.signature(PipelineOptions)  # type: ignore[attr-defined]  # one list of options

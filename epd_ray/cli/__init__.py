@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from epd_ray.cli import rewards, runs, score, sweep, tables
+from epd_ray.cli import evaluate, rewards, runs, score, sweep, tables
 
 app = typer.Typer(
     help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
@@ -14,7 +14,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (runs.train, runs.distill, runs.sample, runs.evaluate, runs.report, runs.fetch, runs.doctor, runs.bench):
+for command in (
+    runs.train,
+    runs.distill,
+    runs.sample,
+    evaluate.evaluate,
+    runs.report,
+    runs.fetch,
+    runs.doctor,
+    runs.bench,
+):
     app.command()(command)
 app.command()(score.score)
 app.command()(sweep.sweep)

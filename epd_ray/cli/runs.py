@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -107,26 +107,6 @@ def sample(
         disable_too()
         draw(solver, prompt, seed, out, SampleOptions(model, guidance_scale, resolution, device, dtype, family))
         typer.echo(f"picture: {out}")
-
-
-def evaluate(
-    path: RunArgument,
-    count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Held-out prompts.", show_default="the run's own")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts, one a line.", show_default="the run's own split"),
-    ] = None,
-    split: Annotated[Literal["validation", "test"], typer.Option(help="Which of the run's held-out prompts.")] = "test",
-) -> None:
-    """Compare a run's solver with the baselines on held-out prompts."""
-    with ending():
-        from epd_ray import run
-
-        with observed() as observer:
-            headline = run.evaluate(place(path), count, prompts, split, observer)
-        say(headline)
 
 
 def report(path: RunArgument) -> None:

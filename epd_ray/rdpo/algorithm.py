@@ -4,7 +4,7 @@ import os
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -350,6 +350,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
         images = np.concatenate([o.images for o in outcomes if o.images is not None]) if keep_images else None
         reward = self._mixer.held_out(scores) if scores else np.full(len(prompts), np.nan, np.float32)
         return Sampled(scores, reward, images, sum(o.generate_seconds for o in outcomes))
+
+    def stream(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """See RolloutPipeline.stream."""
+        return self._pipeline.stream(tasks)
 
     def truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the model reads."""

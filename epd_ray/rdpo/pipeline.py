@@ -3,8 +3,9 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from epd_ray.types import FloatArray, ImageArray
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.25  # for an answer, before the pools look around
+TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, few enough that images fit the object store
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
 LOST_IMAGES = ray.exceptions.ObjectLostError  # also of an owner that died
@@ -130,6 +132,27 @@ class RolloutPipeline:
             else:
                 self._for_rewards += time.perf_counter() - begin
         return [self._done.pop(i) for i in wanted]
+
+    def stream(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Do any number of tasks, a few at a time; each with its outcome as it comes, in any order.
+
+        Args:
+            tasks: taken one by one, as there is room.
+
+        Raises:
+            EpdRayError: see `collect`.
+        """
+        source, waiting = iter(tasks), dict[str, Task]()
+        while True:
+            room = TASKS_AHEAD * max(1, len(self.runners)) - len(waiting)
+            more = list(islice(source, max(0, room)))
+            self.submit(more)
+            waiting |= {task.task_id: task for task in more}
+            if not waiting:
+                return
+            self.poll(0.0 if self._run_here() else WAIT_SECONDS)
+            for task_id in [i for i in waiting if i in self._done]:
+                yield waiting.pop(task_id), self._done.pop(task_id)
 
     def _run_here(self) -> bool:
         """Run one task in the driver, where there are no rollout actors; whether there was one."""

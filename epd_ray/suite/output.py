@@ -1,0 +1,102 @@
+"""What a suite leaves in its directory, and says on the terminal."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from epd_ray.metrics.frechet import Gaussian
+from epd_ray.store import package_versions, whole, write_text
+from epd_ray.suite.definition import Suite
+from epd_ray.suite.layout import Table, as_csv, differences, grid, markdown, plain, tabulate
+from epd_ray.suite.measure import FEATURES
+from epd_ray.suite.page import write_page
+from epd_ray.suite.pictures import Pictures
+from epd_ray.suite.results import ResultsDirectory
+from epd_ray.suite.subject import Subject
+from epd_ray.suite.summary import Summary, Verdict, summarise, verdicts
+
+SOURCES = {
+    "paper": "The paper's values are those of arXiv 2512.22796, table {table}; the intervals are of ours alone.",
+    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}).",
+}
+
+
+def write_results(results: ResultsDirectory, subject: Subject, reference: Gaussian | None) -> list[str]:
+    """Write results.parquet, .csv, .md, .json and the page from the shards, which are all there.
+
+    Args:
+        results: the directory.
+        subject: what was measured.
+        reference: features that the Frechet distance is taken to.
+
+    Returns:
+        The table, the headline and where the page is, in lines.
+
+    Raises:
+        RunDirectoryError: a damaged shard, or the disk refuses.
+    """
+    suite = subject.suite
+    summary = summarise(suite, subject.pictures, results, reference)
+    table = tabulate(suite, summary, {name: head.head for name, head in subject.config.rewards.items()})
+    found, said = verdicts(suite, summary, subject.facts.guidance_scale), [subject.sentence, *notes(table)]
+    _write_rows(results, suite, subject.pictures)
+    write_text(results.path / "results.csv", as_csv(table))
+    write_text(results.path / "results.md", "\n".join(_markdown(table, summary, found, said)) + "\n")
+    write_text(results.path / "results.json", json.dumps(_record(summary, found), indent=2, ensure_ascii=False) + "\n")
+    write_page(results, table, summary, found, said)
+    return [*plain(grid(table)), *said, *(verdict.sentence for verdict in found), f"report: {results.report}"]
+
+
+def _write_rows(results: ResultsDirectory, suite: Suite, pictures: Pictures) -> None:
+    """results.parquet: every picture of every sampler, without its features, one sampler in memory at a time."""
+    names = [name for name in results.columns(suite.samplers[0].key) if name != FEATURES]
+    with whole(results.path / "results.parquet") as partial:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for sampler in suite.samplers:
+                rows = results.read(sampler.key, pictures.shards, names)
+                rows = rows.add_column(0, "sampler", pa.array([sampler.key] * len(rows)))
+                writer = writer or pq.ParquetWriter(partial, rows.schema, compression="zstd")
+                writer.write_table(rows)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def notes(table: Table) -> list[str]:
+    """What one has to know to read the table."""
+    suite = table.suite
+    found = [] if suite.table is None else [SOURCES[suite.name].format(table=suite.table)]
+    silent = [title for metric, title in table.metrics.items() if all(r.cells[metric].ours is None for r in table.rows)]
+    if silent:
+        found.append(f"No head of the configuration gives {', '.join(silent)}: name one under rewards to fill it in.")
+    absent = [row.line.method for row in table.rows if row.line.sampler is None]
+    if absent:
+        names = ", ".join(dict.fromkeys(absent))
+        found.append(f"Shown with the paper's values alone, where nothing here draws at that cost: {names}.")
+    return found
+
+
+def _markdown(table: Table, summary: Summary, found: Sequence[Verdict], said: Sequence[str]) -> list[str]:
+    lines = [f"# Suite {table.suite.name}", "", *(line for v in found for line in (f"**{v.sentence}**", ""))]
+    lines += [" ".join(said), "", *markdown(grid(table)), ""]
+    if summary.comparison.differences:
+        lines += ["Prompt by prompt, with 95 % intervals:", "", *markdown(differences(summary))]
+    return lines
+
+
+def _record(summary: Summary, found: Sequence[Verdict]) -> dict[str, object]:
+    headline = [
+        {
+            "solver": v.sampler.key,
+            "sentence": v.sentence,
+            "differences": {m: asdict(d) for m, d in v.differences.items()},
+            "speed": None if v.speed is None else {**asdict(v.speed), "ratio": v.speed.ratio},
+        }
+        for v in found
+    ]
+    whole_record = summary.comparison.summary() | {"distances": dict(summary.distances)}
+    return {"headline": headline, **whole_record, "versions": package_versions()}

@@ -1,0 +1,87 @@
+"""What a suite was measured on, and a record of it, so that other results are not taken for the same."""
+
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from epd_ray.config import RunConfig
+from epd_ray.rollout import BackboneFacts
+from epd_ray.sampling import Sampler
+from epd_ray.sections import BUILTIN, SHAPES
+from epd_ray.suite.definition import Suite
+from epd_ray.suite.pictures import Pictures
+from epd_ray.suite.results import Facts, Manifest
+from epd_ray.suite.solvers import digest
+from epd_ray.types import FeatureExtractor
+
+SOURCES = {SHAPES: "held-out scenes of the embedded model", BUILTIN: "held-out prompts of the package"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Model, samplers and pictures.
+
+    Attributes:
+        config: of the model and the heads.
+        facts: of the open model.
+        suite: whose samplers draw.
+        pictures: that each of them draws.
+        source: of the prompts: "shapes", "builtin" or a file's name; "" where there are none.
+    """
+
+    config: RunConfig
+    facts: BackboneFacts
+    suite: Suite
+    pictures: Pictures
+    source: str
+
+    @property
+    def sentence(self) -> str:
+        """The model and the pictures, for people."""
+        facts, pictures = self.facts, self.pictures
+        model = f"{facts.model_id} at {facts.more.get('resolution')} px"
+        if not self.source:
+            return f"{model}; {len(pictures):,} pictures a solver, seed {self.config.seed}."
+        each = f", {pictures.images_per_prompt} pictures of each" if pictures.images_per_prompt > 1 else ""
+        prompts = f"{len(pictures.prompts):,} prompts ({SOURCES.get(self.source, self.source)}){each}"
+        return f"{model}, guidance scale {facts.guidance_scale:g}; {prompts}, seed {self.config.seed}."
+
+    def manifest(self, extractor: FeatureExtractor | None) -> Manifest:
+        """Everything that decides a score.
+
+        Args:
+            extractor: of features, where they are kept.
+        """
+        sections: dict[str, Facts] = {
+            "suite": {"name": self.suite.name, "table": self.suite.table},
+            "model": self._model(),
+            "prompts": self.pictures.facts | {"source": self.source, "seed": self.config.seed},
+            "heads": {
+                name: {"head": head.head, "options": head.options, "backend": head.backend}
+                for name, head in self.config.rewards.items()
+            },
+        }
+        if extractor is not None:
+            sections["features"] = {"model": extractor.model_id, "revision": extractor.revision}
+        return Manifest(sections, {sampler.key: _sampler(sampler) for sampler in self.suite.samplers})
+
+    def _model(self) -> dict[str, JsonValue]:
+        return {
+            "model": self.facts.model_id,
+            "family": self.facts.family,
+            "revision": self.facts.more.get("revision"),
+            "resolution": self.facts.more.get("resolution"),
+            "guidance_scale": self.facts.guidance_scale,
+            "dtype": self.config.backbone.dtype,
+            "options": self.config.backbone.portable,
+        }
+
+
+def _sampler(sampler: Sampler) -> dict[str, JsonValue]:
+    return {
+        "label": sampler.label,
+        "intervals": sampler.intervals,
+        "parallel_nfe": sampler.parallel_nfe,
+        "model_evals": sampler.model_evals,
+        "sha256": digest(sampler),
+    }

@@ -1,0 +1,364 @@
+"""Suites without Ray: which samplers they hold, what their results are of, and what is made of the rows."""
+
+import csv
+import io
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from epd_ray.errors import ConfigError, RunDirectoryError, TableError
+from epd_ray.rollout import BackboneFacts
+from epd_ray.sampling import Sampler, baseline
+from epd_ray.solvers import Solver, SolverTable
+from epd_ray.suite.definition import (
+    Suite,
+    comparison_suite,
+    fid_suite,
+    paper_suite,
+    pick_table,
+)
+from epd_ray.suite.layout import as_csv, differences, grid, markdown, tabulate
+from epd_ray.suite.measure import FEATURES, SHARPNESS, feature_rows, rows
+from epd_ray.suite.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
+from epd_ray.suite.pictures import Pictures
+from epd_ray.suite.results import Manifest, ResultsDirectory
+from epd_ray.suite.settings import Request, load_settings
+from epd_ray.suite.solvers import open_solvers
+from epd_ray.suite.summary import DIVERSITY, speed, summarise, verdicts
+
+SCENES = (
+    "a large red circle in the center on a white background",
+    "a small blue star in the center on a black background",
+)
+
+
+def facts(family: str = "sd", resolution: int = 512, form: str = "ve") -> BackboneFacts:
+    return BackboneFacts(family, f"a/{family}", form, (1.0, 0.5, 0.1), 7.5, {"resolution": resolution})
+
+
+def learned(intervals: int = 10, order: int = 1, afs: bool = False, key: str = "epd-a") -> Sampler:
+    half = torch.full((intervals, 2), 0.5, dtype=torch.float64)
+    table = SolverTable(torch.tensor([[0.25, 0.75]], dtype=torch.float64).repeat(intervals, 1), half)
+    return Sampler("epd", intervals, key, "EPD-Solver", table, afs, order)
+
+
+# -- the papers' tables -----------------------------------------------------------------------------------------------
+
+
+def test_tables_are_the_papers():
+    lines = reward_table("sd3_512")
+    assert (lines[-1].method, lines[-1].steps, lines[-1].schedule, lines[-1].parallel_nfe) == (
+        "EPD-Solver", 10, "shift", 20,
+    )  # fmt: skip
+    assert lines[-1].values == {
+        "hpsv2.1": 0.2742, "pickscore": 21.9514, "imagereward": 0.7856, "clip": 0.2813, "aesthetic": 5.2743,
+    }  # fmt: skip
+    assert [len(reward_table(name)) for name in REWARD_TABLES] == [13, 9, 9]
+    assert fid_table("cifar10_32")["EPD-Solver"] == {3: 10.4, 5: 4.33, 7: 2.82, 9: 2.49}
+    assert all(len(fid_table(name)) == 11 for name in FID_TABLES)
+    with pytest.raises(ConfigError, match="unknown table 'sd15_256'; did you mean 'sd15_512'"):
+        reward_table("sd15_256")
+
+
+def test_the_table_follows_from_family_and_resolution():
+    assert pick_table(facts("sd", 512)) == "sd15_512"
+    assert [pick_table(facts("sd3", size)) for size in (512, 1024)] == ["sd3_512", "sd3_1024"]
+    with pytest.raises(
+        ConfigError, match=r"no table for sd at 768 px: choose one with --table, of sd15_512 \(sd at 512"
+    ):
+        pick_table(facts("sd", 768))
+
+
+# -- which samplers ---------------------------------------------------------------------------------------------------
+
+
+def test_paper_suite_keeps_the_papers_lines():
+    suite = paper_suite("sd15_512", [learned()])
+    published = reward_table("sd15_512")
+    assert [(line.method, line.steps, line.parallel_nfe) for line in suite.lines] == [
+        (line.method, line.steps, line.parallel_nfe) for line in published
+    ]
+    for line in suite.lines:
+        assert line.sampler is not None
+        assert (line.sampler.intervals, line.sampler.parallel_nfe) == (line.steps, line.parallel_nfe)
+    assert [line.published for line in suite.lines] == [line.values for line in published]
+    assert len({sampler.key for sampler in suite.samplers}) == len(suite.lines)  # also those that differ by schedule
+    assert suite.reference is not None and (suite.reference.kind, suite.reference.intervals) == ("euler", 50)
+
+
+def test_a_solver_of_another_depth_has_no_paper_value_beside_it():
+    suite = paper_suite("sd3_512", [learned(8)])
+    *_, ours, papers = suite.lines
+    assert (ours.parallel_nfe, ours.published, papers.method, papers.sampler) == (16, {}, "EPD-Solver", None)
+    assert papers.published["clip"] == 0.2813
+
+
+def test_fid_suite_runs_what_is_here_and_shows_the_rest():
+    ours = [learned(2, afs=True, key="epd-3"), learned(3, afs=True, order=4, key="epd-5")]
+    suite = fid_suite("cifar10_32", ours)
+    drawn = {(line.method, line.parallel_nfe): line.sampler for line in suite.lines}
+    assert len(drawn) == 44
+    assert drawn["EPD-Solver", 3] is ours[0] and drawn["EPD-Plugin", 5] is ours[1]
+    assert drawn["EPD-Solver", 5] is None and drawn["EPD-Plugin", 3] is None
+    for method in ("AMED-Solver", "AMED-Plugin", "ParaDiGMS"):
+        assert all(drawn[method, nfe] is None for nfe in (3, 5, 7, 9))
+    for method, kind in {"DDIM": "euler", "EDM": "edm", "UniPC": "unipc3", "iPNDM": "ipndm"}.items():
+        assert [(drawn[method, n].kind, drawn[method, n].parallel_nfe) for n in (3, 5, 7, 9)] == [
+            (kind, n) for n in (3, 5, 7, 9)
+        ]
+    with pytest.raises(ConfigError, match=r"parallel NFE 20, the FID table has 3, 5, 7, 9: distil one with solver.afs"):
+        fid_suite("cifar10_32", [learned()])
+
+
+def test_comparison_suite_holds_every_rival_at_both_costs():
+    suite = comparison_suite("prompts", ["euler", "dpm2"], [learned(3)])
+    assert {(s.kind, s.parallel_nfe) for s in suite.samplers} == {
+        ("epd", 6), ("euler", 6), ("dpm2", 6), ("euler", 9), ("dpm2", 10), ("euler", 50),
+    }  # fmt: skip
+    assert suite.samplers[0] is suite.ours[0] and suite.reference is not None and suite.reference.intervals == 50
+
+
+def test_solvers_are_known_by_what_they_are(tmp_path):
+    half = torch.full((2, 2), 0.5, dtype=torch.float64)
+    places = [tmp_path / "runs" / name / "solver" for name in ("first", "again", "other")]
+    for place, position in zip(places, (0.2, 0.2, 0.3), strict=True):
+        table = SolverTable(torch.tensor([[position, 0.8]] * 2, dtype=torch.float64), half)
+        Solver(table, torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), "ve").save_pretrained(place)
+    found = open_solvers([str(place) for place in places], facts())
+    assert [s.label for s in found] == ["EPD-Solver first", "EPD-Solver other"]
+    assert len({s.key for s in found}) == 2
+    with pytest.raises(TableError, match="is for the backbone family sd3, the model is of the family sd"):
+        open_solvers(["sd3-512-rl"], facts())
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"suite": "paper", "table": "cifar10_32"},
+            "--table is 'cifar10_32', with --suite paper it takes sd15_512, sd3",
+        ),
+        ({"suite": "embedded", "solvers": ("a",), "table": "sd3_512"}, "is for the suites paper and paper-fid"),
+        ({"suite": "paper-fid"}, "needs --table: cifar10_32"),
+        ({"suite": "paper-fid", "table": "cifar10_32"}, "needs --reference"),
+        ({"suite": "paper-fid", "images_per_prompt": 2}, "draws without prompts"),
+        ({"suite": "prompts", "solvers": ("a",)}, "needs a file"),
+        ({"suite": "embedded"}, "give --solver"),
+        ({"suite": "paper", "images_per_prompt": 0}, "--images-per-prompt is 0, at least 1"),
+        ({"suite": "paper", "features": "shapes-clip"}, "give --images-per-prompt 2 or more, or --reference"),
+    ],
+)
+def test_requests_that_cannot_be(tmp_path, options, said):
+    with pytest.raises(ConfigError, match=said):
+        Request(out=tmp_path, **options)
+
+
+def test_settings_use_the_guidance_and_the_heads_of_the_suite(tmp_path):
+    assert load_settings("embedded", None, []).backbone.guidance_scale is None
+    assert load_settings("embedded", None, ["backbone.guidance_scale=7.0"]).backbone.guidance_scale == 7.0
+    file = tmp_path / "mine.yaml"
+    file.write_text("backbone: {model: a/b, guidance_scale: 3.5}\nrewards: {clip: {head: clip}}\n")
+    own = load_settings("paper", file, [])
+    assert (own.backbone.guidance_scale, list(own.rewards)) == (3.5, ["clip"])
+    assert [head.head for head in load_settings("paper", None, ["backbone.model=a/b"]).rewards.values()] == [
+        "hpsv2.1", "pickscore", "imagereward", "clip", "aesthetic",
+    ]  # fmt: skip
+    assert load_settings("paper-fid", None, ["backbone.model=a/b"]).rewards == {}
+    with pytest.raises(ConfigError, match=r"--suite embedded is for the embedded model, backbone.model is 'a/b'"):
+        load_settings("embedded", None, ["backbone.model=a/b"])
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+MANIFEST = Manifest({"model": {"resolution": 512}, "prompts": {"sha256": "a"}}, {"euler-6": {"sha256": "1"}})
+
+
+def test_results_of_another_model_or_prompt_set_are_refused(tmp_path):
+    results = ResultsDirectory(tmp_path / "out")
+    results.prepare()
+    results.claim(MANIFEST)
+    before = results.manifest.read_text()
+    for sections, said in (
+        ({"model": {"resolution": 1024}}, "model.resolution was 512, now 1024"),
+        ({"prompts": {"sha256": "b"}}, 'prompts.sha256 was "a", now "b"'),
+        ({"features": {"model": "x"}}, 'features.model was null, now "x"'),
+    ):
+        with pytest.raises(RunDirectoryError, match=said):
+            results.claim(replace(MANIFEST, sections={**MANIFEST.sections, **sections}))
+    with pytest.raises(RunDirectoryError, match="sampler euler-6 was another one"):
+        results.claim(replace(MANIFEST, samplers={"euler-6": {"sha256": "2"}}))
+    assert results.manifest.read_text() == before
+
+
+def test_samplers_may_be_added(tmp_path):
+    results = ResultsDirectory(tmp_path / "out")
+    results.prepare()
+    results.claim(MANIFEST)
+    results.claim(replace(MANIFEST, samplers={"epd-a": {"sha256": "3"}}))
+    results.claim(MANIFEST)
+    with pytest.raises(RunDirectoryError, match="sampler epd-a"):
+        results.claim(replace(MANIFEST, samplers={"epd-a": {"sha256": "4"}}))
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"holds other things \('thesis.tex'\): name another --out"):
+        ResultsDirectory(tmp_path).prepare()
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        ResultsDirectory(tmp_path / "thesis.tex").prepare()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 9, "samplers": {}}'])
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    results = ResultsDirectory(tmp_path)
+    results.prepare()
+    with pytest.raises(RunDirectoryError, match=r"manifest.json"):
+        results.claim(MANIFEST)
+
+
+def test_shards_are_whole_or_not_there(tmp_path):
+    results = ResultsDirectory(tmp_path)
+    results.add("euler-6", 1, pa.table({"x": [1.0]}))
+    assert (results.has("euler-6", 1), results.has("euler-6", 0), results.has("heun-6", 1)) == (True, False, False)
+    (results.scores / "euler-6" / ".000000.parquet.tmp").write_bytes(b"half")
+    assert not results.has("euler-6", 0)
+    (results.scores / "euler-6" / "000002.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(RunDirectoryError, match=r"000002.parquet is damaged .*: delete it, and evaluate again"):
+        results.read("euler-6", [1, 2])
+
+
+# -- what is made of the rows -----------------------------------------------------------------------------------------
+
+
+class Brightness:
+    """An extractor: mean of red, green, blue, and 1."""
+
+    model_id, revision, dimension = "brightness", "1", 4
+
+    def features(self, images):
+        means = images.reshape(len(images), 3, -1).mean(axis=2)
+        return np.concatenate([means, np.ones((len(images), 1))], axis=1).astype(np.float32)
+
+
+PICTURES = Pictures(("a", "b", "a"), 2, tuple(range(6)), batch=4)
+
+
+def drawn(results: ResultsDirectory, key: str, values: list[float], seconds: float, session: str = "s") -> None:
+    rng = np.random.default_rng(len(key))
+    for shard in PICTURES.shards:
+        members = PICTURES.shard(shard)
+        images = rng.integers(256, size=(len(members), 3, 8, 8)).astype(np.uint8)
+        scores = {"clip": np.array([values[i] for i in members], np.float32)}
+        results.add(key, shard, rows(PICTURES, shard, images, scores, seconds * len(members), session, Brightness()))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    results = ResultsDirectory(tmp_path)
+    suite = comparison_suite("prompts", [], [learned(3)])
+    drawn(results, "epd-a", [1.0, 3.0, 5.0, 5.0, 0.0, 2.0], 0.1)
+    drawn(results, "euler-50", [1.0, 1.0, 4.0, 4.0, 0.0, 0.0], 0.5)
+    return suite, results
+
+
+def test_pictures_of_a_prompt_are_neighbours_and_shards_cover_them():
+    assert [list(PICTURES.shard(s)) for s in PICTURES.shards] == [[0, 1, 2, 3], [4, 5]]
+    assert [PICTURES.prompt_of(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert not PICTURES.judged
+    assert replace(PICTURES, prompts=SCENES).judged
+
+
+def test_rows_hold_every_picture(measured):
+    _, results = measured
+    table = results.read("epd-a", PICTURES.shards)
+    assert table["prompt"].to_pylist() == ["a", "a", "b", "b", "a", "a"]
+    assert table["prompt_id"].to_pylist() == [0, 0, 1, 1, 2, 2]
+    assert table["image"].to_pylist() == [0, 1] * 3
+    assert table["noise_seed"].to_pylist() == list(range(6))
+    assert table["shard"].to_pylist() == [0] * 4 + [1] * 2
+    assert feature_rows(table).shape == (6, 4)
+    assert (feature_rows(table)[:, 3] == 1).all()
+
+
+def test_a_prompt_counts_once_and_twice_the_same_prompt_twice(measured):
+    suite, results = measured
+    summary = summarise(suite, PICTURES, results, None)
+    ours = summary.comparison.rows[0]
+    assert ours.values["clip"].tolist() == [2.0, 5.0, 1.0]
+    assert {SHARPNESS, DIVERSITY} < set(ours.values)
+    assert ours.values[DIVERSITY].shape == (3,)
+    assert ours.seconds_per_image == pytest.approx(0.1)
+    (difference,) = [d for d in summary.comparison.differences if d.metric == "clip"]
+    assert (difference.solver, difference.against) == ("epd-a", "euler-50")
+    assert difference.interval.mean == pytest.approx(1.0)
+
+
+def test_the_headline_says_what_is_bought(measured):
+    suite, results = measured
+    (verdict,) = verdicts(suite, summarise(suite, PICTURES, results, None), 4.5)
+    assert verdict.speed is not None and verdict.speed.ratio == pytest.approx(0.2)
+    assert verdict.sentence == (
+        "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 DDIM / Euler steps on 3 prompts at guidance 4.5: "
+        "clip +1.0000 [+1.0000, +1.0000], in 0.20 of its time a picture (100 ms against 500 ms, medians of 1 batches "
+        "each, drawn in turns)"
+    )
+
+
+def test_times_of_different_sessions_are_not_compared():
+    assert speed({("a", 0): 0.1, ("b", 1): 9.0}, {("a", 0): 0.4, ("c", 1): 9.0}).ratio == pytest.approx(0.25)
+    assert speed({("a", 0): 0.1}, {("b", 0): 0.4}) is None
+
+
+def test_the_papers_value_stands_beside_ours(measured):
+    suite, results = measured
+    line = replace(suite.lines[0], published={"clip": 2.0, "hpsv2.1": 0.25})
+    suite = Suite("paper", "sd15_512", (line, *suite.lines[1:]), suite.ours, suite.reference)
+    table = tabulate(suite, summarise(suite, PICTURES, results, None), {"clip": "clip"})
+    cell = table.rows[0].cells["clip"]
+    assert cell.ours.mean == pytest.approx(8 / 3) and cell.difference.mean == pytest.approx(2 / 3)
+    assert (cell.difference.low, cell.difference.high) == (cell.ours.low - 2.0, cell.ours.high - 2.0)
+    assert table.metrics["hpsv2.1"] == "HPSv2.1" and table.rows[0].cells["hpsv2.1"].ours is None
+    header, ours, paper, difference, *_ = grid(table)
+    column = header.index("CLIP")
+    assert (
+        ours[column].startswith("2.6667 [") and paper[column] == "2.0000" and difference[column].startswith("+0.6667")
+    )
+    assert paper[header.index("HPSv2.1")] == "0.2500"
+    rows = list(csv.DictReader(io.StringIO(as_csv(table))))
+    first = next(row for row in rows if row["metric"] == "clip")
+    assert (first["sampler"], first["parallel_nfe"], first["model_evals"], first["published"]) == (
+        "epd-a",
+        "6",
+        "9",
+        "2.0",
+    )
+    assert markdown(grid(table))[1].count("---") == len(header)
+
+
+def test_differences_name_both(measured):
+    suite, results = measured
+    header, row = differences(summarise(suite, PICTURES, results, None))
+    assert row[0] == "EPD-Solver (NFE 6) minus DDIM / Euler (NFE 50)"
+    assert row[header.index("clip")].startswith("+1.0000")
+
+
+def test_frechet_distance_is_to_the_reference(measured):
+    from epd_ray.metrics.frechet import FeatureStatistics
+
+    suite, results = measured
+    reference = FeatureStatistics.of(feature_rows(results.read("euler-50", PICTURES.shards))).gaussian()
+    summary = summarise(suite, PICTURES, results, reference)
+    assert summary.distances["euler-50"] == pytest.approx(0, abs=1e-6)
+    assert summary.distances["epd-a"] > 0
+    assert FEATURES not in summary.comparison.rows[0].values
+
+
+def test_the_reference_is_a_baseline():
+    assert baseline("euler", 50).key == "euler-50"

@@ -1,0 +1,279 @@
+"""Suites on models: what they leave, how they stop and go on, and what they refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.errors import ConfigError, MetricError, ModelError, PromptError, RunDirectoryError
+from epd_ray.rollout import RolloutWorker
+from epd_ray.solvers import Solver, SolverTable
+from epd_ray.suite.run import evaluate_suite
+from epd_ray.suite.settings import Request, load_settings
+from tests.fakes import Quiet
+from tests.tiny_models import save_clip, save_ddpm, save_sd
+
+IN_DRIVER = ["cluster.rollout_actors=0", "cluster.images_per_job=4"]
+SIMULATED = [
+    *IN_DRIVER,
+    "backbone.family=simulated",
+    "rewards={sim: {head: simulated, options: {target: 0.4}}}",
+    "evaluation.baselines=[euler, dpm2]",
+    "evaluation.pictures=3",
+]
+
+
+class Stopping(Quiet):
+    """Presses Ctrl-C after so many shards."""
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.after, self.shards = after, 0
+
+    def advance(self, steps: int = 1, /, **numbers: float) -> None:
+        if self.stages[-1] == "evaluating":
+            self.shards += steps
+            if self.shards == self.after:
+                raise KeyboardInterrupt
+
+
+def save_solver(
+    folder: Path, intervals: int = 3, position: float = 0.3, afs: bool = False, family: str = "simulated"
+) -> str:
+    backbone = SimulatedBackbone()
+    half = torch.full((intervals, 2), 0.5, dtype=torch.float64)
+    table = SolverTable(torch.tensor([[position, 0.7]] * intervals, dtype=torch.float64), half)
+    sigmas = backbone.sigmas(intervals)
+    form = "ve" if family == "ddpm" else "flow"
+    Solver(table, sigmas, form, afs, meta={"backbone": family}).save_pretrained(folder / "solver")
+    return str(folder / "solver")
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"thing {i}\n" for i in range(5)))
+    return path
+
+
+@pytest.fixture
+def request_of(tmp_path, prompts):  # type: ignore[no-untyped-def]
+    solver = save_solver(tmp_path / "mine")
+    return Request("prompts", tmp_path / "out", (solver,), prompts=prompts, images_per_prompt=2)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
+    """What was drawn: (sampler, seeds), a call each."""
+    made: list[tuple[str, tuple[int, ...]]] = []
+    draw = RolloutWorker.sample
+
+    def counted(self, sampler, prompts, noise_seeds):  # type: ignore[no-untyped-def]
+        made.append((sampler.key, tuple(noise_seeds)))
+        return draw(self, sampler, prompts, noise_seeds)
+
+    monkeypatch.setattr(RolloutWorker, "sample", counted)
+    return made
+
+
+def measured(request: Request, *overrides: str, observer: Quiet | None = None) -> list[str]:
+    config = load_settings(request.suite, None, [*SIMULATED, *overrides])
+    return evaluate_suite(config, request, observer or Quiet())
+
+
+def scores(out: Path) -> dict[str, list[object]]:
+    """Without what differs from run to run."""
+    table = pq.read_table(out / "results.parquet")
+    return table.drop_columns(["session", "seconds"]).to_pydict()
+
+
+def test_a_suite_leaves_everything(small_ray, request_of, calls):
+    lines = measured(request_of)
+    out = request_of.out
+    table = pq.read_table(out / "results.parquet").to_pydict()
+    assert len(table["sampler"]) == 6 * 10  # ours, two rivals at two costs, 50 steps of Euler's
+    assert set(table["sampler"]) == {table["sampler"][0], "euler-6", "dpm2-6", "euler-9", "dpm2-10", "euler-50"}
+    assert len(calls) == len(set(calls)) == 6 * 3
+    by_sampler = {key: [s for k, seeds in calls if k == key for s in seeds] for key, _ in calls}
+    assert all(sorted(seeds) == sorted(by_sampler["euler-50"]) for seeds in by_sampler.values())
+    assert [key for key, _ in calls[:6]] != [key for key, _ in calls[6:12]]  # they take turns, also at coming first
+    assert {"sim", "sharpness"} <= set(table) and "scene_accuracy" not in table
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/webp") == 6 * 3 and "http" not in page.replace("http://www.w3.org", "")
+    headline = next(line for line in lines if "against 50 DDIM / Euler steps on 5 prompts" in line)
+    assert "sim +" in headline and "of its time a picture" in headline
+    record = json.loads((out / "results.json").read_text())
+    assert record["headline"][0]["sentence"] == headline
+    assert (out / "results.md").read_text().count("| DDIM / Euler |") == 3
+    assert (out / "results.csv").read_text().startswith("method,sampler,")
+
+
+def test_an_interrupted_suite_goes_on_and_draws_nothing_twice(small_ray, request_of, calls, tmp_path):
+    measured(replace(request_of, out=tmp_path / "whole"))
+    whole, calls[:] = list(calls), []
+    with pytest.raises(KeyboardInterrupt):
+        measured(request_of, observer=Stopping(after=7))
+    kept = {path for path in request_of.out.rglob("scores/*/*.parquet")}
+    assert len(kept) == 7
+    first, calls[:] = list(calls), []
+    measured(request_of)
+    assert len(calls) == len(whole) - len(kept)
+    assert len({*first[:7], *calls}) == len(first[:7]) + len(calls) == len(whole)
+    calls.clear()
+    measured(request_of)
+    assert calls == []
+    assert scores(request_of.out) == scores(tmp_path / "whole")
+
+
+def test_a_shard_that_was_being_written_is_done_again(small_ray, request_of, calls):
+    measured(request_of)
+    before = scores(request_of.out)
+    victim = request_of.out / "scores" / "euler-9" / "000001.parquet"
+    victim.rename(victim.with_name(".000001.parquet.tmp"))  # what a kill in the middle leaves
+    calls.clear()
+    measured(request_of)
+    assert [key for key, _ in calls] == ["euler-9"]
+    assert scores(request_of.out) == before
+
+
+def test_a_solver_is_added_to_what_is_there(small_ray, request_of, calls, tmp_path):
+    measured(request_of)
+    calls.clear()
+    other = save_solver(tmp_path / "other", position=0.2)
+    lines = measured(replace(request_of, solvers=(*request_of.solvers, other)))
+    assert len(calls) == 3 and len({key for key, _ in calls}) == 1
+    (line,) = [line for line in lines if line.startswith("EPD-Solver other (parallel NFE 6")]
+    assert "times not compared (drawn at different times" in line
+    (line,) = [line for line in lines if line.startswith("EPD-Solver mine (parallel NFE 6")]
+    assert "of its time a picture" in line
+
+
+def test_results_of_something_else_are_refused_not_merged(small_ray, request_of, calls, prompts):
+    measured(request_of)
+    before = {p: p.read_bytes() for p in request_of.out.rglob("*") if p.is_file() and p.name != ".lock"}
+    calls.clear()
+    for overrides, said in (
+        (["backbone.options.model=another"], 'model.model was "simulated", now "another"'),
+        (["cluster.images_per_job=2"], "prompts.images_per_batch was 4, now 2"),
+        (["rewards.sim.options.target=0.9"], "heads.sim was"),
+    ):
+        with pytest.raises(RunDirectoryError, match=f"holds other results: .*{said}"):
+            measured(request_of, *overrides)
+    prompts.write_text(prompts.read_text().replace("thing 3", "thing three"))
+    with pytest.raises(RunDirectoryError, match=r"prompts.prompts_sha256 was"):
+        measured(request_of)
+    assert calls == []
+    assert before == {p: p.read_bytes() for p in request_of.out.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_more_prompts_than_there_are(request_of):
+    with pytest.raises(PromptError, match="6 prompts asked, 5 there: lower --count"):
+        measured(replace(request_of, count=6))
+
+
+def test_head_weights_that_are_missing_leave_nothing(small_ray, request_of, tmp_path):
+    head = f"rewards={{clip: {{head: clip, options: {{model: {tmp_path / 'nowhere'}}}}}}}"
+    with pytest.raises(ModelError, match="nowhere"):
+        measured(request_of, head)
+    assert [path.name for path in request_of.out.iterdir()] == [".lock"]
+
+
+def test_fewer_pictures_than_the_distance_needs(request_of, tmp_path):
+    clip = save_clip(tmp_path / "clip")
+    request = replace(request_of, features=str(clip), reference=tmp_path)
+    with pytest.raises(MetricError, match=r"at least 33 pictures for 32 features, 10 are asked .*: raise --count"):
+        measured(request)
+    with pytest.raises(ConfigError, match="--reference needs --features"):
+        measured(replace(request, features=None))
+
+
+def test_a_model_that_lacks_what_a_suite_needs(tmp_path):
+    models = {"paper": save_ddpm(tmp_path / "ddpm"), "paper-fid": save_sd(tmp_path / "sd")}
+    options = {"paper": {}, "paper-fid": {"table": "cifar10_32", "reference": tmp_path}}
+    said = {
+        "paper": "takes no prompts, which --suite paper is about: use --suite paper-fid",
+        "paper-fid": "takes prompts, --suite paper-fid is for unconditional ones: use --suite paper",
+    }
+    for suite, model in models.items():
+        config = load_settings(suite, None, [f"backbone.model={model}"])
+        with pytest.raises(ConfigError, match=said[suite]):
+            evaluate_suite(config, Request(suite, tmp_path / "out", **options[suite]), Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_with_sigkill_it_goes_on(request_of, tmp_path):
+    """The count is of what was kept: a kill loses what was being drawn, and nothing that was scored and kept."""
+    command = [sys.executable, "-m", "epd_ray.cli", "evaluate", "--suite", "prompts", str(request_of.prompts)]
+    command += ["--solver", request_of.solvers[0], "--images-per-prompt", "2", "--out", str(request_of.out)]
+    command += [*SIMULATED, "backbone.options.latency=0.05"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(list(request_of.out.rglob("scores/*/*.parquet"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in request_of.out.rglob("scores/*/*.parquet")}
+    assert 4 <= len(kept) < 18
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(list(request_of.out.rglob("scores/*/*.parquet"))) == 18
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+# -- real model formats -----------------------------------------------------------------------------------------------
+
+
+def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
+    """A tiny random model: the layout and the samplers are the paper's, its figures are not."""
+    model, clip = save_sd(tmp_path / "sd"), save_clip(tmp_path / "clip")
+    config = load_settings("paper", None, [
+        *IN_DRIVER, f"backbone.model={model}", f"rewards={{clip: {{head: clip, options: {{model: {clip}}}}}}}",
+    ])  # fmt: skip
+    with pytest.raises(ConfigError, match="no table for sd at 16 px: choose one with --table"):
+        evaluate_suite(config, Request("paper", tmp_path / "out", count=2), Quiet())
+    lines = evaluate_suite(config, Request("paper", tmp_path / "out", table="sd15_512", count=2), Quiet())
+    text = "\n".join(lines)
+    assert text.count("ours minus paper") == text.count("  paper  ") == 13
+    assert "No head of the configuration gives HPSv2.1, PickScore, ImageReward, Aesthetic" in text
+    assert "EPD-Solver (parallel NFE 20, 30 evaluations) against 50 DDIM / Euler (uniform) steps on 2 prompts" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "paper 0.2695" in page and "paper 0.2482" in page
+
+
+def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
+    model, clip = save_ddpm(tmp_path / "ddpm"), save_clip(tmp_path / "clip")
+    solver = save_solver(tmp_path / "mine", 2, afs=True, family="ddpm")
+    statistics = tmp_path / "reference.npz"
+    np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
+    overrides = [*IN_DRIVER, f"backbone.model={model}", "cluster.images_per_job=17"]
+    options = {"table": "cifar10_32", "count": 34, "features": str(clip), "reference": statistics}
+    request = Request("paper-fid", tmp_path / "out", (solver,), **options)
+    lines = evaluate_suite(load_settings("paper-fid", None, overrides), request, Quiet())
+    text = (tmp_path / "out" / "results.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| EPD-Solver |"))
+    assert [cell.strip() != "-" for cell in row.split("|")[2:-1]] == [True, False, False, False]
+    assert "| paper | 10.40 | 4.33 | 2.82 | 2.49 |" in text
+    assert any(line.startswith("Shown with the paper's values alone") and "ParaDiGMS" in line for line in lines)
+
+
+def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
+    solver = save_solver(tmp_path / "mine", 2, family="sd3")
+    config = load_settings("embedded", None, [*IN_DRIVER, "evaluation.baselines=[euler]"])
+    request = Request("embedded", tmp_path / "out", (solver,), count=4, images_per_prompt=2)
+    (headline,) = [line for line in evaluate_suite(config, request, Quiet()) if " against 50 " in line]
+    assert "clip " in headline and "scene accuracy " in headline and " points [" in headline
+    table = pq.read_table(tmp_path / "out" / "results.parquet")
+    assert set(table["scene_accuracy"].to_pylist()) <= {0.0, 1.0}
+    means = json.loads((tmp_path / "out" / "results.json").read_text())["solvers"][0]["metrics"]
+    assert {"clip", "scene_accuracy", "sharpness", "diversity"} == set(means)
+    (tmp_path / "own.txt").write_text("a cat\n")
+    with pytest.raises(ConfigError, match="some prompt is none of the embedded model's"):
+        evaluate_suite(config, replace(request, count=None, prompts=tmp_path / "own.txt"), Quiet())
