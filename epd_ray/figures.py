@@ -64,7 +64,7 @@ def reward_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
     _draw_rewards(above, rows, checks)
     below.set_xlabel("iteration")
     below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=2.4, handlelength=1.4, borderpad=0)
+    figure.legend(loc="outside upper left", ncols=5, columnspacing=1.3, handlelength=1.2, borderpad=0)
     return figure
 
 
