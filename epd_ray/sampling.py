@@ -56,6 +56,12 @@ class Sampler:
         """The same sampler with another table."""
         return replace(self, table=table)
 
+    def rows(self, start: int, stop: int) -> "Sampler":
+        """For a part of a batch's pictures: tables of their own are cut out with them."""
+        if self.table is None or self.table.batch is None:
+            return self
+        return self.with_table(self.table.rows(start, stop))
+
     def run(
         self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
     ) -> Tensor:

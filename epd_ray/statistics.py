@@ -74,3 +74,41 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float 
     if first.shape != second.shape:
         raise ValueError(f"a has shape {list(first.shape)} and b {list(second.shape)}, expected pairs")
     return bootstrap_mean(first - second, seed=seed, confidence=confidence)
+
+
+@dataclass(frozen=True)
+class MedianInterval:
+    """A median between two of the values that it was taken of.
+
+    Attributes:
+        median: infinite where half of the values are.
+        low: a value.
+        high: a value.
+        coverage: how often such an interval holds the population's median, whatever the distribution.
+    """
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+
+def median_interval(values: Values) -> MedianInterval:
+    """The median with its interval by order statistics: at least 95 %, or the whole range where that is less.
+
+    Args:
+        values: [n], n >= 1; infinite ones (never reached) count as larger than all others.
+
+    Raises:
+        ValueError: no values, more than one dimension, or one that is not a number.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    if ordered.ndim != 1 or ordered.size == 0 or np.isnan(ordered).any():
+        raise ValueError(f"values are {list(values)}, expected at least one and no NaN")
+    n = ordered.size
+    tails = stats.binom.cdf(np.arange(n), n, 0.5)  # chance of at most i values below the median
+    cut = int(max(0, (tails <= 0.025).sum() - 1))
+    middle = ordered[(n - 1) // 2 : n // 2 + 1]
+    return MedianInterval(
+        float(middle.mean()), float(ordered[cut]), float(ordered[n - 1 - cut]), float(1 - 2 * tails[cut])
+    )

@@ -26,7 +26,7 @@ LAYERS = (
     ("score.inputs",),
     ("solvers", "shapes", "environments"),
     PURE,
-    ("backbones", "rewards", "metrics", "sampling", "scheduler", "parallel", "tables"),
+    ("backbones", "rewards", "metrics", "sampling", "search", "scheduler", "parallel", "tables"),
     ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
     ("validation",),
     ("score.rows", "score.output"),

@@ -1,9 +1,10 @@
+import math
 import warnings
 
 import numpy as np
 import pytest
 
-from epd_ray.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.statistics import Interval, bootstrap_mean, median_interval, paired_difference
 
 
 def test_interval_matches_the_normal_one_on_a_large_sample() -> None:
@@ -60,3 +61,25 @@ def test_wrong_values_are_named(values: list[float], said: str) -> None:
 def test_unpaired_values_are_refused() -> None:
     with pytest.raises(ValueError, match="expected pairs"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+def test_the_median_of_five_lies_between_the_extremes() -> None:
+    found = median_interval([64, 32, math.inf, 96, 128])
+    assert (found.median, found.low, found.high) == (96, 32, math.inf)
+    assert found.coverage == pytest.approx(1 - 2 / 2**5)
+
+
+def test_many_values_narrow_the_median() -> None:
+    values = np.arange(100)
+    found = median_interval(values)
+    assert (found.median, found.low, found.high) == (49.5, 39, 60)  # the 40th and 61st, as in tables of the sign test
+    assert 0.95 <= found.coverage < 0.97
+    medians = [median_interval(np.random.default_rng(i).exponential(size=12)) for i in range(400)]
+    covered = np.mean([m.low <= np.log(2) <= m.high for m in medians])
+    assert abs(covered - medians[0].coverage) < 0.03
+
+
+def test_a_median_of_nothing_is_refused() -> None:
+    for values in ([], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="expected at least one and no NaN"):
+            median_interval(values)

@@ -7,15 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from epd_ray.bench.batching import batching
+from epd_ray.bench.efficiency import efficiency
 from epd_ray.bench.faults import faults
+from epd_ray.bench.kept import FOLDER
 from epd_ray.bench.scale import flat, scale
 from epd_ray.bench.scoring import scoring
+from epd_ray.bench.search import search
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import load_prompts
 from epd_ray.rewards import HEADS
@@ -25,28 +29,9 @@ from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
 from epd_ray.shard import Fit, as_table
 from epd_ray.stage_one import fit_table, losses
-from epd_ray.trainer import descent_of, distil, held_out, noise_seeds, stage_one
+from epd_ray.trainer import descent_of, noise_seeds, stage_one
 
 SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false")
-REFERENCE = (
-    "rdpo.baseline=mixed",
-    "rdpo.same_latent=false",
-    "rdpo.lr=7e-5",
-    "rdpo.concentration=10",
-    "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=4",
-    "rdpo.concentration_bound=1e6",
-    "rdpo.staleness=0",
-)
-REFERENCE_IMAGES = 3200
-# Ours where pictures are dear and waiting is not: explore widely, use each batch four times, never stale.
-FEW_IMAGES = (
-    "rdpo.concentration=10",
-    "rdpo.lr=5e-4",
-    "rdpo.epochs=4",
-    "rdpo.clip=0.4",
-    "rdpo.staleness=0",
-)
 GRADIENT = ("distill.method=gradient", "distill.steps=16")
 SCALES = ("distill.scale_range=0.2", "rdpo.scale_dir=true", "rdpo.scale_time=true")
 DISTILLATIONS: dict[str, tuple[str, ...]] = {  # and where "even" starts from evenly spaced points
@@ -115,42 +100,6 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def reference(seed: int = 0) -> Record:
-    """Images that ours needs for the held-out reward that the reference's settings have after 3,200 images.
-
-    Both start from the same distilled table and are judged on the same held-out prompts and seeds, which neither
-    trains on. The reference: mixed baseline, own noise per image, its learning rate, batch and concentration. Ours:
-    the settings in FEW_IMAGES.
-    """
-    ours = load_config(None, [f"seed={seed}", *FEW_IMAGES])
-    theirs = load_config(None, [f"seed={seed}", *REFERENCE])
-    prompts = load_prompts(ours.prompts, seed)
-    with algorithm(theirs, prompts.train) as algo:
-        fits = distil(ours, prompts, algo)
-        algo.rebase(as_table(fits))
-        start = held_out(ours, prompts, algo)
-        while algo.policy_version * algo.config.images_per_iteration < REFERENCE_IMAGES:
-            algo.train()
-        target = held_out(ours, prompts, algo)
-    curve = []
-    with algorithm(ours, prompts.train, as_table(fits)) as algo:
-        for _ in range(REFERENCE_IMAGES // algo.config.images_per_iteration):
-            algo.train()
-            curve.append(held_out(ours, prompts, algo))
-            if curve[-1] >= target:
-                break
-        images = len(curve) * algo.config.images_per_iteration if curve[-1] >= target else None
-    return {
-        "seed": seed,
-        "distilled_reward": start,
-        "reference_reward": target,
-        "reference_images": REFERENCE_IMAGES,
-        "our_reward": curve[-1],
-        "our_images": images,
-        "ratio": None if images is None else images / REFERENCE_IMAGES,
-    }
-
-
 def distill(overrides: Sequence[str] = (), intervals: Sequence[int] = (2, 3), processes: int = 2) -> Record:
     """Stage 1 by least squares and by gradient: how near the teacher on held-out prompts, the reward there, the cost.
 
@@ -215,7 +164,8 @@ def _peak_mib() -> float:
 CASES: dict[str, Callable[[], Record]] = {
     "overhead": overhead,
     "overlap": overlap,
-    "reference": reference,
+    "efficiency": efficiency,
+    "search": search,
     "distill": distill,
     "batching": batching,
     "scale": scale,
@@ -223,3 +173,17 @@ CASES: dict[str, Callable[[], Record]] = {
     "faults": faults,
     "scoring": scoring,
 }
+SEEDED: dict[str, Callable[..., Record]] = {"efficiency": efficiency, "search": search}  # whose parts are kept in files
+
+
+def measured(case: str, seeds: int | None = None, folder: Path = FOLDER) -> Record:
+    """A case's record.
+
+    Args:
+        case: a name in CASES.
+        seeds: how many, for the cases in SEEDED; None: each one's own number.
+        folder: where those keep what they have measured.
+    """
+    if case not in SEEDED:
+        return CASES[case]()
+    return SEEDED[case](folder=folder) if seeds is None else SEEDED[case](range(seeds), folder)

@@ -165,17 +165,30 @@ def doctor() -> None:
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CASE", help="overhead, overlap, scale, flat, faults, scoring, reference, ..."),
+        typer.Argument(metavar="CASE", help="overhead, overlap, scale, flat, faults, scoring, efficiency, search, ..."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.", parser=local_path)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds 0 to this, exclusive, of efficiency (5) and search (3).")
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where efficiency and search keep what they have measured, and go on from after a stop.",
+            show_default="bench",
+            parser=local_path,
+        ),
     ] = None,
 ) -> None:
     """Measure this system against something in the same run."""
     with ending():
         import json
 
-        from epd_ray.bench.cases import CASES
+        from epd_ray.bench.cases import CASES, measured
+        from epd_ray.bench.kept import FOLDER
         from epd_ray.registry import did_you_mean
 
         unknown = [case for case in cases or [] if case not in CASES]
@@ -183,7 +196,7 @@ def bench(
             raise ConfigError([f"unknown case {case!r}{did_you_mean(case, CASES)}" for case in unknown])
         records = {}
         for case in cases or CASES:
-            records[case] = CASES[case]()
+            records[case] = measured(case, seeds, keep or FOLDER)
             typer.echo(f"{case}: {json.dumps(records[case])}")
         if out is not None:
             out.write_text(json.dumps(records, indent=2))

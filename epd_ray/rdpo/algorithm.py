@@ -327,7 +327,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         """Draw and score pictures on the same actors, in the same fixed batches.
 
         Args:
-            sampler: any solver.
+            sampler: any solver; a table [B, N, K] gives each picture its own.
             prompts: B prompts.
             noise_seeds: B seeds.
             keep_images: bring the pictures to the driver.
@@ -342,9 +342,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
             part, seeds = tuple(prompts[i : i + size]), tuple(noise_seeds[i : i + size])
             ids = tuple(f"{sampler.key}:{j}" for j in range(i, i + len(part)))
             name = f"sample-{self._sample_calls}-{i}"
-            tasks.append(
-                Task(name, "sample", (sampler, part, seeds), part, ids, bool(self.config.reward_specs), keep_images)
-            )
+            asked = (sampler.rows(i, i + size), part, seeds)
+            tasks.append(Task(name, "sample", asked, part, ids, bool(self.config.reward_specs), keep_images))
         outcomes = self._run(tasks)
         scores = {h: np.concatenate([o.scores[h] for o in outcomes]) for h in self.config.reward_specs}
         images = np.concatenate([o.images for o in outcomes if o.images is not None]) if keep_images else None

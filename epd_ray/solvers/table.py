@@ -104,6 +104,10 @@ class SolverTable:
         """The same table in another floating dtype."""
         return SolverTable(**{name: values.to(dtype) for name, values in self._columns().items()})
 
+    def rows(self, start: int, stop: int) -> "SolverTable":
+        """The tables [stop - start, N, K] of some samples; `self` is [B, N, K]."""
+        return SolverTable(**{name: values[start:stop] for name, values in self._columns().items()})
+
     def _columns(self) -> dict[str, Tensor]:
         columns = {
             "positions": self.positions,

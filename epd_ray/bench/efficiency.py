@@ -1,0 +1,145 @@
+"""Sample efficiency: images until the held-out reward is what the reference's settings have after 3,200."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from epd_ray.bench.kept import FOLDER, kept
+from epd_ray.config import load_config
+from epd_ray.prompts import load_prompts
+from epd_ray.session import algorithm
+from epd_ray.shard import as_table
+from epd_ray.solvers import SolverTable
+from epd_ray.statistics import median_interval
+from epd_ray.trainer import distil, held_out
+
+REFERENCE = (
+    "rdpo.baseline=mixed",
+    "rdpo.same_latent=false",
+    "rdpo.lr=7e-5",
+    "rdpo.concentration=10",
+    "rdpo.prompts_per_iteration=2",
+    "rdpo.minibatch=4",
+    "rdpo.concentration_bound=1e6",
+    "rdpo.staleness=0",
+)
+# Ours where pictures are dear and waiting is not: a small batch, used four times, never stale.
+FEW_IMAGES = (
+    "rdpo.prompts_per_iteration=2",
+    "rdpo.minibatch=8",
+    "rdpo.epochs=4",
+    "rdpo.clip=0.4",
+    "rdpo.lr=1e-3",
+    "rdpo.concentration=20",
+    "rdpo.staleness=0",
+)
+ARMS = {
+    "reference": REFERENCE,
+    "reference_tuned": (*REFERENCE, "rdpo.lr=2e-3"),
+    "ours": FEW_IMAGES,
+}
+BUDGET = 3200
+CHECKS = (*range(32, 321, 32), *range(480, 961, 160), *range(1280, BUDGET + 1, 320))
+"""Images after which every arm is judged, the same for all: more looks would be more chances."""
+SMALL_JOBS = "cluster.images_per_job=4"  # so that the reference's batch of 8 keeps two actors busy as well
+RULES = {"first": 1, "twice": 2}
+"""Checks in a row at which the target must hold: a curve that touches it once may have been lucky."""
+Record = dict[str, float | int | str | bool | None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How an arm went on one seed.
+
+    Attributes:
+        positions: [N][K] of the distilled table that it started from.
+        weights: [N][K].
+        images: drawn before each check, from 0.
+        rewards: held-out reward of the mean table at each.
+    """
+
+    positions: list[list[float]]
+    weights: list[list[float]]
+    images: list[int]
+    rewards: list[float]
+
+    @property
+    def start(self) -> SolverTable:
+        return SolverTable(*(torch.tensor(part, dtype=torch.float64) for part in (self.positions, self.weights)))
+
+    def reached(self, target: float, in_a_row: int = 1) -> float:
+        """Images at the first of so many checks in a row that are at the target or above; infinite: there is none."""
+        above = [reward >= target for reward in self.rewards]
+        for i in range(len(above) - in_a_row + 1):
+            if all(above[i : i + in_a_row]):
+                return self.images[i]
+        return math.inf
+
+
+def efficiency(
+    seeds: Sequence[int] = range(5), folder: Path = FOLDER, overrides: Sequence[str] = (), budget: int = BUDGET
+) -> Record:
+    """Images until the held-out reward is what the reference's settings have after the budget, per arm and seed.
+
+    A seed decides training prompts, held-out prompts, noise and draws. Its arms start from one distilled table and are
+    judged on the same 48 held-out prompts and noise, at the same numbers of images.
+
+    Args:
+        seeds: none of those that settings were chosen on (100 and above).
+        folder: where each arm's curve is kept when it is done; those that lie there are not measured again.
+        overrides: of all arms' settings.
+        budget: images of an arm at most.
+
+    Raises:
+        RunDirectoryError: the folder holds a curve of other settings.
+    """
+    record: Record = {"budget": budget}
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        curves: dict[str, Curve] = {}
+        for arm, own in ARMS.items():
+            settings = (f"seed={seed}", SMALL_JOBS, *own, *overrides)
+            measure = partial(_measured, settings, budget, curves.get("reference"))
+            curves[arm] = kept(folder / f"{arm}-seed{seed}.json", (*settings, f"budget={budget}"), Curve, measure)
+        target = curves["reference"].rewards[-1]
+        record |= {f"seed_{seed}/distilled_reward": curves["reference"].rewards[0], f"seed_{seed}/target": target}
+        for (arm, curve), (rule, in_a_row) in product(curves.items(), RULES.items()):
+            images = curve.reached(target, in_a_row)
+            found.setdefault(f"{arm}/{rule}", []).append(images)
+            record[f"seed_{seed}/{arm}/{rule}"] = _number(images)
+    for name, values in found.items():
+        record |= {f"{name}/{key}": _number(value) for key, value in asdict(median_interval(values)).items()}
+    return record
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no infinity
+
+
+def _measured(settings: Sequence[str], budget: int, first: Curve | None) -> Curve:
+    """Train until the target holds twice in a row, or the budget is spent.
+
+    Args:
+        settings: of the run.
+        budget: images.
+        first: the reference's curve, which gives start and target; None: this is it.
+    """
+    config = load_config(None, settings)
+    prompts = load_prompts(config.prompts, config.seed)
+    with algorithm(config, prompts.train) as algo:
+        table = as_table(distil(config, prompts, algo)) if first is None else first.start
+        algo.rebase(table)
+        curve = Curve(table.positions.tolist(), table.weights.tolist(), [], [])
+        for images in (0, *[check for check in CHECKS if check <= budget]):
+            while algo.policy_version * algo.config.images_per_iteration < images:
+                algo.train()
+            curve.images.append(images)
+            curve.rewards.append(held_out(config, prompts, algo))
+            if first is not None and math.isfinite(curve.reached(first.rewards[-1], max(RULES.values()))):
+                break
+    return curve

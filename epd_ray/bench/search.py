@@ -1,0 +1,208 @@
+"""RDPO against CMA-ES and random search: the same start, actors, budget of images and choice by held-out reward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from epd_ray.bench.kept import FOLDER, kept
+from epd_ray.config import RunConfig, load_config
+from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.sampling import Sampler
+from epd_ray.search import CmaSearch, RandomSearch, Search
+from epd_ray.session import algorithm
+from epd_ray.shard import as_table
+from epd_ray.solvers import SolverTable
+from epd_ray.statistics import bootstrap_mean, paired_difference
+from epd_ray.trainer import distil, noise_seeds, validate
+
+PROBLEMS: dict[str, tuple[str, ...]] = {
+    "n2": (),  # the default run
+    "n3": ("solver.intervals=3", "rdpo.lr=1e-3", "backbone.guidance_scale=4.5"),
+}
+METHODS = ("rdpo", "cma", "random")
+BUDGET = 1440
+BETWEEN_CHECKS = 160
+CANDIDATES = 8  # of CMA-ES a round; each draws the same 4 prompts and noise
+RANDOM_CANDIDATES = 20  # drawn between two checks; each draws the same 8
+SEARCHED = 5  # stream of the prompts and noise of a round
+Record = dict[str, float | int | str | bool | None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found on one seed.
+
+    Attributes:
+        positions: [N][K] of the table that was best on the validation prompts.
+        weights: [N][K].
+        images: drawn until then.
+        validation: held-out rewards at the checks, from the distilled table's.
+        test: raw score of the first head on each test prompt.
+    """
+
+    positions: list[list[float]]
+    weights: list[list[float]]
+    images: int
+    validation: list[float]
+    test: list[float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a better table.
+
+    Attributes:
+        advance: draws some images and learns from them.
+        images: of an advance.
+        table: what it would take home now.
+    """
+
+    advance: Callable[[], object]
+    images: int
+    table: Callable[[], SolverTable]
+
+
+class Rounds:
+    """Rounds of a search on RDPO's actors: all tables of a round draw the same prompts and noise.
+
+    Args:
+        config: of the run.
+        prompts: to train on.
+        algo: whose actors draw and score.
+        search: proposes and is told.
+        prompts_per_round: that each table draws.
+    """
+
+    def __init__(
+        self, config: RunConfig, prompts: Sequence[str], algo: RDPO, search: Search, prompts_per_round: int
+    ) -> None:
+        self._config, self._prompts, self._algo, self.search = config, prompts, algo, search
+        self._count = prompts_per_round
+        self._rng = np.random.default_rng([config.seed, SEARCHED])
+
+    def advance(self) -> None:
+        """One round."""
+        tables = self.search.ask()
+        chosen = self._rng.choice(len(self._prompts), self._count, replace=False)
+        prompts = [self._prompts[i] for i in chosen]
+        noise = self._rng.integers(2**62, size=self._count).tolist()
+        count = tables.positions.shape[0]
+        each = SolverTable(*(part.repeat_interleave(self._count, 0) for part in (tables.positions, tables.weights)))
+        s = self._config.solver
+        sampler = Sampler("epd", s.intervals, "search", "search", each, s.afs, s.order)
+        rewards = self._algo.sample_scored(sampler, prompts * count, noise * count).reward  # [C * P], table-major
+        self.search.tell(rewards.reshape(count, self._count).mean(1))
+
+
+def _method(name: str, config: RunConfig, prompts: PromptSplits, algo: RDPO, start: SolverTable) -> Method:
+    if name == "rdpo":
+        return Method(algo.train, algo.config.images_per_iteration, algo.mean_table)
+    if name == "cma":
+        candidates, shared = CANDIDATES, 4
+        search: Search = CmaSearch(start, candidates, config.seed)
+    else:
+        candidates, shared = RANDOM_CANDIDATES, BETWEEN_CHECKS // RANDOM_CANDIDATES
+        search = RandomSearch(start, candidates, config.seed, config.rdpo.concentration)
+    rounds = Rounds(config, prompts.train, algo, search, shared)
+    return Method(rounds.advance, candidates * shared, search.favourite)
+
+
+def search(
+    seeds: Sequence[int] = range(3),
+    folder: Path = FOLDER,
+    overrides: Sequence[str] = (),
+    problems: Sequence[str] = tuple(PROBLEMS),
+    budget: int = BUDGET,
+) -> Record:
+    """Test scores of the tables that each method finds with the same images, and RDPO's paired difference to them.
+
+    The methods of a seed start from one distilled table. Every 160 images each has one table judged on the validation
+    prompts, which are not counted, and keeps the best; that one draws the test prompts.
+
+    Args:
+        seeds: of prompts, noise and draws.
+        folder: where what a method found is kept when it is done; what lies there is not searched again.
+        overrides: of all settings.
+        problems: names in PROBLEMS.
+        budget: training images of a method.
+
+    Raises:
+        RunDirectoryError: the folder holds results of other settings.
+    """
+    record: Record = {"budget": budget}
+    for problem in problems:
+        tests: dict[str, list[float]] = {}
+        for seed in seeds:
+            settings = (f"seed={seed}", *PROBLEMS[problem], *overrides)
+            first: Found | None = None
+            for name in ("distilled", *METHODS):
+                measure = partial(_found, name, settings, budget, first)
+                path = folder / f"search-{problem}-{name}-seed{seed}.json"
+                found = kept(path, (*settings, f"budget={budget}"), Found, measure)
+                first = first or found
+                tests.setdefault(name, []).extend(found.test)
+                record[f"{problem}/seed_{seed}/{name}"] = float(np.mean(found.test))
+        record |= _compared(problem, tests)
+    return record
+
+
+def _compared(problem: str, tests: dict[str, list[float]]) -> Record:
+    """Means over all seeds' test prompts, and what RDPO has above each other method, with intervals."""
+    record: Record = {}
+    for name, values in tests.items():
+        pairs = {"": bootstrap_mean(values)}
+        if name != "rdpo":
+            pairs["/rdpo_minus_this"] = paired_difference(tests["rdpo"], values)
+        for suffix, interval in pairs.items():
+            record |= {f"{problem}/{name}{suffix}/{key}": value for key, value in asdict(interval).items()}
+    return record
+
+
+def _found(name: str, settings: Sequence[str], budget: int, first: Found | None) -> Found:
+    """Search, and draw the test prompts with the table that was best on the validation prompts.
+
+    Args:
+        name: "distilled" or one of METHODS.
+        settings: of the run.
+        budget: training images.
+        first: what distilling found: the start; None where this is that.
+    """
+    config = load_config(None, settings)
+    prompts = load_prompts(config.prompts, config.seed)
+    with algorithm(config, prompts.train) as algo:
+        if first is None:
+            table = as_table(distil(config, prompts, algo))
+        else:
+            table = SolverTable(*(torch.tensor(part, dtype=torch.float64) for part in (first.positions, first.weights)))
+            algo.rebase(table)
+
+        def judge(table: SolverTable) -> float:
+            return float(validate(config, prompts, algo, table, algo.policy_version).reward.mean())
+
+        checks = [(0, table, judge(table))]
+        if first is not None:
+            method = _method(name, config, prompts, algo, table)
+            images = 0
+            while images + method.images <= budget:
+                method.advance()
+                images += method.images
+                if images % BETWEEN_CHECKS == 0:
+                    checks.append((images, method.table(), judge(method.table())))
+        images, best, _ = max(checks, key=lambda check: check[2])
+        rewards = [reward for _, _, reward in checks]
+        return Found(
+            best.positions.tolist(), best.weights.tolist(), images, rewards, _test(config, prompts, algo, best)
+        )
+
+
+def _test(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> list[float]:
+    s = config.solver
+    sampler = Sampler("epd", s.intervals, "test", "test", table, s.afs, s.order)
+    sampled = algo.sample_scored(sampler, prompts.test, noise_seeds(config, "test", len(prompts.test)))
+    values: list[float] = next(iter(sampled.scores.values())).tolist()
+    return values

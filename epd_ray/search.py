@@ -1,0 +1,123 @@
+"""Searching a solver table without gradients: CMA-ES and random draws, in rounds of tables and what they scored."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from epd_ray.errors import ConfigError
+from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, base_parameters
+from epd_ray.solvers import SolverTable
+
+Floats = npt.NDArray[np.floating]
+STEP = 0.5  # CMA-ES's first standard deviation, in the coordinates: factors of about 1.6 between neighbouring segments
+
+
+class Search(Protocol):
+    """Proposes tables, is told what they scored, and says which it would take home."""
+
+    def ask(self) -> SolverTable:
+        """The next round's tables, [C, N, K]."""
+        ...
+
+    def tell(self, rewards: Floats) -> None:
+        """Rewards [C] of the tables asked for last, in order."""
+        ...
+
+    def favourite(self) -> SolverTable:
+        """The table [N, K] to judge on held-out prompts."""
+        ...
+
+
+def coordinates(table: SolverTable) -> Floats:
+    """A table [N, K] without scales as unbounded numbers [N (2K - 1)]: log-ratios to the last segment and weight."""
+    parts = base_parameters(table, TableSpace(table.points), 1.0).double()
+    segments, weights = parts.split([table.points + 1, table.points], dim=1)
+    ratios = torch.cat([part[:, :-1] - part[:, -1:] for part in (segments, weights)], dim=1)
+    return np.asarray(ratios.flatten().numpy())
+
+
+def tables_at(rows: Sequence[Floats] | Floats, intervals: int) -> SolverTable:
+    """The tables [C, N, K] of coordinates [C, N (2K - 1)]."""
+    ratios = torch.as_tensor(np.array(rows)).reshape(len(rows), intervals, -1)  # [C, N, 2K - 1]
+    points = (ratios.shape[-1] + 1) // 2
+    simplices = [
+        torch.cat([part, torch.zeros_like(ratios[..., :1])], dim=-1).softmax(-1)
+        for part in ratios.split([points, points - 1], dim=-1)
+    ]
+    return TableSpace(points).table(torch.cat(simplices, dim=-1))
+
+
+class CmaSearch:
+    """CMA-ES around a table. Source: Hansen, arXiv 1604.00772; the `cma` package.
+
+    Args:
+        start: [N, K], without scales.
+        candidates: tables a round, at least 2.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, start: SolverTable, candidates: int, seed: int) -> None:
+        if importlib.util.find_spec("cma") is None:
+            raise ConfigError(["CMA-ES: the package cma is not installed: pip install 'epd-ray[search]'"])
+        import cma
+
+        rng = np.random.default_rng(seed)
+        options: dict[str, Any] = {
+            "popsize": candidates,
+            "randn": lambda *shape: rng.standard_normal(shape),
+            "seed": np.nan,  # leave numpy's global generator alone
+            "verbose": -9,
+            "verb_log": 0,
+        }
+        self._intervals = start.intervals
+        self._strategy = cma.CMAEvolutionStrategy(coordinates(start), STEP, options)
+        self._asked: list[Floats] = []
+
+    def ask(self) -> SolverTable:
+        self._asked = self._strategy.ask()
+        return tables_at(self._asked, self._intervals)
+
+    def tell(self, rewards: Floats) -> None:
+        self._strategy.tell(self._asked, [-float(reward) for reward in rewards])
+
+    def favourite(self) -> SolverTable:
+        """The mean of the search distribution."""
+        table = tables_at([self._strategy.mean], self._intervals)
+        return SolverTable(table.positions[0], table.weights[0])
+
+
+class RandomSearch:
+    """Tables from the distribution that RDPO starts with; the best of the last round is the favourite.
+
+    Args:
+        start: [N, K], without scales.
+        candidates: tables a round.
+        seed: of the draws.
+        concentration: total of each Dirichlet.
+    """
+
+    def __init__(self, start: SolverTable, candidates: int, seed: int, concentration: float) -> None:
+        self._space = TableSpace(start.points)
+        self._policy = TableDistribution(self._space, base_parameters(start, self._space, concentration))
+        self._candidates, self._rng = candidates, np.random.default_rng(seed)
+        self._favourite, self._asked = start, start
+
+    def ask(self) -> SolverTable:
+        seeds = self._rng.integers(2**62, size=self._candidates).tolist()
+        self._asked = self._space.table(torch.from_numpy(np.stack([self._policy.draw(seed) for seed in seeds])))
+        return self._asked
+
+    def tell(self, rewards: Floats) -> None:
+        best = int(np.argmax(rewards))
+        self._favourite = SolverTable(self._asked.positions[best], self._asked.weights[best])
+
+    def favourite(self) -> SolverTable:
+        """The best of the last round; the start before the first."""
+        return self._favourite

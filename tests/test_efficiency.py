@@ -1,0 +1,143 @@
+"""Benchmarks that keep what they have measured: sample efficiency, and RDPO against searches."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from epd_ray.bench import cases, efficiency, search
+from epd_ray.bench.efficiency import Curve
+from epd_ray.bench.kept import kept
+from epd_ray.errors import RunDirectoryError
+from epd_ray.sampling import Sampler
+from epd_ray.search import CmaSearch
+from epd_ray.solvers import SolverTable
+from tests.conftest import SIMULATED
+
+TINY = (
+    *(o for o in SIMULATED if "distill" not in o and "intervals" not in o),
+    *("prompts.num_train=16", "prompts.validation=4", "prompts.test=6", "distill.prompts=4", "distill.teacher_steps=2"),
+)
+
+
+@dataclass(frozen=True)
+class Count:
+    value: int
+
+
+def test_a_measurement_is_made_once(tmp_path):
+    path = tmp_path / "new" / "one.json"
+    assert kept(path, ("a=1",), Count, lambda: Count(3)) == Count(3)
+    assert kept(path, ("a=1",), Count, lambda: pytest.fail("measured again")) == Count(3)
+
+
+def test_other_settings_are_refused(tmp_path):
+    path = tmp_path / "one.json"
+    kept(path, ("a=1", "b=2"), Count, lambda: Count(3))
+    with pytest.raises(RunDirectoryError, match=r"one.json was measured with other settings \(a=1, a=2\)"):
+        kept(path, ("a=2", "b=2"), Count, lambda: Count(4))
+    assert json.loads(path.read_text())["measured"] == {"value": 3}
+    path.write_text("[]")
+    with pytest.raises(RunDirectoryError, match="holds no measurement"):
+        kept(path, ("a=1",), Count, lambda: Count(4))
+
+
+def test_a_stopped_measurement_leaves_no_file(tmp_path):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "one.json", (), Count, stopped)
+    assert not list(tmp_path.iterdir())
+
+
+def test_when_a_curve_reaches_its_target():
+    curve = Curve([[0.5]], [[1.0]], [0, 32, 64, 96], [0.1, 0.5, 0.4, 0.6])
+    assert [curve.reached(target) for target in (0.0, 0.45, 0.5, 0.6)] == [0, 32, 32, 96]
+    assert curve.reached(0.4, in_a_row=2) == 32
+    assert curve.reached(0.5, in_a_row=2) == curve.reached(0.7) == math.inf
+
+
+def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
+    record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["ours-seed0.json", "reference-seed0.json", "reference_tuned-seed0.json"]
+    held = {name: json.loads((tmp_path / name).read_text()) for name in files}
+    assert held[files[0]]["measured"]["images"][:2] == [0, 32]
+    starts = {name: file["measured"]["rewards"][0] for name, file in held.items()}
+    assert len(set(starts.values())) == 1 and record["seed_0/distilled_reward"] == starts[files[0]]
+    assert record["seed_0/target"] == held[files[1]]["measured"]["rewards"][-1]
+    assert record["reference/first/median"] in (0, 32) and record["ours/first/coverage"] == 0
+
+    monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))
+    assert efficiency.efficiency(range(1), tmp_path, TINY, budget=32) == record
+    with pytest.raises(RunDirectoryError, match="budget=32, budget=64"):
+        efficiency.efficiency(range(1), tmp_path, TINY, budget=64)
+
+
+def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_ray):
+    monkeypatch.setattr(search, "BETWEEN_CHECKS", 32)
+    monkeypatch.setattr(search, "CANDIDATES", 4)
+    monkeypatch.setattr(search, "RANDOM_CANDIDATES", 8)
+    record = search.search(range(1), tmp_path, TINY, problems=["n2"], budget=64)
+    measured = {path.stem.split("-")[2]: json.loads(path.read_text())["measured"] for path in tmp_path.iterdir()}
+    assert sorted(measured) == ["cma", "distilled", "random", "rdpo"]
+    for name, found in measured.items():
+        assert len(found["test"]) == 6 and record[f"n2/seed_0/{name}"] == pytest.approx(np.mean(found["test"]))
+        assert len(found["validation"]) == (1 if name == "distilled" else 3)
+        assert found["validation"][0] == measured["distilled"]["validation"][0]
+        assert found["images"] == 32 * int(np.argmax(found["validation"]))
+    difference = np.mean(measured["rdpo"]["test"]) - np.mean(measured["cma"]["test"])
+    assert record["n2/cma/rdpo_minus_this/mean"] == pytest.approx(difference, abs=1e-6)
+
+
+def test_a_round_draws_the_same_prompts_with_every_table(build):
+    drawn = []
+    trained = build()
+
+    class Listening:
+        def __init__(self, own):
+            self.own = own
+
+        def ask(self):
+            return self.own.ask()
+
+        def tell(self, rewards):
+            drawn.append(rewards)
+            self.own.tell(rewards)
+
+    def watch(sampler, prompts, seeds):
+        drawn.append((sampler.table, list(prompts), list(seeds)))
+        return trained.__class__.sample_scored(trained, sampler, prompts, seeds)
+
+    config = search.load_config(None, SIMULATED)
+    own = CmaSearch(trained.mean_table(), 4, 0)
+    trained.sample_scored = watch
+    search.Rounds(config, [f"prompt {i}" for i in range(9)], trained, Listening(own), 3).advance()
+    (table, prompts, seeds), rewards = drawn
+    assert prompts == prompts[:3] * 4 and seeds == seeds[:3] * 4 and len(set(prompts)) == 3
+    assert torch.equal(table.positions[0], table.positions[2]) and not torch.equal(*table.positions[2:4])
+    assert rewards.shape == (4,)
+
+
+def test_pictures_may_have_tables_of_their_own(build):
+    trained = build()
+    one = trained.mean_table()
+    positions = one.positions.repeat(10, 1, 1)
+    positions[9] *= 0.5
+    sampler = Sampler("epd", 3, "x", "x", SolverTable(positions, one.weights.repeat(10, 1, 1)))
+    prompts, seeds = ["prompt"] * 10, list(range(10))
+    images = trained.sample_scored(sampler, prompts, seeds, keep_images=True).images
+    same = trained.sample_scored(sampler.with_table(one), prompts, seeds, keep_images=True).images
+    assert [np.array_equal(a, b) for a, b in zip(images, same, strict=True)] == [True] * 9 + [False]
+
+
+def test_the_command_hands_on_seeds_and_folder(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(cases.SEEDED, "efficiency", lambda seeds="own", folder=None: seen.append((seeds, folder)) or {})
+    cases.measured("efficiency", 2, tmp_path)
+    cases.measured("efficiency", None, tmp_path)
+    assert seen == [(range(2), tmp_path), ("own", tmp_path)]
