@@ -285,7 +285,7 @@ class EvaluationConfig(Section):
     patience: int = Field(default=0, ge=0, description="end after so many validations without progress; 0: never")
     stop_on_alarm: bool = Field(default=False, description="end when heads that are not trained on fall")
     baselines: tuple[Annotated[str, AfterValidator(_solver)], ...] = Field(
-        default=("euler", "heun", "dpm2", "ipndm"),
+        default=("euler", "heun", "dpm2", "ipndm", "dpmpp2m", "unipc"),
         strict=False,
         description="names in epd_ray/solvers/zoo.py, or module:function; at the same parallel NFE",
     )

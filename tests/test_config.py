@@ -252,7 +252,10 @@ def test_a_newer_format_is_all_that_is_said_of_a_newer_file(tmp_path):
         (["rdpo.lr=3e-3", "seed=1"], "seed was 0, now 1"),
         (["rewards.clip.weight=2"], "rewards.clip.weight was 1.0, now 2.0"),
         (["rewards={mine: {head: 'a.b:Head'}}"], "rewards.clip.head was 'clip', now None"),
-        (["evaluation.baselines=[]"], "evaluation.baselines was ['euler', 'heun', 'dpm2', 'ipndm'], now []"),
+        (
+            ["evaluation.baselines=[]"],
+            "evaluation.baselines was ['euler', 'heun', 'dpm2', 'ipndm', 'dpmpp2m', 'unipc'], now []",
+        ),
     ],
 )
 def test_the_first_key_that_differs(overrides, said):

@@ -21,6 +21,7 @@ PARTS = (
     "evaluation.every=3",
     "prompts.validation=10",
     "prompts.test=16",
+    "evaluation.baselines=[euler, heun, dpm2, ipndm]",
 )
 BATCH = 3 * 2 * DRIFT  # N intervals of two calls
 

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def test_order(name: str, form: Form) -> None:
     errors = torch.stack([(end - solution(form)).abs().max() for end in ends])
     n, e = torch.tensor(counts).double().log(), errors.log()
     slope = -((n - n.mean()) * (e - e.mean())).sum() / ((n - n.mean()) ** 2).sum()
-    assert slope.item() == pytest.approx(ORDERS[name], abs=0.3)
+    assert slope.item() == pytest.approx(ORDERS[name], abs=0.4)
 
 
 def test_edm_is_heun_and_a_step_to_zero() -> None:
@@ -241,29 +241,27 @@ def test_the_models_own_schedule_is_the_pipelines(name: str, steps: int) -> None
     assert torch.allclose(scheduler.sigmas.double(), backbone.sigmas(steps, final_zero=True), rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["DPM", "Adams", "UniP", "UniPC"])
-def test_equals_skramples_own_run(name: str, form: Form) -> None:
+def test_equals_skramples_own_run() -> None:
     pytest.importorskip("skrample", reason="needs Python 3.12")
     from skrample.sampling import models, structured
     from skrample.sampling.interface import StructuredFunctionalAdapter
     from skrample.scheduling import Linear, Scaled
 
-    schedule = Linear() if form == "flow" else Scaled()
-    points = schedule.schedule(6)
-    sampler = StructuredFunctionalAdapter(getattr(structured, name)(order=3))
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scale = 1.0 if form == "flow" else points[0].alpha  # theirs is in VP form
+    for name, form in product(("DPM", "Adams", "UniP", "UniPC"), FORMS):
+        schedule = Linear() if form == "flow" else Scaled()
+        transform = models.FlowModel() if form == "flow" else models.NoiseModel()
+        points = schedule.schedule(6)
+        scales = {p.sigma: 1.0 if form == "flow" else p.alpha for p in points}  # theirs is in VP form
 
-    def model(z: Tensor, timestep: float, sigma: float, alpha: float) -> Tensor:
-        at = sigma if form == "flow" else sigma / alpha
-        return curved(z if form == "flow" else z / alpha, torch.full((2,), at, dtype=torch.float64))
+        def model(z: Tensor, timestep: float, sigma: float, alpha: float, scales: Any = scales) -> Tensor:
+            return curved(z / scales[sigma], torch.full((2,), sigma / scales[sigma], dtype=torch.float64))
 
-    transform = models.FlowModel() if form == "flow" else models.NoiseModel()
-    theirs = sampler.sample_model(scale * x, model, transform, schedule, 6)
-    sigmas = [p.sigma if form == "flow" else p.sigma / p.alpha for p in points]
-    ours = zoo.follow(f"skrample_{name.lower()}3", curved, x, torch.tensor([*sigmas, 0.0]).double(), form)
-    assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+        adapter = StructuredFunctionalAdapter(getattr(structured, name)(order=3))
+        theirs = adapter.sample_model(scales[points[0].sigma] * x, model, transform, schedule, 6)
+        sigmas = torch.tensor([*(p.sigma / scales[p.sigma] for p in points), 0.0], dtype=torch.float64)
+        ours = zoo.follow(f"skrample_{name.lower()}3", curved, x, sigmas, form)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-9), (name, form)
 
 
 # -- names and costs --------------------------------------------------------------------------------------------------
