@@ -306,8 +306,8 @@ def test_the_headline_says_what_is_bought(measured):
     assert verdict.speed is not None and verdict.speed.ratio == pytest.approx(0.2)
     assert verdict.sentence == (
         "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 DDIM / Euler steps on 3 prompts at guidance 4.5: "
-        "clip +1.0000 [+1.0000, +1.0000], in 0.20 of its time a picture (100 ms against 500 ms, medians of 1 batches "
-        "each, drawn in turns)"
+        "clip +1.0000 [+1.0000, +1.0000], in 0.20 of its time a picture (100 ms against 500 ms, of one batch each, "
+        "drawn in turns)"
     )
 
 

@@ -79,7 +79,8 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str]) -> Table:
     published = [{column_of.get(name, name): v for name, v in line.published.items()} for line in suite.lines]
     columns: list[Mapping[str, object]] = [*published, *means.values()]
     there = dict.fromkeys(metric for column in columns for metric in column)
-    metrics = {m: TITLES.get(heads.get(m, m), m.replace("_", " ")) for m in there}
+    titles = {metric: TITLES[head] for head, metric in column_of.items() if head in TITLES}
+    metrics = {m: titles.get(m, TITLES.get(m, m.replace("_", " "))) for m in there}
     rows = []
     for line, values in zip(suite.lines, published, strict=True):
         key = line.sampler.key if line.sampler else ""

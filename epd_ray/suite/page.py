@@ -73,14 +73,16 @@ def write_page(
 def _title(table: Table, verdicts: Sequence[Verdict]) -> str:
     suite = table.suite
     if suite.table is not None:
-        return f"{suite.table}: the paper's table and what was measured here"
+        return f"The paper's table {suite.table}, and what was measured here"
     best = verdicts[0]
     reference = suite.reference
     assert reference is not None
     steps = f"{reference.intervals} {reference.label} steps"
+    metric, difference = next(iter(best.differences.items()))
+    gain = f"{best.sampler.label}: {metric} {_number(metric, difference.mean, True)}"
     if best.speed is None:
-        return f"{best.sampler.model_evals} evaluations against {steps}"
-    return f"{best.sampler.label} takes {best.speed.ratio:.2f} of the time of {steps}"
+        return f"{gain} against {steps}"
+    return f"{gain} in {best.speed.ratio:.2f} of the time of {steps}"
 
 
 def _facts(table: Table, summary: Summary) -> list[tuple[str, str]]:
@@ -109,7 +111,7 @@ def _row(row: TableRow, ours: set[str]) -> PageRow:
     return PageRow(
         method=line.method,
         steps=NOTHING if line.steps is None else str(line.steps),
-        schedule=line.schedule or "its own",
+        schedule=f"{line.schedule or 'its own'} schedule",
         parallel_nfe=line.parallel_nfe,
         model_evals=NOTHING if sampler is None else str(sampler.model_evals),
         time=NOTHING if row.seconds is None else duration(row.seconds),

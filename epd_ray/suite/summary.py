@@ -154,9 +154,10 @@ def _difference(metric: str, d: Interval) -> str:
 def _pace(pace: Speed | None) -> str:
     if pace is None:
         return "times not compared (drawn at different times: evaluate both in a new --out)"
+    many = f"medians of {pace.shards} batches each" if pace.shards > 1 else "of one batch each"
     return (
-        f"in {pace.ratio:.2f} of its time a picture ({duration(pace.ours)} against {duration(pace.other)}, medians of "
-        f"{pace.shards} batches each, drawn in turns)"
+        f"in {pace.ratio:.2f} of its time a picture ({duration(pace.ours)} against {duration(pace.other)}, {many}, "
+        "drawn in turns)"
     )
 
 
