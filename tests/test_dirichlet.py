@@ -232,6 +232,20 @@ def test_policy_starts_at_the_base(space: TableSpace) -> None:
     assert not np.array_equal(network.parameters_array(), base.numpy())
 
 
+@pytest.mark.parametrize("space", SPACES, ids=lambda s: f"dir={s.scale_dir}-time={s.scale_time}")
+def test_the_first_step_stays_where_tables_are_drawn(space: TableSpace) -> None:
+    network = PolicyNetwork(replace(spec(space), width=128))
+    before = TableDistribution(space, network().detach())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    network()[0].sum().backward()
+    optimizer.step()
+    after = TableDistribution(space, network().detach())
+    assert float((after.segments.concentration / before.segments.concentration)[0].log().abs().min()) > 0.1
+    for old, new in zip(before.scales, after.scales, strict=True):
+        moved = ((new.loc - old.loc) / old.scale)[0].abs()  # in standard deviations
+        assert float(moved.min()) > 0.1 and float(moved.max()) < 1
+
+
 def test_rllibs_view_is_the_same_distribution() -> None:
     space = TableSpace(2, scale_dir=True)
     policy = distribution(space)

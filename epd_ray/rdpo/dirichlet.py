@@ -52,6 +52,17 @@ class TableSpace:
         """2K + 1, and K more per trained scale."""
         return 2 * self.points + 1 + self.points * self.scales
 
+    @property
+    def residual_units(self) -> Tensor:
+        """What a policy's output of 1 adds to each parameter, [W].
+
+        1, but the first standard deviation for the means of the logarithms of scales. In units of 1 the steps that suit
+        concentrations would take those means several standard deviations away at once, where nothing was drawn.
+        """
+        k = self.points
+        scale = [math.exp(INITIAL_LOG_STD)] * k + [1.0] * k
+        return torch.tensor([1.0] * (2 * k + 1) + scale * self.scales)
+
     def split_action(self, action: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Segments [..., K+1] and weights [..., K], renormalised inside their simplex, and the scales [..., K]."""
         k = self.points

@@ -41,11 +41,13 @@ class PolicyNetwork(nn.Module):
     """Interval index -> embedding -> residual MLP -> zero-initialised output: it starts as the base table."""
 
     base: Tensor
+    units: Tensor
 
     def __init__(self, spec: PolicySpec) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("base", torch.tensor(spec.base, dtype=torch.float32))  # [N, W]
+        self.register_buffer("units", spec.space.residual_units, persistent=False)  # [W]
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             self.embedding = nn.Embedding(len(spec.base), spec.width)
@@ -62,7 +64,7 @@ class PolicyNetwork(nn.Module):
         hidden = self.embedding.weight
         for layer in self.layers:
             hidden = hidden + layer(hidden)
-        residual: Tensor = self.out(hidden)
+        residual: Tensor = self.out(hidden) * self.units
         return bound_concentration(self.base + residual, self.spec.space.points, self.spec.max_concentration)
 
     @torch.no_grad()
