@@ -61,6 +61,30 @@ def test_when_a_curve_reaches_its_target():
     assert curve.reached(0.5, in_a_row=2) == curve.reached(0.7) == math.inf
 
 
+def test_how_many_times_fewer():
+    times = efficiency._times
+    assert (times(640, 160), times(math.inf, 160), times(640, math.inf), times(math.inf, math.inf)) == (
+        4,
+        math.inf,
+        0,
+        1,
+    )
+
+
+def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
+    def curve(settings, budget, first):
+        where = int(settings[0].removeprefix("seed=")) + 1
+        arm = 1 if settings[2] == efficiency.FEW_IMAGES[0] else 4
+        images = [0, arm * 32 * where, budget]
+        return Curve([[0.5]], [[1.0]], images, [0.0, 1.0, 1.0])
+
+    monkeypatch.setattr(efficiency, "_measured", curve)
+    record = efficiency.efficiency(range(3), tmp_path)
+    assert [record[f"seed_{i}/ours/first"] for i in range(3)] == [32, 64, 96]
+    assert record["reference_tuned/first/ours_times_fewer"] == 4
+    assert record["budget/ours_times_fewer"] == 3200 / 64
+
+
 def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
     record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
     files = sorted(path.name for path in tmp_path.iterdir())

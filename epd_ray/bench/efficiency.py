@@ -95,6 +95,11 @@ def efficiency(
         overrides: of all arms' settings.
         budget: images of an arm at most.
 
+    Returns:
+        Images per seed, arm and rule, null where the target is not reached, and their medians with intervals;
+        `<arm>/<rule>/ours_times_fewer` is the median over seeds of an arm's images over ours, `budget/ours_times_fewer`
+        the budget over the median of ours.
+
     Raises:
         RunDirectoryError: the folder holds a curve of other settings.
     """
@@ -109,12 +114,21 @@ def efficiency(
         target = curves["reference"].rewards[-1]
         record |= {f"seed_{seed}/distilled_reward": curves["reference"].rewards[0], f"seed_{seed}/target": target}
         for (arm, curve), (rule, in_a_row) in product(curves.items(), RULES.items()):
-            images = curve.reached(target, in_a_row)
-            found.setdefault(f"{arm}/{rule}", []).append(images)
-            record[f"seed_{seed}/{arm}/{rule}"] = _number(images)
-    for name, values in found.items():
-        record |= {f"{name}/{key}": _number(value) for key, value in asdict(median_interval(values)).items()}
+            found.setdefault(f"{arm}/{rule}", []).append(curve.reached(target, in_a_row))
+            record[f"seed_{seed}/{arm}/{rule}"] = _number(found[f"{arm}/{rule}"][-1])
+    for name, images in found.items():
+        record |= {f"{name}/{key}": _number(value) for key, value in asdict(median_interval(images)).items()}
+        arm, rule = name.split("/")
+        fewer = [_times(theirs, ours) for theirs, ours in zip(images, found[f"ours/{rule}"], strict=True)]
+        if arm != "ours":
+            record[f"{name}/ours_times_fewer"] = _number(median_interval(fewer).median)
+    record["budget/ours_times_fewer"] = _number(budget / max(median_interval(found["ours/first"]).median, 1))
     return record
+
+
+def _times(theirs: float, ours: float) -> float:
+    """How often the images of ours go into theirs; 1 where neither got there."""
+    return theirs / max(ours, 1) if math.isfinite(ours) else float(theirs == ours)
 
 
 def _number(value: float) -> float | None:
