@@ -11,9 +11,11 @@ import torch
 
 from epd_ray.errors import ConfigError, RunDirectoryError, TableError
 from epd_ray.rollout import BackboneFacts
-from epd_ray.sampling import Sampler, baseline
+from epd_ray.sampling import Sampler
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.suite.definition import (
+    FID_METRIC,
+    Line,
     Suite,
     comparison_suite,
     fid_suite,
@@ -360,5 +362,11 @@ def test_frechet_distance_is_to_the_reference(measured):
     assert FEATURES not in summary.comparison.rows[0].values
 
 
-def test_the_reference_is_a_baseline():
-    assert baseline("euler", 50).key == "euler-50"
+@pytest.mark.parametrize(("is_fid", "said"), [(True, "+0.50"), (False, "-")])
+def test_the_distance_is_set_against_the_papers_where_it_is_the_fid(measured, is_fid, said):
+    suite, results = measured
+    line = Line("DDIM", 3, suite.samplers[1], published={FID_METRIC: 1.0})
+    suite = Suite("paper-fid", "cifar10_32", (line,), suite.ours, None)
+    summary = replace(summarise(suite, PICTURES, results, None), distances={"euler-50": 1.5})
+    found = {row[0].strip(): row[1] for row in grid(tabulate(suite, summary, {}, is_fid))}
+    assert (found["DDIM"], found["paper"], found["ours minus paper"]) == ("1.50", "1.00", said)

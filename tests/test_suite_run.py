@@ -261,6 +261,7 @@ def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| EPD-Solver |"))
     assert [cell.strip() != "-" for cell in row.split("|")[2:-1]] == [True, False, False, False]
     assert "| paper | 10.40 | 4.33 | 2.82 | 2.49 |" in text
+    assert "| ours minus paper | - | - | - | - |" in text and "no FID: compare it here alone" in text
     assert any(line.startswith("Shown with the paper's values alone") and "ParaDiGMS" in line for line in lines)
 
 

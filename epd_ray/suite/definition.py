@@ -14,7 +14,7 @@ from epd_ray.suite.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.suite.settings import SuiteName
 
 REFERENCE_STEPS = 50
-FID_METRIC = "fid"
+FID_METRIC = "frechet_distance"
 LEARNED, PLUGIN = "EPD-Solver", "EPD-Plugin"
 METHODS = {"DDIM": "euler", "iPNDM(3M)": "ipndm3", "Heun": "heun", "DPM-Solver-2": "dpm2"}
 METHODS |= {"EDM": "edm", "DPM-Solver++(3M)": "dpmpp3m", "UniPC": "unipc3", "iPNDM": "ipndm"}

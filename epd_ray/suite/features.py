@@ -2,26 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from epd_ray.errors import ConfigError, MetricError
 from epd_ray.feature_pool import FeaturePool, FeatureSpec
-from epd_ray.metrics.frechet import Gaussian
 from epd_ray.metrics.reference import reference_statistics
 from epd_ray.sections import RewardConfig
+from epd_ray.suite.measure import Features
 from epd_ray.suite.settings import INCEPTION, Request
-from epd_ray.types import FeatureExtractor
 
 CLIP = "clip"  # as head and as extractor
-
-
-@dataclass(frozen=True)
-class Features:
-    """An open extractor and the features of the reference set, where they are asked for."""
-
-    extractor: FeatureExtractor | None = None
-    reference: Gaussian | None = None
 
 
 @contextmanager
@@ -59,7 +49,7 @@ def open_features(
                 f"the Frechet distance needs at least {extractor.dimension + 1} pictures for {extractor.dimension} "
                 f"features, {pictures} are asked of each sampler: raise --count"
             )
-        yield Features(extractor, reference_statistics(request.reference, extractor, cache))
+        yield Features(extractor, reference_statistics(request.reference, extractor, cache), model == INCEPTION)
 
 
 def _default(request: Request, heads: Mapping[str, RewardConfig]) -> str | None:

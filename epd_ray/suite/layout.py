@@ -23,11 +23,12 @@ class Cell:
 
     ours: Interval | None
     published: float | None = None
+    comparable: bool = True  # whether both measure the same
 
     @property
     def difference(self) -> Interval | None:
         """Ours minus the paper's, with the interval of ours: the paper gives none."""
-        if self.ours is None or self.published is None:
+        if self.ours is None or self.published is None or not self.comparable:
             return None
         return Interval(*(end - self.published for end in (self.ours.mean, self.ours.low, self.ours.high)))
 
@@ -63,13 +64,14 @@ class Table:
         return any(row.line.published for row in self.rows)
 
 
-def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str]) -> Table:
+def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: bool = True) -> Table:
     """Join what was measured with what is published.
 
     Args:
         suite: that was measured.
         summary: of it.
         heads: metric -> head's registry name, which the paper's columns go by; one head of each.
+        is_fid: whether the Frechet distance is of Inception's features.
     """
     means = dict(summary.comparison.means)
     for key, distance in summary.distances.items():
@@ -80,11 +82,12 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str]) -> Table:
     columns: list[Mapping[str, object]] = [*published, *means.values()]
     there = dict.fromkeys(metric for column in columns for metric in column)
     titles = {metric: TITLES[head] for head, metric in column_of.items() if head in TITLES}
+    titles[FID_METRIC] = "FID" if is_fid else "Frechet distance"
     metrics = {m: titles.get(m, TITLES.get(m, m.replace("_", " "))) for m in there}
     rows = []
     for line, values in zip(suite.lines, published, strict=True):
         key = line.sampler.key if line.sampler else ""
-        cells = {m: Cell(means.get(key, {}).get(m), values.get(m)) for m in metrics}
+        cells = {m: Cell(means.get(key, {}).get(m), values.get(m), is_fid or m != FID_METRIC) for m in metrics}
         rows.append(TableRow(line, seconds.get(key), cells))
     return Table(suite, metrics, tuple(rows), means)
 

@@ -1,9 +1,12 @@
 """What is kept of every picture: who drew it from what, how long it took, and what each metric says."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 
 from epd_ray.evaluate import SCENE_ACCURACY, accuracy, scenes_of
+from epd_ray.metrics.frechet import Gaussian
 from epd_ray.metrics.sharpness import sharpness
 from epd_ray.suite.pictures import Pictures
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
@@ -12,6 +15,15 @@ ABOUT = ("prompt_id", "image", "prompt", "noise_seed", "shard", "session", "seco
 """Columns that are no metric."""
 FEATURES = "features"
 SHARPNESS = "sharpness"
+
+
+@dataclass(frozen=True)
+class Features:
+    """An open extractor and the features of the reference set, where they are asked for."""
+
+    extractor: FeatureExtractor | None = None
+    reference: Gaussian | None = None
+    is_fid: bool = False  # the distance of Inception's features, as papers give it
 
 
 def rows(

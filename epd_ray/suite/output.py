@@ -7,11 +7,10 @@ from dataclasses import asdict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from epd_ray.metrics.frechet import Gaussian
 from epd_ray.store import package_versions, whole, write_text
 from epd_ray.suite.definition import Suite
 from epd_ray.suite.layout import Table, as_csv, differences, grid, markdown, plain, tabulate
-from epd_ray.suite.measure import FEATURES
+from epd_ray.suite.measure import FEATURES, Features
 from epd_ray.suite.page import write_page
 from epd_ray.suite.pictures import Pictures
 from epd_ray.suite.results import ResultsDirectory
@@ -20,17 +19,18 @@ from epd_ray.suite.summary import Summary, Verdict, summarise, verdicts
 
 SOURCES = {
     "paper": "The paper's values are those of arXiv 2512.22796, table {table}; the intervals are of ours alone.",
-    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}).",
+    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}), of 50,000 pictures "
+    "each: of fewer the distance is larger.",
 }
 
 
-def write_results(results: ResultsDirectory, subject: Subject, reference: Gaussian | None) -> list[str]:
+def write_results(results: ResultsDirectory, subject: Subject, features: Features) -> list[str]:
     """Write results.parquet, .csv, .md, .json and the page from the shards, which are all there.
 
     Args:
         results: the directory.
         subject: what was measured.
-        reference: features that the Frechet distance is taken to.
+        features: that the Frechet distance is taken to, if there are some.
 
     Returns:
         The table, the headline and where the page is, in lines.
@@ -39,8 +39,9 @@ def write_results(results: ResultsDirectory, subject: Subject, reference: Gaussi
         RunDirectoryError: a damaged shard, or the disk refuses.
     """
     suite = subject.suite
-    summary = summarise(suite, subject.pictures, results, reference)
-    table = tabulate(suite, summary, {name: head.head for name, head in subject.config.rewards.items()})
+    summary = summarise(suite, subject.pictures, results, features.reference)
+    heads = {name: head.head for name, head in subject.config.rewards.items()}
+    table = tabulate(suite, summary, heads, features.is_fid)
     found, said = verdicts(suite, summary, subject.facts.guidance_scale), [subject.sentence, *notes(table)]
     _write_rows(results, suite, subject.pictures)
     write_text(results.path / "results.csv", as_csv(table))
@@ -70,6 +71,8 @@ def notes(table: Table) -> list[str]:
     """What one has to know to read the table."""
     suite = table.suite
     found = [] if suite.table is None else [SOURCES[suite.name].format(table=suite.table)]
+    if any(not cell.comparable for row in table.rows for cell in row.cells.values()):
+        found.append("The Frechet distance here is not of Inception's features, and so no FID: compare it here alone.")
     silent = [title for metric, title in table.metrics.items() if all(r.cells[metric].ours is None for r in table.rows)]
     if silent:
         found.append(f"No head of the configuration gives {', '.join(silent)}: name one under rewards to fill it in.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from epd_ray.page import data_uri, page_template
 from epd_ray.report import SHEET_COLUMNS, Column, Evaluation
 from epd_ray.store import write_text
+from epd_ray.suite.definition import FID_METRIC
 from epd_ray.suite.layout import NOTHING, Cell, Table, TableRow, decimals, fid_lines, number
 from epd_ray.suite.results import ResultsDirectory
 from epd_ray.suite.summary import Summary, Verdict, duration
@@ -61,6 +62,7 @@ def write_page(
         rows=[_row(row, ours) for row in table.rows],
         metrics=table.metrics,
         number=_number,
+        distance=FID_METRIC,
         evaluation=evaluation,
         decimals={metric: decimals(metric) for metric in evaluation.metrics},
         solvers={row.key: row for row in evaluation.solvers},

@@ -69,7 +69,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         warn_of_long_prompts(algo, pictures.prompts)
         keeper = Keeper(results, pictures, config.evaluation.pictures, features.extractor)
         keeper.do(algo, jobs(pictures, suite.samplers, scored=bool(config.rewards)), observer)
-    lines = write_results(results, subject, features.reference)
+    lines = write_results(results, subject, features)
     observer.done()
     return lines
 
