@@ -54,6 +54,10 @@ class MetricError(EpdRayError):
     """Pictures, features or statistics that a metric cannot be computed from."""
 
 
+class SideBySideError(EpdRayError):
+    """Folders of pictures that do not pair, or votes that are not of this page."""
+
+
 class RunDirectoryError(EpdRayError):
     """An output directory that cannot be written, or that holds another run."""
 

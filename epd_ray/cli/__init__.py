@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from epd_ray.cli import evaluate, rewards, runs, score, sweep, tables
+from epd_ray.cli import ab, evaluate, rewards, runs, score, sweep, tables
 
 app = typer.Typer(
     help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
@@ -27,6 +27,7 @@ for command in (
     app.command()(command)
 app.command()(score.score)
 app.command()(sweep.sweep)
+app.add_typer(ab.app, name="ab")
 app.add_typer(tables.app, name="tables")
 app.add_typer(rewards.app, name="rewards")
 

@@ -137,21 +137,33 @@ def _require_unique(ids: pa.ChunkedArray, source: str) -> None:
 
 
 def _index_folder(rows: _Rows, root: Path, files: Sequence[Path], prompts: Path | None) -> None:
-    names = [file.relative_to(root).as_posix() for file in files]
+    for file, text in zip(files, folder_prompts(root, files, prompts), strict=True):
+        rows.add(file.relative_to(root).as_posix(), text, str(file), (0, file.stat().st_size))
+
+
+def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> Sequence[str | None]:
+    """Each picture's prompt, None where there is none.
+
+    Args:
+        root: a folder of images.
+        files: in it or below, sorted.
+        prompts: as `read_index` takes them.
+
+    Raises:
+        PromptError: a file that cannot be used, has another number of lines, or names none of the pictures.
+    """
     if prompts is None:
-        texts: list[str | None] = [_beside(file) for file in files]
-    elif prompts.suffix.lower() == ".txt":
+        return [_beside(file) for file in files]
+    if prompts.suffix.lower() == ".txt":
         lines = read_prompts(prompts)
         if len(lines) != len(files):
             raise PromptError(f"{prompts} has {len(lines)} prompts for {len(files)} pictures: one line each is needed")
-        texts = list(lines)
-    else:
-        by_name = _named_prompts(prompts)
-        texts = [by_name.get(name) for name in names]
-        if not any(texts):
-            raise PromptError(f"{prompts} names none of the pictures in {root}, such as {names[0]!r}")
-    for name, file, text in zip(names, files, texts, strict=True):
-        rows.add(name, text, str(file), (0, file.stat().st_size))
+        return lines
+    by_name, names = _named_prompts(prompts), [file.relative_to(root).as_posix() for file in files]
+    texts = [by_name.get(name) for name in names]
+    if not any(texts):
+        raise PromptError(f"{prompts} names none of the pictures in {root}, such as {names[0]!r}")
+    return texts
 
 
 def _beside(picture: Path) -> str | None:

@@ -1,0 +1,1 @@
+"""Which of two solvers' pictures people prefer: a blind page, what is saved of it, what came of it."""

@@ -1,0 +1,309 @@
+import base64
+import http.client
+import io
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from typer.testing import CliRunner, Result
+
+from epd_ray import cli
+from epd_ray.ab.make import make_page
+from epd_ray.ab.records import Key, Pair, Vote, read_key, read_votes
+from epd_ray.ab.server import PageServer
+from epd_ray.ab.tally import Standing, results, tally
+from epd_ray.errors import ConfigError, EpdRayError, SideBySideError
+
+PROMPTS = ["a red circle", 'two cats & a "dog" </script><b>', "Übergröße 🦊", "a star", "a cross"]
+
+
+def picture(value: int, size: tuple[int, int] = (12, 8)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """As an evaluation leaves them: samples/<key>/NNN.png and prompts.json."""
+    folder = tmp_path / "samples"
+    for offset, key in ((0, "rdpo"), (100, "euler-6")):
+        (folder / key).mkdir(parents=True)
+        for index in range(len(PROMPTS)):
+            note = PngImagePlugin.PngInfo()
+            note.add_text("solver", key)
+            picture(offset + index).save(folder / key / f"{index:03d}.png", pnginfo=note)
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    return folder
+
+
+def make(samples: Path, out: Path, prompts: Path | None = None, count: int | None = None, seed: int = 0) -> Key:
+    make_page(samples / "rdpo", samples / "euler-6", out, prompts, count, seed)
+    return read_key(out)
+
+
+def shown(out: Path) -> dict[str, object]:
+    """What the page has of its pairs."""
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', (out / "index.html").read_text())
+    found: dict[str, object] = json.loads(data)
+    return found
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_is_on_the_page_and_the_key_says_which_side_is_whose(samples: Path, tmp_path: Path) -> None:
+    key = make(samples, tmp_path / "page")
+    page = shown(tmp_path / "page")
+    assert page["page"] == key.page and (key.left, key.right) == ("rdpo", "euler-6")
+    assert sorted(pair.picture for pair in key.pairs) == [f"{i:03d}.png" for i in range(5)]
+    for pair, on_page in zip(key.pairs, page["pairs"], strict=True):  # type: ignore[call-overload]
+        index = int(pair.picture[:3])
+        assert on_page["id"] == pair.id and on_page["prompt"] == pair.prompt == PROMPTS[index]
+        for side, offset in (("left", 100 * pair.swapped), ("right", 100 * (not pair.swapped))):
+            data = base64.b64decode(on_page[side].removeprefix("data:image/webp;base64,"))
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            assert np.array_equal(image, picture(offset + index))
+
+
+def test_the_page_is_blind(samples: Path, tmp_path: Path) -> None:
+    """No name, no metadata, and neither side nor order tells; each solver is as often on either side."""
+    key = make(samples, tmp_path / "page")
+    html = (tmp_path / "page" / "index.html").read_text()
+    assert not re.search(r"rdpo|euler|swapped|\.png|samples", html)
+    blobs = re.findall(r"data:image/webp;base64,([^\"]+)", html)
+    assert len(blobs) == 10 and not any(
+        b"rdpo" in base64.b64decode(b) or b"euler" in base64.b64decode(b) for b in blobs
+    )
+    assert sum(pair.swapped for pair in key.pairs) == 2
+    others = [make(samples, tmp_path / str(seed), seed=seed) for seed in range(1, 9)]
+    assert len({tuple(p.swapped for p in k.pairs) for k in others}) > 3
+    assert len({tuple(p.picture for p in k.pairs) for k in others}) > 3
+    assert len({k.page for k in others} | {key.page}) == 9
+    assert make(samples, tmp_path / "again") == key
+
+
+def test_first_pairs_alone_and_prompts_from_elsewhere(samples: Path, tmp_path: Path) -> None:
+    key = make(samples, tmp_path / "a", count=2)
+    assert sorted(pair.prompt for pair in key.pairs) == sorted(PROMPTS[:2])
+    rows = "".join(f"00{i}.png,prompt {i}\n" for i in range(4))
+    (tmp_path / "prompts.csv").write_text(f"file_name,prompt\n{rows}")
+    key = make(samples, tmp_path / "b", tmp_path / "prompts.csv")
+    assert {p.picture: p.prompt for p in key.pairs} == {f"00{i}.png": f"prompt {i}" if i < 4 else "" for i in range(5)}
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    assert {p.prompt for p in make(samples, tmp_path / "c", tmp_path / "lines.txt", count=2).pairs} == {"one", "two"}
+    (samples / "prompts.json").unlink()
+    (samples / "rdpo" / "003.txt").write_text("beside\n")
+    assert {p.prompt.strip() for p in make(samples, tmp_path / "d").pairs} == {"", "beside"}
+
+
+def test_folders_of_one_name_are_told_apart(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (samples / "euler-6").rename(tmp_path / "other" / "rdpo")
+    make_page(samples / "rdpo", tmp_path / "other" / "rdpo", tmp_path / "page", None, None, 0)
+    key = read_key(tmp_path / "page")
+    assert (key.left, key.right) == ("samples/rdpo", "other/rdpo")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: (s / "euler-6/003.png").unlink(), r"rdpo has 1 pictures that .*euler-6 lacks, such as '003.png'"),
+        (lambda s: picture(1).save(s / "euler-6/z.png"), r"euler-6 has 1 pictures that .*rdpo lacks, such as 'z.png'"),
+        (lambda s: (s / "rdpo/002.png").write_bytes(b"damaged"), r"rdpo/002.png cannot be read as a picture"),
+        (lambda s: picture(1, (8, 12)).save(s / "rdpo/001.png"), r"rdpo/001.png has 8 x 12 pixels and .* 12 x 8: "),
+        (lambda s: (s / "prompts.json").write_text('["one"]'), r"prompts.json has 1 prompts for 5 pictures"),
+        (lambda s: (s / "prompts.json").write_text("[1, 2, 3, 4, 5]"), r"prompts.json is no list of prompts"),
+        (lambda s: (s / "prompts.json").write_text("["), r"prompts.json cannot be read as JSON"),
+        (lambda s: [p.unlink() for p in s.rglob("*.png")], r"rdpo holds no pictures"),
+        (lambda s: [p.unlink() for p in s.rglob("*.png")] and (s / "rdpo").rmdir(), r"rdpo is no folder"),
+        (lambda s: (s.parent / "page").mkdir() or (s.parent / "page/key.json").touch(), r"page holds a page already: "),
+    ],
+)  # fmt: skip
+def test_what_does_not_pair_is_named(
+    samples: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(samples)
+    with pytest.raises(EpdRayError, match=message) as caught:
+        make(samples, tmp_path / "page")
+    assert "\n" not in str(caught.value) and not (tmp_path / "page" / "index.html").exists()
+
+
+def test_one_folder_and_other_prompts_are_refused(samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(SideBySideError, match="is both sides: name two folders"):
+        make_page(samples / "rdpo", samples / "euler-6" / ".." / "rdpo", tmp_path / "page", None, None, 0)
+    (tmp_path / "other").mkdir()
+    (samples / "euler-6").rename(tmp_path / "other" / "euler")
+    (tmp_path / "other" / "prompts.json").write_text(json.dumps([*PROMPTS[:3], "another", PROMPTS[4]]))
+    with pytest.raises(SideBySideError, match=r"have different prompts for '003.png': compare"):
+        make_page(samples / "rdpo", tmp_path / "other" / "euler", tmp_path / "page", None, None, 0)
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def key_of(swapped: list[bool]) -> Key:
+    pairs = tuple(Pair(id=str(i), picture=f"{i}.png", prompt="", swapped=s) for i, s in enumerate(swapped))
+    return Key(page="p", left="ours", right="theirs", seed=0, pairs=pairs)
+
+
+def votes(*choices: str) -> list[Vote]:
+    return [Vote.model_validate({"pair": str(i), "choice": c, "seconds": 1}) for i, c in enumerate(choices) if c]
+
+
+def test_votes_are_unblinded() -> None:
+    key = key_of([False, True, False, True, False, False])
+    ours, theirs = tally(key, [votes("left", "left", "tie", "right", "left", "")])
+    assert ours == Standing("ours", wins=3, ties=1, losses=1)
+    assert theirs == Standing("theirs", wins=1, ties=1, losses=3)
+
+
+def test_several_raters_go_by_majority() -> None:
+    key = key_of([False, True, False, False])
+    raters = [votes("left", "left", "left", ""), votes("left", "right", "tie", "left"), votes("right", "left", "", "")]
+    ours, _ = tally(key, raters)
+    assert ours == Standing("ours", wins=3, ties=0, losses=1)
+    assert tally(key, [votes("left", "left"), votes("right", "right")])[0] == Standing("ours", 0, 2, 0)
+
+
+def test_intervals_are_exact() -> None:
+    """Clopper-Pearson of 8 in 10, as tables have it; all of n has a lower bound of (0.025)^(1/n)."""
+    assert Standing("a", 8, 3, 2).share() == pytest.approx((0.8, 0.4439, 0.9748), abs=1e-4)
+    assert Standing("a", 5, 0, 0).share() == pytest.approx((1, 0.025**0.2, 1))
+    assert Standing("a", 8, 3, 2).p_value() == pytest.approx(2 * (45 + 10 + 1) / 2**10)
+
+
+def saved(path: Path, key: Key, choices: list[str], **changes: object) -> Path:
+    record = {"page": key.page, "saved": "2026-01-01T00:00:00.000Z"}
+    given = [{"pair": p.id, "choice": c, "seconds": 1.5} for p, c in zip(key.pairs, choices, strict=False)]
+    path.write_text(json.dumps({**record, "votes": given, **changes}))
+    return path
+
+
+def test_results_in_words(samples: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    key = make(samples, page)
+    for_ours = ["right" if pair.swapped else "left" for pair in key.pairs]
+    saved(page / "results.json", key, [*for_ours[:3], "tie"])
+    assert results(page, []) == [
+        "4 of 5 pairs judged",
+        "rdpo        3 wins    1 ties    0 losses   preferred in 100.0% [29.2%, 100.0%] of 3 decided",
+        "euler-6     0 wins    1 ties    3 losses   preferred in 0.0% [0.0%, 70.8%] of 3 decided",
+        "exact 95 % intervals; sign test against no preference: p = 0.25",
+    ]
+    saved(tmp_path / "other.json", key, ["tie"])
+    lines = results(page, [page / "results.json", tmp_path / "other.json"])
+    assert lines[0] == "4 of 5 pairs judged, 2 raters, by majority"
+    assert results(page, [tmp_path / "other.json"])[1:] == [
+        "rdpo        0 wins    1 ties    0 losses",
+        "euler-6     0 wins    1 ties    0 losses",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"page": "0123456789abcdef"}, r"results.json is of page 0123456789abcdef, the folder's is [0-9a-f]{16}: give"),
+        ({"votes": [{"pair": "9", "choice": "left", "seconds": 1}]}, r"damaged: pair '9' is not on the page"),
+        ({"votes": [{"pair": "1", "choice": "tie", "seconds": 1}] * 2}, r"damaged: pair '1' is voted on twice"),
+        ({"votes": [{"pair": "1", "choice": "both", "seconds": 1}]}, r"is damaged \(votes.0.choice: Input should be"),
+        ({"votes": None}, r"is damaged \(votes: "),
+    ],
+)
+def test_results_that_are_not_this_pages_are_refused(
+    samples: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    key = make(samples, tmp_path / "page")
+    path = saved(tmp_path / "results.json", key, [], **changes)
+    with pytest.raises(SideBySideError, match=message) as caught:
+        read_votes(path, key)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_damaged_files_are_named(samples: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    with pytest.raises(
+        SideBySideError, match=r"key.json cannot be read \(No such file or directory\): give the folder"
+    ):
+        results(page, [])
+    make(samples, page)
+    with pytest.raises(SideBySideError, match=r"results.json cannot be read .*: save the results"):
+        results(page, [])
+    (page / "results.json").write_text("{")
+    with pytest.raises(SideBySideError, match=r"results.json is damaged \(it: Invalid JSON") as caught:
+        results(page, [])
+    assert "\n" not in str(caught.value)
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(samples: Path, tmp_path: Path) -> Iterator[PageServer]:
+    make(samples, tmp_path / "page")
+    with PageServer(tmp_path / "page", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def ask(
+    server: PageServer, method: str, path: str, body: str | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+    connection.request(method, path, body, headers or {})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_votes_are_saved_beside_the_page(server: PageServer, tmp_path: Path) -> None:
+    assert ask(server, "GET", "/") == (200, (server.folder / "index.html").read_text())
+    assert ask(server, "GET", "/results") == (200, "null")
+    text = saved(tmp_path / "sent.json", server.key, ["left", "tie"]).read_text()
+    assert ask(server, "PUT", "/results", text)[0] == 204
+    assert ask(server, "GET", "/results") == (200, text)
+    assert len(read_votes(server.folder / "results.json", server.key).votes) == 2
+    assert results(server.folder, [])[0] == "2 of 5 pairs judged"
+
+
+def test_the_server_gives_and_takes_nothing_else(server: PageServer, tmp_path: Path) -> None:
+    text = saved(tmp_path / "sent.json", server.key, ["left"]).read_text()
+    assert ask(server, "GET", "/key.json")[0] == 404  # a rater might look
+    assert ask(server, "GET", "/../page/key.json")[0] == 404
+    assert ask(server, "PUT", "/key.json", text)[0] == 400
+    assert ask(server, "PUT", "/results", text, {"Origin": "http://elsewhere.example"})[0] == 403
+    assert ask(server, "GET", "/results", headers={"Host": "elsewhere.example"})[0] == 403
+    assert ask(server, "PUT", "/results", text, {"Content-Length": str(1 << 30)})[0] == 400
+    assert ask(server, "PUT", "/results", "{")[0] == 409
+    status, said = ask(server, "PUT", "/results", text.replace(server.key.page, "0" * 16))
+    assert status == 409 and said.startswith("what the page sent is of page 0000")
+    assert not (server.folder / "results.json").exists()
+    with pytest.raises(ConfigError, match=r"port \d+ of 127.0.0.1: Address already in use \(give another --port\)"):
+        PageServer(server.folder, server.server_address[1])
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_from_the_command_line(samples: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    made = invoke("ab", "make", samples / "rdpo", samples / "euler-6", "--out", page, "--pairs", 3, "--seed", 5)
+    assert made.exit_code == 0, made.output
+    assert made.stdout.startswith("3 pairs, ") and f"epd-ray ab results {page}" in made.stdout
+    key = read_key(page)
+    saved(tmp_path / "r.json", key, ["tie"] * 3)
+    assert invoke("ab", "results", page, tmp_path / "r.json").stdout.startswith("3 of 3 pairs judged\n")
+    again = invoke("ab", "make", samples / "rdpo", samples / "euler-6", "--out", page)
+    assert again.exit_code == 2 and again.stderr == (
+        f"error: {page} holds a page already: name a new folder, or its votes would lose their key\n"
+    )
+    assert invoke("ab", "serve", tmp_path / "none").exit_code == 2
