@@ -1,5 +1,6 @@
 """Pipelines with random weights, built from configurations: what a speed measurement needs, without a download."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.auto import FAMILIES
-from epd_ray.backbones.conditioning import TextConditioning
-from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.loading import PipelineOptions, lay_out
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ConfigError
@@ -21,7 +22,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family's denoising network and the shapes of its inputs.
+    """A family's denoising network and VAE, and the shapes of their inputs.
 
     Attributes:
         pipeline: diffusers class.
@@ -30,6 +31,8 @@ class Architecture:
         full: its configuration.
         small: what is different for a machine without a GPU.
         scheduler: diffusers class and configuration.
+        vae: of an AutoencoderKL, what differs from VAE.
+        resolution: pixels per side that the published model draws.
         tokens: of the text.
         parts: other components that the pipeline's constructor asks for.
     """
@@ -40,10 +43,22 @@ class Architecture:
     full: Mapping[str, Any]
     small: Mapping[str, Any]
     scheduler: tuple[str, Mapping[str, Any]]
+    vae: Mapping[str, Any]
+    resolution: int
     tokens: int
     parts: tuple[str, ...]
 
 
+VAE = {  # what the published ones have in common
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 32,
+}
+SMALL_VAE = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+SIXTEEN_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+SMALL_RESOLUTION = 128
 SMALL_UNET = {"block_out_channels": (64, 128), "attention_head_dim": 8, "cross_attention_dim": 64}
 ARCHITECTURES = {
     "sd15": Architecture(
@@ -57,8 +72,10 @@ ARCHITECTURES = {
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         },
         ("EulerDiscreteScheduler", BETAS),
+        {"latent_channels": 4, "scaling_factor": 0.18215},
+        512,
         77,
-        ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
+        ("text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
     ),
     "sdxl": Architecture(
         "StableDiffusionXLPipeline",
@@ -84,8 +101,10 @@ ARCHITECTURES = {
             "transformer_layers_per_block": (1, 2),
         },
         ("EulerDiscreteScheduler", BETAS),
+        {"latent_channels": 4, "scaling_factor": 0.13025},
+        1024,
         77,
-        ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     ),
     "sd3": Architecture(
         "StableDiffusion3Pipeline",
@@ -110,8 +129,10 @@ ARCHITECTURES = {
             "pooled_projection_dim": 128,
         },
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        {**SIXTEEN_CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        1024,
         333,
-        ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+        ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
     ),
     "flux": Architecture(
         "FluxPipeline",
@@ -128,67 +149,69 @@ ARCHITECTURES = {
             "axes_dims_rope": (8, 12, 12),
         },
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+        {**SIXTEEN_CHANNELS, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        1024,
         512,
-        ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     ),
 }
 
 
 def random_backbone(
-    name: str, size: Size, *, resolution: int, device: str = "auto", dtype: str = "auto"
+    name: str, size: Size, *, resolution: int | None = None, device: str = "auto", dtype: str = "auto"
 ) -> PipelineBackbone:
-    """A backbone without text encoders and VAE: `sigmas`, `noise`, `initial` and `drift` work.
+    """A backbone without text encoders: a prompt's embedding is random numbers, seeded by its text.
 
     Args:
         name: one of ARCHITECTURES.
-        size: "full", the published network, or "small", a few million parameters.
-        resolution: pixels per side.
+        size: "full", the published networks, or "small", a few million parameters.
+        resolution: pixels per side; None: the published model's, or SMALL_RESOLUTION.
         device: as everywhere.
-        dtype: of the network.
+        dtype: of the networks.
 
     Raises:
         ConfigError: an unknown name, device or dtype.
+        ModelError: a resolution that the model cannot draw.
     """
     import diffusers
 
     if name not in ARCHITECTURES:
         raise ConfigError([f"unknown architecture {name!r}{did_you_mean(name, ARCHITECTURES)}"])
-    a = ARCHITECTURES[name]
+    a, small = ARCHITECTURES[name], size == "small"
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    config = {**a.full, **(a.small if size == "small" else {})}
     with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(0)
-        network = getattr(diffusers, a.network)(**config).eval().requires_grad_(False)
-    if kind != torch.float32:
-        network.to(kind)
+        network = getattr(diffusers, a.network)(**{**a.full, **(a.small if small else {})})
+        vae = diffusers.AutoencoderKL(**{**VAE, **a.vae, **(SMALL_VAE if small else {})})
+    for part in (network, vae):
+        part.eval().requires_grad_(False).to(kind)
+    lay_out(vae, place)
     scheduler = getattr(diffusers, a.scheduler[0])(**a.scheduler[1])
-    parts: dict[str, Any] = {**dict.fromkeys(a.parts), a.component: network, "scheduler": scheduler}
+    parts: dict[str, Any] = {**dict.fromkeys(a.parts), a.component: network, "vae": vae, "scheduler": scheduler}
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False
     pipeline = getattr(diffusers, a.pipeline)(**parts)
-    options = PipelineOptions(f"{name}-{size}-random", device=device, dtype=dtype, resolution=resolution)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = resolution or (SMALL_RESOLUTION if small else a.resolution)
+    options = PipelineOptions(f"{name}-{size}-random", device=device, dtype=dtype, resolution=pixels)
     family = FAMILIES.build(a.pipeline, {"pipeline": pipeline, "options": options})
-    return PipelineBackbone(pipeline, family, options)
+    backbone = PipelineBackbone(pipeline, family, options)
+    shapes = _embedding_shapes(name, network.config)
+    backbone.encode_with(lambda prompt: _embedding(prompt, shapes, network.device, kind))
+    return backbone
 
 
-def random_conditioning(
-    backbone: PipelineBackbone, name: str, batch: int, guidance_scale: float | None = None
-) -> TextConditioning:
-    """Random text of `batch` prompts, with the guidance that the family is usually run with unless one is given."""
-    a, network = ARCHITECTURES[name], getattr(backbone.pipeline, ARCHITECTURES[name].component)
-    scale = backbone.default_guidance if guidance_scale is None else guidance_scale
-    guided = name != "flux" and scale > 1
-    rows, config = batch * (2 if guided else 1), network.config
-    width = config.get("cross_attention_dim") or config.get("joint_attention_dim")
-    made = [_normal(network, rows, a.tokens, width)]
+def _embedding_shapes(name: str, config: Any) -> list[tuple[int, ...]]:
+    """Of one prompt's tensors: its tokens, and a pooled vector where the family has one."""
+    tokens = (ARCHITECTURES[name].tokens, config.get("cross_attention_dim") or config.get("joint_attention_dim"))
     if name == "sdxl":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        made.append(_normal(network, rows, pooled))
-    elif name in ("sd3", "flux"):
-        made.append(_normal(network, rows, config.pooled_projection_dim))
-    return TextConditioning(tuple(made), batch, scale, guided)
+        return [tokens, (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)]
+    return [tokens] if name == "sd15" else [tokens, (config.pooled_projection_dim,)]
 
 
-def _normal(network: Any, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(network.device, network.dtype)
+def _embedding(prompt: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Embedding:
+    seed = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest())
+    generator = torch.Generator().manual_seed(seed)
+    made: list[Tensor] = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return tuple(made)

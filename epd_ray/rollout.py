@@ -100,7 +100,8 @@ class RolloutWorker:
         with torch.inference_mode():
             latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds), starts)
         pictures = self.backbone.decode(latents)
-        broken = [i for i, picture in enumerate(pictures) if not picture.isfinite().all()]
+        finite = pictures.flatten(1).isfinite().all(1).tolist()
+        broken = [i for i, whole in enumerate(finite) if not whole]
         if broken:
             named = "; ".join(f"{prompts[i]!r} with seed {noise_seeds[i]}" for i in broken[:3])
             raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")

@@ -149,7 +149,7 @@ class Backbone(Protocol):
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W], float32 in [0, 1], on the CPU."""
+        """Images [B, 3, H, W], float32 in [0, 1], on any device."""
         ...
 
 

@@ -1,20 +1,26 @@
 """The cases that are no whole runs: stage 1 on a backbone that costs nothing, and batching on small networks."""
 
+import json
+
 import pytest
 import torch
 
-from epd_ray.bench import batching, cases
+from epd_ray.bench import batching, cases, distilling
+from epd_ray.bench.machine import peak_tflops
+from epd_ray.bench.models import MODELS, Subject
+from epd_ray.bench.run import Options, run
 from epd_ray.errors import ConfigError
 from epd_ray.random_models import ARCHITECTURES, random_backbone
+from epd_ray.sampling import baseline, noises
 from tests.conftest import SIMULATED
 
 TINY = [o for o in SIMULATED if "intervals" not in o]
 
 
-@pytest.mark.parametrize("name", list(cases.DISTILLATIONS))
+@pytest.mark.parametrize("name", list(distilling.DISTILLATIONS))
 def test_distill_measures_each_way(name):
     overrides = [*TINY, "prompts.num_train=8", "prompts.validation=9", "prompts.test=8", "solver.intervals=2"]
-    record = cases._distilled(
+    record = distilling._distilled(
         name, [*overrides, "distill.enabled=true", "distill.prompts=4", "distill.teacher_steps=2"]
     )
     assert list(record) == ["residual_0", "residual_1", "final_rms", "reward", "seconds", "peak_mib"]
@@ -33,12 +39,12 @@ def test_distill_names_every_figure(monkeypatch):
 
         map = staticmethod(map)
 
-    monkeypatch.setattr(cases, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(cases, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
-    record = cases.distill(intervals=(2, 12))
-    assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in cases.DISTILLATIONS]
+    monkeypatch.setattr(distilling, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(distilling, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
+    record = distilling.distill(intervals=(2, 12))
+    assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in distilling.DISTILLATIONS]
     assert record["12/gradient/overrides"] == "solver.intervals=12"
-    assert cases.CASES["distill"] is cases.distill
+    assert cases.CASES["distill"] is distilling.distill
 
 
 def test_batching_compares_the_same_work(monkeypatch):
@@ -56,13 +62,72 @@ def test_batching_compares_the_same_work(monkeypatch):
     assert rows == [3, 6, 3, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_random_models_of_every_architecture_run(name):
-    record = batching._measure(name, "small", 64, 2, 3)
+@pytest.mark.parametrize("model", MODELS[1:])
+def test_random_models_of_every_architecture_run(model):
+    record = batching._measure(Subject(model, "small", 64), 2, 3)
     assert all(value > 0 for value in record.values())
     assert record["vs_ddim"] == pytest.approx(record["batched_s"] / record["ddim_s"], rel=0.05)
 
 
-def test_an_unknown_architecture_is_named():
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_random_models_draw_pictures_that_depend_on_the_prompt(name):
+    backbone = random_backbone(name, "small", resolution=64, dtype="float32")
+    one, other = (
+        baseline("euler", 2).run(backbone, backbone.encode([p], 3.0), noises(backbone, [0])) for p in ("a", "b")
+    )
+    pictures = backbone.decode(one)
+    assert pictures.shape == (1, 3, 64, 64) and pictures.std() > 0
+    assert not torch.allclose(one, other)
+    assert torch.equal(backbone.encode(["a"], 1.0).tensors[0], backbone.encode(["a"], 1.0).tensors[0])
+
+
+def test_unknown_names_are_met_with_the_nearest():
     with pytest.raises(ConfigError, match="unknown architecture 'sd33'; did you mean 'sd3'"):
         random_backbone("sd33", "small", resolution=64)
+    with pytest.raises(ConfigError, match="unknown model 'sd3-randm'; did you mean 'sd3-random'"):
+        Subject("sd3-randm")
+
+
+def test_a_card_is_known_by_its_name():
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989 and peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312 and peak_tflops("NVIDIA L4") == 121
+    assert peak_tflops("NVIDIA L40S") == 362 and peak_tflops("NVIDIA GeForce RTX 4090") == 165
+    assert peak_tflops("cpu") is None and peak_tflops("NVIDIA A1000") is None
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Cases that measure nothing, and what they were given."""
+    given = []
+
+    def case(**arguments):
+        given.append(arguments)
+        return {"seconds": 0.5, "batch 1/euler/s": 1.0, "batch 1/epd/s": 2.0, "nested": {"a": None}}
+
+    for name in ("latency", "overhead"):
+        monkeypatch.setitem(cases.CASES, name, case)
+    return given
+
+
+def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    records = run(["latency", "overhead"], out=file)
+    written = json.loads(file.read_text())
+    assert written["cases"] == records and list(records) == ["latency", "overhead"]
+    assert {"cpu", "cores", "gpus", "torch_threads", "versions"} <= written["machine"].keys()
+    assert written["machine"]["versions"]["torch"] == torch.__version__
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["batch", "1/epd", "2"] for line in lines)  # a row for each solver, a column a figure
+    run(["latency"], Options("sd3-random", "small"))
+    assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small"}]
+
+
+def test_the_command_refuses_before_it_measures(stand_in):
+    with pytest.raises(ConfigError) as error:
+        run(["latncy", "overhead"], Options("shapes"))
+    said = error.value.problems
+    assert "unknown case 'latncy'; did you mean 'latency'?" in said[0]
+    assert said[1].startswith("case overhead takes no --model or --size: give them to batching, latency")
+    with pytest.raises(ConfigError, match="did you mean 'flux-random'"):
+        run(["latency"], Options("flux-rndom"))
+    assert stand_in == []

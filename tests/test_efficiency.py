@@ -161,7 +161,7 @@ def test_pictures_may_have_tables_of_their_own(build):
 
 def test_the_command_hands_on_seeds_and_folder(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setitem(cases.SEEDED, "efficiency", lambda seeds="own", folder=None: seen.append((seeds, folder)) or {})
+    monkeypatch.setitem(cases.CASES, "efficiency", lambda seeds="own", folder=None: seen.append((seeds, folder)) or {})
     cases.measured("efficiency", 2, tmp_path)
     cases.measured("efficiency", None, tmp_path)
     assert seen == [(range(2), tmp_path), ("own", tmp_path)]

@@ -27,6 +27,11 @@ class EmbeddingCache:
         """The embeddings of the prompts, in order."""
         return [self._one(prompt) for prompt in prompts]
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._kept.clear()
+        self.num_bytes = 0
+
     def _one(self, prompt: str) -> Embedding:
         if prompt in self._kept:
             self._kept.move_to_end(prompt)

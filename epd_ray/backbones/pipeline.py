@@ -157,7 +157,7 @@ class PipelineBackbone:
         images = self._family.images(x, self.resolution).float()
         if self.options.offload != "none":
             self.pipeline.maybe_free_model_hooks()
-        return (images / 2 + 0.5).clamp(0, 1).cpu()
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 @contextmanager

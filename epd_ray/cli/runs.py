@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -165,7 +165,21 @@ def doctor() -> None:
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CASE", help="overhead, overlap, scale, flat, faults, scoring, efficiency, search, ..."),
+        typer.Argument(
+            metavar="CASE", help="step, latency, throughput, efficiency, search, scale, faults, scoring, ..."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Of batching, latency, step and throughput: shapes, or random weights in a published architecture "
+            "(sd15-random, sdxl-random, sd3-random, flux-random).",
+            show_default="the case's own",
+        ),
+    ] = None,
+    size: Annotated[
+        Literal["full", "small"] | None, typer.Option(help="Of random models.", show_default="full on a GPU")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.", parser=local_path)
@@ -185,18 +199,7 @@ def bench(
 ) -> None:
     """Measure this system against something in the same run."""
     with ending():
-        import json
-
-        from epd_ray.bench.cases import CASES, measured
         from epd_ray.bench.kept import FOLDER
-        from epd_ray.registry import did_you_mean
+        from epd_ray.bench.run import Options, run
 
-        unknown = [case for case in cases or [] if case not in CASES]
-        if unknown:
-            raise ConfigError([f"unknown case {case!r}{did_you_mean(case, CASES)}" for case in unknown])
-        records = {}
-        for case in cases or CASES:
-            records[case] = measured(case, seeds, keep or FOLDER)
-            typer.echo(f"{case}: {json.dumps(records[case])}")
-        if out is not None:
-            out.write_text(json.dumps(records, indent=2))
+        run(cases or [], Options(model, size, seeds, keep or FOLDER), out)

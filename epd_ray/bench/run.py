@@ -1,0 +1,64 @@
+"""Cases one after another, with what they ran on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from epd_ray.bench.cases import CASES, OF_MODELS, Record, measured
+from epd_ray.bench.kept import FOLDER
+from epd_ray.bench.machine import machine
+from epd_ray.bench.models import Subject
+from epd_ray.bench.show import show
+from epd_ray.errors import ConfigError
+from epd_ray.random_models import Size
+from epd_ray.registry import did_you_mean
+from epd_ray.store import write_text
+
+
+@dataclass(frozen=True)
+class Options:
+    """What cases may be told; see `measured`."""
+
+    model: str | None = None
+    size: Size | None = None
+    seeds: int | None = None
+    folder: Path = FOLDER
+
+
+def run(names: Sequence[str], options: Options | None = None, out: Path | None = None) -> dict[str, Record]:
+    """Measure, print a table per case, and write all records whenever one is there.
+
+    Args:
+        names: of the cases; none: all of them, or all that take a model where one is given.
+        options: for those that they concern.
+        out: JSON file, `machine` and `cases`.
+
+    Returns:
+        Case -> record.
+
+    Raises:
+        ConfigError: an unknown case or model, or a model for a case that takes none.
+        RunDirectoryError: `out` cannot be written.
+    """
+    options = options or Options()
+    of_model = options.model is not None or options.size is not None
+    chosen = list(names) or list(OF_MODELS if of_model else CASES)
+    problems = [f"unknown case {name!r}{did_you_mean(name, CASES)}" for name in chosen if name not in CASES]
+    if of_model:
+        takes = ", ".join(OF_MODELS)
+        others = [name for name in chosen if name in CASES and name not in OF_MODELS]
+        problems += [f"case {name} takes no --model or --size: give them to {takes}" for name in others]
+    if problems:
+        raise ConfigError(problems)
+    if options.model is not None:
+        Subject(options.model)  # a wrong name ends it here
+    console, facts, records = Console(), machine(), {}
+    for name in chosen:
+        records[name] = measured(name, options.seeds, options.folder, options.model, options.size)
+        console.print(show(name, records[name]))
+        if out is not None:
+            write_text(out, json.dumps({"machine": facts, "cases": records}, indent=2) + "\n")
+    return records

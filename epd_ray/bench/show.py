@@ -1,0 +1,48 @@
+"""A measurement's record as a table to read."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+
+def show(case: str, record: Mapping[str, Any]) -> RenderableType:
+    """A case's figures; those named a/b/figure as rows a/b with a column for each figure.
+
+    Args:
+        case: its name.
+        record: names, or nested mappings of names, to values.
+    """
+    plain = Table(show_header=False, box=None, pad_edge=False)
+    rows: dict[str, dict[str, Any]] = {}
+    for path, value in _flat(record):
+        head, _, figure = path.rpartition("/")
+        if head:
+            rows.setdefault(head, {})[figure] = value
+        else:
+            plain.add_row(figure, _text(value))
+    parts: list[RenderableType] = [f"[bold]{case}[/]", *([plain] if plain.row_count else [])]
+    if rows:
+        figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+        wide = Table("", *figures, box=None, pad_edge=False)
+        for column in wide.columns[1:]:
+            column.justify = "right"
+        for head, row in rows.items():
+            wide.add_row(head, *(_text(row[figure]) if figure in row else "" for figure in figures))
+        parts.append(wide)
+    return Group(*parts, "")
+
+
+def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}/")
+        else:
+            yield f"{before}{name}", value
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,146 @@
+"""Seconds of one RDPO iteration: the pipeline of actors against a plain loop that does the same work."""
+
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import psutil
+import torch
+
+from epd_ray.bench.models import EMBEDDED, Subject, prompts
+from epd_ray.bench.plain_loop import PlainLoop
+from epd_ray.bench.timing import timed
+from epd_ray.config import load_config
+from epd_ray.random_models import Size
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rewards import HEADS
+from epd_ray.scoring import Scorer
+from epd_ray.session import algorithm, rdpo_config
+
+PROMPTS = 64
+Record = dict[str, float | int | str | bool | None]
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A way to run the plain loop, and what came of it, once per round.
+
+    Attributes:
+        at_once: pictures that the network draws together.
+        threads: of torch.
+        found: seconds of an iteration, in all, of all cores together, and of each stage.
+    """
+
+    at_once: int
+    threads: int
+    found: list[Seconds] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, the median."""
+        return statistics.median(one["iteration"] for one in self.found)
+
+    def run(self, loop: PlainLoop, iteration: int) -> None:
+        """One iteration."""
+        before, start = torch.get_num_threads(), _cpu()
+        torch.set_num_threads(self.threads)
+        try:
+            seconds = timed(lambda: loop.iterate(iteration, self.at_once))
+        finally:
+            torch.set_num_threads(before)
+        self.found.append({"iteration": seconds, "cpu": _cpu() - start, **loop.seconds})
+
+
+def step(
+    model: str = EMBEDDED,
+    size: Size | None = None,
+    overrides: Sequence[str] = (),
+    rounds: int = 5,
+    iterations: int = 4,
+) -> Record:
+    """Median seconds of one iteration of `RDPO` and of `PlainLoop`, same weights, batch and guidance, in turns.
+
+    In every round the pipeline runs `iterations` from idle to idle, so filling and draining it counts; then the loop
+    runs one iteration in each way while the actors have nothing to do: `batched` draws `images_per_job` pictures
+    together, as the published code does, `single` one after another; on a CPU with one torch thread and with two.
+    `ratio` and `ratio_single` are the seconds of the faster such loop over the pipeline's. Below `pipeline` stand an
+    iteration's seconds, those of all cores together (`cpu_s`), of its work, summed over the actors of a kind, and of
+    waiting for it; below the loops their stages.
+
+    Args:
+        model: one of MODELS.
+        size: see Subject.
+        overrides: configuration of both.
+        rounds: odd.
+        iterations: of the pipeline in a round.
+    """
+    subject, chosen = Subject(model, size), prompts(PROMPTS)
+    config = load_config(None, [*subject.overrides, *overrides])
+    name, reward = next(iter(config.rewards.items()))
+    scorer = Scorer(name, HEADS.build(reward.head, reward.options))
+    own = rdpo_config(config, chosen)
+    loop = PlainLoop(own, own.worker_spec.build(), scorer, chosen)
+    threads = (1,) if torch.cuda.is_available() else (1, 2)
+    batched = [_Loop(own.images_per_job, count) for count in threads]
+    single = [_Loop(1, count) for count in threads]
+    with algorithm(config, chosen) as algo:
+        pipeline = _measure(algo, loop, [*batched, *single], rounds, iterations)
+    quickest, alone = (min(ways, key=lambda way: way.seconds) for ways in (batched, single))
+    ours = statistics.median(one["iteration"] for one in pipeline)
+    return {
+        **subject.facts,
+        "images": own.images_per_iteration,
+        "intervals": own.table.intervals,
+        "points": own.table.points,
+        "rollout_actors": own.num_env_runners,
+        "staleness": own.max_staleness,
+        "ratio": quickest.seconds / ours,
+        "ratio_single": alone.seconds / ours,
+        **_medians("pipeline", pipeline),
+        **{k: v for way in batched for k, v in _medians(f"batched, threads {way.threads}", way.found).items()},
+        **{k: v for way in single for k, v in _medians(f"single, threads {way.threads}", way.found).items()},
+    }
+
+
+def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, iterations: int) -> list[Seconds]:
+    """Seconds of the pipeline's iterations, in all and by stage, once per round; a round before warms up."""
+    found = []
+    for number in range(rounds + 1):
+        algo.last_iteration = algo.policy_version + iterations  # nothing is drawn beyond it
+        logged: list[Seconds] = []
+        start = _cpu()
+        seconds = timed(partial(_train, algo, iterations, logged)) / iterations
+        cpu = (_cpu() - start) / iterations
+        for way in ways:
+            way.run(loop, number)
+        if number:
+            stages = ("generate", "score", "learn", "wait")
+            work = {stage: statistics.median(m[f"time/{stage}"] for m in logged) for stage in stages}
+            found.append({"iteration": seconds, "cpu": cpu, **work})
+        else:
+            for way in ways:
+                way.found.clear()
+    return found
+
+
+def _cpu() -> float:
+    """Seconds that the cores have spent on this process and on those that it has started, Ray's among them."""
+    driver, total = psutil.Process(), 0.0
+    for process in (driver, *driver.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            used = process.cpu_times()
+            total += used.user + used.system
+    return total
+
+
+def _train(algo: RDPO, iterations: int, logged: list[Seconds]) -> None:
+    for _ in range(iterations):
+        algo.train()
+        logged.append(algo.last.metrics)
+
+
+def _medians(name: str, found: Sequence[Seconds]) -> Record:
+    return {f"{name}/{stage}_s": statistics.median(one[stage] for one in found) for stage in found[0]}

@@ -1,0 +1,111 @@
+"""The benches of steps, latency and throughput: that both sides of each ratio do the same work."""
+
+import numpy as np
+import pytest
+import torch
+
+from epd_ray.bench.latency import _pipelines, latency
+from epd_ray.bench.models import MODELS, Subject, prompts
+from epd_ray.bench.plain_loop import STAGES, PlainLoop, one_after_another
+from epd_ray.bench.step import step
+from epd_ray.bench.throughput import _operations, throughput
+from epd_ray.config import load_config
+from epd_ray.errors import ConfigError
+from epd_ray.rdpo.batch import propose
+from epd_ray.rdpo.policy import PolicyNetwork
+from epd_ray.rewards.simulated import SimulatedHead
+from epd_ray.scoring import Scorer
+from epd_ray.session import rdpo_config
+from epd_ray.types import RolloutJob
+
+SMALL = ["rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch=4", "cluster.images_per_job=2"]
+
+
+def test_points_one_after_another_are_the_same_rows():
+    calls = []
+
+    def drift(x, sigma):
+        calls.append(len(x))
+        return x * sigma[:, None]
+
+    x, sigma = torch.arange(12.0).reshape(6, 2), torch.arange(6.0)
+    assert torch.equal(one_after_another(drift, 2)(x, sigma), drift(x, sigma))
+    assert calls == [2, 2, 2, 6]
+
+
+def test_the_loop_draws_the_pictures_of_the_pipeline():
+    chosen = prompts(4)
+    config = rdpo_config(load_config(None, SMALL), chosen)
+    worker = config.worker_spec.build()
+    loop = PlainLoop(config, worker, Scorer("sim", SimulatedHead()), chosen)
+    parameters = PolicyNetwork(config.policy_spec).parameters_array()
+    jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(propose(config, chosen, 0))]
+    expected = np.concatenate([worker.generate(job).images for job in jobs])
+    found = np.concatenate(loop.iterate(0, at_once=2))
+    assert found.shape == expected.shape == (4, 3, 64, 64)
+    assert np.abs(found.astype(int) - expected).mean() < 1  # batches of another size differ in bfloat16's last bits
+    assert np.abs(found[[2, 3, 0, 1]].astype(int) - expected).mean() > 5
+    assert min(loop.seconds.values()) > 0
+
+
+def test_the_loop_learns_what_the_pipeline_learns(build):
+    algo = build("rdpo.staleness=0", "rdpo.prompts_per_iteration=2", "rdpo.minibatch=8")
+    loop = PlainLoop(algo.config, algo.config.worker_spec.build(), Scorer("sim", SimulatedHead()), algo.config.prompts)
+    before = loop.network.parameters_array()
+    for iteration in range(2):
+        algo.train()
+        loop.iterate(iteration, at_once=1)
+    ours = algo.distribution().parameters.numpy()
+    assert np.abs(ours - before).max() > 1e-3
+    np.testing.assert_allclose(loop.network.parameters_array(), ours, atol=1e-5)
+
+
+def test_step_names_every_figure():
+    here = ["cluster.rollout_actors=0", "cluster.learner_actors=0"]
+    record = step(overrides=[*SMALL, *here], rounds=1, iterations=1)
+    assert record["images"] == 4
+    batched, single = (
+        min(record[f"{kind}, threads {count}/iteration_s"] for count in (1, 2)) for kind in ("batched", "single")
+    )
+    assert record["ratio"] == pytest.approx(batched / record["pipeline/iteration_s"])
+    assert record["ratio_single"] == pytest.approx(single / record["pipeline/iteration_s"])
+    parts = sum(record[f"batched, threads 1/{stage}_s"] for stage in STAGES)
+    assert 0.8 < parts / record["batched, threads 1/iteration_s"] < 1
+    assert record["pipeline/generate_s"] > 0 and record["pipeline/cpu_s"] > 0
+
+
+def test_latency_compares_at_one_parallel_nfe():
+    record = latency("sd3-random", "small", parallel_nfe=4, batches=(2,), repeats=3, resolution=64)
+    assert record["batch 2/euler/vs_euler"] == 1
+    for name in ("heun", "dpm2", "ipndm", "epd K=2", "epd K=3", "epd K=2, one after another"):
+        assert record[f"batch 2/{name}/s"] > 0
+    assert record["batch 2/epd K=3/vs_euler"] > 1
+    assert record["pipeline, batch 2/epd K=2/s"] > 0
+    with pytest.raises(ConfigError, match="parallel_nfe is 5"):
+        latency("sd3-random", "small", parallel_nfe=5)
+
+
+@pytest.mark.parametrize("model", MODELS[1:])
+def test_pipelines_run_with_their_points_on_two_devices(model):
+    backbone, guidance = Subject(model, "small", 64).open()
+    conditioning = backbone.encode(["a", "b"], guidance)
+    theirs = backbone.pipeline.scheduler
+    record = _pipelines("pipeline", backbone, conditioning, 4, [["cpu", "cpu"]], 1)
+    assert list(record)[::2] == [
+        f"pipeline{more}/{name}/s" for more in ("", ", 2 devices") for name in ("euler", "epd K=2")
+    ]
+    assert backbone.pipeline.scheduler is theirs
+
+
+def test_throughput_replays_what_the_pictures_took():
+    record = throughput("sd15-random", "small", intervals=1, batch=4, repeats=3, resolution=64)
+    assert record["images_per_s"] == pytest.approx(4 / record["stages/generate_s"])
+    assert record["worker_of_bare"] == pytest.approx(record["stages/bare_s"] / record["stages/generate_s"])
+    assert record["actor_of_bare"] > 0.2 and record["of_peak"] is None
+    assert record["resolution"] == 64 and record["stages/encode_s"] > 0
+
+
+def test_operations_are_those_of_the_matrix_products():
+    linear = torch.nn.Linear(16, 32, bias=False)
+    found = _operations(lambda x, sigma: linear(x), torch.zeros(3, 16), torch.zeros(3))
+    assert found == 2 * 3 * 16 * 32
