@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from epd_ray.bench import batching, cases, distilling
-from epd_ray.bench.machine import peak_tflops
 from epd_ray.bench.models import MODELS, Subject
+from epd_ray.bench.peaks import peak_tflops
 from epd_ray.bench.run import Options, run
 from epd_ray.errors import ConfigError
 from epd_ray.random_models import ARCHITECTURES, random_backbone
@@ -114,8 +114,8 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     records = run(["latency", "overhead"], out=file)
     written = json.loads(file.read_text())
     assert written["cases"] == records and list(records) == ["latency", "overhead"]
-    assert {"cpu", "cores", "gpus", "torch_threads", "versions"} <= written["machine"].keys()
-    assert written["machine"]["versions"]["torch"] == torch.__version__
+    assert {"cpu", "cores", "gpus", "torch_threads", "versions"} <= written["made_by"]["machine"].keys()
+    assert written["made_by"]["machine"]["versions"]["torch"] == torch.__version__
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["batch", "1/epd", "2"] for line in lines)  # a row for each solver, a column a figure
     run(["latency"], Options("sd3-random", "small"))

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from epd_ray.bench.cases import CASES, OF_MODELS, Record, measured
 from epd_ray.bench.kept import FOLDER
-from epd_ray.bench.machine import machine
 from epd_ray.bench.models import Subject
 from epd_ray.bench.show import show
 from epd_ray.errors import ConfigError
+from epd_ray.provenance import Provenance
 from epd_ray.random_models import Size
 from epd_ray.registry import did_you_mean
 from epd_ray.store import write_text
@@ -34,7 +34,7 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
     Args:
         names: of the cases; none: all of them, or all that take a model where one is given.
         options: for those that they concern.
-        out: JSON file, `machine` and `cases`.
+        out: JSON file, `made_by` and `cases`.
 
     Returns:
         Case -> record.
@@ -55,10 +55,10 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
         raise ConfigError(problems)
     if options.model is not None:
         Subject(options.model)  # a wrong name ends it here
-    console, facts, records = Console(), machine(), {}
+    console, made_by, records = Console(), Provenance.here().record(), {}
     for name in chosen:
         records[name] = measured(name, options.seeds, options.folder, options.model, options.size)
         console.print(show(name, records[name]))
         if out is not None:
-            write_text(out, json.dumps({"machine": facts, "cases": records}, indent=2) + "\n")
+            write_text(out, json.dumps({"made_by": made_by, "cases": records}, indent=2) + "\n")
     return records

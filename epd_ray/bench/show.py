@@ -15,13 +15,9 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
         record: names, or nested mappings of names, to values.
     """
     plain = Table(show_header=False, box=None, pad_edge=False)
-    rows: dict[str, dict[str, Any]] = {}
-    for path, value in _flat(record):
-        head, _, figure = path.rpartition("/")
-        if head:
-            rows.setdefault(head, {})[figure] = value
-        else:
-            plain.add_row(figure, _text(value))
+    single, rows = figures_of(record)
+    for figure, value in single.items():
+        plain.add_row(figure, text(value))
     parts: list[RenderableType] = [f"[bold]{case}[/]", *([plain] if plain.row_count else [])]
     if rows:
         figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
@@ -29,9 +25,19 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
         for column in wide.columns[1:]:
             column.justify = "right"
         for head, row in rows.items():
-            wide.add_row(head, *(_text(row[figure]) if figure in row else "" for figure in figures))
+            wide.add_row(head, *(text(row[figure]) if figure in row else "" for figure in figures))
         parts.append(wide)
     return Group(*parts, "")
+
+
+def figures_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A record's single figures, and those named a/b/figure as a/b -> figure -> value."""
+    single: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for path, value in _flat(record):
+        head, _, figure = path.rpartition("/")
+        (rows.setdefault(head, {}) if head else single)[figure] = value
+    return single, rows
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -42,7 +48,8 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield f"{before}{name}", value
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A figure for people."""
     if value is None:
         return "-"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from epd_ray.backbones.pipeline import PipelineBackbone
-from epd_ray.bench.machine import peak_tflops
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
+from epd_ray.bench.peaks import peak_tflops
 from epd_ray.bench.timing import interleaved, medians
 from epd_ray.config import load_config
 from epd_ray.random_models import Size

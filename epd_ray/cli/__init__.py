@@ -20,6 +20,7 @@ for command in (
     runs.sample,
     evaluate.evaluate,
     runs.report,
+    runs.results,
     runs.fetch,
     runs.doctor,
     runs.bench,
@@ -40,4 +41,5 @@ def main(*command: str) -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
-    app([*command, *sys.argv[1:]], prog_name="epd-ray")
+    sys.argv[1:1] = command  # so that results can say how they were made
+    app(prog_name="epd-ray")

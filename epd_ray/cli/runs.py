@@ -120,6 +120,23 @@ def report(path: RunArgument) -> None:
         typer.echo(f"report: {inside(place(path), written)}")
 
 
+def results(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Directories of evaluate --suite, and files of bench --out."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the document goes.", parser=local_path)] = Path(
+        "results"
+    ),
+    title: Annotated[str, typer.Option(metavar="TEXT", help="Of the document.")] = "What was measured",
+) -> None:
+    """Join what suites and benchmarks measured into one document, each figure under its command."""
+    with ending():
+        from epd_ray.results import write_document
+
+        say(write_document(title, sources, out))
+
+
 def distill(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
