@@ -239,8 +239,9 @@ class RDPOSection(Section):
     same_latent: bool = Field(default=True, description="images of a group share their noise")
     baseline: Literal["per_prompt", "mixed"] = Field(default="per_prompt", description="mixed: the reference's")
     lr: float = Field(default=2e-3, gt=0, le=1, description="of AdamW, at the start")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="linear, cosine: it falls to 0 over the iterations"
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse"] = Field(
+        default="constant",
+        description="over the iterations: linear, cosine: to 0; inverse: as 1 / iteration after a tenth of them",
     )
     weight_decay: Amount = Field(default=0.01, description="of AdamW")
     clip: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the clipped surrogate")

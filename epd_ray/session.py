@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,6 +21,13 @@ from epd_ray.sections import SHAPES, ClusterConfig, RDPOSection, RewardConfig
 from epd_ray.solvers import SolverTable
 
 log = logging.getLogger(__name__)
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "inverse": lambda done: min(1.0, 0.1 / done) if done else 1.0,
+}
+"""Share of a run that is done, in [0, 1] -> share of the learning rate. Source of "inverse": Robbins, Monro 1951."""
 
 
 @contextmanager
@@ -96,12 +103,8 @@ def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:
     if rdpo.lr_schedule == "constant" or not rdpo.iterations:
         return rdpo.lr
     images = rdpo.prompts_per_iteration * rdpo.group_size
-    points = []
-    for i in range(rdpo.iterations + 1):
-        done = i / rdpo.iterations
-        share = 1 - done if rdpo.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        points.append([i * images, rdpo.lr * share])
-    return points
+    share = FALLS[rdpo.lr_schedule]
+    return [[i * images, rdpo.lr * share(i / rdpo.iterations)] for i in range(rdpo.iterations + 1)]
 
 
 def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:

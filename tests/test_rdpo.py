@@ -55,7 +55,12 @@ def test_starts_as_the_base_table_and_learns(build):
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [("constant", [8, 8, 8, 8]), ("linear", [8, 6, 4, 2]), ("cosine", [8, 6.8284, 4, 1.1716])],
+    [
+        ("constant", [8, 8, 8, 8]),
+        ("linear", [8, 6, 4, 2]),
+        ("cosine", [8, 6.8284, 4, 1.1716]),
+        ("inverse", [8, 3.2, 1.6, 1.0667]),
+    ],
 )
 def test_the_learning_rate_follows_its_schedule(build, schedule, rates):
     overrides = (f"rdpo.lr_schedule={schedule}", "rdpo.lr=8e-3", "rdpo.iterations=4")

@@ -28,13 +28,15 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Ours where pictures are dear and waiting is not: a small batch, used four times, never stale.
+# Ours where pictures are dear, not waiting: small batches, each used four times, never stale; a rate that soon falls.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
     "rdpo.minibatch=8",
     "rdpo.epochs=4",
     "rdpo.clip=0.4",
     "rdpo.lr=1e-3",
+    "rdpo.lr_schedule=inverse",
+    "rdpo.iterations=60",
     "rdpo.concentration=20",
     "rdpo.staleness=0",
 )
