@@ -42,7 +42,7 @@ def test_command_parses(command):
     config = context.params.get("config")
     assert config is None or (ROOT / config).is_file()
     if context.params.get("overrides") or config:
-        load_config(config and ROOT / config, context.params["overrides"] or [])
+        load_config(config and ROOT / config, context.params.get("overrides") or [])
 
 
 def test_checks_use_the_readmes_install_line():
