@@ -30,7 +30,7 @@ def latency(
     model: str = EMBEDDED,
     size: Size | None = None,
     parallel_nfe: int = 8,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     repeats: int = 5,
     resolution: int | None = None,
 ) -> Record:
@@ -44,7 +44,7 @@ def latency(
         model: one of MODELS.
         size: see Subject.
         parallel_nfe: even.
-        batches: pictures drawn together.
+        batches: pictures drawn together; None: 1, and 8 on a GPU too.
         repeats: odd, at least 3.
         resolution: see Subject.
 
@@ -58,7 +58,7 @@ def latency(
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [["cuda:0", "cuda:1"]] if gpus > 1 else []
     record: Record = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance}
-    for batch in batches:
+    for batch in batches or ((1, 8) if gpus else (1,)):
         conditioning = backbone.encode(prompts(batch), guidance)
         noise = noises(backbone, range(batch))
         with torch.inference_mode():

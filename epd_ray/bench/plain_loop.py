@@ -50,7 +50,7 @@ class PlainLoop:
     optimiser are those of `RDPO`, so that both do the same work.
 
     Args:
-        config: of the run.
+        config: of the run; its learning rate is constant.
         worker: with the frozen model and its guidance scale, as a rollout actor has it.
         scorer: the only reward.
         prompts: to train on.

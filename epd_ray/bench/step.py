@@ -60,6 +60,7 @@ def step(
     overrides: Sequence[str] = (),
     rounds: int = 5,
     iterations: int = 4,
+    threads: Sequence[int] | None = None,
 ) -> Record:
     """Median seconds of one iteration of `RDPO` and of `PlainLoop`, same weights, batch and guidance, in turns.
 
@@ -76,6 +77,7 @@ def step(
         overrides: configuration of both.
         rounds: odd.
         iterations: of the pipeline in a round.
+        threads: that the loop is tried with; None: see above.
     """
     subject, chosen = Subject(model, size), prompts(PROMPTS)
     config = load_config(None, [*subject.overrides, *overrides])
@@ -83,9 +85,9 @@ def step(
     scorer = Scorer(name, HEADS.build(reward.head, reward.options))
     own = rdpo_config(config, chosen)
     loop = PlainLoop(own, own.worker_spec.build(), scorer, chosen)
-    threads = (1,) if torch.cuda.is_available() else (1, 2)
-    batched = [_Loop(own.images_per_job, count) for count in threads]
-    single = [_Loop(1, count) for count in threads]
+    counts = threads or ((1,) if torch.cuda.is_available() else (1, 2))
+    batched = [_Loop(own.images_per_job, count) for count in counts]
+    single = [_Loop(1, count) for count in counts]
     with algorithm(config, chosen) as algo:
         pipeline = _measure(algo, loop, [*batched, *single], rounds, iterations)
     quickest, alone = (min(ways, key=lambda way: way.seconds) for ways in (batched, single))
