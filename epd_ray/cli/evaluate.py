@@ -92,7 +92,6 @@ def evaluate(
 
 
 def _measure(request: "Request", config: Path | None, overrides: list[str]) -> None:
-    from epd_ray.provenance import sign
     from epd_ray.suite.run import evaluate_suite
     from epd_ray.suite.settings import load_settings
 
@@ -103,5 +102,4 @@ def _measure(request: "Request", config: Path | None, overrides: list[str]) -> N
     except KeyboardInterrupt:
         typer.echo(f"stopped: what was scored is in {request.out}; the same command goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    sign(request.out)
     say(lines)

@@ -12,6 +12,7 @@ from epd_ray.lock import held
 from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import load_prompts
+from epd_ray.provenance import sign
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.pipeline import Outcome
 from epd_ray.sections import SHAPES
@@ -70,6 +71,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         keeper = Keeper(results, pictures, config.evaluation.pictures, features.extractor)
         keeper.do(algo, jobs(pictures, suite.samplers, scored=bool(config.rewards)), observer)
     lines = write_results(results, subject, features)
+    sign(results.path)
     observer.done()
     return lines
 
