@@ -55,7 +55,8 @@ def whole(path: Path) -> Iterator[Path]:
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
     """What to say of a file that the disk refuses."""
     fix = " (make room and try again)" if error.errno in FULL else ""
-    return RunDirectoryError(f"cannot write {path}: {error.strerror or error}{fix}")
+    said = os.strerror(error.errno) if error.errno else error  # pyarrow's strerror tells more than a line needs
+    return RunDirectoryError(f"cannot write {path}: {said}{fix}")
 
 
 @contextmanager
