@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from epd_ray.bench import batching, cases, distilling
 from epd_ray.bench.models import MODELS, Subject
 from epd_ray.bench.peaks import peak_tflops
 from epd_ray.bench.run import Options, run
+from epd_ray.bench.show import show
 from epd_ray.errors import ConfigError
 from epd_ray.random_models import ARCHITECTURES, random_backbone
 from epd_ray.sampling import baseline, noises
@@ -118,6 +120,9 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     assert written["made_by"]["machine"]["versions"]["torch"] == torch.__version__
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["batch", "1/epd", "2"] for line in lines)  # a row for each solver, a column a figure
+    capsys.readouterr()
+    Console().print(show("step", {f"{way}/{stage}_s": 1.5 for way in "ab" for stage in ("x", "y", "z")}))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:3] == [["a", "b"], ["x_s", "1.5", "1.5"]]
     run(["latency"], Options("sd3-random", "small"))
     assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small"}]
 

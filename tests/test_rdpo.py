@@ -225,3 +225,13 @@ def test_policy_options_reach_the_learner(build):
     base = run(build(), 2)
     for option in ("rdpo.kl_coeff=0.5", "rdpo.entropy_coeff=0.1", "rdpo.epochs=2", "rdpo.clip=0.01", "rdpo.lr=1e-4"):
         assert run(build(option), 2) != base, option
+
+
+def test_nothing_is_drawn_beyond_the_last_iteration(build):
+    algo = build("rdpo.staleness=1")
+    algo.last_iteration = 2
+    submitted = []
+    for _ in range(3):  # the third is asked for all the same
+        algo.train()
+        submitted.append(algo._submitted)
+    assert submitted == [2, 2, 3]

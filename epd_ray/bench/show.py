@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def show(case: str, record: Mapping[str, Any]) -> RenderableType:
-    """A case's figures; those named a/b/figure as rows a/b with a column for each figure.
+    """A case's figures; those named a/b/figure as a table of the a/b and their figures, along its longer side.
 
     Args:
         case: its name.
@@ -21,6 +21,9 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [f"[bold]{case}[/]", *([plain] if plain.row_count else [])]
     if rows:
         figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+        if len(figures) > len(rows):
+            rows = {f: {head: row[f] for head, row in rows.items() if f in row} for f in figures}
+            figures = list(dict.fromkeys(head for row in rows.values() for head in row))
         wide = Table("", *figures, box=None, pad_edge=False)
         for column in wide.columns[1:]:
             column.justify = "right"

@@ -216,12 +216,12 @@ class RDPO(Algorithm):  # type: ignore[misc]
         requests = propose(self.config, self._prompts, iteration)
         return [RolloutJob((iteration, i), version, parameters, r) for i, r in enumerate(requests)]
 
-    def _fill(self) -> None:
-        """Submit iterations up to the staleness bound."""
+    def _fill(self, needed: int = -1) -> None:
+        """Submit iterations up to the staleness bound and before the last; the needed one in any case."""
         end = self._iteration_done + self.config.max_staleness
         if self.last_iteration is not None:
-            end = min(end, max(self.last_iteration - 1, self._iteration_done))
-        while self._submitted <= end:
+            end = min(end, self.last_iteration - 1)
+        while self._submitted <= max(end, needed):
             self._pipeline.submit(rollout_task(job, self.config.keep_images) for job in self._jobs(self._submitted))
             self._submitted += 1
 
@@ -241,7 +241,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
             self._pipeline.take_metrics()  # waits of the start-up are none of an iteration's
         start = time.perf_counter()
         iteration = self._iteration_done
-        self._fill()
+        self._fill(iteration)
         jobs = self._jobs(iteration)
         outcomes = self._pipeline.collect([task_id(job) for job in jobs])
         collected = time.perf_counter()
