@@ -104,6 +104,8 @@ class RunConfig(Section):
         scales = distill is not None and distill.enabled and distill.table is None and distill.scale_range > 0
         if scales and not (rdpo.scale_dir and rdpo.scale_time):
             raise ValueError("distill.scale_range finds scales that would be lost: set scale_dir and scale_time too")
+        if rdpo.scale_time and info.data.get("solver", SolverConfig()).start_point:
+            raise ValueError("scale_time would move the start point in time: set it false, or solver.start_point=false")
         return rdpo
 
     @field_validator("distill")
@@ -113,6 +115,10 @@ class RunConfig(Section):
         points = solver.points
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
+        if solver.start_point and points < 2:
+            raise ValueError("solver.start_point is one of the points: set solver.points to 2 or more")
+        if solver.start_point and distill.method == "gradient":
+            raise ValueError("method is 'gradient', which moves every point: set least_squares, or start_point=false")
         if distill.min_weight * points >= 1:
             raise ValueError(
                 f"min_weight is {distill.min_weight:g}, less than 1 / solver.points = {1 / points:g} is needed"

@@ -21,7 +21,7 @@ from torch import Tensor
 from epd_ray.shard import Fit, Interval, Points
 
 Matrix = npt.NDArray[np.float64]
-END_MARGIN = 0.02  # positions keep this distance from 0, 1 and each other: a Dirichlet cannot sit on its border
+END_MARGIN = 0.003  # positions keep this distance from 0 and 1: a Dirichlet cannot sit on its border
 RIDGE = 1e-9
 
 
@@ -46,7 +46,7 @@ def normal_equations(interval: Interval, grid: Sequence[float]) -> NormalEquatio
 
     Args:
         interval: B prompts.
-        grid: M positions to try, in (0, 1).
+        grid: M positions to try, in [0, 1).
     """
     directions = drifts_inside(interval, grid)  # M of [B, ...]
     step = float(interval.sigmas[1] - interval.sigmas[0])
@@ -69,13 +69,14 @@ def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
     return found
 
 
-def position_grid(count: int) -> tuple[float, ...]:
-    """`count` positions from 0.02 to 0.98."""
-    return tuple(np.linspace(END_MARGIN, 1 - END_MARGIN, count).round(6).tolist())
+def position_grid(count: int, start_point: bool = False) -> tuple[float, ...]:
+    """`count` positions from 0.003 to 0.997; with a start point, 0 before them."""
+    grid: tuple[float, ...] = tuple(np.linspace(END_MARGIN, 1 - END_MARGIN, count).round(6).tolist())
+    return (0.0, *grid) if start_point else grid
 
 
 def best_points(equations: NormalEquations, grid: Sequence[float], points: int, min_weight: float) -> Fit:
-    """Try every K of the grid's positions with their best simplex weights.
+    """Try every K of the grid's positions with their best simplex weights; where 0 is on the grid, it is one of them.
 
     Args:
         equations: summed over all shards.
@@ -84,8 +85,9 @@ def best_points(equations: NormalEquations, grid: Sequence[float], points: int, 
         min_weight: lower bound of each weight, below 1 / K.
     """
     best: Fit | None = None
-    for chosen in combinations(range(len(grid)), points):
-        index = list(chosen)
+    start = [0] if grid[0] == 0 else []
+    for chosen in combinations(range(len(start), len(grid)), points - len(start)):
+        index = [*start, *chosen]
         gram, cross = equations.gram[np.ix_(index, index)], equations.cross[index]
         weights = simplex_least_squares(gram, cross, min_weight)
         residual = float(weights @ gram @ weights - 2 * weights @ cross + equations.target) / equations.target

@@ -164,7 +164,8 @@ def _distilling(config: RunConfig, prompts: PromptSplits, costs: Costs) -> float
     evaluation = costs.generate / _ours(config).model_evals
     shards = _batches(config, min(d.prompts, len(prompts.train)))
     # Per interval: the teacher, the grid, the slope; and the student from the start to there.
-    passes = s.intervals * (2 * d.teacher_steps + d.grid + 1) + (1 + s.points) * s.intervals * (s.intervals - 1) // 2
+    start, n = int(s.start_point), s.intervals
+    passes = n * (2 * d.teacher_steps + d.grid + start + 1) + (1 + s.points - start) * n * (n - 1) // 2
     seconds = passes * math.ceil(shards / _actors(config)) * evaluation
     if d.method == "gradient":
         batch = math.ceil(max(1, round(d.batch / config.cluster.images_per_job)) / _actors(config))
@@ -188,7 +189,8 @@ def _validations(config: RunConfig) -> int:
 
 def _ours(config: RunConfig) -> Sampler:
     s = config.solver
-    return Sampler("epd", s.intervals, "rdpo", "rdpo", uniform_table(s.intervals, s.points), s.afs, s.order)
+    table = uniform_table(s.intervals, s.points, s.start_point)
+    return Sampler("epd", s.intervals, "rdpo", "rdpo", table, s.afs, s.order)
 
 
 def _compared(config: RunConfig) -> list[Sampler]:

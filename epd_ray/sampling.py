@@ -50,7 +50,7 @@ class Sampler:
     @property
     def model_evals(self) -> int:
         """All evaluations of the drift (guidance doubles the network's share of each)."""
-        return self.parallel_nfe if self.table is None else self.intervals * (1 + self.table.points) - int(self.afs)
+        return self.parallel_nfe if self.table is None else self.table.evaluations(self.afs)
 
     def with_table(self, table: SolverTable) -> "Sampler":
         """The same sampler with another table."""

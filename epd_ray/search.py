@@ -32,23 +32,28 @@ class Search(Protocol):
         ...
 
 
+def space_of(table: SolverTable) -> TableSpace:
+    """What is searched around a table without scales."""
+    return TableSpace(table.points, start_point=table.start_point)
+
+
 def coordinates(table: SolverTable) -> Floats:
-    """A table [N, K] without scales as unbounded numbers [N (2K - 1)]: log-ratios to the last segment and weight."""
-    parts = base_parameters(table, TableSpace(table.points), 1.0).double()
-    segments, weights = parts.split([table.points + 1, table.points], dim=1)
+    """A table [N, K] without scales as unbounded numbers [N (S + K - 2)]: log-ratios to the last segment and weight."""
+    space = space_of(table)
+    segments, weights = base_parameters(table, space, 1.0).double().split([space.segments, space.points], dim=1)
     ratios = torch.cat([part[:, :-1] - part[:, -1:] for part in (segments, weights)], dim=1)
     return np.asarray(ratios.flatten().numpy())
 
 
-def tables_at(rows: Sequence[Floats] | Floats, intervals: int) -> SolverTable:
-    """The tables [C, N, K] of coordinates [C, N (2K - 1)]."""
-    ratios = torch.as_tensor(np.array(rows)).reshape(len(rows), intervals, -1)  # [C, N, 2K - 1]
-    points = (ratios.shape[-1] + 1) // 2
+def tables_at(rows: Sequence[Floats] | Floats, space: TableSpace) -> SolverTable:
+    """The tables [C, N, K] of coordinates [C, N (S + K - 2)]."""
+    widths = [space.segments - 1, space.points - 1]
+    ratios = torch.as_tensor(np.array(rows)).reshape(len(rows), -1, sum(widths))  # [C, N, S + K - 2]
     simplices = [
         torch.cat([part, torch.zeros_like(ratios[..., :1])], dim=-1).softmax(-1)
-        for part in ratios.split([points, points - 1], dim=-1)
+        for part in ratios.split(widths, dim=-1)
     ]
-    return TableSpace(points).table(torch.cat(simplices, dim=-1))
+    return space.table(torch.cat(simplices, dim=-1))
 
 
 class CmaSearch:
@@ -76,20 +81,20 @@ class CmaSearch:
             "verbose": -9,
             "verb_log": 0,
         }
-        self._intervals = start.intervals
+        self._space = space_of(start)
         self._strategy = cma.CMAEvolutionStrategy(coordinates(start), STEP, options)
         self._asked: list[Floats] = []
 
     def ask(self) -> SolverTable:
         self._asked = self._strategy.ask()
-        return tables_at(self._asked, self._intervals)
+        return tables_at(self._asked, self._space)
 
     def tell(self, rewards: Floats) -> None:
         self._strategy.tell(self._asked, [-float(reward) for reward in rewards])
 
     def favourite(self) -> SolverTable:
         """The mean of the search distribution."""
-        table = tables_at([self._strategy.mean], self._intervals)
+        table = tables_at([self._strategy.mean], self._space)
         return SolverTable(table.positions[0], table.weights[0])
 
 
@@ -104,7 +109,7 @@ class RandomSearch:
     """
 
     def __init__(self, start: SolverTable, candidates: int, seed: int, concentration: float) -> None:
-        self._space = TableSpace(start.points)
+        self._space = space_of(start)
         self._policy = TableDistribution(self._space, base_parameters(start, self._space, concentration))
         self._candidates, self._rng = candidates, np.random.default_rng(seed)
         self._favourite, self._asked = start, start

@@ -141,6 +141,7 @@ class SolverConfig(Section):
 
     intervals: int = Field(default=2, ge=1, le=1000, description="N")
     points: int = Field(default=2, ge=1, le=64, description="K, evaluated in one batch")
+    start_point: bool = Field(default=False, description="the first of them is the interval's start: costs nothing")
     afs: bool = Field(default=False, description="analytical first step: one evaluation less")
     order: int = Field(default=1, ge=1, le=4, description="of the multistep slope that leads to the points")
 

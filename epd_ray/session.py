@@ -56,7 +56,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
     built: RDPOConfig = (
         RDPOConfig()
         .solver(
-            table=table or uniform_table(config.solver.intervals, config.solver.points),
+            table=table or uniform_table(config.solver.intervals, config.solver.points, config.solver.start_point),
             concentration=rdpo.concentration,
             concentration_bound=rdpo.concentration_bound,
             scale_dir=rdpo.scale_dir,

@@ -29,6 +29,7 @@ class StageOne:
         min_weight: smallest weight of a point.
         afs: analytical first step of the student.
         order: of the student's multistep slope.
+        start_point: whether the first point is the interval's start.
     """
 
     intervals: int
@@ -41,6 +42,7 @@ class StageOne:
     min_weight: float
     afs: bool = False
     order: int = 1
+    start_point: bool = False
 
     def shards(self, fitted: Sequence[Fit]) -> list[Shard]:
         """The tasks of the next interval."""
@@ -90,7 +92,7 @@ def fit_table(
 
 def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:
     """The next interval's fit; stage.grid positions are tried."""
-    grid = position_grid(stage.grid)
+    grid = position_grid(stage.grid, stage.start_point)
     equations = reduce(add, work("distill", [(shard, grid) for shard in shards]))
     return best_points(equations, grid, stage.points, stage.min_weight)
 

@@ -74,6 +74,7 @@ def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         min_weight=d.min_weight,
         afs=s.afs,
         order=s.order,
+        start_point=s.start_point,
     )
 
 

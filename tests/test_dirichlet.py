@@ -77,6 +77,25 @@ def distribution(space: TableSpace, table: SolverTable | None = None, concentrat
     return TableDistribution(space, base_parameters(table or scaled_for(space), space, concentration))
 
 
+@pytest.mark.parametrize("scale_dir", [False, True])
+def test_a_start_point_stays(scale_dir: bool) -> None:
+    base = SolverTable(torch.tensor([[0.0, 0.3, 0.9], [0.0, 0.2, 0.4]]), torch.tensor([[0.2, 0.3, 0.5]] * 2))
+    space = TableSpace(3, scale_dir, start_point=True)
+    policy = distribution(space, base)
+    assert policy.parameters.shape == (2, space.parameter_width) == (2, 6 + 6 * scale_dir)
+    assert torch.allclose(policy.mean_table().positions, base.positions, atol=1e-6)
+    assert torch.allclose(policy.mean_table().weights, base.weights, atol=1e-6)
+    actions = torch.from_numpy(np.stack([policy.draw(seed) for seed in range(64)]))
+    table = space.table(actions)
+    assert actions.shape == (64, 2, space.action_width) and table.start_point
+    assert policy.log_prob(actions).isfinite().all() and table.positions[..., 1].std() > 0.01
+    calm = bound_concentration(policy.parameters, space, 5.0)
+    assert torch.allclose(calm[:, :3].exp().sum(-1), torch.tensor(5.0))
+    assert torch.allclose(calm[:, 3:6].exp().sum(-1), torch.tensor(5.0))
+    with pytest.raises(TableError, match="first points are not at the start of their intervals"):
+        base_parameters(BASE, TableSpace(2, start_point=True), 20.0)
+
+
 def test_scales_are_not_dropped_in_silence() -> None:
     with pytest.raises(TableError, match="scales that would be lost"):
         base_parameters(SCALED, TableSpace(2), 10.0)
@@ -190,15 +209,15 @@ def test_log_prob_kl_and_entropy_against_torch(space: TableSpace) -> None:
 def test_bound_concentration() -> None:
     space = TableSpace(2, scale_dir=True)
     wild = distribution(space, concentration=300.0)
-    bounded = TableDistribution(space, bound_concentration(wild.parameters, 2, 50.0))
+    bounded = TableDistribution(space, bound_concentration(wild.parameters, space, 50.0))
     for part in ("segments", "weights"):
         assert torch.allclose(getattr(bounded, part).concentration.sum(-1), torch.tensor(50.0), rtol=1e-5)
         assert torch.allclose(getattr(bounded, part).mean, getattr(wild, part).mean, atol=1e-6)
     assert torch.equal(bounded.parameters[:, 5:], wild.parameters[:, 5:])
     calm = distribution(space, concentration=49.0).parameters
-    assert torch.equal(bound_concentration(calm, 2, 50.0), calm)
+    assert torch.equal(bound_concentration(calm, space, 50.0), calm)
     mixed = torch.cat([wild.parameters[:, :3], calm[:, 3:]], dim=-1)
-    assert torch.equal(bound_concentration(mixed, 2, 50.0)[:, 3:], calm[:, 3:])  # each simplex has its own bound
+    assert torch.equal(bound_concentration(mixed, space, 50.0)[:, 3:], calm[:, 3:])  # each simplex has its own bound
 
 
 @pytest.mark.parametrize(

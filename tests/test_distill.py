@@ -1,5 +1,7 @@
 """Stage 1 by least squares: the small problem exactly, shards, and the table against what it replaces."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ from scipy.optimize import minimize
 
 from epd_ray.backbones.gaussian import GaussianBackbone
 from epd_ray.distill import best_points, normal_equations, position_grid, simplex_least_squares
+from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
 from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler, baseline, noises
 from epd_ray.shard import Points, Shard, ShardStates, as_table, refine
-from epd_ray.solvers import epd
+from epd_ray.solvers import SolverTable, epd
 from epd_ray.solvers.table import dpm2_table
 from epd_ray.stage_one import StageOne, fit_table
 
@@ -169,3 +172,24 @@ def test_fit_keeps_the_weights_that_a_dirichlet_can_draw():
 def test_refined_schedule_keeps_its_ends():
     fine = refine(torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), 4)
     assert len(fine) == 9 and fine[0] == 1.0 and fine[4] == 0.5 and fine[-1] == 0.1
+
+
+def test_a_start_point_is_found_for_nothing():
+    """K = 3 with one at the start evaluates as often as K = 2 without, and follows the teacher better."""
+    backbone = GaussianBackbone(components=2)
+    sigmas = backbone.sigmas(3).tolist()
+    plain, free = (
+        fit_table(on(worker(backbone)), replace(STAGE, points=2 + start, start_point=start), sigmas)
+        for start in (False, True)
+    )
+    tables = as_table(plain), as_table(free)
+    assert tables[1].start_point and tables[0].evaluations() == tables[1].evaluations() == 9
+    assert sum(fit.residual for fit in free) < 0.7 * sum(fit.residual for fit in plain)
+
+
+def test_grid_reaches_the_ends_and_can_be_drawn():
+    """At the interval's start the model may know best: a grid that stays away from it costs the embedded model .15."""
+    grid = position_grid(11)
+    assert grid[0] <= 0.005 and grid[-1] >= 0.995
+    table = SolverTable(torch.tensor([[grid[0], grid[-1]]]), torch.tensor([[0.5, 0.5]]))
+    base_parameters(table, TableSpace(2), 30.0)

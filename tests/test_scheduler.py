@@ -93,8 +93,18 @@ def load(folders: Callable[[str], Path]) -> Callable[..., Any]:
     return open_pipeline
 
 
-def make_solver(family: Family, points: int = 2, *, scales: bool = True, afs: bool = False, order: int = 1) -> Solver:
+def make_solver(
+    family: Family,
+    points: int = 2,
+    *,
+    scales: bool = True,
+    afs: bool = False,
+    order: int = 1,
+    start_point: bool = False,
+) -> Solver:
     r, q, o, c = torch.rand(4, 3, points, generator=torch.Generator().manual_seed(points), dtype=torch.float64)
+    if start_point:
+        r[:, 0], c[:, 0] = 0.0, 1.0
     scaled = (0.9 + 0.2 * o, 0.9 + 0.1 * c) if scales else (None, None)
     table = SolverTable(r.sort(-1).values, q.softmax(-1), *scaled)
     sigmas = torch.tensor(VE_SIGMAS if family.form == "ve" else FLOW_SIGMAS, dtype=torch.float64)
@@ -194,6 +204,8 @@ VARIANTS = {
     "afs": {"afs": True},
     "three-points-order-three": {"points": 3, "order": 3},
     "one-point-afs-order-two": {"points": 1, "afs": True, "order": 2, "scales": False},
+    "start-point-order-two": {"points": 3, "order": 2, "start_point": True},
+    "start-point-afs": {"points": 2, "afs": True, "start_point": True},
 }
 
 

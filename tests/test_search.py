@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from epd_ray.errors import ConfigError, TableError
-from epd_ray.search import CmaSearch, RandomSearch, coordinates, tables_at
+from epd_ray.search import CmaSearch, RandomSearch, coordinates, space_of, tables_at
 from epd_ray.solvers import SolverTable
 
 START = SolverTable(torch.tensor([[0.3, 0.6], [0.2, 0.7]]).double(), torch.tensor([[0.5, 0.5], [0.8, 0.2]]).double())
@@ -29,7 +29,7 @@ def test_coordinates_are_undone():
     rows = coordinates(START)
     assert rows.shape == (2 * 3,)
     assert rows[0] == pytest.approx(np.log(0.3 / 0.4)) and rows[5] == pytest.approx(np.log(0.8 / 0.2))
-    back = tables_at([rows, rows + 1], 2)
+    back = tables_at([rows, rows + 1], space_of(START))
     assert torch.allclose(back.positions[0], START.positions) and torch.allclose(back.weights[0], START.weights)
     assert back.batch == 2 and not torch.allclose(back.weights[1], START.weights)
 
@@ -37,7 +37,7 @@ def test_coordinates_are_undone():
 def test_one_point_has_a_position_alone():
     table = SolverTable(torch.tensor([[0.5]]), torch.tensor([[1.0]]))
     assert coordinates(table) == pytest.approx([0.0])
-    assert tables_at([[1.0]], 1).positions.item() == pytest.approx(1 / (1 + np.exp(-1)))
+    assert tables_at([[1.0]], space_of(table)).positions.item() == pytest.approx(1 / (1 + np.exp(-1)))
 
 
 def test_cma_finds_the_table():

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,33 @@ def test_counts_match_the_calls(points: int, afs: bool) -> None:
     assert len(calls) == solver.parallel_nfe
     assert sum(calls) == 5 * solver.model_evals
     assert calls[-2:] == [5, 5 * points]
+
+
+@pytest.mark.parametrize(("order", "afs"), [(1, False), (3, False), (1, True)])
+def test_a_start_point_is_not_evaluated_twice(order: int, afs: bool) -> None:
+    """The same step as with a first point that is next to the start, which needs an evaluation of its own."""
+    table, calls = random_table(4, 3), []
+    nearly, exactly = (
+        SolverTable(torch.cat([torch.full((4, 1), first).double(), table.positions[:, 1:]], 1), table.weights)
+        for first in (1e-9, 0.0)
+    )
+
+    def counting(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(len(x))
+        return curved(x, sigma)
+
+    sigmas, x = tensor([8.0, 4.0, 2.0, 1.0, 0.5]), latents(5, 3)
+    slow, fast = (Solver(t, sigmas, "ve", afs=afs, order=order) for t in (nearly, exactly))
+    assert not nearly.start_point and exactly.start_point
+    torch.testing.assert_close(fast.solve(counting, x), slow.solve(curved, x), rtol=0, atol=1e-7)
+    assert sum(calls) == 5 * fast.model_evals and fast.model_evals == slow.model_evals - 4 + afs
+
+
+def test_heun_as_a_table_costs_what_heun_does() -> None:
+    solver = Solver(heun_table(4), tensor([8.0, 4.0, 2.0, 1.0, 0.5]))
+    assert solver.model_evals == solver.parallel_nfe == 8
+    scaled = replace(solver.table, scale_time=torch.full((4, 2), 1.1))
+    assert scaled.evaluations() == 12  # its first points are evaluated at another time
 
 
 @pytest.mark.parametrize(("solve", "calls"), [(euler, 3), (ipndm, 3), (heun, 6), (dpm2, 6)])

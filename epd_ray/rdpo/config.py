@@ -26,11 +26,12 @@ EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_lengt
 EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
 
 
-def uniform_table(intervals: int, points: int) -> SolverTable:
+def uniform_table(intervals: int, points: int, start_point: bool = False) -> SolverTable:
     """Evenly spaced positions with equal weights: where to start without stage 1."""
     import torch
 
-    positions = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)
+    segments = points + 1 - start_point
+    positions = torch.arange(1 - start_point, segments, dtype=torch.float64) / segments
     return SolverTable(positions.repeat(intervals, 1), torch.full((intervals, points), 1 / points, dtype=torch.float64))
 
 
@@ -179,7 +180,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     @property
     def space(self) -> TableSpace:
         """What the policy draws."""
-        return TableSpace(self.table.points, self.scale_dir, self.scale_time)
+        return TableSpace(self.table.points, self.scale_dir, self.scale_time, self.table.start_point)
 
     def mixer(self) -> Mixer:
         """A fresh mix of the heads."""

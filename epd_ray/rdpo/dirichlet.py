@@ -1,8 +1,8 @@
 """The distribution over solver tables: Dirichlet segments and weights per interval, log-normal scales on request.
 
-Per interval, segments g ~ Dirichlet(alpha_g) in R^{K+1} give the positions r = cumsum(g)[:K], and
-w ~ Dirichlet(alpha_w) in R^K the weights. The policy is a row of parameters per interval, in this order: K+1
-log-concentrations of the segments, K of the weights, then for each trained scale (direction, time) K means and K
+Per interval, S = K + 1 segments g ~ Dirichlet(alpha_g) give the positions r = cumsum(g)[:K], and w ~ Dirichlet(alpha_w)
+in R^K the weights; with a start point r_1 = 0 and S = K. The policy is a row of parameters per interval, in this order:
+S log-concentrations of the segments, K of the weights, then for each trained scale (direction, time) K means and K
 log standard deviations of its logarithm. An action has the same order without the standard deviations.
 """
 
@@ -32,11 +32,18 @@ class TableSpace:
         points: K.
         scale_dir: whether direction scales are drawn too.
         scale_time: whether time scales are drawn too.
+        start_point: whether the first point stays at the interval's start (see SolverTable).
     """
 
     points: int
     scale_dir: bool = False
     scale_time: bool = False
+    start_point: bool = False
+
+    @property
+    def segments(self) -> int:
+        """S, between the points that move and the interval's ends."""
+        return self.points + 1 - int(self.start_point)
 
     @property
     def scales(self) -> int:
@@ -44,13 +51,13 @@ class TableSpace:
 
     @property
     def parameter_width(self) -> int:
-        """2K + 1, and 2K more per trained scale."""
-        return 2 * self.points + 1 + 2 * self.points * self.scales
+        """S + K, and 2K more per trained scale."""
+        return self.segments + self.points + 2 * self.points * self.scales
 
     @property
     def action_width(self) -> int:
-        """2K + 1, and K more per trained scale."""
-        return 2 * self.points + 1 + self.points * self.scales
+        """S + K, and K more per trained scale."""
+        return self.segments + self.points + self.points * self.scales
 
     @property
     def residual_units(self) -> Tensor:
@@ -61,18 +68,20 @@ class TableSpace:
         """
         k = self.points
         scale = [math.exp(INITIAL_LOG_STD)] * k + [1.0] * k
-        return torch.tensor([1.0] * (2 * k + 1) + scale * self.scales)
+        return torch.tensor([1.0] * (self.segments + k) + scale * self.scales)
 
     def split_action(self, action: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Segments [..., K+1] and weights [..., K], renormalised inside their simplex, and the scales [..., K]."""
+        """Segments [..., S] and weights [..., K], renormalised inside their simplex, and the scales [..., K]."""
         k = self.points
-        segments, weights, *scales = action.split([k + 1, k, *[k] * self.scales], dim=-1)
+        segments, weights, *scales = action.split([self.segments, k, *[k] * self.scales], dim=-1)
         return _inside_simplex(segments), _inside_simplex(weights), scales
 
     def table(self, action: Tensor) -> SolverTable:
         """The table of an action [..., N, A]."""
         segments, weights, scales = self.split_action(action)
-        positions = segments.cumsum(-1)[..., : self.points].clamp(max=1.0)
+        positions = segments.cumsum(-1)[..., :-1].clamp(max=1.0)
+        if self.start_point:
+            positions = torch.cat([torch.zeros_like(positions[..., :1]), positions], dim=-1)
         scale_dir = scales.pop(0) if self.scale_dir else None
         scale_time = scales.pop(0) if self.scale_time else None
         return SolverTable(positions, weights, scale_dir=scale_dir, scale_time=scale_time)
@@ -92,17 +101,17 @@ class TableDistribution:
 
     @property
     def segments(self) -> Dirichlet:
-        return Dirichlet(self.parameters[..., : self.space.points + 1].exp())
+        return Dirichlet(self.parameters[..., : self.space.segments].exp())
 
     @property
     def weights(self) -> Dirichlet:
-        k = self.space.points
-        return Dirichlet(self.parameters[..., k + 1 : 2 * k + 1].exp())
+        first = self.space.segments
+        return Dirichlet(self.parameters[..., first : first + self.space.points].exp())
 
     @property
     def scales(self) -> list[LogNormal]:
         k = self.space.points
-        rest = self.parameters[..., 2 * k + 1 :]
+        rest = self.parameters[..., self.space.segments + k :]
         pairs = [rest[..., i : i + 2 * k] for i in range(0, rest.shape[-1], 2 * k)]
         return [LogNormal(p[..., :k], p[..., k:].clamp(*LOG_STD_RANGE).exp()) for p in pairs]
 
@@ -177,6 +186,10 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
     positions, weights = table.positions.float(), table.weights.float()
     edges = torch.cat([torch.zeros_like(positions[:, :1]), positions, torch.ones_like(positions[:, :1])], dim=1)
     segments = edges.diff(dim=1)
+    if space.start_point:
+        if not table.start_point:
+            raise TableError("the table's first points are not at the start of their intervals, as start_point says")
+        segments = segments[:, 1:]
     for name, parts in (("segment", segments), ("weight", weights)):
         if float(parts.min()) < SMALLEST_BASE:
             row, column = divmod(int(parts.argmin()), parts.shape[1])
@@ -214,12 +227,13 @@ def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTa
     return replace(table, scale_time=table.scale_time.minimum((grid[0] / inner).to(table.scale_time)))
 
 
-def bound_concentration(parameters: Tensor, points: int, bound: float) -> Tensor:
+def bound_concentration(parameters: Tensor, space: TableSpace, bound: float) -> Tensor:
     """Scale each simplex's concentrations down to a total of at most `bound`; the means stay.
 
     Without a bound exploration collapses: the policy sharpens until only noise is left to normalise.
     """
-    parts = list(parameters.split([points + 1, points, parameters.shape[-1] - 2 * points - 1], dim=-1))
+    simplices = [space.segments, space.points]
+    parts = list(parameters.split([*simplices, parameters.shape[-1] - sum(simplices)], dim=-1))
     for i in (0, 1):
         excess = (parts[i].logsumexp(-1, keepdim=True) - math.log(bound)).clamp_min(0)
         parts[i] = parts[i] - excess

@@ -65,7 +65,7 @@ class PolicyNetwork(nn.Module):
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         residual: Tensor = self.out(hidden) * self.units
-        return bound_concentration(self.base + residual, self.spec.space.points, self.spec.max_concentration)
+        return bound_concentration(self.base + residual, self.spec.space, self.spec.max_concentration)
 
     @torch.no_grad()
     def parameters_array(self) -> FloatArray:

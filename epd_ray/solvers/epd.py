@@ -38,7 +38,8 @@ def epd(
     """Follow the probability-flow ODE with a table; the K drifts of an interval are one batched call.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]); its second call per interval has B * K rows, row b * K + k.
+        drift: dx/dsigma at (x [B, ...], sigma [B]); its second call per interval has B * K rows, row b * K + k,
+            where the table has a start point B * (K - 1): the drift there is that of the first call.
         x: [B, ...], the state at sigmas[0]. Its dtype is that of the whole computation.
         sigmas: [N+1], decreasing, > 0.
         table: N intervals, shared or one per sample.
@@ -66,9 +67,11 @@ def epd(
         d = analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a))
         history.appendleft(d)
         slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
-        x_k = x.unsqueeze(1) + spread(offsets[:, i], slope) * slope  # [B, K, ...]
-        sigma_k = inner[:, i].expand(batch, -1)  # [B, K]
+        known = table.known_points(i, afs)
+        x_k = x.unsqueeze(1) + spread(offsets[:, i, known:], slope) * slope  # [B, K - known, ...]
+        sigma_k = inner[:, i, known:].expand(batch, -1)  # [B, K - known]
         d_k = drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape)
+        d_k = torch.cat([d.unsqueeze(1), d_k], 1) if known else d_k
         x = x + (b - a) * (spread(gains[:, i], d_k) * d_k).sum(1)
         if callback is not None:
             callback(i, b, x)

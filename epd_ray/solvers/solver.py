@@ -66,7 +66,7 @@ class Solver:
     @property
     def model_evals(self) -> int:
         """All drift evaluations per sample; a backbone with classifier-free guidance runs its network twice in each."""
-        return self.table.intervals * (1 + self.table.points) - self.afs
+        return self.table.evaluations(self.afs)
 
     def solve(self, drift: Drift, x: Tensor, callback: Callback | None = None) -> Tensor:
         """Follow the ODE from sigmas[0] to sigmas[N].

@@ -39,9 +39,11 @@ class Plan:
 
     def __init__(self, solver: Solver, network: Network, *, parallel: bool) -> None:
         self.solver, self.network, self.parallel = solver, network, parallel
-        n, k = solver.table.intervals, solver.table.points
-        points = [slice(0, k)] if parallel else [slice(j, j + 1) for j in range(k)]
-        calls: list[Call] = [(i, part) for i in range(n) for part in (None, *points)]
+        calls: list[Call] = []
+        for i in range(solver.table.intervals):
+            first, end = solver.table.known_points(i, solver.afs), solver.table.points
+            points = [slice(first, end)] if parallel else [slice(j, j + 1) for j in range(first, end)]
+            calls += [(i, part) for part in (None, *points)]
         # One call at a time, the caller of a flow model's network shows it the state as it is: the first call of the
         # analytical first step cannot be a point, so the state is shown and the answer left unused.
         self.calls = calls[1:] if solver.afs and (parallel or not network.flow) else calls
@@ -58,6 +60,11 @@ class Plan:
         x = x.unsqueeze(1)
         interval, part = call
         return x if part is None else x + spread(self._offsets[interval, part], x) * slope.unsqueeze(1)
+
+    def at_start(self, drift: Tensor, interval: int) -> Tensor | float:
+        """The share in an interval's slope of the drift [B, ...] at its start, where a point stands there."""
+        known = self.solver.table.known_points(interval, self.solver.afs)
+        return self.weighted(drift.unsqueeze(1), (interval, slice(0, 1))) if known else 0.0
 
     def weighted(self, drifts: Tensor, call: Call) -> Tensor:
         """The share [B, ...] in an interval's slope of the drifts [B, k, ...] at a call's points."""
@@ -132,12 +139,12 @@ class Loop:
         if part is None or self._x is None:
             self._x = state
         if part is None:
-            self._total = 0.0
             self._history.appendleft(
                 plan.analytic(state)
                 if plan.solver.afs and interval == 0
                 else self._drift(output, state.unsqueeze(1), call)[:, 0]
             )
+            self._total = plan.at_start(self._history[0], interval)
         else:
             computed = plan.parallel or not self._history
             if not self._history:

@@ -100,6 +100,25 @@ class SolverTable:
         """B, or None where all samples share the table."""
         return self.positions.shape[0] if self.positions.ndim == 3 else None
 
+    @property
+    def start_point(self) -> bool:
+        """Whether every first point is its interval's start, whose drift is known: it needs no evaluation."""
+        at_start = self.points > 1 and bool((self.positions[..., 0] == 0).all())
+        return at_start and (self.scale_time is None or bool((self.scale_time[..., 0] == 1).all()))
+
+    def known_points(self, interval: int, afs: bool = False) -> int:
+        """How many of an interval's first points need no evaluation, 0 or 1.
+
+        Args:
+            interval: 0 to N - 1.
+            afs: the first drift of all is analytical, not what the network says.
+        """
+        return int(self.start_point and not (afs and interval == 0))
+
+    def evaluations(self, afs: bool = False) -> int:
+        """Drift evaluations a sample: at each interval's start and at its K points, none twice."""
+        return sum(1 + self.points - self.known_points(i, afs) for i in range(self.intervals)) - afs
+
     def to(self, dtype: torch.dtype) -> "SolverTable":
         """The same table in another floating dtype."""
         return SolverTable(**{name: values.to(dtype) for name, values in self._columns().items()})
