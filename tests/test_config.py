@@ -113,6 +113,7 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown solver 'heunn'; did you mean 'heun'?"),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 2 is needed"),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.5 is needed"),
+        ("solver={points: 1, start_point: true}", "distill: solver.start_point is one of the points"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
         ("cluster=3", "cluster: is 3, expected a mapping of keys"),
         (
@@ -132,6 +133,19 @@ def test_one_wrong_value_gives_one_line(override, said):
     assert problem.startswith(said)
     assert "\n" not in problem
     assert not any(secret in problem for secret in ("pw", "hf_", "ab12"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("distill.method=gradient", "distill: method is 'gradient', which moves every point: set least_squares"),
+        ("rdpo.scale_time=true", "rdpo: scale_time would move the start point in time: set it false"),
+    ],
+)
+def test_a_start_point_stays_where_it_is(override, said):
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, ["solver.start_point=true", override])
+    assert raised.value.problems[0].startswith(said)
 
 
 def test_all_problems_are_reported_together(tmp_path):

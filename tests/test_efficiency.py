@@ -55,7 +55,7 @@ def test_a_stopped_measurement_leaves_no_file(tmp_path):
 
 
 def test_when_a_curve_reaches_its_target():
-    curve = Curve([[0.5]], [[1.0]], [0, 32, 64, 96], [0.1, 0.5, 0.4, 0.6])
+    curve = Curve([0, 32, 64, 96], [0.1, 0.5, 0.4, 0.6])
     assert [curve.reached(target) for target in (0.0, 0.45, 0.5, 0.6)] == [0, 32, 32, 96]
     assert curve.reached(0.4, in_a_row=2) == 32
     assert curve.reached(0.5, in_a_row=2) == curve.reached(0.7) == math.inf
@@ -72,11 +72,12 @@ def test_how_many_times_fewer():
 
 
 def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
-    def curve(settings, budget, first):
+    def curve(settings, budget, target):
         where = int(settings[0].removeprefix("seed=")) + 1
         arm = 1 if settings[2] == efficiency.FEW_IMAGES[0] else 4
         images = [0, arm * 32 * where, budget]
-        return Curve([[0.5]], [[1.0]], images, [0.0, 1.0, 1.0])
+        assert target == (None if settings[2:] == efficiency.REFERENCE else 1.0)
+        return Curve(images, [0.0, 1.0, 1.0])
 
     monkeypatch.setattr(efficiency, "_measured", curve)
     record = efficiency.efficiency(range(3), tmp_path)
@@ -88,12 +89,13 @@ def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
 def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
     record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["ours-seed0.json", "reference-seed0.json", "reference_tuned-seed0.json"]
+    assert files == [f"{arm}-seed0.json" for arm in ("few_images", "ours", "reference", "reference_tuned")]
     held = {name: json.loads((tmp_path / name).read_text()) for name in files}
     assert held[files[0]]["measured"]["images"][:2] == [0, 32]
     starts = {name: file["measured"]["rewards"][0] for name, file in held.items()}
-    assert len(set(starts.values())) == 1 and record["seed_0/distilled_reward"] == starts[files[0]]
-    assert record["seed_0/target"] == held[files[1]]["measured"]["rewards"][-1]
+    assert starts[files[0]] == starts[files[2]] == starts[files[3]] != starts[files[1]]  # whose solver is another
+    assert record["seed_0/ours/distilled_reward"] == starts[files[1]]
+    assert record["seed_0/target"] == held[files[2]]["measured"]["rewards"][-1]
     assert record["reference/first/median"] in (0, 32) and record["ours/first/coverage"] == 0
 
     monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))

@@ -7,14 +7,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.config import load_config
 from epd_ray.prompts import load_prompts
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table
-from epd_ray.solvers import SolverTable
 from epd_ray.statistics import median_interval
 from epd_ray.trainer import distil, held_out
 
@@ -28,22 +25,23 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Ours where pictures are dear, not waiting: small batches, each used four times, never stale; a rate that soon falls.
+# Where pictures are dear, not waiting: small batches, each used four times, never stale; a rate that soon falls.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
     "rdpo.minibatch=8",
     "rdpo.epochs=4",
     "rdpo.clip=0.4",
-    "rdpo.lr=1e-3",
+    "rdpo.lr=7e-4",
     "rdpo.lr_schedule=inverse",
-    "rdpo.iterations=60",
-    "rdpo.concentration=20",
+    "rdpo.iterations=80",
+    "rdpo.concentration=10",
     "rdpo.staleness=0",
 )
 ARMS = {
     "reference": REFERENCE,
-    "reference_tuned": (*REFERENCE, "rdpo.lr=2e-3"),
-    "ours": FEW_IMAGES,
+    "reference_tuned": (*REFERENCE, "rdpo.lr=3e-4"),
+    "few_images": FEW_IMAGES,  # the reference's solver
+    "ours": (*FEW_IMAGES, "solver.start_point=true"),
 }
 BUDGET = 3200
 CHECKS = (*range(32, 321, 32), *range(480, 961, 160), *range(1280, BUDGET + 1, 320))
@@ -59,20 +57,12 @@ class Curve:
     """How an arm went on one seed.
 
     Attributes:
-        positions: [N][K] of the distilled table that it started from.
-        weights: [N][K].
         images: drawn before each check, from 0.
-        rewards: held-out reward of the mean table at each.
+        rewards: held-out reward of the mean table at each; the first is the distilled table's.
     """
 
-    positions: list[list[float]]
-    weights: list[list[float]]
     images: list[int]
     rewards: list[float]
-
-    @property
-    def start(self) -> SolverTable:
-        return SolverTable(*(torch.tensor(part, dtype=torch.float64) for part in (self.positions, self.weights)))
 
     def reached(self, target: float, in_a_row: int = 1) -> float:
         """Images at the first of so many checks in a row that are at the target or above; infinite: there is none."""
@@ -88,8 +78,8 @@ def efficiency(
 ) -> Record:
     """Images until the held-out reward is what the reference's settings have after the budget, per arm and seed.
 
-    A seed decides training prompts, held-out prompts, noise and draws. Its arms start from one distilled table and are
-    judged on the same 48 held-out prompts and noise, at the same numbers of images.
+    A seed decides training prompts, held-out prompts, noise and draws. Its arms start from the table that stage 1 finds
+    for their solver and are judged on the same 48 held-out prompts and noise, at the same numbers of images.
 
     Args:
         seeds: none of those that settings were chosen on (100 and above).
@@ -111,10 +101,10 @@ def efficiency(
         curves: dict[str, Curve] = {}
         for arm, own in ARMS.items():
             settings = (f"seed={seed}", SMALL_JOBS, *own, *overrides)
-            measure = partial(_measured, settings, budget, curves.get("reference"))
+            measure = partial(_measured, settings, budget, curves["reference"].rewards[-1] if curves else None)
             curves[arm] = kept(folder / f"{arm}-seed{seed}.json", (*settings, f"budget={budget}"), Curve, measure)
-        target = curves["reference"].rewards[-1]
-        record |= {f"seed_{seed}/distilled_reward": curves["reference"].rewards[0], f"seed_{seed}/target": target}
+            record[f"seed_{seed}/{arm}/distilled_reward"] = curves[arm].rewards[0]
+        target = record[f"seed_{seed}/target"] = curves["reference"].rewards[-1]
         for (arm, curve), (rule, in_a_row) in product(curves.items(), RULES.items()):
             found.setdefault(f"{arm}/{rule}", []).append(curve.reached(target, in_a_row))
             record[f"seed_{seed}/{arm}/{rule}"] = _number(found[f"{arm}/{rule}"][-1])
@@ -137,25 +127,24 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no infinity
 
 
-def _measured(settings: Sequence[str], budget: int, first: Curve | None) -> Curve:
+def _measured(settings: Sequence[str], budget: int, target: float | None) -> Curve:
     """Train until the target holds twice in a row, or the budget is spent.
 
     Args:
         settings: of the run.
         budget: images.
-        first: the reference's curve, which gives start and target; None: this is it.
+        target: None: the budget is spent.
     """
     config = load_config(None, settings)
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
-        table = as_table(distil(config, prompts, algo)) if first is None else first.start
-        algo.rebase(table)
-        curve = Curve(table.positions.tolist(), table.weights.tolist(), [], [])
+        algo.rebase(as_table(distil(config, prompts, algo)))
+        curve = Curve([], [])
         for images in (0, *[check for check in CHECKS if check <= budget]):
             while algo.policy_version * algo.config.images_per_iteration < images:
                 algo.train()
             curve.images.append(images)
             curve.rewards.append(held_out(config, prompts, algo))
-            if first is not None and math.isfinite(curve.reached(first.rewards[-1], max(RULES.values()))):
+            if target is not None and math.isfinite(curve.reached(target, max(RULES.values()))):
                 break
     return curve
