@@ -26,6 +26,7 @@ GRADIENT = ("distill.method=gradient", "distill.steps=16")
 SCALES = ("distill.scale_range=0.2", "rdpo.scale_dir=true", "rdpo.scale_time=true")
 DISTILLATIONS: dict[str, tuple[str, ...]] = {  # and where "even" starts from evenly spaced points
     "least_squares": (),
+    "start_point": ("solver.points=3", "solver.start_point=true"),  # as many evaluations
     "gradient": GRADIENT,
     "gradient_even": GRADIENT,
     "gradient_scales": (*GRADIENT, *SCALES),
@@ -35,7 +36,7 @@ Record = dict[str, float | int | str | bool | None]
 
 
 def distill(overrides: Sequence[str] = (), intervals: Sequence[int] = (2, 3), processes: int = 2) -> Record:
-    """Stage 1 by least squares and by gradient: how near the teacher on held-out prompts, the reward there, the cost.
+    """Stage 1 by each of its methods: how near the teacher on held-out prompts, the reward there, the cost.
 
     Each in a process of its own, on one core: `seconds` of fitting, `peak_mib` of resident memory above the start.
     `residual_<i>` is relative to the teacher's step in interval i, `final_rms` the distance of the final latents.

@@ -25,15 +25,13 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Where pictures are dear, not waiting: small batches, each used four times, never stale; a rate that soon falls.
+# Where pictures are dear, not waiting: small batches, never stale, and a rate that falls from 128 images on.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=8",
-    "rdpo.epochs=4",
-    "rdpo.clip=0.4",
-    "rdpo.lr=7e-4",
+    "rdpo.minibatch=4",
+    "rdpo.lr=5e-4",
     "rdpo.lr_schedule=inverse",
-    "rdpo.iterations=80",
+    "rdpo.iterations=160",
     "rdpo.concentration=10",
     "rdpo.staleness=0",
 )
