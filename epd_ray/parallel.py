@@ -59,7 +59,8 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
     Args:
         pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image.
         solver: made for its model; what it does not say about the network is taken from the pipeline's scheduler.
-        devices: that share the points; the first is the network's own, and no more are used than there are points.
+        devices: that share the points; the first is the network's own, and no more are used than there are points
+            to evaluate.
 
     Returns:
         pipe.
@@ -82,7 +83,7 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
         )
     restore(pipe)
     network: nn.Module = getattr(whole, door.network)
-    used = _devices(devices, network)[: solver.table.points]
+    used = _devices(devices, network)[: solver.table.points - solver.table.start_point]
     scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
     scheduler.set_parallel(True)
     replicas = [_replica(network, device) for device in used[1:]]

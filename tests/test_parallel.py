@@ -151,6 +151,17 @@ def test_devices_share_the_points(load: Any, name: str, devices: list[str]) -> N
     assert seen == ([2 * copies, 2 * copies * own] * 3)[1:]
 
 
+@torch.no_grad()
+def test_a_start_point_needs_no_device(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    solver = make_solver(family, points=3, start_point=True)
+    expected = call(parallelize(pipe, solver), family)
+    parallelize(pipe, solver, ["cpu"] * 3)
+    seen = rows_seen(pipe)
+    assert difference(call(pipe, family), expected) < 1e-5
+    assert seen == [4, 4] * 3
+
+
 class Meeting:
     """Lets a forward of an interval's points go on only when all replicas are in one."""
 
