@@ -25,7 +25,8 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Where pictures are dear, not waiting: small batches, never stale, and a rate that falls from 128 images on.
+# Where pictures are dear, not waiting: small batches, never stale, a rate that falls from 128 images on, and the point
+# at the start, which the embedded model wants, not to be learned.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
     "rdpo.minibatch=4",
@@ -34,12 +35,12 @@ FEW_IMAGES = (
     "rdpo.iterations=160",
     "rdpo.concentration=10",
     "rdpo.staleness=0",
+    "solver.start_point=true",
 )
 ARMS = {
     "reference": REFERENCE,
     "reference_tuned": (*REFERENCE, "rdpo.lr=3e-4"),
-    "few_images": FEW_IMAGES,  # the reference's solver
-    "ours": (*FEW_IMAGES, "solver.start_point=true"),
+    "ours": FEW_IMAGES,
 }
 BUDGET = 3200
 CHECKS = (*range(32, 321, 32), *range(480, 961, 160), *range(1280, BUDGET + 1, 320))
