@@ -25,14 +25,16 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Where pictures are dear, not waiting: small batches, never stale, a rate that falls from 128 images on, and the point
-# at the start, which the embedded model wants, not to be learned.
+# Where pictures are dear, not waiting: small batches, each used four times, never stale, a rate that falls from 64 images
+# on, and the point at the start, which the embedded model wants, not to be learned.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=4",
-    "rdpo.lr=5e-4",
+    "rdpo.minibatch=8",
+    "rdpo.epochs=4",
+    "rdpo.clip=0.4",
+    "rdpo.lr=7e-4",
     "rdpo.lr_schedule=inverse",
-    "rdpo.iterations=160",
+    "rdpo.iterations=80",
     "rdpo.concentration=10",
     "rdpo.staleness=0",
     "solver.start_point=true",
