@@ -25,8 +25,8 @@ REFERENCE = (
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
-# Where pictures are dear, not waiting: small batches, each used four times, never stale, a rate that falls from 64 images
-# on, and the point at the start, which the embedded model wants, not to be learned.
+# Where pictures are dear, not waiting: small batches, each used four times, never stale, a rate that falls from 64 on,
+# and the point at the start, which the embedded model wants, not to be learned.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
     "rdpo.minibatch=8",
