@@ -21,7 +21,8 @@ from torch import Tensor
 from epd_ray.shard import Fit, Interval, Points
 
 Matrix = npt.NDArray[np.float64]
-END_MARGIN = 0.003  # positions keep this distance from 0 and 1: a Dirichlet cannot sit on its border
+END_MARGIN = 0.02  # positions keep this distance from 0, 1 and each other: a Dirichlet cannot sit on its border
+FREE_MARGIN = 0.003  # beside a start point, which is not drawn
 RIDGE = 1e-9
 
 
@@ -70,8 +71,9 @@ def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
 
 
 def position_grid(count: int, start_point: bool = False) -> tuple[float, ...]:
-    """`count` positions from 0.003 to 0.997; with a start point, 0 before them."""
-    grid: tuple[float, ...] = tuple(np.linspace(END_MARGIN, 1 - END_MARGIN, count).round(6).tolist())
+    """`count` positions from 0.02 to 0.98; with a start point 0, then `count` from 0.003 to 0.997."""
+    margin = FREE_MARGIN if start_point else END_MARGIN
+    grid: tuple[float, ...] = tuple(np.linspace(margin, 1 - margin, count).round(6).tolist())
     return (0.0, *grid) if start_point else grid
 
 

@@ -26,7 +26,7 @@ from epd_ray.solvers import SolverTable, epd
 from epd_ray.types import Drift
 
 MARGIN = END_MARGIN / 2  # so that the grid's ends lie inside
-LOGIT_BOUND = 6.0  # of weights that start on the border, which no softmax reaches
+LOGIT_BOUND = 6.0  # of a start on the border, which no sigmoid reaches
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def total(losses: Sequence[Loss]) -> Loss:
 def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) -> Tensor:
     """r, w and, where they are trained, o and c, [2 or 4, K], of parameters p, q, u, v of that shape."""
     p, q, *scales = raw
-    r = MARGIN + (1 - 2 * MARGIN) * (p / 4).sin().square()  # a sigmoid would hold what starts near an end
+    r = MARGIN + (1 - 2 * MARGIN) * p.sigmoid()
     w = options.min_weight + (1 - len(q) * options.min_weight) * q.softmax(0)
     factors = [2 * options.scale_range * (u / 2).sigmoid() + 1 - options.scale_range for u in scales]
     if factors and options.max_sigma is not None:
@@ -202,7 +202,7 @@ def raw_parameters(points: Points, options: Descent) -> Tensor:
     positions, weights = (torch.tensor(v, dtype=torch.float64) for v in (points.positions, points.weights))
     r = (positions - MARGIN) / (1 - 2 * MARGIN)
     w = (weights - options.min_weight) / (1 - len(weights) * options.min_weight)
-    p = 4 * r.clamp(0, 1).sqrt().asin()
+    p = r.logit(eps=1e-9).clamp(-LOGIT_BOUND, LOGIT_BOUND)
     q = w.clamp_min(1e-9).log()
     q = (q - q.max()).clamp_min(-LOGIT_BOUND)
     scales = 2 if options.scale_range else 0

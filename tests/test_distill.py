@@ -187,9 +187,10 @@ def test_a_start_point_is_found_for_nothing():
     assert sum(fit.residual for fit in free) < 0.7 * sum(fit.residual for fit in plain)
 
 
-def test_grid_reaches_the_ends_and_can_be_drawn():
-    """At the interval's start the model may know best: a grid that stays away from it costs the embedded model .15."""
-    grid = position_grid(11)
-    assert grid[0] <= 0.005 and grid[-1] >= 0.995
+@pytest.mark.parametrize(("start_point", "margin"), [(False, 0.02), (True, 0.003)])
+def test_what_the_grid_offers_can_be_drawn(start_point, margin):
+    grid = position_grid(11, start_point)
+    assert (grid[0] == 0) == start_point and len(grid) == 11 + start_point
+    assert grid[start_point] == margin and grid[-1] == 1 - margin
     table = SolverTable(torch.tensor([[grid[0], grid[-1]]]), torch.tensor([[0.5, 0.5]]))
-    base_parameters(table, TableSpace(2), 30.0)
+    base_parameters(table, TableSpace(2, start_point=start_point), 30.0)

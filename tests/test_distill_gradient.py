@@ -120,9 +120,8 @@ def test_finds_the_points_that_made_the_target(scales):
 def test_scales_train_and_stay_in_their_range():
     interval = exact_interval()
     ends = tuple(interval.sigmas.tolist())
-    options = replace(OPTIONS, steps=100)
-    plain = descend(on_one_interval(interval), 1, ends, PLAIN, options)
-    scaled = descend(on_one_interval(interval), 1, ends, PLAIN, replace(options, scale_range=0.1))
+    plain = descend(on_one_interval(interval), 1, ends, PLAIN, OPTIONS)
+    scaled = descend(on_one_interval(interval), 1, ends, PLAIN, replace(OPTIONS, scale_range=0.1))
     assert plain.points.scale_dir is None and plain.points.scale_time is None
     for scale in (scaled.points.scale_dir, scaled.points.scale_time):
         assert all(0.9 < s < 1.1 for s in scale) and any(abs(s - 1) > 1e-3 for s in scale)
@@ -131,7 +130,7 @@ def test_scales_train_and_stay_in_their_range():
 
 def test_time_scales_stop_at_the_largest_sigma():
     options = replace(OPTIONS, scale_range=0.5, max_sigma=1.0)
-    raw = torch.tensor([[1.4, 4.1], [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]], dtype=torch.float64)
+    raw = torch.tensor([[-2.0, 1.0], [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]], dtype=torch.float64)
     r, _, _, c = point_columns(raw, (1.0, 0.5), options)
     inner = 0.5**r
     assert (c * inner <= 1 + 1e-12).all() and float((c * inner)[0]) == pytest.approx(1) and float(c[1]) > 1.3
@@ -151,17 +150,17 @@ def test_parameters_come_back_as_the_points():
         columns = point_columns(raw, (1.0, 0.5), options)
         torch.testing.assert_close(columns[:2], torch.cat(PLAIN.columns()), rtol=0, atol=1e-9)
         assert (columns[2:] == 1).all() and len(columns) == (4 if options.scale_range else 2)
-    corner = point_columns(raw_parameters(Points((0.003, 0.997), (0.05, 0.95)), OPTIONS), (1.0, 0.5), OPTIONS)
-    torch.testing.assert_close(corner, torch.tensor([[0.003, 0.997], [0.05, 0.95]]).double(), rtol=0, atol=0.004)
+    corner = point_columns(raw_parameters(Points((0.02, 0.98), (0.05, 0.95)), OPTIONS), (1.0, 0.5), OPTIONS)
+    torch.testing.assert_close(corner, torch.tensor([[0.02, 0.98], [0.05, 0.95]]).double(), rtol=0, atol=0.004)
 
 
-@pytest.mark.parametrize("positions", [(0.97, 0.3), (0.5, 0.5), (0.9985, 0.9985), (0.0015, 0.0015), (0.9984, 0.9985)])
+@pytest.mark.parametrize("positions", [(0.97, 0.3), (0.5, 0.5), (0.99, 0.99), (0.01, 0.01), (0.9899, 0.99)])
 def test_result_can_be_drawn(positions):
     points = drawable(
         Points(positions, (0.7, 0.3), (1.1, 0.9), (1.2, 0.8)), (1.0, 0.5), replace(OPTIONS, max_sigma=1.0)
     )
     r = points.positions
-    assert r[0] >= 0.0015 - 1e-12 and r[1] <= 0.9985 + 1e-12 and r[1] - r[0] >= 0.0015 - 1e-12
+    assert r[0] >= 0.01 - 1e-12 and r[1] <= 0.99 + 1e-12 and r[1] - r[0] >= 0.01 - 1e-12
     base_parameters(table_of([points]), TableSpace(2, True, True), 30.0)
     if positions == (0.97, 0.3):
         assert (points.positions, points.weights, points.scale_dir) == ((0.3, 0.97), (0.3, 0.7), (0.9, 1.1))
