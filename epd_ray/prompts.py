@@ -92,8 +92,8 @@ def _first(split: Split, count: int) -> list[str]:
 def _captions(split: Split, count: int, seed: int, two_things: float) -> list[str]:
     available = (ONE_THING[split] if two_things < 1 else 0) + (TWO_THINGS[split] if two_things > 0 else 0)
     if count > available:
+        fix = "ask for fewer" if 0 < two_things < 1 else "ask for fewer, or set it to 0.5"
         raise PromptError(
-            f"{count} {split} prompts asked, {available} scenes exist with prompts.two_things={two_things:g} "
-            "(ask for fewer, or set it to 0.5)"
+            f"{count} {split} prompts asked, {available} scenes exist with prompts.two_things={two_things:g} ({fix})"
         )
     return [scene.caption for scene in distinct_scenes(split, count, seed, two_things)]

@@ -123,6 +123,11 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     capsys.readouterr()
     Console().print(show("step", {f"{way}/{stage}_s": 1.5 for way in "ab" for stage in ("x", "y", "z")}))
     assert [line.split() for line in capsys.readouterr().out.splitlines()][1:3] == [["a", "b"], ["x_s", "1.5", "1.5"]]
+    Console(width=40).print(show("search", {f"n{n}/random/rdpo_minus_this/mean": 1.5 for n in range(4)}))
+    narrow = "".join(capsys.readouterr().out.split())
+    assert all(f"n{n}/random/rdpo_minus_this" in narrow for n in range(4)) and "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    Console(width=40).print(show("search", {f"{way}_minus_this/{f}": 1.5 for way in ("rdpo", "random") for f in "xyz"}))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in capsys.readouterr().out
     run(["latency"], Options("sd3-random", "small"))
     assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small"}]
 

@@ -116,6 +116,7 @@ def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_r
         assert len(found["validation"]) == (1 if name == "distilled" else 3)
         assert found["validation"][0] == measured["distilled"]["validation"][0]
         assert found["images"] == 32 * int(np.argmax(found["validation"]))
+        assert record[f"n2/{name}/last_check"] == pytest.approx(found["validation"][-1])
     difference = np.mean(measured["rdpo"]["test"]) - np.mean(measured["cma"]["test"])
     assert record["n2/cma/rdpo_minus_this/mean"] == pytest.approx(difference, abs=1e-6)
 

@@ -39,9 +39,13 @@ def test_scene_counts():
         assert (one.count(split), two.count(split)) == (ONE_THING[split], TWO_THINGS[split])
 
 
-@pytest.mark.parametrize(("two_things", "test"), [(0.0, 174), (1.0, 2125), (0.5, 2298)])
-def test_more_scenes_than_there_are(two_things, test):
-    with pytest.raises(PromptError, match=rf"{test} test prompts asked, {test - 1} scenes exist"):
+@pytest.mark.parametrize(
+    ("two_things", "test", "fix"),
+    [(0.0, 174, "fewer, or set it to 0.5"), (1.0, 2125, "fewer, or set it to 0.5"), (0.5, 2298, "fewer")],
+)
+def test_more_scenes_than_there_are(two_things, test, fix):
+    said = rf"{test} test prompts asked, {test - 1} scenes exist with prompts.two_things=\S+ \(ask for {fix}\)"
+    with pytest.raises(PromptError, match=said):
         load_prompts(PromptsConfig(num_train=1, test=test, two_things=two_things), seed=0)
 
 

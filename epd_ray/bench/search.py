@@ -131,12 +131,17 @@ def search(
         problems: names in PROBLEMS.
         budget: training images of a method.
 
+    Returns:
+        Per method and seed the mean over test prompts, over all seeds the same with an interval, and `last_check`: the
+        held-out reward at the last check, what a method has where nothing chose among its tables.
+
     Raises:
         RunDirectoryError: the folder holds results of other settings.
     """
     record: Record = {"budget": budget}
     for problem in problems:
         tests: dict[str, list[float]] = {}
+        last: dict[str, list[float]] = {}
         for seed in seeds:
             settings = (f"seed={seed}", *PROBLEMS[problem], *overrides)
             first: Found | None = None
@@ -146,8 +151,10 @@ def search(
                 found = kept(path, (*settings, f"budget={budget}"), Found, measure)
                 first = first or found
                 tests.setdefault(name, []).extend(found.test)
+                last.setdefault(name, []).append(found.validation[-1])
                 record[f"{problem}/seed_{seed}/{name}"] = float(np.mean(found.test))
         record |= _compared(problem, tests)
+        record |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
     return record
 
 

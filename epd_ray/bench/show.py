@@ -25,8 +25,9 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
             rows = {f: {head: row[f] for head, row in rows.items() if f in row} for f in figures}
             figures = list(dict.fromkeys(head for row in rows.values() for head in row))
         wide = Table("", *figures, box=None, pad_edge=False)
-        for column in wide.columns[1:]:
-            column.justify = "right"
+        for column in wide.columns:
+            column.justify = "left" if column is wide.columns[0] else "right"
+            column.overflow = "fold"  # a name that is cut says nothing
         for head, row in rows.items():
             wide.add_row(head, *(text(row[figure]) if figure in row else "" for figure in figures))
         parts.append(wide)
