@@ -89,13 +89,14 @@ def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
 def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
     record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [f"{arm}-seed0.json" for arm in ("ours", "reference", "reference_tuned")]
+    arms = ("ours", "ours_without_start_point", "reference", "reference_tuned")
+    assert files == [f"{arm}-seed0.json" for arm in arms]
     held = {name: json.loads((tmp_path / name).read_text()) for name in files}
     assert held[files[0]]["measured"]["images"][:2] == [0, 32]
     starts = {name: file["measured"]["rewards"][0] for name, file in held.items()}
-    assert starts[files[1]] == starts[files[2]] != starts[files[0]]  # whose solver is another
+    assert starts[files[1]] == starts[files[2]] == starts[files[3]] != starts[files[0]]  # whose solver is another
     assert record["seed_0/ours/distilled_reward"] == starts[files[0]]
-    assert record["seed_0/target"] == held[files[1]]["measured"]["rewards"][-1]
+    assert record["seed_0/target"] == held[files[2]]["measured"]["rewards"][-1]
     assert record["reference/first/median"] in (0, 32) and record["ours/first/coverage"] == 0
 
     monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))
