@@ -239,20 +239,20 @@ def _headline(evaluation: Evaluation | None, rows: Sequence[Mapping[str, float]]
 
 
 def _facts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """What the run amounts to, as (value, name)."""
+    """What fine-tuning amounts to, validation included, as (value, name)."""
     if not rows:
         return []
-    images, seconds = sum(row.get("images", 0) for row in rows), sum(row.get("time/iteration", 0) for row in rows)
+    images, seconds = sum(row.get("images", 0) for row in rows), sum(row.get("time/total", 0) for row in rows)
     facts = [(f"{rows[-1]['iteration']:.0f}", "iterations"), (f"{images:,.0f}", "images")]
     if seconds > 0:
-        facts += [(f"{images / seconds:.1f}", "images per second"), (f"{seconds / 60:,.1f}", "minutes")]
+        facts += [(f"{images / seconds:.1f}", "images per second"), (f"{seconds / 60:,.1f}", "minutes of fine-tuning")]
     return facts
 
 
 def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
-    """Median seconds per iteration of each phase, the whole iteration first."""
+    """Median seconds per iteration of each phase, the whole training step first."""
     phases = [f"time/{phase}" for phase in ("iteration", "generate", "score", "learn", "wait")]
-    phases += sorted({name for row in rows for name in row if name.startswith("time/")} - set(phases))
+    phases += sorted({name for row in rows for name in row if name.startswith("time/")} - {"time/total", *phases})
     found = {phase: [row[phase] for row in rows if phase in row] for phase in phases}
     return [(phase.removeprefix("time/"), float(np.median(values))) for phase, values in found.items() if values]
 

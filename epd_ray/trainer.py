@@ -195,6 +195,7 @@ class Trainer:
         self.observer.advance(done)
         self.algo.last_iteration = iterations
         self._ends = deque([time.perf_counter()], RATE_ITERATIONS + 1)
+        self._written = self._ends[0]
         with MetricsLog(self.run, keep_until=done) as metrics:
             try:
                 while self.algo.policy_version < iterations and not self._early_stop():
@@ -226,6 +227,8 @@ class Trainer:
             row |= self._validate(self.algo.mean_table(), last.number)
             if why := self._early_stop():
                 row[f"stopped/{why}"] = 1.0
+        before, self._written = self._written, time.perf_counter()
+        row["time/total"] = self._written - before
         self._write(metrics, row)
         self._mark(better=bool(row.get("validation/best")))
         if last.number % self.config.checkpoint.every == 0:

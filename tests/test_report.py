@@ -60,7 +60,7 @@ def write_metrics(run: RunDirectory, iterations: int = 60) -> None:
         level = 0.822 + 0.009 * (1 - np.exp(-iteration / 18))
         row: dict[str, Any] = {"iteration": iteration, "images": 32, "reward/mean": level + rng.normal(0, 0.006)}
         row |= {"time/iteration": 2.4, "time/generate": 2.1 + rng.normal(0, 0.1), "time/score": 0.4, "time/learn": 0.09}
-        row |= {"time/wait": 0.2, "policy/entropy": -3.0}
+        row |= {"time/wait": 0.2, "time/total": 3.0, "policy/entropy": -3.0}
         if iteration % 5 == 0:
             value = level + rng.normal(0, 0.0007)
             row |= {"validation/reward": value, "validation/low": value - 0.03, "validation/high": value + 0.03}
@@ -177,6 +177,13 @@ def test_page_has_every_section(full: RunDirectory) -> None:
     assert "learning_rate: 0.001" in loads.text
     assert "transformers" in loads.text
     assert " yet." not in loads.text
+
+
+def test_rate_and_length_count_validation(full: RunDirectory) -> None:
+    """60 iterations of 32 images and 3.0 s, of which training steps are 2.4."""
+    facts = Loads(full.report.read_text()).text
+    for value, name in (("1,920", "images"), ("10.7", "images per second"), ("3.0", "minutes of fine-tuning")):
+        assert f"{name}{value}" in facts
 
 
 def test_prompts_are_escaped(full: RunDirectory) -> None:

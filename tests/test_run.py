@@ -67,7 +67,11 @@ def test_run_leaves_everything(finished):
     assert any("EPD + RDPO" in line for line in lines) and any("ours minus distilled" in line for line in lines)
     for name in ("config.yaml", "versions.json", "report.html", "evaluation.json", "evaluation.parquet"):
         assert (out / name).stat().st_size > 0, name
-    assert [m["iteration"] for m in read_metrics(out / "metrics.jsonl")] == list(range(7))
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [m["iteration"] for m in metrics] == list(range(7))
+    assert all(m["time/total"] > m["time/iteration"] for m in metrics[1:])
+    fine_tuning = json.loads((out / "stages.json").read_text())["fine-tuning"]
+    assert 0.5 * fine_tuning < sum(m["time/total"] for m in metrics[1:]) < fine_tuning  # validations are in it
     assert len(list((out / "rollouts").glob("*.parquet"))) == 6
     rows = pq.read_table(out / "rollouts").to_pylist()
     assert len({r["rollout_id"] for r in rows}) == 6 * 32
