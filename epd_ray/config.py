@@ -101,9 +101,11 @@ class RunConfig(Section):
     @classmethod
     def _keeps_scales(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
         distill = info.data.get("distill")
-        scales = distill is not None and distill.enabled and distill.table is None and distill.scale_range > 0
-        if scales and not (rdpo.scale_dir and rdpo.scale_time):
-            raise ValueError("distill.scale_range finds scales that would be lost: set scale_dir and scale_time too")
+        if distill is not None and distill.enabled and distill.table is None and distill.scale_range > 0:
+            if not rdpo.scale_dir:
+                raise ValueError("distill.scale_range finds scales that would be lost: set scale_dir too")
+            if distill.method == "gradient" and not rdpo.scale_time:
+                raise ValueError("distill.method=gradient finds time scales that would be lost: set scale_time too")
         if rdpo.scale_time and info.data.get("solver", SolverConfig()).start_point:
             raise ValueError("scale_time would move the start point in time: set it false, or solver.start_point=false")
         return rdpo

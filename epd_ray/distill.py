@@ -6,6 +6,7 @@ grid of positions, and find the simplex weights on K of them that come nearest t
     min_w || x + (b - a) sum_m w_m d_m - y ||^2  =  (b - a)^2 (w' G w - 2 w' c + |t|^2),   t = (y - x) / (b - a)
 
 with G = D D' and c = D t. G and c are sums over prompts, so every shard sends back a matrix of a few dozen numbers.
+Where direction scales are allowed, w is o times such weights, one o in [1 - S, 1 + S] for the interval.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
 from epd_ray.shard import Fit, Interval, Points
@@ -77,7 +78,9 @@ def position_grid(count: int, start_point: bool = False) -> tuple[float, ...]:
     return (0.0, *grid) if start_point else grid
 
 
-def best_points(equations: NormalEquations, grid: Sequence[float], points: int, min_weight: float) -> Fit:
+def best_points(
+    equations: NormalEquations, grid: Sequence[float], points: int, min_weight: float, scale_range: float = 0.0
+) -> Fit:
     """Try every K of the grid's positions with their best simplex weights; where 0 is on the grid, it is one of them.
 
     Args:
@@ -85,18 +88,40 @@ def best_points(equations: NormalEquations, grid: Sequence[float], points: int, 
         grid: M positions.
         points: K, at most M.
         min_weight: lower bound of each weight, below 1 / K.
+        scale_range: S in [0, 1); above 0 the points come with direction scales, the same for all K.
     """
     best: Fit | None = None
     start = [0] if grid[0] == 0 else []
     for chosen in combinations(range(len(start), len(grid)), points - len(start)):
         index = [*start, *chosen]
         gram, cross = equations.gram[np.ix_(index, index)], equations.cross[index]
-        weights = simplex_least_squares(gram, cross, min_weight)
-        residual = float(weights @ gram @ weights - 2 * weights @ cross + equations.target) / equations.target
+        weights, scale = scaled_least_squares(gram, cross, min_weight, scale_range)
+        moved = scale * weights
+        residual = float(moved @ gram @ moved - 2 * moved @ cross + equations.target) / equations.target
         if best is None or residual < best.residual:
-            best = Fit(Points(tuple(grid[j] for j in index), tuple(weights.tolist())), residual)
+            scales = (scale,) * points if scale_range else None
+            best = Fit(Points(tuple(grid[j] for j in index), tuple(weights.tolist()), scales), residual)
     assert best is not None
     return best
+
+
+def scaled_least_squares(gram: Matrix, cross: Matrix, min_weight: float, scale_range: float) -> tuple[Matrix, float]:
+    """min o^2 w'Gw - 2 o w'c over simplex weights w as below, and o in [1 - scale_range, 1 + scale_range]; w and o.
+
+    In o w the problem is convex, hence what is left of it in o is too.
+    """
+
+    def weights(scale: float) -> Matrix:
+        return simplex_least_squares(gram, cross / scale, min_weight)
+
+    def objective(scale: float) -> float:
+        moved = scale * weights(scale)
+        return float(moved @ gram @ moved - 2 * moved @ cross)
+
+    if not scale_range:
+        return weights(1.0), 1.0
+    found = minimize_scalar(objective, bounds=(1 - scale_range, 1 + scale_range), method="bounded")
+    return weights(found.x), float(found.x)
 
 
 def simplex_least_squares(gram: Matrix, cross: Matrix, min_weight: float) -> Matrix:

@@ -220,15 +220,8 @@ class DistillConfig(Section):
     batch: Positive = Field(default=16, description="prompts a step")
     lr: float = Field(default=0.1, gt=0, le=10, description="of Adam, falling to 0")
     scale_range: float = Field(
-        default=0.0, ge=0, lt=1, description="scales found by gradient stay this close to 1; 0: none"
+        default=0.0, ge=0, lt=1, description="scales found stay this close to 1; 0: none; least squares: of direction"
     )
-
-    @field_validator("scale_range")
-    @classmethod
-    def _by_gradient(cls, scale_range: float, info: ValidationInfo) -> float:
-        if scale_range and info.data.get("method") == "least_squares":
-            raise ValueError(f"is {scale_range:g}, but least squares finds no scales: set distill.method=gradient")
-        return scale_range
 
 
 class RDPOSection(Section):

@@ -30,6 +30,7 @@ class StageOne:
         afs: analytical first step of the student.
         order: of the student's multistep slope.
         start_point: whether the first point is the interval's start.
+        scale_range: of the direction scales that least squares finds; 0: none.
     """
 
     intervals: int
@@ -43,6 +44,7 @@ class StageOne:
     afs: bool = False
     order: int = 1
     start_point: bool = False
+    scale_range: float = 0.0
 
     def shards(self, fitted: Sequence[Fit]) -> list[Shard]:
         """The tasks of the next interval."""
@@ -94,7 +96,7 @@ def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:
     """The next interval's fit; stage.grid positions are tried."""
     grid = position_grid(stage.grid, stage.start_point)
     equations = reduce(add, work("distill", [(shard, grid) for shard in shards]))
-    return best_points(equations, grid, stage.points, stage.min_weight)
+    return best_points(equations, grid, stage.points, stage.min_weight, stage.scale_range)
 
 
 def losses(work: Work, stage: StageOne, fits: Sequence[Fit]) -> list[Loss]:

@@ -75,6 +75,7 @@ def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         afs=s.afs,
         order=s.order,
         start_point=s.start_point,
+        scale_range=d.scale_range if d.method == "least_squares" else 0.0,
     )
 
 

@@ -8,8 +8,14 @@ import torch
 from scipy.optimize import minimize
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.distill import best_points, normal_equations, position_grid, simplex_least_squares
-from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
+from epd_ray.distill import (
+    best_points,
+    normal_equations,
+    position_grid,
+    scaled_least_squares,
+    simplex_least_squares,
+)
+from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, base_parameters
 from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler, baseline, noises
 from epd_ray.shard import Points, Shard, ShardStates, as_table, refine
@@ -40,6 +46,28 @@ def test_simplex_least_squares_is_optimal(size):
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, options={"ftol": 1e-12},
         )  # fmt: skip
         assert loss(ours) <= reference.fun + 1e-6 * abs(reference.fun)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_scaled_least_squares_is_optimal(size):
+    """Against o w as the unknown, whose sum is o and whose floor is a share of it."""
+    rng, inside = np.random.default_rng(size), 0
+    for _ in range(20):
+        directions = rng.normal(size=(size, 30)) + 0.5
+        target = rng.uniform(0.3, 1.8) * directions.mean(0) + 0.3 * rng.normal(size=30)
+        gram, cross = directions @ directions.T, directions @ target
+        weights, scale = scaled_least_squares(gram, cross, 0.05, 0.5)
+        assert weights.min() >= 0.05 - 1e-9 and abs(weights.sum() - 1) < 1e-12 and 0.5 <= scale <= 1.5
+
+        def loss(v, gram=gram, cross=cross):
+            return v @ gram @ v - 2 * v @ cross
+
+        limits = [{"type": "ineq", "fun": lambda v: v - 0.05 * v.sum()}]
+        limits += [{"type": "ineq", "fun": lambda v, s=s: s * (v.sum() - (1 - s * 0.5))} for s in (1, -1)]
+        reference = minimize(loss, np.full(size, 1 / size), method="SLSQP", constraints=limits, options={"ftol": 1e-12})
+        assert loss(scale * weights) <= reference.fun + 1e-4 * float(target @ target)
+        inside += 0.51 < scale < 1.49
+    assert 5 < inside < 20  # both kinds were met
 
 
 def worker(backbone):
@@ -185,6 +213,20 @@ def test_a_start_point_is_found_for_nothing():
     tables = as_table(plain), as_table(free)
     assert tables[1].start_point and tables[0].evaluations() == tables[1].evaluations() == 9
     assert sum(fit.residual for fit in free) < 0.7 * sum(fit.residual for fit in plain)
+
+
+def test_direction_scales_follow_the_teacher_better():
+    backbone = GaussianBackbone(components=2)
+    sigmas = backbone.sigmas(3).tolist()
+    plain, scaled = (fit_table(on(worker(backbone)), replace(STAGE, scale_range=r), sigmas) for r in (0.0, 0.5))
+    assert as_table(plain).scale_dir is None and as_table(scaled).scale_time is None
+    assert scaled[0].residual < 0.9 * plain[0].residual  # the later ones start from other states
+    for fit in scaled:
+        assert fit.points.scale_dir is not None and len(set(fit.points.scale_dir)) == 1
+        assert 0.5 <= fit.points.scale_dir[0] <= 1.5
+    parameters = base_parameters(as_table(scaled), TableSpace(2, scale_dir=True), 30.0)
+    mean = TableDistribution(TableSpace(2, scale_dir=True), parameters).mean_table()
+    assert torch.allclose(mean.scale_dir, as_table(scaled).scale_dir.float(), rtol=2e-3)
 
 
 @pytest.mark.parametrize(("start_point", "margin"), [(False, 0.02), (True, 0.003)])

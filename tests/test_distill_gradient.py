@@ -235,7 +235,6 @@ def test_beats_least_squares_from_its_table():
     ("override", "problem"),
     [
         ("distill.method=gradients", "distill.method: unknown 'gradients'; did you mean 'gradient'?"),
-        ("distill.scale_range=0.1", "distill.scale_range: is 0.1, but least squares finds no scales"),
         ("distill.scale_range=1.0", "distill.scale_range: is 1.0, less than 1 is needed"),
         ("distill.steps=0", "distill.steps: is 0, at least 1 is needed"),
         ("distill.lr=0.0", "distill.lr: is 0.0, more than 0 is needed"),
@@ -249,10 +248,16 @@ def test_bad_options_are_one_line_each(override, problem):
 
 
 def test_scales_need_a_policy_that_keeps_them():
-    scales = ["distill.method=gradient", "distill.scale_range=0.1"]
-    with pytest.raises(ConfigError, match="set scale_dir and scale_time too"):
-        load_config(None, scales)
-    assert load_config(None, [*scales, "rdpo.scale_dir=true", "rdpo.scale_time=true"]).distill.scale_range == 0.1
+    both = ["distill.method=gradient", "distill.scale_range=0.1"]
+    for scales, missing in (
+        (both[1:], "scale_dir too"),
+        (both, "scale_dir too"),
+        ([*both, "rdpo.scale_dir=true"], "scale_time"),
+    ):
+        with pytest.raises(ConfigError, match=f"would be lost: set .*{missing}"):
+            load_config(None, scales)
+    assert load_config(None, [*both, "rdpo.scale_dir=true", "rdpo.scale_time=true"]).distill.scale_range == 0.1
+    assert load_config(None, [*both[1:], "rdpo.scale_dir=true"]).distill.scale_range == 0.1
 
 
 @pytest.mark.slow
