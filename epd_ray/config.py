@@ -99,13 +99,7 @@ class RunConfig(Section):
 
     @field_validator("rdpo")
     @classmethod
-    def _keeps_scales(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
-        distill = info.data.get("distill")
-        if distill is not None and distill.enabled and distill.table is None and distill.scale_range > 0:
-            if not rdpo.scale_dir:
-                raise ValueError("distill.scale_range finds scales that would be lost: set scale_dir too")
-            if distill.method == "gradient" and not rdpo.scale_time:
-                raise ValueError("distill.method=gradient finds time scales that would be lost: set scale_time too")
+    def _keeps_start_point(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
         if rdpo.scale_time and info.data.get("solver", SolverConfig()).start_point:
             raise ValueError("scale_time would move the start point in time: set it false, or solver.start_point=false")
         return rdpo
@@ -118,9 +112,7 @@ class RunConfig(Section):
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
         if solver.start_point and points < 2:
-            raise ValueError("solver.start_point is one of the points: set solver.points to 2 or more")
-        if solver.start_point and distill.method == "gradient":
-            raise ValueError("method is 'gradient', which moves every point: set least_squares, or start_point=false")
+            raise ValueError("solver.start_point is one of the points: set points to 2 or more, or start_point=false")
         if distill.min_weight * points >= 1:
             raise ValueError(
                 f"min_weight is {distill.min_weight:g}, less than 1 / solver.points = {1 / points:g} is needed"

@@ -5,7 +5,8 @@ v stand for:
 
     r = m + (1 - 2m) sigmoid(p),  w = f + (1 - K f) softmax(q),  o, c = 2 S sigmoid(u/2 or v/2) + 1 - S
 
-with m the margin that a Dirichlet needs, f the smallest weight and S the range of the scales. A shard sends back the
+with m the margin that a Dirichlet needs, f the smallest weight and S the range of the scales; a start point keeps
+r = 0. A shard sends back the
 loss and its derivatives by r, w, o and c; the driver, which alone knows p to v, sums them and makes the step.
 """
 
@@ -129,7 +130,9 @@ class Descent:
         lr: at the first step; falls to 0 along half a cosine.
         batch: shards a step, at least 1.
         min_weight: f.
-        scale_range: S in [0, 1); 0 trains no scales.
+        scale_range: S in [0, 1), of direction scales; 0 trains no scales.
+        scale_time: time scales too.
+        start_point: the first point stays at 0.
         max_sigma: the largest sigma that the model knows, which no time scale exceeds; None: no such bound.
     """
 
@@ -138,6 +141,8 @@ class Descent:
     batch: int
     min_weight: float
     scale_range: float = 0.0
+    scale_time: bool = False
+    start_point: bool = False
     max_sigma: float | None = None
 
 
@@ -152,9 +157,10 @@ def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start:
         evaluate: runs shards, anywhere.
         shards: how many there are.
         sigmas: where the interval begins and ends.
-        start: without scales, which begin at 1.
+        start: in order of position; scales that it lacks begin at 1.
         options: see Descent.
     """
+    start = _with_scales(start, options)
     raw = raw_parameters(start, options).requires_grad_()
     optimizer = torch.optim.Adam([raw], options.lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
@@ -166,11 +172,18 @@ def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start:
         columns.backward(torch.from_numpy(loss.gradient / loss.step))
         optimizer.step()
         decay.step()
-    ones = (1.0,) * len(start.weights)
-    first = Points(start.positions, start.weights, ones, ones) if options.scale_range else start
-    ends = [drawable(p, sigmas, options) for p in (first, _points(point_columns(raw, sigmas, options)))]
+    ends = [drawable(p, sigmas, options) for p in (start, _points(point_columns(raw, sigmas, options)))]
     fits = [Fit(p, total(evaluate(p, range(shards), False)).residual) for p in ends]
     return min(fits, key=lambda fit: fit.residual)
+
+
+def _with_scales(points: Points, options: Descent) -> Points:
+    """Points with the scales that are trained, and no others."""
+    if not options.scale_range:
+        return Points(points.positions, points.weights)
+    ones = (1.0,) * len(points.weights)
+    scale_time = (points.scale_time or ones) if options.scale_time else None
+    return Points(points.positions, points.weights, points.scale_dir or ones, scale_time)
 
 
 def _batches(shards: int, size: int) -> Iterator[list[int]]:
@@ -187,26 +200,29 @@ def total(losses: Sequence[Loss]) -> Loss:
 
 
 def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) -> Tensor:
-    """r, w and, where they are trained, o and c, [2 or 4, K], of parameters p, q, u, v of that shape."""
+    """r, w and, where they are trained, o and c, [2 to 4, K], of parameters p, q, u, v of that shape."""
     p, q, *scales = raw
     r = MARGIN + (1 - 2 * MARGIN) * p.sigmoid()
+    if options.start_point:
+        r = torch.cat([torch.zeros_like(r[:1]), r[1:]])
     w = options.min_weight + (1 - len(q) * options.min_weight) * q.softmax(0)
     factors = [2 * options.scale_range * (u / 2).sigmoid() + 1 - options.scale_range for u in scales]
-    if factors and options.max_sigma is not None:
+    if len(factors) == 2 and options.max_sigma is not None:
         factors[1] = factors[1].minimum(options.max_sigma / _inner(r, sigmas))
     return torch.stack([r, w, *factors])
 
 
 def raw_parameters(points: Points, options: Descent) -> Tensor:
-    """The parameters p, q, u, v of points, [2 or 4, K], float64; scales begin at 1."""
+    """The parameters p, q, u, v of points, [2 to 4, K], float64; as many as the points have columns."""
     positions, weights = (torch.tensor(v, dtype=torch.float64) for v in (points.positions, points.weights))
     r = (positions - MARGIN) / (1 - 2 * MARGIN)
     w = (weights - options.min_weight) / (1 - len(weights) * options.min_weight)
     p = r.logit(eps=1e-9).clamp(-LOGIT_BOUND, LOGIT_BOUND)
     q = w.clamp_min(1e-9).log()
     q = (q - q.max()).clamp_min(-LOGIT_BOUND)
-    scales = 2 if options.scale_range else 0
-    return torch.stack([p, q, *[torch.zeros_like(p)] * scales])
+    scales = [torch.tensor(v, dtype=torch.float64) for v in (points.scale_dir, points.scale_time) if v is not None]
+    shares = [(scale - 1 + options.scale_range) / (2 * options.scale_range) for scale in scales]
+    return torch.stack([p, q, *(2 * share.logit(eps=1e-9).clamp(-LOGIT_BOUND, LOGIT_BOUND) for share in shares)])
 
 
 def _points(columns: Tensor) -> Points:

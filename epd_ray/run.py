@@ -40,10 +40,10 @@ def describe(config: RunConfig) -> tuple[str, str]:
     """What a run will do and about how long it takes, in two lines."""
     s, r, e = config.solver, config.rdpo, config.evaluation
     images = r.iterations * r.prompts_per_iteration * r.group_size
-    evals = s.intervals * (1 + s.points)
+    evals = s.intervals * (1 + s.points - s.start_point)
     validations = 1 + r.iterations // e.every
     compared = evals * 2 + (2 * s.intervals + evals * e.equal_evals) * len(e.baselines)
-    distilled = config.distill.prompts * s.intervals * (2 * config.distill.teacher_steps + config.distill.grid + 1)
+    distilled = config.distill.prompts * s.intervals * (2 * config.distill.teacher_steps + config.distill.grid + 2)
     if config.distill.method == "gradient":  # a step costs about four passes a point
         distilled += (
             (4 * config.distill.steps * config.distill.batch + 2 * config.distill.prompts) * s.points * s.intervals

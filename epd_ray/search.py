@@ -1,6 +1,7 @@
 """Searching a solver table without gradients: CMA-ES and random draws, in rounds of tables and what they scored."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,11 +10,12 @@ import numpy.typing as npt
 import torch
 
 from epd_ray.errors import ConfigError
-from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, base_parameters
+from epd_ray.rdpo.dirichlet import INITIAL_LOG_STD, TableDistribution, TableSpace, base_parameters
 from epd_ray.solvers import SolverTable
 
 Floats = npt.NDArray[np.floating]
 STEP = 0.5  # CMA-ES's first standard deviation, in the coordinates: factors of about 1.6 between neighbouring segments
+SCALE_UNIT = math.exp(INITIAL_LOG_STD) / STEP  # of a scale's logarithm: it begins with RDPO's standard deviation
 
 
 class Search(Protocol):
@@ -33,34 +35,36 @@ class Search(Protocol):
 
 
 def space_of(table: SolverTable) -> TableSpace:
-    """What is searched around a table without scales."""
-    return TableSpace(table.points, start_point=table.start_point)
+    """What is searched around a table: its direction scales too, if it has any."""
+    return TableSpace(table.points, table.scale_dir is not None, start_point=table.start_point)
 
 
 def coordinates(table: SolverTable) -> Floats:
-    """A table [N, K] without scales as unbounded numbers [N (S + K - 2)]: log-ratios to the last segment and weight."""
+    """A table [N, K] as unbounded numbers [N D]: log-ratios to the last segment and weight, then logarithms of scales.
+
+    D = S + K - 2, and K more with direction scales.
+    """
     space = space_of(table)
-    segments, weights = base_parameters(table, space, 1.0).double().split([space.segments, space.points], dim=1)
-    ratios = torch.cat([part[:, :-1] - part[:, -1:] for part in (segments, weights)], dim=1)
-    return np.asarray(ratios.flatten().numpy())
+    widths = [space.segments, space.points, space.points * space.scales]
+    segments, weights, scales = base_parameters(table, space, 1.0).double()[:, : sum(widths)].split(widths, dim=1)
+    ratios = [part[:, :-1] - part[:, -1:] for part in (segments, weights)]
+    return np.asarray(torch.cat([*ratios, scales / SCALE_UNIT], dim=1).flatten().numpy())
 
 
 def tables_at(rows: Sequence[Floats] | Floats, space: TableSpace) -> SolverTable:
-    """The tables [C, N, K] of coordinates [C, N (S + K - 2)]."""
-    widths = [space.segments - 1, space.points - 1]
-    ratios = torch.as_tensor(np.array(rows)).reshape(len(rows), -1, sum(widths))  # [C, N, S + K - 2]
-    simplices = [
-        torch.cat([part, torch.zeros_like(ratios[..., :1])], dim=-1).softmax(-1)
-        for part in ratios.split(widths, dim=-1)
-    ]
-    return space.table(torch.cat(simplices, dim=-1))
+    """The tables [C, N, K] of coordinates [C, N D]."""
+    widths = [space.segments - 1, space.points - 1, space.points * space.scales]
+    values = torch.as_tensor(np.array(rows)).reshape(len(rows), -1, sum(widths))  # [C, N, D]
+    *ratios, scales = values.split(widths, dim=-1)
+    simplices = [torch.cat([part, torch.zeros_like(values[..., :1])], dim=-1).softmax(-1) for part in ratios]
+    return space.table(torch.cat([*simplices, (scales * SCALE_UNIT).exp()], dim=-1))
 
 
 class CmaSearch:
     """CMA-ES around a table. Source: Hansen, arXiv 1604.00772; the `cma` package.
 
     Args:
-        start: [N, K], without scales.
+        start: [N, K], without time scales.
         candidates: tables a round, at least 2.
         seed: of the draws.
 
@@ -94,15 +98,14 @@ class CmaSearch:
 
     def favourite(self) -> SolverTable:
         """The mean of the search distribution."""
-        table = tables_at([self._strategy.mean], self._space)
-        return SolverTable(table.positions[0], table.weights[0])
+        return tables_at([self._strategy.mean], self._space).row(0)
 
 
 class RandomSearch:
     """Tables from the distribution that RDPO starts with; the best of the last round is the favourite.
 
     Args:
-        start: [N, K], without scales.
+        start: [N, K], without time scales.
         candidates: tables a round.
         seed: of the draws.
         concentration: total of each Dirichlet.
@@ -120,8 +123,7 @@ class RandomSearch:
         return self._asked
 
     def tell(self, rewards: Floats) -> None:
-        best = int(np.argmax(rewards))
-        self._favourite = SolverTable(self._asked.positions[best], self._asked.weights[best])
+        self._favourite = self._asked.row(int(np.argmax(rewards)))
 
     def favourite(self) -> SolverTable:
         """The best of the last round; the start before the first."""

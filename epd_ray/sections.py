@@ -140,8 +140,8 @@ class SolverConfig(Section):
     """The solver's shape: N intervals of K points."""
 
     intervals: int = Field(default=2, ge=1, le=1000, description="N")
-    points: int = Field(default=2, ge=1, le=64, description="K, evaluated in one batch")
-    start_point: bool = Field(default=False, description="the first of them is the interval's start: costs nothing")
+    points: int = Field(default=3, ge=1, le=64, description="K, evaluated in one batch")
+    start_point: bool = Field(default=True, description="the first of them is the interval's start: costs nothing")
     afs: bool = Field(default=False, description="analytical first step: one evaluation less")
     order: int = Field(default=1, ge=1, le=4, description="of the multistep slope that leads to the points")
 
@@ -220,7 +220,7 @@ class DistillConfig(Section):
     batch: Positive = Field(default=16, description="prompts a step")
     lr: float = Field(default=0.1, gt=0, le=10, description="of Adam, falling to 0")
     scale_range: float = Field(
-        default=0.0, ge=0, lt=1, description="scales found stay this close to 1; 0: none; least squares: of direction"
+        default=0.7, ge=0, lt=1, description="direction scales, where rdpo.scale_dir has them, stay this close to 1"
     )
 
 
@@ -246,8 +246,8 @@ class RDPOSection(Section):
     entropy_coeff: Amount = Field(default=0.0, description="weight of the entropy")
     concentration: float = Field(default=30.0, gt=0, description="total Dirichlet concentration at the start")
     concentration_bound: float = Field(default=5.0, ge=1, description="its largest value, times the start")
-    scale_dir: bool = Field(default=False, description="train direction scales too")
-    scale_time: bool = Field(default=False, description="train time scales too")
+    scale_dir: bool = Field(default=True, description="find and train direction scales too")
+    scale_time: bool = Field(default=False, description="train time scales too; stage 1 finds them by gradient alone")
     hidden_width: Positive = Field(default=128, description="of the policy network")
     hidden_depth: Positive = Field(default=2, description="of the policy network")
     normalisation: Literal["none", "reference", "zscore"] = Field(

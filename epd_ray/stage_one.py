@@ -30,7 +30,7 @@ class StageOne:
         afs: analytical first step of the student.
         order: of the student's multistep slope.
         start_point: whether the first point is the interval's start.
-        scale_range: of the direction scales that least squares finds; 0: none.
+        scale_range: of the direction scales; 0: none.
     """
 
     intervals: int
@@ -82,14 +82,19 @@ def fit_table(
     """
     fits: list[Fit] = []
     for i in range(stage.intervals):
-        shards, k = stage.shards(fits), stage.points
-        fit = Fit(Points(tuple((j + 1) / (k + 1) for j in range(k)), (1 / k,) * k), float("nan"))
+        shards = stage.shards(fits)
+        fit = Fit(_evenly_spaced(stage.points, stage.start_point), float("nan"))
         if descent is None or from_least_squares:
             fit = least_squares(work, stage, shards)
         if descent is not None:
             fit = descend(_evaluate(work, shards), len(shards), (sigmas[i], sigmas[i + 1]), fit.points, descent)
         fits.append(fit)
     return fits
+
+
+def _evenly_spaced(points: int, start_point: bool) -> Points:
+    first, moving = (0.0,) * start_point, points - start_point
+    return Points((*first, *((j + 1) / (moving + 1) for j in range(moving))), (1 / points,) * points)
 
 
 def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:

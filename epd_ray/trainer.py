@@ -75,7 +75,7 @@ def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         afs=s.afs,
         order=s.order,
         start_point=s.start_point,
-        scale_range=d.scale_range if d.method == "least_squares" else 0.0,
+        scale_range=_scale_range(config),
     )
 
 
@@ -86,7 +86,21 @@ def descent_of(config: RunConfig, facts: BackboneFacts) -> Descent | None:
         return None
     batch = max(1, round(d.batch / config.cluster.images_per_job))
     max_sigma = facts.sigmas[0] if facts.form == "flow" else None
-    return Descent(d.steps, d.lr, batch, d.min_weight, d.scale_range, max_sigma)
+    return Descent(
+        d.steps,
+        d.lr,
+        batch,
+        d.min_weight,
+        scale_range=_scale_range(config),
+        scale_time=config.rdpo.scale_time,
+        start_point=config.solver.start_point,
+        max_sigma=max_sigma,
+    )
+
+
+def _scale_range(config: RunConfig) -> float:
+    """Stage 1 finds no scales that the policy would not keep."""
+    return config.distill.scale_range if config.rdpo.scale_dir else 0.0
 
 
 def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable, iteration: int) -> Validation:

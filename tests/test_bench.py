@@ -45,7 +45,7 @@ def test_distill_names_every_figure(monkeypatch):
     monkeypatch.setattr(distilling, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
     record = distilling.distill(intervals=(2, 12))
     assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in distilling.DISTILLATIONS]
-    assert record["12/gradient/overrides"] == "solver.intervals=12"
+    assert record["12/start_point_scales/overrides"] == "solver.intervals=12"
     assert cases.CASES["distill"] is distilling.distill
 
 

@@ -23,6 +23,7 @@ from epd_ray.sampling import Sampler
 from epd_ray.shard import Points, Shard, ShardStates, as_table, table_of
 from epd_ray.solvers import epd
 from epd_ray.stage_one import StageOne, fit_table, losses
+from epd_ray.trainer import descent_of, stage_one
 from tests import families
 from tests.test_distill import PROMPTS, SEEDS, on
 
@@ -106,7 +107,7 @@ def test_finds_the_points_that_made_the_target(scales):
     made_by = SCALED if scales else PLAIN
     target = epd(interval.drift, interval.x, interval.sigmas, table_of([made_by]))
     ends = tuple(interval.sigmas.tolist())
-    options = replace(OPTIONS, steps=250, scale_range=0.3 if scales else 0.0)
+    options = replace(OPTIONS, steps=250, scale_range=0.3 if scales else 0.0, scale_time=scales)
     start = Points((1 / 3, 2 / 3), (0.5, 0.5))
     problem = on_one_interval(replace(interval, target=target))
     before = problem(start, [0], False)[0].residual
@@ -121,11 +122,20 @@ def test_scales_train_and_stay_in_their_range():
     interval = exact_interval()
     ends = tuple(interval.sigmas.tolist())
     plain = descend(on_one_interval(interval), 1, ends, PLAIN, OPTIONS)
-    scaled = descend(on_one_interval(interval), 1, ends, PLAIN, replace(OPTIONS, scale_range=0.1))
+    scaled = descend(on_one_interval(interval), 1, ends, PLAIN, replace(OPTIONS, scale_range=0.1, scale_time=True))
     assert plain.points.scale_dir is None and plain.points.scale_time is None
     for scale in (scaled.points.scale_dir, scaled.points.scale_time):
         assert all(0.9 < s < 1.1 for s in scale) and any(abs(s - 1) > 1e-3 for s in scale)
     assert scaled.residual < plain.residual
+
+
+def test_a_start_point_stays_at_the_start():
+    interval, start = exact_interval(), Points((0.0, 0.5), (0.5, 0.5))
+    options = replace(OPTIONS, scale_range=0.3, start_point=True)
+    found = descend(on_one_interval(interval), 1, tuple(interval.sigmas.tolist()), start, options)
+    assert table_of([found.points]).start_point and 0.5 != found.points.positions[1] > 0
+    assert found.points.scale_dir is not None and found.points.scale_time is None
+    assert found.residual < 0.5 * distill_loss(interval, start, False).residual
 
 
 def test_time_scales_stop_at_the_largest_sigma():
@@ -145,11 +155,11 @@ def test_never_worse_than_its_start():
 
 
 def test_parameters_come_back_as_the_points():
-    for options in (OPTIONS, replace(OPTIONS, scale_range=0.2)):
-        raw = raw_parameters(PLAIN, options)
-        columns = point_columns(raw, (1.0, 0.5), options)
-        torch.testing.assert_close(columns[:2], torch.cat(PLAIN.columns()), rtol=0, atol=1e-9)
-        assert (columns[2:] == 1).all() and len(columns) == (4 if options.scale_range else 2)
+    scaled = replace(PLAIN, scale_dir=(0.9, 1.1))
+    for points in (PLAIN, scaled, replace(scaled, scale_time=(1.0, 0.85))):
+        options = replace(OPTIONS, scale_range=0.2)
+        columns = point_columns(raw_parameters(points, options), (1.0, 0.5), options)
+        torch.testing.assert_close(columns, torch.cat(points.columns()), rtol=0, atol=1e-9)
     corner = point_columns(raw_parameters(Points((0.02, 0.98), (0.05, 0.95)), OPTIONS), (1.0, 0.5), OPTIONS)
     torch.testing.assert_close(corner, torch.tensor([[0.02, 0.98], [0.05, 0.95]]).double(), rtol=0, atol=0.004)
 
@@ -197,7 +207,10 @@ STAGE = StageOne(3, 2, PROMPTS, SEEDS, shard_size=3, teacher_steps=4, grid=7, mi
 
 @pytest.mark.parametrize("options", [{}, {"afs": True, "order": 2}])
 def test_number_and_order_of_workers_change_no_bit(options):
-    stage, descent = replace(STAGE, **options), replace(OPTIONS, steps=6, batch=2, scale_range=0.1, max_sigma=1.0)
+    stage, descent = (
+        replace(STAGE, **options),
+        replace(OPTIONS, steps=6, batch=2, scale_range=0.1, scale_time=True, max_sigma=1.0),
+    )
     sigmas = GaussianBackbone().sigmas(3).tolist()
 
     three = [worker() for _ in range(3)]
@@ -247,17 +260,18 @@ def test_bad_options_are_one_line_each(override, problem):
     assert len(error.value.problems) == 1 and error.value.problems[0].startswith(problem)
 
 
-def test_scales_need_a_policy_that_keeps_them():
-    both = ["distill.method=gradient", "distill.scale_range=0.1"]
-    for scales, missing in (
-        (both[1:], "scale_dir too"),
-        (both, "scale_dir too"),
-        ([*both, "rdpo.scale_dir=true"], "scale_time"),
-    ):
-        with pytest.raises(ConfigError, match=f"would be lost: set .*{missing}"):
-            load_config(None, scales)
-    assert load_config(None, [*both, "rdpo.scale_dir=true", "rdpo.scale_time=true"]).distill.scale_range == 0.1
-    assert load_config(None, [*both[1:], "rdpo.scale_dir=true"]).distill.scale_range == 0.1
+@pytest.mark.parametrize("method", ["least_squares", "gradient"])
+@pytest.mark.parametrize(("options", "columns"), [((), 3), (("rdpo.scale_dir=false",), 2)])
+def test_a_run_finds_the_scales_that_its_policy_keeps(method, options, columns):
+    config = load_config(None, [f"distill={{method: {method}, steps: 1}}", *options])
+    own = worker()
+    facts = own.describe(config.solver.intervals)
+    stage = stage_one(config, PROMPTS, SEEDS)
+    fits = fit_table(on(own), stage, facts.sigmas, descent_of(config, facts))
+    for fit in fits:
+        assert len(fit.points.columns()) == columns and fit.points.positions[0] == 0
+    space = TableSpace(3, scale_dir=config.rdpo.scale_dir, start_point=True)
+    assert base_parameters(as_table(fits), space, 30.0).isfinite().all()
 
 
 @pytest.mark.slow

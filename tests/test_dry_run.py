@@ -16,6 +16,7 @@ DRIFT, HEAD = 0.04, 0.1
 PARTS = (
     f"backbone.options={{latency: {DRIFT}}}",
     f"rewards={{sim: {{head: simulated, replicas: 2, options: {{latency: {HEAD}}}}}, watched: {{head: simulated}}}}",
+    "solver.start_point=false",
     "solver.points=1",  # a baseline's sequential depth and its evaluations are then in step with the drift's calls
     "rdpo.iterations=7",
     "evaluation.every=3",

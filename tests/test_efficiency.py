@@ -89,7 +89,7 @@ def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
 def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
     record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
     files = sorted(path.name for path in tmp_path.iterdir())
-    arms = ("ours", "ours_without_start_point", "reference", "reference_tuned")
+    arms = ("ours", "ours_published_solver", "reference", "reference_tuned")
     assert files == [f"{arm}-seed0.json" for arm in arms]
     held = {name: json.loads((tmp_path / name).read_text()) for name in files}
     assert held[files[0]]["measured"]["images"][:2] == [0, 32]
@@ -154,9 +154,9 @@ def test_a_round_draws_the_same_prompts_with_every_table(build):
 def test_pictures_may_have_tables_of_their_own(build):
     trained = build()
     one = trained.mean_table()
-    positions = one.positions.repeat(10, 1, 1)
-    positions[9] *= 0.5
-    sampler = Sampler("epd", 3, "x", "x", SolverTable(positions, one.weights.repeat(10, 1, 1)))
+    tables = SolverTable(*(column.repeat(10, 1, 1) for column in (one.positions, one.weights, one.scale_dir)))
+    tables.positions[9] *= 0.5
+    sampler = Sampler("epd", 3, "x", "x", tables)
     prompts, seeds = ["prompt"] * 10, list(range(10))
     images = trained.sample_scored(sampler, prompts, seeds, keep_images=True).images
     same = trained.sample_scored(sampler.with_table(one), prompts, seeds, keep_images=True).images

@@ -1,6 +1,7 @@
 """Searches on a reward that is known: a table to be found."""
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,9 +59,21 @@ def test_the_draws_follow_from_the_seed_alone(make):
     assert (np.random.get_state()[1] == state).all()
 
 
-def test_a_table_with_scales_is_refused():
+def test_direction_scales_are_searched_too():
+    start = replace(START, scale_dir=torch.tensor([[0.7, 0.7], [1.0, 1.1]]).double())
+    back = tables_at([coordinates(start)], space_of(start)).row(0)
+    assert torch.allclose(back.scale_dir, start.scale_dir) and torch.allclose(back.weights, start.weights)
+    for search in (CmaSearch(start, 64, 0), RandomSearch(start, 64, 0, 30.0)):
+        tables = search.ask()
+        spread = tables.scale_dir.log().std(0)
+        assert ((spread > 0.03) & (spread < 0.08)).all()  # both begin as RDPO does, with exp(-3)
+        search.tell(np.arange(64.0))
+        assert search.favourite().scale_dir.shape == (2, 2)
+
+
+def test_a_table_with_time_scales_is_refused():
     with pytest.raises(TableError, match="scales that would be lost"):
-        coordinates(SolverTable(START.positions, START.weights, scale_dir=torch.full((2, 2), 1.1).double()))
+        coordinates(replace(START, scale_time=torch.full((2, 2), 1.1).double()))
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -103,11 +103,11 @@ def test_all_problems_come_at_once(tmp_path):
 
 
 def test_pbt_needs_a_key_that_can_change_and_all_of_its_trials(tmp_path):
-    shape = "sweep.space={solver.points: [1, 2], solver.intervals: [2, 3]}"
+    shape = "sweep.space={solver.points: [2, 3], solver.intervals: [2, 3]}"
     problem = refused(tmp_path, shape, "sweep.scheduler=pbt")
     assert "solver.points, solver.intervals cannot be changed then" in problem and "rdpo.lr" in problem
     assert "live together" in refused(tmp_path, "sweep.scheduler=pbt", "sweep.concurrent=2", "sweep.trials=4")
-    assert plan(tmp_path, "sweep.scheduler=pbt", "sweep.space={rdpo.lr: [1e-3, 1e-2], solver.points: [1, 2]}")
+    assert plan(tmp_path, "sweep.scheduler=pbt", "sweep.space={rdpo.lr: [1e-3, 1e-2], solver.points: [2, 3]}")
 
 
 def test_values_are_checked_together(tmp_path):
@@ -128,7 +128,7 @@ def test_every_key_that_may_be_swept_exists():
 
 
 def test_plans_read_back_as_they_were_written(tmp_path):
-    first = plan(tmp_path, f"sweep.space={{{LR}, solver.points: {{integers: [1, 3]}}}}", "sweep.scheduler=pbt")
+    first = plan(tmp_path, f"sweep.space={{{LR}, solver.points: {{integers: [2, 4]}}}}", "sweep.scheduler=pbt")
     (tmp_path / "out").mkdir()
     create(tmp_path / "out", first, load_prompts(first.config.prompts, 0))
     assert load_plan(tmp_path / "out" / "sweep.yaml") == first
@@ -161,7 +161,7 @@ def test_schedulers_count_images(tmp_path):
     asha = scheduler(plan(tmp_path, "sweep.grace=0.25", "sweep.reduction=2"))
     assert isinstance(asha, ASHAScheduler)
     assert (asha._time_attr, asha._max_t, asha._brackets[0]._rungs[-1][0]) == ("images", 96, 24)
-    space = f"sweep.space={{{LR}, rdpo.epochs: [1, 2], solver.points: [1, 2]}}"
+    space = f"sweep.space={{{LR}, rdpo.epochs: [1, 2], solver.points: [2, 3]}}"
     pbt = scheduler(plan(tmp_path, "sweep.scheduler=pbt", "sweep.grace=0.5", space))
     assert isinstance(pbt, PopulationBasedTraining) and pbt._perturbation_interval == 48
     assert set(pbt._hyperparam_mutations) == {"rdpo.lr", "rdpo.epochs"}

@@ -22,14 +22,16 @@ from epd_ray.shard import Fit, as_table
 from epd_ray.stage_one import fit_table, losses
 from epd_ray.trainer import descent_of, noise_seeds, stage_one
 
+TWO, NO_SCALES = ("solver.points=2", "solver.start_point=false"), ("rdpo.scale_dir=false",)
 GRADIENT = ("distill.method=gradient", "distill.steps=16")
-SCALES = ("distill.scale_range=0.2", "rdpo.scale_dir=true", "rdpo.scale_time=true")
-DISTILLATIONS: dict[str, tuple[str, ...]] = {  # and where "even" starts from evenly spaced points
-    "least_squares": (),
-    "start_point": ("solver.points=3", "solver.start_point=true"),  # as many evaluations
-    "gradient": GRADIENT,
-    "gradient_even": GRADIENT,
-    "gradient_scales": (*GRADIENT, *SCALES),
+DISTILLATIONS: dict[str, tuple[str, ...]] = {  # all with as many evaluations; "even" starts from evenly spaced points
+    "two_points": (*TWO, *NO_SCALES),
+    "start_point": NO_SCALES,
+    "two_points_scales": TWO,
+    "start_point_scales": (),
+    "two_points_gradient": (*TWO, *NO_SCALES, *GRADIENT),
+    "two_points_gradient_even": (*TWO, *NO_SCALES, *GRADIENT),
+    "start_point_scales_gradient": GRADIENT,
 }
 FOLLOWED = 24  # held-out prompts that the teacher draws too
 Record = dict[str, float | int | str | bool | None]
@@ -62,7 +64,7 @@ def _distilled(name: str, overrides: Sequence[str]) -> Record:
     chosen, held = prompts.train[: config.distill.prompts], prompts.validation
     stage = stage_one(config, chosen, noise_seeds(config, "distill", len(chosen)))
     before, start = _peak_mib(), time.perf_counter()
-    fits = fit_table(work, stage, facts.sigmas, descent_of(config, facts), from_least_squares=name != "gradient_even")
+    fits = fit_table(work, stage, facts.sigmas, descent_of(config, facts), from_least_squares="even" not in name)
     seconds, peak = time.perf_counter() - start, _peak_mib() - before
     seeds = noise_seeds(config, "validation", len(held))
     left = losses(work, stage_one(config, held[:FOLLOWED], seeds[:FOLLOWED]), fits)

@@ -15,7 +15,9 @@ from epd_ray.shard import as_table
 from epd_ray.statistics import median_interval
 from epd_ray.trainer import distil, held_out
 
+PUBLISHED_SOLVER = ("solver.points=2", "solver.start_point=false", "rdpo.scale_dir=false")  # as many evaluations
 REFERENCE = (
+    *PUBLISHED_SOLVER,
     "rdpo.baseline=mixed",
     "rdpo.same_latent=false",
     "rdpo.lr=7e-5",
@@ -40,10 +42,10 @@ FEW_IMAGES = (
 ARMS = {
     "reference": REFERENCE,
     "reference_tuned": (*REFERENCE, "rdpo.lr=3e-4"),
-    "ours": (*FEW_IMAGES, "solver.start_point=true"),
-    "ours_without_start_point": FEW_IMAGES,
+    "ours": FEW_IMAGES,
+    "ours_published_solver": (*FEW_IMAGES, *PUBLISHED_SOLVER),
 }
-"""Each stands on its own stage 1; the last tells what of ours comes from the start point."""
+"""Each stands on its own stage 1; the last, on the reference's, tells what of ours comes from the solver's form."""
 BUDGET = 3200
 CHECKS = (*range(32, 321, 32), *range(480, 961, 160), *range(1280, BUDGET + 1, 320))
 """Images after which every arm is judged, the same for all: more looks would be more chances."""

@@ -40,6 +40,7 @@ class Found:
     Attributes:
         positions: [N][K] of the table that was best on the validation prompts.
         weights: [N][K].
+        scale_dir: [N][K], None where the table has none.
         images: drawn until then.
         validation: held-out rewards at the checks, from the distilled table's.
         test: raw score of the first head on each test prompt.
@@ -47,6 +48,7 @@ class Found:
 
     positions: list[list[float]]
     weights: list[list[float]]
+    scale_dir: list[list[float]] | None
     images: int
     validation: list[float]
     test: list[float]
@@ -92,7 +94,7 @@ class Rounds:
         prompts = [self._prompts[i] for i in chosen]
         noise = self._rng.integers(2**62, size=self._count).tolist()
         count = tables.positions.shape[0]
-        each = SolverTable(*(part.repeat_interleave(self._count, 0) for part in (tables.positions, tables.weights)))
+        each = tables.repeat_rows(self._count)
         s = self._config.solver
         sampler = Sampler("epd", s.intervals, "search", "search", each, s.afs, s.order)
         rewards = self._algo.sample_scored(sampler, prompts * count, noise * count).reward  # [C * P], table-major
@@ -185,7 +187,8 @@ def _found(name: str, settings: Sequence[str], budget: int, first: Found | None)
         if first is None:
             table = as_table(distil(config, prompts, algo))
         else:
-            table = SolverTable(*(torch.tensor(part, dtype=torch.float64) for part in (first.positions, first.weights)))
+            columns = (first.positions, first.weights, first.scale_dir)
+            table = SolverTable(*(torch.tensor(c, dtype=torch.float64) for c in columns if c is not None))
             algo.rebase(table)
 
         def judge(table: SolverTable) -> float:
@@ -202,9 +205,9 @@ def _found(name: str, settings: Sequence[str], budget: int, first: Found | None)
                     checks.append((images, method.table(), judge(method.table())))
         images, best, _ = max(checks, key=lambda check: check[2])
         rewards = [reward for _, _, reward in checks]
-        return Found(
-            best.positions.tolist(), best.weights.tolist(), images, rewards, _test(config, prompts, algo, best)
-        )
+        scale_dir = None if best.scale_dir is None else best.scale_dir.tolist()
+        scores = _test(config, prompts, algo, best)
+        return Found(best.positions.tolist(), best.weights.tolist(), scale_dir, images, rewards, scores)
 
 
 def _test(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> list[float]:

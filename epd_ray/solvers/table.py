@@ -127,6 +127,14 @@ class SolverTable:
         """The tables [stop - start, N, K] of some samples; `self` is [B, N, K]."""
         return SolverTable(**{name: values[start:stop] for name, values in self._columns().items()})
 
+    def row(self, index: int) -> "SolverTable":
+        """The table [N, K] of one sample; `self` is [B, N, K]."""
+        return SolverTable(**{name: values[index] for name, values in self._columns().items()})
+
+    def repeat_rows(self, times: int) -> "SolverTable":
+        """Each sample's table `times` in a row, [B * times, N, K]; `self` is [B, N, K]."""
+        return SolverTable(**{name: values.repeat_interleave(times, 0) for name, values in self._columns().items()})
+
     def _columns(self) -> dict[str, Tensor]:
         columns = {
             "positions": self.positions,
