@@ -153,8 +153,8 @@ def given_solver(config: RunConfig) -> Solver | None:
         return None
     solver = Solver.from_pretrained(config.distill.table)
     table = solver.table
-    for key, has, asked in (("afs", solver.afs, config.solver.afs), ("order", solver.order, config.solver.order)):
-        if has != asked:
+    for key, has in (("afs", solver.afs), ("order", solver.order), ("start_point", table.start_point)):
+        if has != (asked := getattr(config.solver, key)):
             raise TableError(f"{config.distill.table} has {key} {has}, the run {asked}: set solver.{key} to match")
     wanted = (config.solver.intervals, config.solver.points)
     if (table.intervals, table.points) != wanted:

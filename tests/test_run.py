@@ -140,15 +140,19 @@ def test_model_that_cannot_be_opened_leaves_nothing(small_ray, tmp_path):
 def test_rollouts_say_what_was_drawn_and_how_long_it_took(finished):
     out, _ = finished
     for row in pq.read_table(out / "rollouts").to_pylist()[::20]:
-        segments, weights = np.array(row["action"]).reshape(3, 5)[:, :3], np.array(row["action"]).reshape(3, 5)[:, 3:]
-        np.testing.assert_allclose(np.reshape(row["positions"], (3, 2)), segments.cumsum(1)[:, :2], atol=1e-5)
-        np.testing.assert_allclose(np.reshape(row["weights"], (3, 2)), weights, atol=1e-5)
-        assert row["scale_dir"] is row["scale_time"] is row["image"] is None
+        segments, weights, scales = np.split(np.array(row["action"]).reshape(3, 9), 3, axis=1)
+        positions = np.reshape(row["positions"], (3, 3))
+        assert (positions[:, 0] == 0).all()  # the start point
+        np.testing.assert_allclose(positions[:, 1:], segments.cumsum(1)[:, :2], atol=1e-5)
+        np.testing.assert_allclose(np.reshape(row["weights"], (3, 3)), weights, atol=1e-5)
+        np.testing.assert_allclose(np.reshape(row["scale_dir"], (3, 3)), scales, rtol=1e-6)
+        assert row["scale_time"] is row["image"] is None
         assert row["generate_seconds"] > 0 and row["score_seconds"] > 0
 
 
 def test_pictures_and_scales_on_request(small_ray, tmp_path):
-    more = ["store.images=true", "rdpo.iterations=1", "rdpo.scale_dir=true", "rdpo.scale_time=true"]
+    more = ["store.images=true", "rdpo.iterations=1", "rdpo.scale_time=true"]
+    more += ["solver.points=2", "solver.start_point=false"]
     train(load_config(None, [*TINY, *more]), tmp_path / "run", Quiet())
     rows = pq.read_table(tmp_path / "run" / "rollouts").to_pylist()
     assert {Image.open(io.BytesIO(row["image"])).size for row in rows} == {(8, 8)}
@@ -435,8 +439,8 @@ def test_occupied_directory_is_refused_before_anything_starts(finished):
 
 def test_start_table_of_another_shape_is_refused(finished, tmp_path):
     out, _ = finished
-    config = load_config(None, [*TINY, f"distill.table={out / 'solver'}", "solver.points=3"])
-    with pytest.raises(TableError, match="3 intervals of 2 points"):
+    config = load_config(None, [*TINY, f"distill.table={out / 'solver'}", "solver.points=4"])
+    with pytest.raises(TableError, match="3 intervals of 3 points"):
         train(config, tmp_path / "new", Quiet())
     assert not (tmp_path / "new").exists()
 
@@ -558,9 +562,16 @@ def test_a_start_with_other_options_is_refused(tmp_path, key, option):
     made = {"afs": True} if key == "afs" else {"order": 2}
     table = SolverTable(torch.tensor([[0.5]]), torch.ones(1, 1))
     Solver(table, torch.tensor([1.0, 0.1]), "flow", **made).save_pretrained(tmp_path)
-    options = ["solver.intervals=1", "solver.points=1", f"distill.table={tmp_path}", option]
+    options = ["solver.intervals=1", "solver.points=1", f"distill.table={tmp_path}", "solver.start_point=false", option]
     with pytest.raises(TableError, match=f"has {key} .*set solver.{key} to match"):
         given_solver(load_config(None, options))
+
+
+def test_a_published_table_has_no_start_point():
+    options = ["distill.table=sd3-512-distilled", "solver.intervals=10", "solver.points=2"]
+    with pytest.raises(TableError, match=r"has start_point False, the run True: set solver\.start_point"):
+        given_solver(load_config(None, options))
+    assert given_solver(load_config(None, [*options, "solver.start_point=false"])) is not None
 
 
 def saved(folder, **meta):
@@ -609,7 +620,13 @@ def test_a_start_from_another_schedule_says_so(small_ray, tmp_path, caplog):
     Solver(table, torch.tensor([1.0, 0.7, 0.4, 0.1]), "flow", meta={"guidance_scale": 3.0}).save_pretrained(
         tmp_path / "s"
     )
-    options = [*TINY, "solver.points=1", f"distill.table={tmp_path / 's'}", "rdpo.iterations=1"]
+    options = [
+        *TINY,
+        "solver.points=1",
+        "solver.start_point=false",
+        f"distill.table={tmp_path / 's'}",
+        "rdpo.iterations=1",
+    ]
     train(load_config(None, options), tmp_path / "run", Quiet())
     said = [r.message for r in caplog.records if "was" in r.message]
     assert any("was made for sigmas 1 ... 0.1, the run uses its model's own: 1 ... " in message for message in said)

@@ -60,9 +60,9 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = 2e-3, 1.0, 1, 16
         self.shuffle_batch_per_epoch = True
         self.clip_param, self.kl_coeff, self.entropy_coeff, self.weight_decay = 0.2, 0.0, 0.0, 0.01
-        self.table: SolverTable = uniform_table(2, 2)
+        self.table: SolverTable = uniform_table(2, 3, start_point=True)
         self.concentration, self.concentration_bound = 30.0, 5.0
-        self.scale_dir = self.scale_time = self.afs = False
+        self.scale_dir, self.scale_time, self.afs = True, False, False
         self.order, self.hidden_width, self.hidden_depth = 1, 128, 2
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
