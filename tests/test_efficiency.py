@@ -69,6 +69,7 @@ def test_how_many_times_fewer():
         0,
         1,
     )
+    assert (times(640, 0), times(0, 640), times(0, 0)) == (20, 0.05, 1)  # the first check is at 32
 
 
 def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):

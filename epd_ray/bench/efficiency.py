@@ -117,13 +117,14 @@ def efficiency(
         fewer = [_times(theirs, ours) for theirs, ours in zip(images, found[f"ours/{rule}"], strict=True)]
         if arm != "ours":
             record[f"{name}/ours_times_fewer"] = _number(median_interval(fewer).median)
-    record["budget/ours_times_fewer"] = _number(budget / max(median_interval(found["ours/first"]).median, 1))
+    record["budget/ours_times_fewer"] = _number(_times(budget, median_interval(found["ours/first"]).median))
     return record
 
 
 def _times(theirs: float, ours: float) -> float:
-    """How often the images of ours go into theirs; 1 where neither got there."""
-    return theirs / max(ours, 1) if math.isfinite(ours) else float(theirs == ours)
+    """How often the images of ours go into theirs; 1 where neither got there. Who starts there counts as at check 1."""
+    theirs, ours = max(theirs, CHECKS[0]), max(ours, CHECKS[0])
+    return theirs / ours if math.isfinite(ours) else float(theirs == ours)
 
 
 def _number(value: float) -> float | None:
