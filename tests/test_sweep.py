@@ -332,7 +332,8 @@ def test_same_seed_gives_the_same_rewards(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_trial_is_a_row_and_all_failing_is_an_error(small_ray, tmp_path):
-    fragile = ("backbone.family='tests.sweep_fakes:TwoPointsBackbone'", "distill.enabled=false", "seed=1")  # draws both
+    backbone = "backbone.family='tests.sweep_fakes:TwoPointsBackbone'"
+    fragile = (backbone, "solver.start_point=false", "distill.enabled=false", "seed=1")  # draws both
     space = "sweep.space={solver.points: [2, 3]}"
     lines = sweep(plan(tmp_path, *fragile, space, "sweep.trials=2"), tmp_path / "some", Quiet())
     good, bad = rows(tmp_path / "some")
