@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -59,10 +60,10 @@ class DDPMFamily:
         side = resolution // self._scale
         return (self._pipeline.unet.config.in_channels, side, side)
 
-    def embed(self, prompt: str) -> Embedding:
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
         return ()
 
-    def embed_nothing(self) -> Embedding:
+    def embed_nothing(self, device: torch.device) -> Embedding:
         return ()
 
     def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:

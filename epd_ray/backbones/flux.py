@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -59,14 +60,14 @@ class FluxFamily:
         side = resolution // self._pipeline.vae_scale_factor
         return (self._pipeline.transformer.config.in_channels // 4, side, side)
 
-    def embed(self, prompt: str) -> Embedding:
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
         embeds, pooled, _ = self._pipeline.encode_prompt(
-            prompt, None, device=self._pipeline._execution_device, max_sequence_length=self._t5_tokens
+            prompt, None, device=device, max_sequence_length=self._t5_tokens
         )
         return embeds[0], pooled[0]
 
-    def embed_nothing(self) -> Embedding:
-        return self.embed("")
+    def embed_nothing(self, device: torch.device) -> Embedding:
+        return self.embed("", device)
 
     def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
         tokens = (resolution // self.pixel_step) ** 2

@@ -53,11 +53,11 @@ class Family(Protocol):
         """Of one image's noise."""
         ...
 
-    def embed(self, prompt: str) -> Embedding:
-        """One prompt's tensors, without a batch dimension."""
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        """One prompt's tensors, without a batch dimension; the pipeline itself would look for its device each time."""
         ...
 
-    def embed_nothing(self) -> Embedding:
+    def embed_nothing(self, device: torch.device) -> Embedding:
         """The same for the unguided half."""
         ...
 
@@ -117,8 +117,8 @@ class PipelineBackbone:
             raise ModelError(f"model {self.model_id!r} has no text encoders (parts='image'): call encode_with first")
         with _quiet(self.pipeline):
             if self._family.classifier_free and not prompt:
-                return self._family.embed_nothing()
-            return self._family.embed(prompt)
+                return self._family.embed_nothing(self.device)
+            return self._family.embed(prompt, self.device)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
         guided = self._family.classifier_free and guidance_scale > 1
@@ -164,14 +164,17 @@ class PipelineBackbone:
 def _quiet(pipeline: Any) -> Iterator[None]:
     """Without the warnings per cut prompt and encoder, which quote the text; `truncated` counts them."""
     loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
-    levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.addFilter(_is_error)  # setLevel would empty every logger's cache, a millisecond a prompt
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _check_resolution(model: str, resolution: int, step: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -54,12 +55,12 @@ class SDFamily:
         side = resolution // self._pipeline.vae_scale_factor
         return (self._pipeline.unet.config.in_channels, side, side)
 
-    def embed(self, prompt: str) -> Embedding:
-        embeds, _ = self._pipeline.encode_prompt(prompt, self._pipeline._execution_device, 1, False)
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        embeds, _ = self._pipeline.encode_prompt(prompt, device, 1, False)
         return (embeds[0],)
 
-    def embed_nothing(self) -> Embedding:
-        return self.embed("")
+    def embed_nothing(self, device: torch.device) -> Embedding:
+        return self.embed("", device)
 
     def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
         return self._time.sigmas(num_intervals, final_zero)
@@ -94,14 +95,12 @@ class SDXLFamily(SDFamily):
         p = self._pipeline
         return [(t, t.model_max_length) for t in (p.tokenizer, p.tokenizer_2) if t is not None]
 
-    def embed(self, prompt: str) -> Embedding:
-        embeds, _, pooled, _ = self._pipeline.encode_prompt(
-            prompt, device=self._pipeline._execution_device, do_classifier_free_guidance=False
-        )
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        embeds, _, pooled, _ = self._pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
         return embeds[0], pooled[0]
 
-    def embed_nothing(self) -> Embedding:
-        embeds, pooled = self.embed("")
+    def embed_nothing(self, device: torch.device) -> Embedding:
+        embeds, pooled = self.embed("", device)
         if self._pipeline.config.force_zeros_for_empty_prompt:
             return embeds.new_zeros(embeds.shape), pooled.new_zeros(pooled.shape)
         return embeds, pooled
