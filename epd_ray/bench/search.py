@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from epd_ray.bench.efficiency import PUBLISHED_SOLVER
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import PromptSplits, load_prompts
@@ -22,8 +21,8 @@ from epd_ray.statistics import bootstrap_mean, paired_difference
 from epd_ray.trainer import distil, noise_seeds, validate
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
-    "n2": PUBLISHED_SOLVER,
-    "n3": (*PUBLISHED_SOLVER, "solver.intervals=3", "rdpo.lr=1e-3"),
+    "n2": (),
+    "n3": ("solver.intervals=3",),
 }
 METHODS = ("rdpo", "cma", "random")
 BUDGET = 1440
