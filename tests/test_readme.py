@@ -1,4 +1,4 @@
-"""The front page keeps its word: its commands parse, its Python runs, the checks use its install line."""
+"""The front page and the results keep their word: commands parse, Python runs, the checks use its install line."""
 
 import re
 import shlex
@@ -16,14 +16,15 @@ from epd_ray.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
 def commands() -> list[list[str]]:
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    text = "\n".join([*blocks("bash"), *blocks("bash", RESULTS)]).replace("\\\n", " ")
     parts = [part.strip() for line in text.splitlines() for part in line.split("&&")]
     return [shlex.split(part, comments=True) for part in parts if part.startswith("epd-ray")]
 
@@ -52,9 +53,22 @@ def test_checks_use_the_readmes_install_line():
     assert f"\n{install}\n" in script
 
 
-def test_pictures_exist():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def anchors(text: str) -> set[str]:
+    """Of a document's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_pictures_and_links_lead_somewhere(document):
+    home = ROOT / document
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", home.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = home.parent / path if path else home
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
 def python(code, folder):
