@@ -104,6 +104,16 @@ class RunConfig(Section):
             raise ValueError("scale_time would move the start point in time: set it false, or solver.start_point=false")
         return rdpo
 
+    @field_validator("rdpo")
+    @classmethod
+    def _has_something_to_learn(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
+        solver = info.data.get("solver", SolverConfig())
+        if solver.points == 1 and solver.start_point and not rdpo.scale_dir:
+            raise ValueError(
+                "scale_dir is all that one point at the start has to learn: set it true, or solver.points to 2 or more"
+            )
+        return rdpo
+
     @field_validator("distill")
     @classmethod
     def _solvable(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
@@ -111,8 +121,6 @@ class RunConfig(Section):
         points = solver.points
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
-        if solver.start_point and points < 2:
-            raise ValueError("solver.start_point is one of the points: set points to 2 or more, or start_point=false")
         if distill.min_weight * points >= 1:
             raise ValueError(
                 f"min_weight is {distill.min_weight:g}, less than 1 / solver.points = {1 / points:g} is needed"

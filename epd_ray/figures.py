@@ -106,7 +106,8 @@ def _plain(axes: Axes, label: str) -> None:
 
 
 def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
-    """Where each interval looks (circles on its line) and how it weighs what it sees (their area); `ours` in colour."""
+    """Where each interval looks (circles on its line), and how far each drift there carries: area and number are weight
+    times direction scale. `ours` in colour."""
     intervals = max(solver.table.intervals for solver in tables.values())
     figure = Figure(figsize=(7.2, 0.8 + 0.66 * intervals), layout="constrained")
     axes = figure.subplots()
@@ -116,7 +117,9 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
         edge, fill, layer = (ACCENT, ACCENT, 2) if mine else (INK, "none", 3)
         look: dict[str, Any] = {"ls": "", "marker": "o", "color": edge, "mfc": fill, "zorder": layer}
         handles.append(Line2D([], [], ms=8, label="EPD + RDPO" if mine else "distilled", **look))
-        for line, (positions, weights) in enumerate(zip(solver.table.positions, solver.table.weights, strict=True), 1):
+        table = solver.table
+        shares = table.weights if table.scale_dir is None else table.weights * table.scale_dir
+        for line, (positions, weights) in enumerate(zip(table.positions, shares, strict=True), 1):
             for r, w in zip(positions.tolist(), weights.tolist(), strict=True):
                 axes.plot(r, line, ms=18 * math.sqrt(w), **look)
                 if len(positions) <= 3:

@@ -20,6 +20,7 @@ from epd_ray.monitor import Monitor
 from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.rdpo.config import uniform_table
 from epd_ray.report import write_report
 from epd_ray.sampling import learned
 from epd_ray.sections import BUILTIN, SHAPES
@@ -40,9 +41,10 @@ def describe(config: RunConfig) -> tuple[str, str]:
     """What a run will do and about how long it takes, in two lines."""
     s, r, e = config.solver, config.rdpo, config.evaluation
     images = r.iterations * r.prompts_per_iteration * r.group_size
-    evals = s.intervals * (1 + s.points - s.start_point)
+    table = uniform_table(s.intervals, s.points, s.start_point)
+    evals, depth = table.evaluations(s.afs), table.depth(s.afs)
     validations = 1 + r.iterations // e.every
-    compared = evals * 2 + (2 * s.intervals + evals * e.equal_evals) * len(e.baselines)
+    compared = evals * 2 + (depth + evals * e.equal_evals) * len(e.baselines)
     distilled = config.distill.prompts * s.intervals * (2 * config.distill.teacher_steps + config.distill.grid + 2)
     if config.distill.method == "gradient":  # a step costs about four passes a point
         distilled += (
@@ -53,7 +55,7 @@ def describe(config: RunConfig) -> tuple[str, str]:
     passes = drifts * (2 if (config.backbone.guidance_scale or 0) > 1 else 1)
     model = config.backbone.arguments.get("model", config.backbone.family)
     what = (
-        f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {2 * s.intervals - s.afs}) on {model} "
+        f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {depth}) on {model} "
         f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
     )
     minutes = (SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, config.cluster.rollout_actors)) / 60

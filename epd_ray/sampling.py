@@ -43,8 +43,8 @@ class Sampler:
     @property
     def parallel_nfe(self) -> int:
         """Sequential depth."""
-        if self.kind == EPD:
-            return 2 * self.intervals - int(self.afs)
+        if self.table is not None:
+            return self.table.depth(self.afs)
         return zoo.find(self.kind).parallel_nfe(self.intervals)
 
     @property

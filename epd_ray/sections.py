@@ -141,7 +141,7 @@ class SolverConfig(Section):
 
     intervals: int = Field(default=2, ge=1, le=1000, description="N")
     points: int = Field(default=3, ge=1, le=64, description="K, evaluated in one batch")
-    start_point: bool = Field(default=True, description="the first of them is the interval's start: costs nothing")
+    start_point: bool = Field(default=True, description="the first of them is the interval's start; K = 1: Euler")
     afs: bool = Field(default=False, description="analytical first step: one evaluation less")
     order: int = Field(default=1, ge=1, le=4, description="of the multistep slope that leads to the points")
 
@@ -280,7 +280,7 @@ class EvaluationConfig(Section):
     patience: int = Field(default=0, ge=0, description="end after so many validations without progress; 0: never")
     stop_on_alarm: bool = Field(default=False, description="end when heads that are not trained on fall")
     baselines: tuple[Annotated[str, AfterValidator(_solver)], ...] = Field(
-        default=("euler", "heun", "dpm2", "ipndm", "dpmpp2m", "unipc"),
+        default=("euler", "euler_no_zero", "heun", "dpm2", "ipndm", "dpmpp2m", "unipc"),
         strict=False,
         description="names in epd_ray/solvers/zoo.py, or module:function; at the same parallel NFE",
     )

@@ -98,8 +98,9 @@ def _evenly_spaced(points: int, start_point: bool) -> Points:
 
 
 def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:
-    """The next interval's fit; stage.grid positions are tried."""
-    grid = position_grid(stage.grid, stage.start_point)
+    """The next interval's fit; stage.grid positions are tried, where a point moves."""
+    moving = stage.points > stage.start_point
+    grid = position_grid(stage.grid if moving else 0, stage.start_point)
     equations = reduce(add, work("distill", [(shard, grid) for shard in shards]))
     return best_points(equations, grid, stage.points, stage.min_weight, stage.scale_range)
 

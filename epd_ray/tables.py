@@ -14,6 +14,7 @@ from epd_ray.presets import NAMES
 from epd_ray.solvers import Solver
 from epd_ray.solvers.reference import SUFFIX, read_reference
 from epd_ray.solvers.solver import FILE_NAME
+from epd_ray.solvers.table import COLUMN_NAMES
 
 
 def load_solver(source: str | os.PathLike[str]) -> Solver:
@@ -120,13 +121,8 @@ def show(content: RenderableType) -> None:
 
 def _intervals(solver: Solver) -> Table:
     table = solver.table
-    columns = {"positions": table.positions, "weights": table.weights}
-    columns |= {
-        name: values
-        for name, values in (("direction scales", table.scale_dir), ("time scales", table.scale_time))
-        if values is not None
-    }
-    found = Table("interval", "sigma", *columns)
+    columns = table.columns()
+    found = Table("interval", "sigma", *(COLUMN_NAMES[name] for name in columns))
     for i, (a, b) in enumerate(pairwise(solver.sigmas.tolist())):
         values = (" ".join(f"{v:.4f}" for v in rows[i].tolist()) for rows in columns.values())
         found.add_row(str(i + 1), f"{a:.5g} to {b:.5g}", *values)

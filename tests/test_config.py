@@ -113,7 +113,6 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown solver 'heunn'; did you mean 'heun'?"),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 3 is needed"),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.333333 is needed"),
-        ("solver={points: 1, start_point: true}", "distill: solver.start_point is one of the points"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
         ("cluster=3", "cluster: is 3, expected a mapping of keys"),
         (
@@ -139,6 +138,12 @@ def test_a_start_point_stays_where_it_is():
     with pytest.raises(ConfigError) as raised:
         load_config(None, ["rdpo.scale_time=true"])
     assert raised.value.problems[0].startswith("rdpo: scale_time would move the start point in time: set it false")
+
+
+def test_a_lone_start_point_learns_its_scale_or_nothing():
+    assert load_config(None, ["solver.points=1"]).rdpo.scale_dir
+    with pytest.raises(ConfigError, match="scale_dir is all that one point at the start has to learn: set it true"):
+        load_config(None, ["solver.points=1", "rdpo.scale_dir=false"])
 
 
 def test_all_problems_are_reported_together(tmp_path):

@@ -96,6 +96,21 @@ def test_a_start_point_stays(scale_dir: bool) -> None:
         base_parameters(BASE, TableSpace(2, start_point=True), 20.0)
 
 
+def test_a_lone_start_point_draws_its_scale_alone() -> None:
+    one, space = torch.ones(2, 1), TableSpace(1, scale_dir=True, start_point=True)
+    base = SolverTable(0 * one, one, scale_dir=torch.tensor([[0.5], [1.1]]))
+    policy = distribution(space, base)
+    actions = torch.from_numpy(np.stack([policy.draw(seed) for seed in range(64)]))
+    table = space.table(actions)
+    assert table.start_point and (table.weights == 1).all() and table.scale_dir is not None
+    expected = policy.scales[0].log_prob(actions[..., -1:]).sum((-2, -1))
+    assert torch.allclose(policy.log_prob(actions), expected) and table.scale_dir.std(0).min() > 0.01
+    moved = TableDistribution(space, policy.parameters + 0.1)
+    kl = torch.distributions.kl_divergence(policy.scales[0], moved.scales[0]).sum(-1)
+    assert torch.allclose(policy.kl_per_interval(moved), kl, atol=1e-6)
+    assert torch.allclose(policy.entropy_per_interval(), policy.scales[0].entropy().sum(-1), atol=1e-6)
+
+
 def test_scales_are_not_dropped_in_silence() -> None:
     with pytest.raises(TableError, match="scales that would be lost"):
         base_parameters(SCALED, TableSpace(2), 10.0)

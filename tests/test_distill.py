@@ -215,6 +215,22 @@ def test_a_start_point_is_found_for_nothing():
     assert sum(fit.residual for fit in free) < 0.7 * sum(fit.residual for fit in plain)
 
 
+def test_a_lone_start_point_gets_its_best_scale_from_one_evaluation():
+    backbone = GaussianBackbone(components=2)
+    stage = replace(STAGE, points=1, start_point=True, scale_range=0.7)
+    grids = []
+
+    def work(method, tasks):
+        grids.extend(grid for _, grid in tasks)
+        return on(worker(backbone))(method, tasks)
+
+    (first, *_) = fit_table(work, stage, backbone.sigmas(3).tolist())
+    assert set(grids) == {(0.0,)} and first.points.positions == (0.0,) and first.points.weights == (1.0,)
+    equations = worker(backbone).distill(stage.shards([])[0], (0.0,))
+    best = float(equations.cross[0] / equations.gram[0, 0])
+    assert abs(first.points.scale_dir[0] - best) < 0.05 and first.points.scale_dir[0] != 1
+
+
 def test_direction_scales_follow_the_teacher_better():
     backbone = GaussianBackbone(components=2)
     sigmas = backbone.sigmas(3).tolist()

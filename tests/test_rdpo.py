@@ -53,6 +53,19 @@ def test_starts_as_the_base_table_and_learns(build):
     assert (algo.mean_table().positions.mean() - start.positions.mean()) > 0.02
 
 
+def test_a_lone_start_point_learns_its_scales(build):
+    algo = build(
+        "solver.points=1",
+        "rdpo.staleness=0",
+        "backbone.family=tests.fakes:TableBackbone",
+        "rewards.sim.options={target: 1.0}",
+    )
+    run(algo, 20)
+    table = algo.mean_table()
+    assert table.start_point and table.scale_dir is not None
+    assert table.scale_dir.max() < 0.99  # brighter: shorter steps
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [

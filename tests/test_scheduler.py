@@ -206,6 +206,7 @@ VARIANTS = {
     "one-point-afs-order-two": {"points": 1, "afs": True, "order": 2, "scales": False},
     "start-point-order-two": {"points": 3, "order": 2, "start_point": True},
     "start-point-afs": {"points": 2, "afs": True, "start_point": True},
+    "start-point-alone": {"points": 1, "start_point": True},
 }
 
 

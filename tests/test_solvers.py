@@ -2,6 +2,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,26 @@ def test_a_start_point_is_not_evaluated_twice(order: int, afs: bool) -> None:
     assert not nearly.start_point and exactly.start_point
     torch.testing.assert_close(fast.solve(counting, x), slow.solve(curved, x), rtol=0, atol=1e-7)
     assert sum(calls) == 5 * fast.model_evals and fast.model_evals == slow.model_evals - 4 + afs
+
+
+@pytest.mark.parametrize("afs", [False, True])
+def test_a_lone_start_point_is_euler_with_stretched_steps(afs: bool) -> None:
+    sigmas, x = tensor([8.0, 4.0, 2.0, 1.0, 0.5]), latents(5, 3)
+    ones, scales = torch.ones(4, 1).double(), tensor([0.5, 1.0, 1.2, 0.8])
+    calls: list[int] = []
+
+    def counting(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(len(x))
+        return curved(x, sigma)
+
+    plain, stretched = (SolverTable(0 * ones, ones, scale_dir=s) for s in (None, scales[:, None]))
+    solver = Solver(stretched, sigmas, "ve", afs=afs)
+    expected = x
+    for scale, (a, b) in zip(scales, pairwise(sigmas.tolist()), strict=True):
+        expected = expected + scale * (b - a) * curved(expected, torch.full((5,), a).to(x))
+    torch.testing.assert_close(solver.solve(counting, x), expected)
+    assert calls == [5] * 4 and solver.parallel_nfe == solver.model_evals == 4
+    torch.testing.assert_close(Solver(plain, sigmas).solve(curved, x), euler(curved, x, sigmas))
 
 
 def test_heun_as_a_table_costs_what_heun_does() -> None:

@@ -79,7 +79,8 @@ def test_contract(name: str, form: Form, intervals: int) -> None:
 # lower orders there do not count. UniPC's corrector adds one. DPM-Solver++ 3M, in diffusers and in skrample, is a
 # second-order method with a smaller constant: its second difference is half of the second derivative.
 ORDERS = {
-    "euler": 1, "heun": 2, "dpm2": 2, "ipndm": 4, "ipndm2": 2, "ipndm3": 3, "dpmpp2m": 2, "dpmpp3m": 2,
+    "euler": 1, "euler_no_zero": 1, "heun": 2, "dpm2": 2, "ipndm": 4, "ipndm2": 2, "ipndm3": 3, "dpmpp2m": 2,
+    "dpmpp3m": 2,
     "unipc": 3, "unipc3": 4, "deis": 2, "deis3": 3, "skrample_dpm2": 2, "skrample_dpm3": 2, "skrample_adams2": 2,
     "skrample_adams3": 3, "skrample_adams4": 4, "skrample_unip2": 2, "skrample_unip3": 3, "skrample_unipc2": 3,
     "skrample_unipc3": 4, "skrample_rk2": 2, "skrample_rk3": 3, "skrample_rk4": 4,

@@ -81,7 +81,7 @@ class TableSpace:
         segments, weights, scales = self.split_action(action)
         positions = segments.cumsum(-1)[..., :-1].clamp(max=1.0)
         if self.start_point:
-            positions = torch.cat([torch.zeros_like(positions[..., :1]), positions], dim=-1)
+            positions = torch.cat([torch.zeros_like(weights[..., :1]), positions], dim=-1)
         scale_dir = scales.pop(0) if self.scale_dir else None
         scale_time = scales.pop(0) if self.scale_time else None
         return SolverTable(positions, weights, scale_dir=scale_dir, scale_time=scale_time)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from epd_ray.solvers.table import COLUMN_NAMES
+
 if TYPE_CHECKING:
     from epd_ray.solvers.solver import Solver
 
@@ -35,8 +37,9 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
     prompted = meta.get("backbone") not in UNCONDITIONAL
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
     spans = pairwise(solver.sigmas.tolist())
-    rows = zip(spans, solver.table.positions.tolist(), solver.table.weights.tolist(), strict=True)
-    steps = "".join(f"| {a:.5g} to {b:.5g} | {_decimals(r)} | {_decimals(w)} |\n" for (a, b), r, w in rows)
+    columns = solver.table.columns()
+    rows = zip(spans, *(values.tolist() for values in columns.values()), strict=True)
+    steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(map(_decimals, row))} |\n" for (a, b), *row in rows)
     return _CARD.format(
         task="text-to-image" if prompted else "unconditional-image-generation",
         twice=" (twice as many network passes under classifier-free guidance)" if prompted else "",
@@ -50,6 +53,8 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         source=source,
         about=about,
         rewards=_rewards(meta.get("rewards_before"), meta.get("rewards_after")),
+        heads=" | ".join(COLUMN_NAMES[name].capitalize() for name in columns),
+        rules="---|" * len(columns),
         steps=steps,
     )
 
@@ -143,8 +148,8 @@ x = solver.solve(drift, x)  # drift(x [B, ...], sigma [B]) -> dx/dsigma; x: the 
 | Made with | |
 |---|---|
 {about}{rewards}
-| Interval (sigma) | Positions | Weights |
-|---|---|---|
+| Interval (sigma) | {heads} |
+|---|{rules}
 {steps}
 Method: EPD-Solver (arXiv 2507.14797) and RDPO (arXiv 2512.22796).
 """

@@ -39,7 +39,7 @@ def epd(
 
     Args:
         drift: dx/dsigma at (x [B, ...], sigma [B]); its second call per interval has B * K rows, row b * K + k,
-            where the table has a start point B * (K - 1): the drift there is that of the first call.
+            where the table has a start point B * (K - 1): the drift there is that of the first call (K = 1: no call).
         x: [B, ...], the state at sigmas[0]. Its dtype is that of the whole computation.
         sigmas: [N+1], decreasing, > 0.
         table: N intervals, shared or one per sample.
@@ -68,10 +68,12 @@ def epd(
         history.appendleft(d)
         slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
         known = table.known_points(i, afs)
-        x_k = x.unsqueeze(1) + spread(offsets[:, i, known:], slope) * slope  # [B, K - known, ...]
-        sigma_k = inner[:, i, known:].expand(batch, -1)  # [B, K - known]
-        d_k = drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape)
-        d_k = torch.cat([d.unsqueeze(1), d_k], 1) if known else d_k
+        parts = [d.unsqueeze(1)] if known else []
+        if known < table.points:
+            x_k = x.unsqueeze(1) + spread(offsets[:, i, known:], slope) * slope  # [B, K - known, ...]
+            sigma_k = inner[:, i, known:].expand(batch, -1)  # [B, K - known]
+            parts.append(drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape))
+        d_k = torch.cat(parts, 1)  # [B, K, ...]
         x = x + (b - a) * (spread(gains[:, i], d_k) * d_k).sum(1)
         if callback is not None:
             callback(i, b, x)

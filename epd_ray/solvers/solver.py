@@ -61,7 +61,7 @@ class Solver:
     @property
     def parallel_nfe(self) -> int:
         """Sequential depth: network calls that have to wait for each other."""
-        return 2 * self.table.intervals - self.afs
+        return self.table.depth(self.afs)
 
     @property
     def model_evals(self) -> int:

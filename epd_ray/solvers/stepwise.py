@@ -42,7 +42,9 @@ class Plan:
         calls: list[Call] = []
         for i in range(solver.table.intervals):
             first, end = solver.table.known_points(i, solver.afs), solver.table.points
-            points = [slice(first, end)] if parallel else [slice(j, j + 1) for j in range(first, end)]
+            points = [slice(j, j + 1) for j in range(first, end)]
+            if parallel and points:
+                points = [slice(first, end)]
             calls += [(i, part) for part in (None, *points)]
         # One call at a time, the caller of a flow model's network shows it the state as it is: the first call of the
         # analytical first step cannot be a point, so the state is shown and the answer left unused.

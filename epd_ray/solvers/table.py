@@ -7,6 +7,13 @@ from torch import Tensor
 
 from epd_ray.errors import TableError
 
+COLUMN_NAMES = {
+    "positions": "positions",
+    "weights": "weights",
+    "scale_dir": "direction scales",
+    "scale_time": "time scales",
+}
+"""A table's columns, for people."""
 _SUM_TOLERANCE = 1e-4
 
 
@@ -35,7 +42,7 @@ class SolverTable:
         shape = tuple(self.positions.shape)
         if self.positions.ndim not in (2, 3) or 0 in shape:
             raise TableError(f"positions have shape {list(shape)}, expected [N, K] or [B, N, K], all at least 1")
-        for name, values in self._columns().items():
+        for name, values in self.columns().items():
             if tuple(values.shape) != shape:
                 raise TableError(f"{name} has shape {list(values.shape)}, expected that of positions: {list(shape)}")
             if not values.is_floating_point():
@@ -55,7 +62,7 @@ class SolverTable:
             total = sums[tuple(row)].item()
             raise TableError(f"weights{row} sums to {total:.6g}, expected 1 (pass normalised weights)")
         for name in ("scale_dir", "scale_time"):
-            if (scale := self._columns().get(name)) is not None:
+            if (scale := self.columns().get(name)) is not None:
                 _require(scale > 0, scale, name, "above 0")
 
     @classmethod
@@ -102,8 +109,11 @@ class SolverTable:
 
     @property
     def start_point(self) -> bool:
-        """Whether every first point is its interval's start, whose drift is known: it needs no evaluation."""
-        at_start = self.points > 1 and bool((self.positions[..., 0] == 0).all())
+        """Whether every first point is its interval's start, whose drift is known: it needs no evaluation.
+
+        With K = 1 the solver is Euler, whose steps the direction scales stretch.
+        """
+        at_start = bool((self.positions[..., 0] == 0).all())
         return at_start and (self.scale_time is None or bool((self.scale_time[..., 0] == 1).all()))
 
     def known_points(self, interval: int, afs: bool = False) -> int:
@@ -119,29 +129,29 @@ class SolverTable:
         """Drift evaluations a sample: at each interval's start and at its K points, none twice."""
         return sum(1 + self.points - self.known_points(i, afs) for i in range(self.intervals)) - afs
 
+    def depth(self, afs: bool = False) -> int:
+        """Parallel NFE, those that wait for each other: at each interval's start, and at its other points at once."""
+        return sum(1 + (self.points > self.known_points(i, afs)) for i in range(self.intervals)) - afs
+
     def to(self, dtype: torch.dtype) -> "SolverTable":
         """The same table in another floating dtype."""
-        return SolverTable(**{name: values.to(dtype) for name, values in self._columns().items()})
+        return SolverTable(**{name: values.to(dtype) for name, values in self.columns().items()})
 
     def rows(self, start: int, stop: int) -> "SolverTable":
         """The tables [stop - start, N, K] of some samples; `self` is [B, N, K]."""
-        return SolverTable(**{name: values[start:stop] for name, values in self._columns().items()})
+        return SolverTable(**{name: values[start:stop] for name, values in self.columns().items()})
 
     def row(self, index: int) -> "SolverTable":
         """The table [N, K] of one sample; `self` is [B, N, K]."""
-        return SolverTable(**{name: values[index] for name, values in self._columns().items()})
+        return SolverTable(**{name: values[index] for name, values in self.columns().items()})
 
     def repeat_rows(self, times: int) -> "SolverTable":
         """Each sample's table `times` in a row, [B * times, N, K]; `self` is [B, N, K]."""
-        return SolverTable(**{name: values.repeat_interleave(times, 0) for name, values in self._columns().items()})
+        return SolverTable(**{name: values.repeat_interleave(times, 0) for name, values in self.columns().items()})
 
-    def _columns(self) -> dict[str, Tensor]:
-        columns = {
-            "positions": self.positions,
-            "weights": self.weights,
-            "scale_dir": self.scale_dir,
-            "scale_time": self.scale_time,
-        }
+    def columns(self) -> dict[str, Tensor]:
+        """What is there of positions, weights, scale_dir and scale_time."""
+        columns = {name: getattr(self, name) for name in COLUMN_NAMES}
         return {name: values for name, values in columns.items() if values is not None}
 
 
