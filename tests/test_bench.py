@@ -46,6 +46,7 @@ def test_distill_names_every_figure(monkeypatch):
     record = distilling.distill(intervals=(2, 12))
     assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in distilling.DISTILLATIONS]
     assert record["12/start_point_scales/overrides"] == "solver.intervals=12"
+    assert record["12/lone_start_scales/overrides"] == "solver.intervals=36"  # as many evaluations
     assert cases.CASES["distill"] is distilling.distill
 
 

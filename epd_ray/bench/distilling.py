@@ -24,11 +24,13 @@ from epd_ray.trainer import descent_of, noise_seeds, stage_one
 
 TWO, NO_SCALES = ("solver.points=2", "solver.start_point=false"), ("rdpo.scale_dir=false",)
 GRADIENT = ("distill.method=gradient", "distill.steps=16")
+LONE = "lone_start_scales"
 DISTILLATIONS: dict[str, tuple[str, ...]] = {  # all with as many evaluations; "even" starts from evenly spaced points
     "two_points": (*TWO, *NO_SCALES),
     "start_point": NO_SCALES,
     "two_points_scales": TWO,
     "start_point_scales": (),
+    LONE: ("solver.points=1",),  # in three times as many intervals
     "two_points_gradient": (*TWO, *NO_SCALES, *GRADIENT),
     "two_points_gradient_even": (*TWO, *NO_SCALES, *GRADIENT),
     "start_point_scales_gradient": GRADIENT,
@@ -43,7 +45,11 @@ def distill(overrides: Sequence[str] = (), intervals: Sequence[int] = (2, 3), pr
     Each in a process of its own, on one core: `seconds` of fitting, `peak_mib` of resident memory above the start.
     `residual_<i>` is relative to the teacher's step in interval i, `final_rms` the distance of the final latents.
     """
-    jobs = [(name, (*overrides, f"solver.intervals={n}")) for n in intervals for name in DISTILLATIONS]
+    jobs = [
+        (name, (*overrides, f"solver.intervals={3 * n if name == LONE else n}"))
+        for n in intervals
+        for name in DISTILLATIONS
+    ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
         found = pool.map(_distilled, *zip(*jobs, strict=True))
