@@ -55,7 +55,7 @@ def describe(config: RunConfig) -> tuple[str, str]:
     passes = drifts * (2 if (config.backbone.guidance_scale or 0) > 1 else 1)
     model = config.backbone.arguments.get("model", config.backbone.family)
     what = (
-        f"Fine-tune {s.intervals} intervals x {s.points} points (parallel NFE {depth}) on {model} "
+        f"Fine-tune {s.intervals} intervals x {s.points} point{'s' * (s.points > 1)} (parallel NFE {depth}) on {model} "
         f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
     )
     minutes = (SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, config.cluster.rollout_actors)) / 60

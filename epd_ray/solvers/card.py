@@ -46,7 +46,7 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         tags="diffusers, " if has_scheduler else "",
         base_line=f"base_model: {base}\n" if base else "",
         intervals=solver.table.intervals,
-        points=solver.table.points,
+        points="one point" if solver.table.points == 1 else f"{solver.table.points} parallel points",
         parallel_nfe=solver.parallel_nfe,
         model_evals=solver.model_evals,
         pipeline=_pipeline(solver, source, base) if has_scheduler else "",
@@ -133,7 +133,7 @@ tags: [{tags}diffusion, ode-solver, epd-solver]
 {base_line}---
 # A learned diffusion solver
 
-{intervals} intervals with {points} parallel points each: parallel NFE {parallel_nfe} (calls that wait for each other),
+{intervals} intervals with {points} each: parallel NFE {parallel_nfe} (calls that wait for each other),
 {model_evals} evaluations per image in all{twice}.
 
 {pipeline}On any drift of one's own:
