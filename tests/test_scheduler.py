@@ -635,6 +635,16 @@ def test_a_run_without_a_revision_was_on_a_directory(revision: str | None, named
     assert ("base_model: tiny/sd\n" in model_card(solver, "x", has_scheduler=True)) is named
 
 
+def test_a_card_of_a_lone_start_point() -> None:
+    from epd_ray.solvers.card import model_card
+
+    solver = make_solver(FAMILIES["sd3"], points=1, start_point=True)
+    assert solver.table.scale_dir is not None
+    card = model_card(solver, "me/fast", has_scheduler=True)
+    assert "3 intervals with one point each: parallel NFE 3 " in card
+    assert all(f" | 0.0000 | 1.0000 | {scale:.4f} | " in card for scale in solver.table.scale_dir[:, 0].tolist())
+
+
 def test_card() -> None:
     from epd_ray.solvers.card import model_card
 
@@ -650,6 +660,7 @@ def test_card() -> None:
         'pipe = parallelize(pipe, Solver.from_pretrained("me/fast"))  # devices=["cuda:0", "cuda:1"]',
         'solver = Solver.from_pretrained("me/fast")',
         "| resolution | `512` |",
+        "| Interval (sigma) | Positions | Weights | Direction scales | Time scales |\n|---|---|---|---|---|\n",
         "| validation_reward | `0.3125` |",
         '| note | `"a \\| b"` |',
         "| hps | 0.28 | 0.29 |",
