@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epd_ray.backbones.auto import FAMILIES
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.loading import PipelineOptions, lay_out
+from epd_ray.backbones.loading import PipelineOptions, lay_out, speed_up
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ConfigError
@@ -158,7 +158,13 @@ ARCHITECTURES = {
 
 
 def random_backbone(
-    name: str, size: Size, *, resolution: int | None = None, device: str = "auto", dtype: str = "auto"
+    name: str,
+    size: Size,
+    *,
+    resolution: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
 ) -> PipelineBackbone:
     """A backbone without text encoders: a prompt's embedding is random numbers, seeded by its text.
 
@@ -168,6 +174,7 @@ def random_backbone(
         resolution: pixels per side; None: the published model's, or SMALL_RESOLUTION.
         device: as everywhere.
         dtype: of the networks.
+        compile: see PipelineOptions.
 
     Raises:
         ConfigError: an unknown name, device or dtype.
@@ -194,7 +201,9 @@ def random_backbone(
     pipeline = getattr(diffusers, a.pipeline)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     pixels = resolution or (SMALL_RESOLUTION if small else a.resolution)
-    options = PipelineOptions(f"{name}-{size}-random", device=device, dtype=dtype, resolution=pixels)
+    model = f"{name}-{size}-random"
+    options = PipelineOptions(model, device=device, dtype=dtype, resolution=pixels, compile=compile)
+    speed_up(network, options)
     family = FAMILIES.build(a.pipeline, {"pipeline": pipeline, "options": options})
     backbone = PipelineBackbone(pipeline, family, options)
     shapes = _embedding_shapes(name, network.config)

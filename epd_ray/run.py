@@ -58,14 +58,14 @@ def describe(config: RunConfig) -> tuple[str, str]:
         f"Fine-tune {s.intervals} intervals x {s.points} point{'s' * (s.points > 1)} (parallel NFE {depth}) on {model} "
         f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
     )
+    if model != SHAPES or config.cluster.rollout_gpus:
+        return what, "The first iteration will tell how long it takes."
     minutes = (SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, config.cluster.rollout_actors)) / 60
-    duration = (
-        f"about {minutes:.0f} minutes with {config.cluster.rollout_actors} rollout actors on CPU cores"
-        if model == SHAPES
-        else "the first iteration will tell how long it takes"
+    actors = config.cluster.rollout_actors
+    return (
+        what,
+        f"{passes:,} network passes in all, about {minutes:.0f} minutes with {actors} rollout actors on CPU cores.",
     )
-    passes_in_all = f"{passes:,} network passes in all, " if model == SHAPES else ""
-    return what, f"{passes_in_all}{duration}.".capitalize()
 
 
 def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = False) -> list[str]:

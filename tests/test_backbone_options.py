@@ -198,30 +198,47 @@ def test_facts_say_what_the_model_is() -> None:
     assert [backbones(n).form for n in ONE_OF_EACH] == ["ve", "ve", "ve", "flow", "flow", "ve", "ve"]
 
 
-@pytest.mark.parametrize("name", TEXT)
-def test_attention_backends(name: str) -> None:
-    backbone = load(folder(name), attention="native")
+def test_attention_backends() -> None:
+    model = folder("flux")
+    backbone = load(model, attention="native")
     sampler = baseline("euler", 2)
-    assert torch.allclose(run(backbone, sampler, 3.0), run(backbones(name), sampler, 3.0), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ModelError, match=f"model '{folder(name)}': attention 'nativ'.*must be one of.*[ ,]native(?!_)"):
-        load(folder(name), attention="nativ")
+    assert torch.allclose(run(backbone, sampler, 3.0), run(backbones("flux"), sampler, 3.0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=f"model '{model}': attention 'nativ'.*must be one of.*[ ,]native(?!_)"):
+        load(model, attention="nativ")
 
 
-@pytest.mark.parametrize("name", ["sd", "flux", "ddpm"])
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "flux"])
+def test_an_attention_backend_that_no_layer_would_use_is_refused(name: str) -> None:
+    with pytest.raises(
+        ModelError, match=r"no layer of its \w+Model takes an attention backend: leave attention='native'"
+    ):
+        load(folder(name), attention="native")
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "ddpm"])
 def test_compile_compiles_the_network_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer's blocks, each by itself; another network whole."""
     compiled: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
     assert compiled == [] and load(folder(name)) and compiled == []
     backbone = load(folder(name), compile=True)
-    assert compiled == [type(denoiser(backbone)).__name__]
+    network = denoiser(backbone)
+    blocks = [
+        type(block).__name__
+        for stack in ("transformer_blocks", "single_transformer_blocks")
+        for block in getattr(network, stack, ())
+    ]
+    assert compiled == (blocks or [type(network).__name__])
+    assert len(blocks) >= 2 or name in ("sd", "ddpm")
 
 
 @pytest.mark.slow
-def test_a_compiled_network_gives_the_same() -> None:
-    plain = backbones("ddpm")
-    x, sigma, nothing = noises(plain, SEEDS), torch.tensor([0.5, 2.0]), plain.encode(PROMPTS, 1.0)
+@pytest.mark.parametrize("name", ["ddpm", "sd3"])
+def test_a_compiled_network_gives_the_same(name: str) -> None:
+    plain = backbones(name)
+    x, sigma, nothing = noises(plain, SEEDS), torch.tensor([0.5, 0.2]), plain.encode(PROMPTS, 1.0)
     with torch.no_grad():
-        compiled = load(folder("ddpm"), compile=True).drift(x, sigma, nothing)
+        compiled = load(folder(name), compile=True).drift(x, sigma, nothing)
         assert torch.allclose(compiled, plain.drift(x, sigma, nothing), rtol=1e-4, atol=1e-4)
 
 
@@ -359,3 +376,11 @@ def test_unknown_options_are_named() -> None:
 def test_devices_and_dtypes_that_are_not_there(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(folder("ddpm"), **options)
+
+
+def test_compile_asks_for_a_c_compiler_before_the_first_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ModelError, match="no gcc or clang or cc here: install gcc, or set compile=false"):
+        load(folder("flux"), compile=True)

@@ -91,6 +91,13 @@ def test_unknown_names_are_met_with_the_nearest():
         Subject("sd3-randm")
 
 
+def test_a_full_or_compiled_model_says_so():
+    small, full = Subject("sd3-random", "small"), Subject("sd3-random", "full", compile=True)
+    assert (small.full, full.full, Subject().full) == (False, True, False)
+    assert "compile: True" in full.overrides[1] and "compile" not in small.overrides[1]
+    assert full.facts["compile"] is True and small.facts["compile"] is False
+
+
 def test_a_card_is_known_by_its_name():
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989 and peak_tflops("NVIDIA H100 PCIe") == 756
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312 and peak_tflops("NVIDIA L4") == 121
@@ -129,8 +136,8 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     assert all(f"n{n}/random/rdpo_minus_this" in narrow for n in range(4)) and "\N{HORIZONTAL ELLIPSIS}" not in narrow
     Console(width=40).print(show("search", {f"{way}_minus_this/{f}": 1.5 for way in ("rdpo", "random") for f in "xyz"}))
     assert "\N{HORIZONTAL ELLIPSIS}" not in capsys.readouterr().out
-    run(["latency"], Options("sd3-random", "small"))
-    assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small"}]
+    run(["latency"], Options("sd3-random", "small", compile=True))
+    assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small", "compile": True}]
 
 
 def test_the_command_refuses_before_it_measures(stand_in):
@@ -138,7 +145,9 @@ def test_the_command_refuses_before_it_measures(stand_in):
         run(["latncy", "overhead"], Options("shapes"))
     said = error.value.problems
     assert "unknown case 'latncy'; did you mean 'latency'?" in said[0]
-    assert said[1].startswith("case overhead takes no --model or --size: give them to batching, latency")
+    assert said[1].startswith("case overhead takes no --model, --size or --compile: give them to batching, latency")
     with pytest.raises(ConfigError, match="did you mean 'flux-random'"):
         run(["latency"], Options("flux-rndom"))
+    with pytest.raises(ConfigError, match="model shapes is not compiled: give a random model, such as sd3-random"):
+        run(["latency"], Options("shapes", compile=True))
     assert stand_in == []

@@ -73,12 +73,12 @@ def test_step_names_every_figure():
 
 
 def test_latency_compares_at_one_parallel_nfe():
-    record = latency("sd3-random", "small", parallel_nfe=4, batches=(2,), repeats=3, resolution=64)
-    assert record["batch 2/euler/vs_euler"] == 1
+    record = latency("sd3-random", "small", parallel_nfe=4, batch=2, repeats=3, resolution=64)
+    assert record["solver/euler/vs_euler"] == 1
     for name in ("heun", "dpm2", "ipndm", "epd K=2", "epd K=3", "epd K=2, one after another"):
-        assert record[f"batch 2/{name}/s"] > 0
-    assert record["batch 2/epd K=3/vs_euler"] > 1
-    assert record["pipeline, batch 2/epd K=2/s"] > 0
+        assert record[f"solver/{name}/s"] > 0
+    assert record["solver/epd K=3/vs_euler"] > 1
+    assert record["pipeline/epd K=2/s"] > 0
     with pytest.raises(ConfigError, match="parallel_nfe is 5"):
         latency("sd3-random", "small", parallel_nfe=5)
 

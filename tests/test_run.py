@@ -492,7 +492,11 @@ def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
 
 def test_describe_says_what_and_how_long():
     what, how_long = describe(load_config(None))
-    assert "45 iterations, 1440 images" in what and "minutes" in how_long
+    assert "45 iterations, 1440 images" in what and how_long.endswith("minutes with 2 rollout actors on CPU cores.")
+    assert describe(load_config(None, ["cluster.rollout_gpus=0.5"])) == (
+        what,
+        "The first iteration will tell how long it takes.",
+    )
 
 
 @pytest.mark.slow

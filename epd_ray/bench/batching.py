@@ -16,7 +16,9 @@ from epd_ray.types import Drift
 POINTS = 2
 
 
-def batching(model: str | None = None, size: Size | None = None, repeats: int = 5) -> dict[str, Any]:
+def batching(
+    model: str | None = None, size: Size | None = None, compile: bool = False, repeats: int = 5
+) -> dict[str, Any]:
     """Seconds of one interval per model, medians of interleaved repeats, and their ratios.
 
     On a GPU the published architectures run in bfloat16 at 512 and 1024 px, batch 1 and 8; else small ones in float32.
@@ -26,13 +28,14 @@ def batching(model: str | None = None, size: Size | None = None, repeats: int = 
     Args:
         model: one of MODELS; None: all with random weights.
         size: see Subject.
+        compile: see Subject.
         repeats: odd, at least 3.
     """
     gpu = torch.cuda.is_available()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpu else "cpu"}
     for name in MODELS[1:] if model is None else (model,):
         for pixels in (512, 1024) if gpu and name != MODELS[0] else (None,):
-            subject = Subject(name, size, pixels, "auto" if gpu else "float32")
+            subject = Subject(name, size, pixels, "auto" if gpu else "float32", compile)
             for batch in (1, 8) if gpu else (1, 4):
                 key = f"{name}, batch {batch}" if pixels is None else f"{name} {pixels} px, batch {batch}"
                 found[key] = _measure(subject, batch, repeats)

@@ -48,6 +48,7 @@ def measured(
     folder: Path = FOLDER,
     model: str | None = None,
     size: Size | None = None,
+    compile: bool | None = None,
 ) -> Record:
     """A case's record.
 
@@ -57,10 +58,11 @@ def measured(
         folder: where those keep what they have measured.
         model: for the cases in OF_MODELS, see epd_ray.bench.models; None: each one's own.
         size: see there.
+        compile: see there.
     """
     given: dict[str, Any] = {}
     if case in SEEDED:
         given = {"folder": folder, "seeds": None if seeds is None else range(seeds)}
     elif case in OF_MODELS:
-        given = {"model": model, "size": size}
+        given = {"model": model, "size": size, "compile": compile}
     return CASES[case](**{name: value for name, value in given.items() if value is not None})

@@ -29,8 +29,9 @@ Ways = Mapping[str, Callable[[], object]]
 def latency(
     model: str = EMBEDDED,
     size: Size | None = None,
+    compile: bool = False,
     parallel_nfe: int = 8,
-    batches: Sequence[int] | None = None,
+    batch: int = 1,
     repeats: int = 5,
     resolution: int | None = None,
 ) -> Record:
@@ -43,8 +44,9 @@ def latency(
     Args:
         model: one of MODELS.
         size: see Subject.
+        compile: see Subject.
         parallel_nfe: even.
-        batches: pictures drawn together; None: 1, and 8 on a GPU too.
+        batch: pictures drawn together.
         repeats: odd, at least 3.
         resolution: see Subject.
 
@@ -53,18 +55,16 @@ def latency(
     """
     if parallel_nfe < 2 or parallel_nfe % 2:
         raise ConfigError([f"parallel_nfe is {parallel_nfe}, EPD has 2 an interval: give an even number"])
-    subject = Subject(model, size, resolution)
+    subject = Subject(model, size, resolution, compile=compile)
     backbone, guidance = subject.open()
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = [["cuda:0", "cuda:1"]] if gpus > 1 else []
-    record: Record = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance}
-    for batch in batches or ((1, 8) if gpus else (1,)):
-        conditioning = backbone.encode(prompts(batch), guidance)
-        noise = noises(backbone, range(batch))
-        with torch.inference_mode():
-            record |= _ratios(f"batch {batch}", _solvers(backbone, conditioning, noise, parallel_nfe), repeats)
-            if isinstance(backbone, PipelineBackbone) and isinstance(conditioning, TextConditioning):
-                record |= _pipelines(f"pipeline, batch {batch}", backbone, conditioning, parallel_nfe, devices, repeats)
+    devices = [["cuda:0", "cuda:1"]] if torch.cuda.is_available() and torch.cuda.device_count() > 1 else []
+    record: Record = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance, "batch": batch}
+    conditioning = backbone.encode(prompts(batch), guidance)
+    noise = noises(backbone, range(batch))
+    with torch.inference_mode():
+        record |= _ratios("solver", _solvers(backbone, conditioning, noise, parallel_nfe), repeats)
+        if isinstance(backbone, PipelineBackbone) and isinstance(conditioning, TextConditioning):
+            record |= _pipelines("pipeline", backbone, conditioning, parallel_nfe, devices, repeats)
     return record
 
 

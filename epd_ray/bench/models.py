@@ -27,19 +27,23 @@ class Subject:
         size: of a random model: "full" or "small"; None: full on a GPU.
         resolution: of a random model, pixels per side; None: see random_backbone.
         dtype: of a random model.
+        compile: a random model's network, see PipelineOptions.
 
     Raises:
-        ConfigError: another model.
+        ConfigError: another model, or the embedded one compiled.
     """
 
     model: str = EMBEDDED
     size: Size | None = None
     resolution: int | None = None
     dtype: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ConfigError([f"unknown model {self.model!r}{did_you_mean(self.model, MODELS)}"])
+        if self.compile and self.model == EMBEDDED:
+            raise ConfigError([f"model {EMBEDDED} is not compiled: give a random model, such as sd3{RANDOM}"])
 
     @property
     def spec(self) -> BackboneSpec:
@@ -63,7 +67,8 @@ class Subject:
     def _arguments(self) -> dict[str, Any]:
         size = self.size or ("full" if torch.cuda.is_available() else "small")
         sized = {} if self.resolution is None else {"resolution": self.resolution}
-        return {"name": self.model.removesuffix(RANDOM), "size": size, "dtype": self.dtype, **sized}
+        compiled = {"compile": True} if self.compile else {}
+        return {"name": self.model.removesuffix(RANDOM), "size": size, "dtype": self.dtype, **sized, **compiled}
 
     def open(self) -> tuple[Backbone, float]:
         """The model, and the guidance scale that it is used with."""
@@ -71,11 +76,17 @@ class Subject:
         return backbone, backbone.default_guidance if scale is None else scale
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str | bool]:
         """For the record."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        size = {} if self.model == EMBEDDED else {"size": self._arguments["size"]}
-        return {"model": self.model, **size, "device": device}
+        if self.model == EMBEDDED:
+            return {"model": self.model, "device": device}
+        return {"model": self.model, "size": self._arguments["size"], "compile": self.compile, "device": device}
+
+    @property
+    def full(self) -> bool:
+        """Whether it is a published network, of which one picture takes seconds."""
+        return self.facts.get("size") == "full"
 
 
 def prompts(count: int) -> list[str]:

@@ -24,6 +24,7 @@ class Options:
 
     model: str | None = None
     size: Size | None = None
+    compile: bool | None = None
     seeds: int | None = None
     folder: Path = FOLDER
 
@@ -44,20 +45,20 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
         RunDirectoryError: `out` cannot be written.
     """
     options = options or Options()
-    of_model = options.model is not None or options.size is not None
+    of_model = options.model is not None or options.size is not None or options.compile is not None
     chosen = list(names) or list(OF_MODELS if of_model else CASES)
     problems = [f"unknown case {name!r}{did_you_mean(name, CASES)}" for name in chosen if name not in CASES]
     if of_model:
         takes = ", ".join(OF_MODELS)
         others = [name for name in chosen if name in CASES and name not in OF_MODELS]
-        problems += [f"case {name} takes no --model or --size: give them to {takes}" for name in others]
+        problems += [f"case {name} takes no --model, --size or --compile: give them to {takes}" for name in others]
     if problems:
         raise ConfigError(problems)
     if options.model is not None:
-        Subject(options.model)  # a wrong name ends it here
+        Subject(options.model, compile=bool(options.compile))  # a wrong name ends it here
     console, made_by, records = Console(), Provenance.here().record(), {}
     for name in chosen:
-        records[name] = measured(name, options.seeds, options.folder, options.model, options.size)
+        records[name] = measured(name, options.seeds, options.folder, options.model, options.size, options.compile)
         console.print(show(name, records[name]))
         if out is not None:
             write_text(out, json.dumps({"made_by": made_by, "cases": records}, indent=2) + "\n")

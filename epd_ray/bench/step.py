@@ -8,6 +8,7 @@ from functools import partial
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
 from epd_ray.bench.plain_loop import PlainLoop
@@ -20,6 +21,10 @@ from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
 
 PROMPTS = 64
+OF_FULL = (  # the settings of the published log for SD3 Medium, which took 15.66 s a step
+    *("solver.intervals=10", "cluster.images_per_job=8"),
+    *("rdpo.prompts_per_iteration=2", "rdpo.group_size=4", "rdpo.minibatch=4"),
+)
 Record = dict[str, float | int | str | bool | None]
 Seconds = dict[str, float]
 
@@ -57,16 +62,18 @@ class _Loop:
 def step(
     model: str = EMBEDDED,
     size: Size | None = None,
+    compile: bool = False,
     overrides: Sequence[str] = (),
-    rounds: int = 5,
-    iterations: int = 4,
+    rounds: int | None = None,
+    iterations: int | None = None,
     threads: Sequence[int] | None = None,
 ) -> Record:
     """Median seconds of one iteration of `RDPO` and of `PlainLoop`, same weights, batch and guidance, in turns.
 
     In every round the pipeline runs `iterations` from idle to idle, so filling and draining it counts; then the loop
     runs one iteration in each way while the actors have nothing to do: `batched` draws `images_per_job` pictures
-    together, as the published code does, `single` one after another; on a CPU with one torch thread and with two.
+    together, as the published code does, `single` one after another (not of a full model); on a CPU with one torch
+    thread and with two.
     `ratio` and `ratio_single` are the seconds of the faster such loop over the pipeline's. Below `pipeline` stand an
     iteration's seconds, those of all cores together (`cpu_s`), of its work, summed over the actors of a kind, and of
     waiting for it; below the loops their stages.
@@ -74,24 +81,30 @@ def step(
     Args:
         model: one of MODELS.
         size: see Subject.
-        overrides: configuration of both.
-        rounds: odd.
-        iterations: of the pipeline in a round.
+        compile: see Subject.
+        overrides: configuration of both; a full model has those of OF_FULL before them.
+        rounds: odd; None: 5, of a full model 3.
+        iterations: of the pipeline in a round; None: 4, of a full model 2.
         threads: that the loop is tried with; None: see above.
     """
-    subject, chosen = Subject(model, size), prompts(PROMPTS)
-    config = load_config(None, [*subject.overrides, *overrides])
+    subject, chosen = Subject(model, size, compile=compile), prompts(PROMPTS)
+    config = load_config(None, [*subject.overrides, *(OF_FULL if subject.full else ()), *overrides])
     name, reward = next(iter(config.rewards.items()))
     scorer = Scorer(name, HEADS.build(reward.head, reward.options))
     own = rdpo_config(config, chosen)
     loop = PlainLoop(own, own.worker_spec.build(), scorer, chosen)
     counts = threads or ((1,) if torch.cuda.is_available() else (1, 2))
     batched = [_Loop(own.images_per_job, count) for count in counts]
-    single = [_Loop(1, count) for count in counts]
+    single = [] if subject.full else [_Loop(1, count) for count in counts]
+    rounds, iterations = rounds or (3 if subject.full else 5), iterations or (2 if subject.full else 4)
     with algorithm(config, chosen) as algo:
         pipeline = _measure(algo, loop, [*batched, *single], rounds, iterations)
-    quickest, alone = (min(ways, key=lambda way: way.seconds) for ways in (batched, single))
     ours = statistics.median(one["iteration"] for one in pipeline)
+    ratios = {
+        name: min(way.seconds for way in ways) / ours
+        for name, ways in (("ratio", batched), ("ratio_single", single))
+        if ways
+    }
     return {
         **subject.facts,
         "images": own.images_per_iteration,
@@ -99,8 +112,7 @@ def step(
         "points": own.table.points,
         "rollout_actors": own.num_env_runners,
         "staleness": own.max_staleness,
-        "ratio": quickest.seconds / ours,
-        "ratio_single": alone.seconds / ours,
+        **ratios,
         **_medians("pipeline", pipeline),
         **{k: v for way in batched for k, v in _medians(f"batched, threads {way.threads}", way.found).items()},
         **{k: v for way in single for k, v in _medians(f"single, threads {way.threads}", way.found).items()},
@@ -110,7 +122,8 @@ def step(
 def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, iterations: int) -> list[Seconds]:
     """Seconds of the pipeline's iterations, in all and by stage, once per round; a round before warms up."""
     found = []
-    for number in range(rounds + 1):
+    turns = tqdm(range(rounds + 1), desc="rounds, the first to warm up")
+    for number in turns:
         algo.last_iteration = algo.policy_version + iterations  # nothing is drawn beyond it
         logged: list[Seconds] = []
         start = _cpu()
@@ -118,6 +131,8 @@ def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, it
         cpu = (_cpu() - start) / iterations
         for way in ways:
             way.run(loop, number)
+        spent = ", ".join(f"{way.found[-1]['iteration']:.3g}" for way in ways)
+        turns.set_postfix_str(f"an iteration {seconds:.3g} s, of the loop {spent} s")  # all that a stopped bench leaves
         if number:
             stages = ("generate", "score", "learn", "wait")
             work = {stage: statistics.median(m[f"time/{stage}"] for m in logged) for stage in stages}

@@ -25,16 +25,16 @@ from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
 from epd_ray.types import Backbone, Conditioning, Drift, RolloutJob
 
-JOBS = 4  # that an actor works off in one measurement
 Record = dict[str, float | int | str | bool | None]
 
 
 def throughput(
     model: str = EMBEDDED,
     size: Size | None = None,
+    compile: bool = False,
     intervals: int | None = None,
     batch: int = 8,
-    repeats: int = 9,
+    repeats: int | None = None,
     resolution: int | None = None,
 ) -> Record:
     """Images/s of generating, as a share of the bare forward passes in the same run; FLOP/s; seconds per stage.
@@ -48,25 +48,27 @@ def throughput(
     Args:
         model: one of MODELS.
         size: see Subject.
-        intervals: N; None: 10 for a full model, else the default run's.
+        compile: see Subject.
+        intervals: N; None: the default run's.
         batch: images per job.
-        repeats: odd, at least 3.
+        repeats: odd, at least 3; None: 9, of a full model 3.
         resolution: see Subject.
     """
-    subject, chosen = Subject(model, size, resolution), prompts(2 * batch)
-    config = load_config(None, _overrides(subject, intervals, batch))
+    subject, chosen = Subject(model, size, resolution, compile=compile), prompts(2 * batch)
+    jobs, repeats = (1, repeats or 3) if subject.full else (4, repeats or 9)  # that an actor works off at a time
+    config = load_config(None, _overrides(subject, intervals, batch, jobs))
     own = rdpo_config(config, chosen)
     with _one_thread(), algorithm(config, chosen) as algo:
-        work = _Work(own, chosen, own.worker_spec.build())
+        work = _Work(own, chosen, own.worker_spec.build(), jobs)
         stages = medians(work.stages(), repeats)
         actor = interleaved(
             {
                 "actor": lambda: algo.work("generate", [(job,) for job in work.jobs]),
-                "bare": lambda: work.bare(JOBS),
+                "bare": lambda: work.bare(jobs),
             },
             repeats,
         )
-        seconds = {name: statistics.median(values) / JOBS for name, values in actor.items()}
+        seconds = {name: statistics.median(values) / jobs for name, values in actor.items()}
     shares = [bare / ours for ours, bare in zip(actor["actor"], actor["bare"], strict=True)]
     return {
         **subject.facts,
@@ -81,7 +83,7 @@ def throughput(
         "actor_of_bare": statistics.median(shares),
         "interval_s": (stages["generate"] - stages["decode"]) / own.table.intervals,
         "tflop_per_image": work.tflop / batch,
-        **_speed(work.tflop / (stages["generate"] - stages["decode"]), subject.facts["device"]),
+        **_speed(work.tflop / (stages["generate"] - stages["decode"]), str(subject.facts["device"])),
         **{f"stages/{name}_s": value for name, value in stages.items()},
         "stages/rest_s": stages["generate"] - stages["network"] - stages["decode"],
     }
@@ -92,15 +94,14 @@ def _speed(tflops: float, device: str) -> Record:
     return {"tflops": tflops, "peak_tflops": peak, "of_peak": None if peak is None else tflops / peak}
 
 
-def _overrides(subject: Subject, intervals: int | None, batch: int) -> list[str]:
-    """One actor, and an iteration of JOBS jobs."""
-    count = intervals or (10 if subject.facts.get("size") == "full" else None)
+def _overrides(subject: Subject, intervals: int | None, batch: int, jobs: int) -> list[str]:
+    """One actor, and an iteration of so many jobs, at least two."""
     return [
         *subject.overrides,
-        *([] if count is None else [f"solver.intervals={count}"]),
+        *([] if intervals is None else [f"solver.intervals={intervals}"]),
         f"cluster.images_per_job={batch}",
         f"rdpo.prompts_per_iteration={batch}",
-        f"rdpo.group_size={JOBS}",
+        f"rdpo.group_size={max(2, jobs)}",
         "rdpo.minibatch=1",
         "cluster.rollout_actors=1",
     ]
@@ -125,17 +126,18 @@ class _Work:
         config: of the run.
         chosen: prompts.
         worker: what a rollout actor has.
+        count: of jobs.
 
     Attributes:
-        jobs: JOBS of them.
+        jobs: so many.
         resolution: of the pictures.
         tflop: 10^12 operations of the network in the first.
     """
 
-    def __init__(self, config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker) -> None:
+    def __init__(self, config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker, count: int) -> None:
         self._worker = worker
         parameters = PolicyNetwork(config.policy_spec).parameters_array()
-        batches = propose(config, chosen, 0)[:JOBS]
+        batches = propose(config, chosen, 0)[:count]
         self.jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(batches)]
         self._passes = Passes(worker.backbone)
         watched = RolloutWorker(self._passes, worker.guidance_scale, worker.space, worker.sampler)

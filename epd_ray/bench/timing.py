@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from tqdm import tqdm
 
 
 def now() -> float:
@@ -29,11 +30,12 @@ def interleaved(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[
         repeats: odd, at least 3.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            taken = timed(way)
-            if repeat:
-                seconds[name].append(taken)
+    turns = tqdm([(repeat, name) for repeat in range(repeats + 1) for name in ways], leave=False)
+    for repeat, name in turns:
+        turns.set_description(name)
+        taken = timed(ways[name])
+        if repeat:
+            seconds[name].append(taken)
     return seconds
 
 

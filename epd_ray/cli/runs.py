@@ -198,6 +198,9 @@ def bench(
     size: Annotated[
         Literal["full", "small"] | None, typer.Option(help="Of random models.", show_default="full on a GPU")
     ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="The network of a random model, with torch.compile.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.", parser=local_path)
     ] = None,
@@ -219,4 +222,4 @@ def bench(
         from epd_ray.bench.kept import FOLDER
         from epd_ray.bench.run import Options, run
 
-        run(cases or [], Options(model, size, seeds, keep or FOLDER), out)
+        run(cases or [], Options(model, size, compile, seeds, keep or FOLDER), out)
