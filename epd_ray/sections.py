@@ -232,7 +232,7 @@ class RDPOSection(Section):
     group_size: int = Field(default=4, description="G, images per prompt")
     same_latent: bool = Field(default=True, description="images of a group share their noise")
     baseline: Literal["per_prompt", "mixed"] = Field(default="per_prompt", description="mixed: the reference's")
-    lr: float = Field(default=2e-3, gt=0, le=1, description="of AdamW, at the start")
+    lr: float = Field(default=1e-3, gt=0, le=1, description="of AdamW, at the start")
     lr_schedule: Literal["constant", "linear", "cosine", "inverse"] = Field(
         default="constant",
         description="over the iterations: linear, cosine: to 0; inverse: as 1 / iteration after a tenth of them",

@@ -330,7 +330,7 @@ def test_retry_begins_continues_and_ends(finished, tmp_path):
     quiet = Quiet()
     assert train(config, again, quiet, again=True) == lines and quiet.stages == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(RunDirectoryError, match=r"again holds another run: rdpo.lr was 0.002, now 0.003 \(name a new"):
+    with pytest.raises(RunDirectoryError, match=r"again holds another run: rdpo.lr was 0.001, now 0.003 \(name a new"):
         train(load_config(None, [*TINY, "rdpo.lr=3e-3"]), again, Quiet(), again=True)
 
 

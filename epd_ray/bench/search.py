@@ -22,7 +22,7 @@ from epd_ray.trainer import distil, noise_seeds, validate
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
     "n2": (),
-    "n3": ("solver.intervals=3", "rdpo.lr=1e-3"),
+    "n3": ("solver.intervals=3",),
 }
 METHODS = ("rdpo", "cma", "random")
 BUDGET = 1440

@@ -57,7 +57,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.env_runner_health_probe_timeout_s = 5.0
         self.enable_env_runner_and_connector_v2 = self.enable_rl_module_and_learner = True
         self.num_cpus_per_env_runner, self.num_cpus_per_learner, self.num_cpus_for_main_process = 0.75, 0.25, 0
-        self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = 2e-3, 1.0, 1, 16
+        self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = 1e-3, 1.0, 1, 16
         self.shuffle_batch_per_epoch = True
         self.clip_param, self.kl_coeff, self.entropy_coeff, self.weight_decay = 0.2, 0.0, 0.0, 0.01
         self.table: SolverTable = uniform_table(2, 3, start_point=True)
