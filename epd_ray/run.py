@@ -43,6 +43,13 @@ def describe(config: RunConfig) -> tuple[str, str]:
     images = r.iterations * r.prompts_per_iteration * r.group_size
     table = uniform_table(s.intervals, s.points, s.start_point)
     evals, depth = table.evaluations(s.afs), table.depth(s.afs)
+    model = config.backbone.arguments.get("model", config.backbone.family)
+    what = (
+        f"Fine-tune {s.intervals} intervals x {s.points} point{'s' * (s.points > 1)} (parallel NFE {depth}) on {model} "
+        f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
+    )
+    if model != SHAPES or config.cluster.rollout_gpus:
+        return what, "The first iteration will tell how long it takes."
     validations = 1 + r.iterations // e.every
     compared = evals * 2 + (depth + evals * e.equal_evals) * len(e.baselines)
     distilled = config.distill.prompts * s.intervals * (2 * config.distill.teacher_steps + config.distill.grid + 2)
@@ -53,13 +60,6 @@ def describe(config: RunConfig) -> tuple[str, str]:
     drifts = images * evals + validations * config.prompts.validation * evals + config.prompts.test * compared
     drifts += distilled if config.distill.enabled and config.distill.table is None else 0
     passes = drifts * (2 if (config.backbone.guidance_scale or 0) > 1 else 1)
-    model = config.backbone.arguments.get("model", config.backbone.family)
-    what = (
-        f"Fine-tune {s.intervals} intervals x {s.points} point{'s' * (s.points > 1)} (parallel NFE {depth}) on {model} "
-        f"against {', '.join(config.rewards)}: {r.iterations} iterations, {images} images."
-    )
-    if model != SHAPES or config.cluster.rollout_gpus:
-        return what, "The first iteration will tell how long it takes."
     minutes = (SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, config.cluster.rollout_actors)) / 60
     actors = config.cluster.rollout_actors
     return (
