@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 
 from epd_ray.bench import batching, cases, distilling
+from epd_ray.bench.flops import peak_tflops
 from epd_ray.bench.models import MODELS, Subject
-from epd_ray.bench.peaks import peak_tflops
 from epd_ray.bench.run import Options, run
 from epd_ray.bench.show import show
 from epd_ray.errors import ConfigError

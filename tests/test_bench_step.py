@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from epd_ray.bench.flops import operations
 from epd_ray.bench.latency import _pipelines, latency
 from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.plain_loop import STAGES, PlainLoop, one_after_another
 from epd_ray.bench.step import step
-from epd_ray.bench.throughput import _operations, throughput
+from epd_ray.bench.throughput import throughput
 from epd_ray.config import load_config
 from epd_ray.errors import ConfigError
 from epd_ray.rdpo.batch import propose
@@ -105,5 +106,22 @@ def test_throughput_replays_what_the_pictures_took():
 
 def test_operations_are_those_of_the_matrix_products():
     linear = torch.nn.Linear(16, 32, bias=False)
-    found = _operations(lambda x, sigma: linear(x), torch.zeros(3, 16), torch.zeros(3))
+    found = operations(lambda x, sigma: linear(x), torch.zeros(3, 16), torch.zeros(3))
     assert found == 2 * 3 * 16 * 32
+
+
+def test_counting_leaves_compiled_code_compiled():
+    ran = []
+    weight = torch.zeros(16, 32)
+
+    def backend(graph, _):
+        return lambda *args: (ran.append(True), graph(*args))[1]
+
+    @torch.compile(backend=backend)
+    def network(x):
+        return x @ weight
+
+    for _ in range(2):
+        network(torch.zeros(3, 16))
+        assert operations(lambda x, sigma: network(x), torch.zeros(3, 16), torch.zeros(3)) == 2 * 3 * 16 * 32
+    assert len(ran) == 2

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epd_ray.bench.flops import operations, speed
 from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.timing import medians
 from epd_ray.random_models import Size
@@ -24,6 +25,7 @@ def batching(
     On a GPU the published architectures run in bfloat16 at 512 and 1024 px, batch 1 and 8; else small ones in float32.
     `vs_sequential`: K = 2 in one batch against one after another. `vs_ddim`: an interval of EPD (1 + 2 evaluations)
     against two Euler steps, which have the same sequential depth; 1.5 is the floor where arithmetic is the limit.
+    `tflops` are the network's operations over the time of those two steps.
 
     Args:
         model: one of MODELS; None: all with random weights.
@@ -42,7 +44,7 @@ def batching(
     return found
 
 
-def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float]:
+def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float | None]:
     backbone, guidance = subject.open()
     with torch.inference_mode():
         conditioning = backbone.encode(prompts(batch), guidance)
@@ -56,10 +58,12 @@ def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float]:
             "ddim": partial(_two_steps, drift, x, a, b),
         }
         seconds = medians(ways, repeats)
+        tflop = 1e-12 * operations(drift, x, x.new_full(x.shape[:1], a))
     return {
         **{f"{way}_s": round(value, 4) for way, value in seconds.items()},
         "vs_sequential": round(seconds["batched"] / seconds["sequential"], 3),
         "vs_ddim": round(seconds["batched"] / seconds["ddim"], 3),
+        **speed(2 * tflop / seconds["ddim"], str(subject.facts["device"])),
     }
 
 

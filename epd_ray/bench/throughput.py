@@ -6,12 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from epd_ray.backbones.pipeline import PipelineBackbone
+from epd_ray.bench.flops import operations, speed
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
-from epd_ray.bench.peaks import peak_tflops
 from epd_ray.bench.timing import interleaved, medians
 from epd_ray.config import load_config
 from epd_ray.random_models import Size
@@ -23,7 +21,7 @@ from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import conditioned_drift
 from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
-from epd_ray.types import Backbone, Conditioning, Drift, RolloutJob
+from epd_ray.types import Backbone, Conditioning, RolloutJob
 
 Record = dict[str, float | int | str | bool | None]
 
@@ -83,15 +81,10 @@ def throughput(
         "actor_of_bare": statistics.median(shares),
         "interval_s": (stages["generate"] - stages["decode"]) / own.table.intervals,
         "tflop_per_image": work.tflop / batch,
-        **_speed(work.tflop / (stages["generate"] - stages["decode"]), str(subject.facts["device"])),
+        **speed(work.tflop / (stages["generate"] - stages["decode"]), str(subject.facts["device"])),
         **{f"stages/{name}_s": value for name, value in stages.items()},
         "stages/rest_s": stages["generate"] - stages["network"] - stages["decode"],
     }
-
-
-def _speed(tflops: float, device: str) -> Record:
-    peak = peak_tflops(device)
-    return {"tflops": tflops, "peak_tflops": peak, "of_peak": None if peak is None else tflops / peak}
 
 
 def _overrides(subject: Subject, intervals: int | None, batch: int, jobs: int) -> list[str]:
@@ -146,7 +139,7 @@ class _Work:
         x, sigma, _ = self._passes.drifts[0]
         one = worker.backbone.encode([self.jobs[0].requests[0].prompt], worker.guidance_scale)
         rows = sum(len(x) for x, _, _ in self._passes.drifts)
-        self.tflop = 1e-12 * rows * _operations(conditioned_drift(worker.backbone, one), x[:1], sigma[:1])
+        self.tflop = 1e-12 * rows * operations(conditioned_drift(worker.backbone, one), x[:1], sigma[:1])
         name, reward = next(iter(config.reward_specs.items()))
         self._scorer = Scorer(name, HEADS.build(reward.head, reward.options))
 
@@ -213,11 +206,3 @@ class Passes:
         """The same pictures again."""
         for x in self.latents:
             self._backbone.decode(x)
-
-
-def _operations(drift: Drift, x: Tensor, sigma: Tensor) -> int:
-    """Of one drift, counted; attention spelled out, since its fused forms are not counted on every device."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        drift(x, sigma)
-    total: int = counter.get_total_flops()
-    return total
