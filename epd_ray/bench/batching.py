@@ -58,7 +58,8 @@ def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float | No
             "ddim": partial(_two_steps, drift, x, a, b),
         }
         seconds = medians(ways, repeats)
-        tflop = 1e-12 * operations(drift, x, x.new_full(x.shape[:1], a))
+        one = conditioned_drift(backbone, backbone.encode(prompts(1), guidance))
+        tflop = 1e-12 * batch * operations(one, x[:1], x.new_full((1,), a))  # whole, unfused attention may not fit
     return {
         **{f"{way}_s": round(value, 4) for way, value in seconds.items()},
         "vs_sequential": round(seconds["batched"] / seconds["sequential"], 3),
