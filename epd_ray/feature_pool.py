@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from epd_ray.actors import LOST, insist, unwrap
+from epd_ray.cluster import PLACEMENT_SECONDS, require_room, resources
 from epd_ray.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.environments import interpreter, runtime_env
 from epd_ray.errors import EpdRayError, ModelError
@@ -86,6 +87,7 @@ class FeaturePool:
 
     Args:
         spec: what runs, and on how many actors.
+        timeout_s: for room to turn up.
 
     Attributes:
         model_id, revision, dimension: the extractor's.
@@ -93,12 +95,15 @@ class FeaturePool:
     Raises:
         EpdRayError: the extractor's own error, or why its actors cannot start.
         EnvironmentFailure: the environment that it needs is not built on this machine.
+        PlacementError: no room for the actors.
     """
 
-    def __init__(self, spec: FeatureSpec) -> None:
+    def __init__(self, spec: FeatureSpec, timeout_s: float = PLACEMENT_SECONDS) -> None:
         environment = ENVIRONMENTS.get(spec.extractor)
         own = {} if environment is None else {"runtime_env": runtime_env(str(interpreter(environment)))}
         self._what = f"feature extractor {spec.extractor!r}"
+        bundle = resources(spec.num_cpus, spec.num_gpus, spec.resources)
+        require_room({self._what: [bundle] * spec.replicas}, timeout_s)
         remote = ray.remote(FeatureActor).options(
             num_cpus=spec.num_cpus,
             num_gpus=spec.num_gpus,

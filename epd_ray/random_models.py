@@ -192,7 +192,7 @@ def random_backbone(
         network = getattr(diffusers, a.network)(**{**a.full, **(a.small if small else {})})
         vae = diffusers.AutoencoderKL(**{**VAE, **a.vae, **(SMALL_VAE if small else {})})
     for part in (network, vae):
-        part.eval().requires_grad_(False).to(kind)
+        torch.nn.Module.to(part.eval().requires_grad_(False), kind)  # diffusers' own warns of parts that it has not
     lay_out(vae, place)
     scheduler = getattr(diffusers, a.scheduler[0])(**a.scheduler[1])
     parts: dict[str, Any] = {**dict.fromkeys(a.parts), a.component: network, "vae": vae, "scheduler": scheduler}

@@ -308,6 +308,7 @@ class ClusterConfig(Section):
     encoder_cpus: Amount = Field(default=0.25, description="of the encoder actor")
     encoder_gpus: Gpus = Field(default=0.0, description="of the encoder actor; 0: it runs on the CPU")
     encoder_resources: CustomResources = Field(default={}, description="custom Ray resources of the encoder actor")
+    feature_gpus: Gpus = Field(default=0.0, description="of the actor whose features FID and diversity see; 0: CPU")
     learner_actors: int = Field(default=1, ge=0, le=1, description="0: in the driver")
     learner_cpus: Amount = Field(default=0.25, description="of the learner")
     learner_gpus: Gpus = Field(default=0.0, description="of the learner")

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from epd_ray import feature_pool
 from epd_ray.environments import EnvironmentFailure, install
-from epd_ray.errors import EpdRayError, MetricError, ModelError
+from epd_ray.errors import EpdRayError, MetricError, ModelError, PlacementError
 from epd_ray.feature_pool import FeatureActor, FeaturePool, FeatureSpec
 from epd_ray.metrics import inception
 from epd_ray.metrics.cache import FeatureCache
@@ -253,6 +253,14 @@ def test_what_cannot_be_built_is_said(name: str, options: dict[str, str], messag
 def test_an_actor_passes_its_words_on(small_ray: None) -> None:
     with pytest.raises(ModelError, match=r"Colours' cannot be built: RuntimeError: boom"):
         FeaturePool(FeatureSpec("tests.test_features:Colours", {"fail": "boom"}, num_cpus=0.25))
+
+
+def test_an_actor_without_room_is_refused(small_ray: None) -> None:
+    spec = FeatureSpec("tests.test_features:Colours", num_cpus=0, num_gpus=0.5)
+    with pytest.raises(
+        PlacementError, match=r"GPU: 0.5 asked, 0 free.*feature extractor 'tests.test_features:Colours': 1 x 0.5 GPU"
+    ):
+        FeaturePool(spec, timeout_s=0.5)
 
 
 # --- Inception --------------------------------------------------------------------------------------------------------

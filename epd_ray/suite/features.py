@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from epd_ray.config import RunConfig
 from epd_ray.errors import ConfigError, MetricError
 from epd_ray.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.metrics.reference import reference_statistics
@@ -15,16 +16,14 @@ CLIP = "clip"  # as head and as extractor
 
 
 @contextmanager
-def open_features(
-    request: Request, heads: Mapping[str, RewardConfig], pictures: int, cache: Path
-) -> Iterator[Features]:
+def open_features(request: Request, config: RunConfig, pictures: int, cache: Path) -> Iterator[Features]:
     """What a request's metrics need, in an actor that ends with the block, on Ray as it runs.
 
     There is no extractor where no metric needs one, or none is at hand for diversity.
 
     Args:
         request: of a suite.
-        heads: of the configuration: the model of a CLIP head serves, where nothing else is asked for.
+        config: the model of a CLIP head serves, where nothing else is asked for.
         pictures: that are drawn of each sampler.
         cache: folder for the statistics of picture folders.
 
@@ -32,15 +31,18 @@ def open_features(
         ConfigError: nothing to see a reference set with.
         MetricError: fewer pictures than the distance needs, or a reference set that cannot be used.
         ModelError: the extractor cannot be opened.
+        PlacementError: no room for it.
     """
-    model = request.features or _default(request, heads)
+    model = request.features or _default(request, config.rewards)
     if model is None and request.reference is not None:
         raise ConfigError(["--reference needs --features: inception (FID), or a CLIP model"])
     if model is None or (request.reference is None and request.images_per_prompt == 1):
         yield Features()
         return
     what, options = (INCEPTION, {}) if model == INCEPTION else (CLIP, {"model": model})
-    with FeaturePool(FeatureSpec(what, options, num_cpus=0)) as extractor:  # 0: the cores may all be taken
+    cluster = config.cluster
+    spec = FeatureSpec(what, options, num_cpus=0, num_gpus=cluster.feature_gpus)  # 0: the cores may all be taken
+    with FeaturePool(spec, cluster.placement_timeout_s) as extractor:
         if request.reference is None:
             yield Features(extractor)
             return

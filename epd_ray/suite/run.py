@@ -65,7 +65,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         observer.advance()
         suite = build_suite(request, config.evaluation.baselines, algo.facts)
         subject = Subject(config, algo.facts, suite, pictures, _source(config, request))
-        features = stack.enter_context(open_features(request, config.rewards, len(pictures), results.path / CACHE))
+        features = stack.enter_context(open_features(request, config, len(pictures), results.path / CACHE))
         results.claim(subject.manifest(features.extractor))
         warn_of_long_prompts(algo, pictures.prompts)
         keeper = Keeper(results, pictures, config.evaluation.pictures, features.extractor)
