@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from epd_ray.cluster import Resources, resources
+from epd_ray.cluster import Resources, end_if_broken, resources
 from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.memory import Memory, peak_memory
@@ -103,7 +103,11 @@ class RewardActor:
         """See Scorer.score."""
         scorer = self._built()
         start = time.perf_counter()
-        values = scorer.score(images, prompts, rollout_ids)
+        try:
+            values = scorer.score(images, prompts, rollout_ids)
+        except Exception as error:
+            end_if_broken(error)
+            raise
         return TimedScores(values, time.perf_counter() - start, peak_memory())
 
     def model_id(self) -> str:

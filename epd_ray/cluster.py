@@ -20,13 +20,17 @@ log = logging.getLogger(__name__)
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
 START_SECONDS = 600.0
-ONE_MACHINE = {
+HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Without it an actor that asks for no GPU sees them all, and Ray knows nothing of what it takes there."""
+ONE_MACHINE = HIDE_GPUS | {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 HANDED_ON = ("HF_TOKEN", "HF_HOME")
 """Environment variables that actors get, unless the run says otherwise."""
+
+BROKEN = "AcceleratorError"  # by name: the environments of reward packages may have an older torch
 
 HOOK = "worker_process_setup_hook"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
@@ -53,7 +57,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
 
     cluster = reachable(address)
     if cluster is not None:
-        ray.init(address=cluster, runtime_env=_handed_over(_variables(env)), **quiet)
+        ray.init(address=cluster, runtime_env=_hidden_gpus() | _handed_over(_variables(env)), **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
@@ -78,9 +82,15 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
         log.warning("dashboard: http://%s (it asks for the token that `ray get-auth-token` prints)", url)
 
 
+def _submitted() -> dict[str, Any]:
+    """The runtime environment that a submitted job has already; Ray refuses what is given twice."""
+    found: dict[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
+    return found
+
+
 def _variables(names: Sequence[str]) -> dict[str, str]:
-    """Those that are set, apart from what a submitted job has in its runtime environment (Ray refuses them twice)."""
-    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
+    """Those that are set, apart from what a submitted job has."""
+    submitted = _submitted()
     there = submitted.get("env_vars") or {}
     values = {name: os.environ[name] for name in names if name in os.environ and name not in there}
     if values and HOOK in submitted:
@@ -91,6 +101,12 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def _hidden_gpus() -> dict[str, Any]:
+    """A runtime environment in which actors see no GPU that they have not asked for."""
+    there = _submitted().get("env_vars") or {}
+    return {"env_vars": {name: value for name, value in HIDE_GPUS.items() if name not in there}}
+
+
 def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
     """A runtime environment in which workers set these: Ray keeps the function in its store and logs its name."""
 
@@ -98,6 +114,19 @@ def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
         os.environ.update(values)
 
     return {HOOK: set_variables} if values else {}
+
+
+def end_if_broken(error: BaseException | None) -> None:
+    """End an actor after a CUDA error, from which its process never recovers, so that Ray starts another one.
+
+    Args:
+        error: with its causes; torch has one class for all of these, and another for too little memory.
+    """
+    while error is not None and type(error).__name__ != BROKEN:
+        error = error.__cause__ or error.__context__
+    if error is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        log.error("this actor ends: %s", error)
+        os._exit(1)
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:

@@ -51,7 +51,7 @@ class RunConfig(Section):
 
     format: int = Field(default=FORMAT, ge=1, le=FORMAT, description="of this file")
     name: Name = Field(default="shapes", description="ends the run directory's name")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of prompts, noise and policy")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of prompts, noise and policy")
     backbone: BackboneConfig = BackboneConfig()
     solver: SolverConfig = SolverConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -106,6 +106,18 @@ class RunConfig(Section):
 
     @field_validator("rdpo")
     @classmethod
+    def _finds_its_scales(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
+        distill = info.data.get("distill", DistillConfig())
+        scales = rdpo.scale_dir and distill.scale_range
+        if rdpo.scale_time and distill.enabled and distill.method == "gradient" and not scales:
+            raise ValueError(
+                "scale_time is found by gradient together with direction scales: set scale_dir true and "
+                "distill.scale_range above 0, or distill.method=least_squares"
+            )
+        return rdpo
+
+    @field_validator("rdpo")
+    @classmethod
     def _has_something_to_learn(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
         solver = info.data.get("solver", SolverConfig())
         if solver.points == 1 and solver.start_point and not rdpo.scale_dir:
@@ -124,6 +136,11 @@ class RunConfig(Section):
         if distill.min_weight * points >= 1:
             raise ValueError(
                 f"min_weight is {distill.min_weight:g}, less than 1 / solver.points = {1 / points:g} is needed"
+            )
+        if distill.method == "gradient" and solver.start_point and (solver.order > 1 or solver.afs):
+            raise ValueError(
+                "method gradient follows no multistep or analytic slope from a start point: set least_squares, or "
+                "solver.start_point=false"
             )
         return distill
 
@@ -172,7 +189,12 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
 
 def first_difference(before: RunConfig, now: RunConfig) -> str | None:
     """The first key whose value differs, with both: "rdpo.lr was 0.002, now 0.001"."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    return first_change(before.model_dump(mode="json"), now.model_dump(mode="json"))
+
+
+def first_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """See first_difference, of any nested values."""
+    old, new = _flat(before), _flat(now)
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
             return f"{key} was {_shown(old.get(key))}, now {_shown(new.get(key))}"
@@ -291,6 +313,8 @@ _EXPECTED = {
     "less_than_equal": "at most {le:g} is possible",
     "too_short": "at least {min_length} is needed",
     "model_type": "expected a mapping of keys",
+    "tuple_type": "expected a list, such as [a, b]",
+    "string_type": "expected text",
     "string_pattern_mismatch": "expected letters, digits, - and _ alone",
 }
 
@@ -312,7 +336,8 @@ def _problem(error: ErrorDetails, whole: type[Section]) -> str:
         choices = re.findall(r"'(.*?)'", context["expected"])
         return f"{key}: unknown {_shown(error['input'])}{did_you_mean(str(error['input']), choices)}"
     expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else error["msg"]
-    return f"{key}: is {_shown(error['input'])}, {expected.replace('Input should be', 'expected')}"
+    value = "null" if error["input"] is None else _shown(error["input"])
+    return f"{key}: is {value}, {expected.replace('Input should be', 'expected')}"
 
 
 def _nearest_key(location: Sequence[str], whole: type[Section]) -> str:
@@ -321,7 +346,8 @@ def _nearest_key(location: Sequence[str], whole: type[Section]) -> str:
     for part in parents:  # a section's key, or a name in a mapping of sections
         owner = _fields(owner)[part].annotation if _fields(owner) else get_args(owner)[1]
     homes = [f"{name}.{key}" for name, field in whole.model_fields.items() if key in _fields(field.annotation)]
-    return f"; did you mean {homes[0]!r}?" if homes and not parents else did_you_mean(key, _fields(owner))
+    named = " or ".join(map(repr, homes))
+    return f"; did you mean {named}?" if homes and not parents else did_you_mean(key, _fields(owner))
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo]:

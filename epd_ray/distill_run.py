@@ -13,7 +13,6 @@ from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.sampling import Sampler, learned
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table, refine
-from epd_ray.solvers.solver import FILE_NAME
 from epd_ray.solvers.zoo import require_installed
 from epd_ray.trainer import distil, made_by, noise_seeds, warn_of_long_prompts
 from epd_ray.types import FloatArray, ImageArray
@@ -24,18 +23,18 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
 
     Args:
         config: of a run; its rewards are left out.
-        out: a directory that holds no solver yet.
+        out: a directory that is empty or not there yet.
         observer: sees the progress.
 
     Returns:
         A line per solver: root mean square distance of its pictures to the teacher's, in [0, 1].
 
     Raises:
-        RunDirectoryError: there is a solver in `out` already.
+        RunDirectoryError: there is something in `out` already.
         EpdRayError: something else that the user can mend.
     """
-    if (out / FILE_NAME).exists():
-        raise RunDirectoryError(f"{out} holds a solver already: choose another --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunDirectoryError(f"{out} is there and not empty: choose another --out")
     require_installed(config.evaluation.baselines)
     prompts = load_prompts(config.prompts, config.seed)
     observer.stage("starting actors", 1)

@@ -13,8 +13,8 @@ class Memory:
 
     Attributes:
         host: resident set of the process, shared pages included.
-        device: allocated by torch on CUDA; None without CUDA.
-        device_total: what the GPU has; None without CUDA.
+        device: allocated by torch on CUDA; None where it is not used.
+        device_total: what the GPU has; None where it is not used.
     """
 
     host: int
@@ -27,6 +27,6 @@ def peak_memory() -> Memory:
     import torch
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():  # nor is it here: that would take memory of its own
         return Memory(host)
-    return Memory(host, torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory)
+    return Memory(host, torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties().total_memory)

@@ -26,7 +26,7 @@ from epd_ray.sampling import learned
 from epd_ray.sections import BUILTIN, SHAPES
 from epd_ray.session import algorithm, stop_signals
 from epd_ray.solvers import Solver
-from epd_ray.solvers.zoo import require_installed
+from epd_ray.solvers.zoo import require_form, require_installed
 from epd_ray.storage import Place, inside, place_of, reading
 from epd_ray.store import RunDirectory, named_when_full, package_versions, write_text
 from epd_ray.trackers import require_trackers, trackers
@@ -185,6 +185,7 @@ def _go_on(
         algo = stack.enter_context(algorithm(config, prompts.train, None if start is None else start.table))
         stack.enter_context(stop_signals())  # after Ray, which sets its own handler
         observer.advance()
+        require_form(config.evaluation.baselines, algo.facts.form)
         clock.lap("starting actors")
         warn_of_long_prompts(algo, [*prompts.train, *prompts.validation, *prompts.test])
         monitor = stack.enter_context(Monitor(run.path.name))
@@ -245,7 +246,7 @@ def evaluate(
             found = _compared_again(config, run, target, prompts, seeds, observer)
             report = write_report(target.path)
         observer.done()
-        return [*headline(found.summary()), f"report: {inside(where, report.relative_to(folder))}"]
+        return [*headline(found.summary()), f"report: {inside(where, Path('evaluations', name, report.name))}"]
 
 
 def _file_name(path: Path, prompts: list[str]) -> str:
@@ -290,16 +291,26 @@ def _evaluation_prompts(
 
 @contextmanager
 def _evaluation_directory(run: RunDirectory, name: str) -> Iterator[RunDirectory]:
-    """A fresh run directory with what a report needs besides the evaluation; no other evaluation has it meanwhile."""
-    target = RunDirectory(run.path / "evaluations" / name)
-    target.path.parent.mkdir(exist_ok=True)
-    with held(target.path.with_name(f".{name}.lock"), str(target.path)):
-        shutil.rmtree(target.path, ignore_errors=True)
-        target.path.mkdir()
+    """A fresh run directory with what a report needs besides the evaluation; no other evaluation has it meanwhile.
+
+    Afterwards it takes the place of an earlier one, which stays if the block does not come to its end.
+    """
+    final = run.path / "evaluations" / name
+    draft = final.with_name(f".{name}.new")
+    target = RunDirectory(draft / name)  # of the final name, which the report shows
+    final.parent.mkdir(exist_ok=True)
+    with held(final.with_name(f".{name}.lock"), str(final)):
+        shutil.rmtree(draft, ignore_errors=True)
+        target.path.mkdir(parents=True)
         for source in (run.config, run.versions, run.metrics):
             shutil.copy(source, target.path)
         if run.validation.is_file():
             shutil.copy(run.validation, target.path)
         shutil.copytree(run.solver, target.solver)
         shutil.copytree(run.distilled, target.distilled)
-        yield target
+        try:
+            yield target
+            shutil.rmtree(final, ignore_errors=True)
+            target.path.rename(final)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

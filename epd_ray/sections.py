@@ -28,6 +28,8 @@ SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
 RESERVED_HEADS = {
     *("mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy", "iteration", "reward"),
     *("low", "high", "gain", "gain_low", "gain_high", "best", "stalled"),
+    *("sampler", "prompt_id", "image", "shard", "session", "seconds"),
+    *("sharpness", "features", "diversity", "frechet_distance"),
 }
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -206,7 +208,7 @@ class DistillConfig(Section):
     """Stage 1: a table that follows a finer solver."""
 
     enabled: bool = Field(default=True, description="false: start from evenly spaced points of equal weight")
-    table: str | None = Field(default=None, description="a solver directory to start from instead")
+    table: str | None = Field(default=None, description="solver directory, preset or hub id to start from")
     method: Literal["least_squares", "gradient"] = Field(
         default="least_squares", description="gradient: goes on from there through the network"
     )

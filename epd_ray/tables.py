@@ -13,7 +13,6 @@ from epd_ray.errors import TableError
 from epd_ray.presets import NAMES
 from epd_ray.solvers import Solver
 from epd_ray.solvers.reference import SUFFIX, read_reference
-from epd_ray.solvers.solver import FILE_NAME
 from epd_ray.solvers.table import COLUMN_NAMES
 
 
@@ -77,13 +76,13 @@ def import_reference(file: str | os.PathLike[str], out: str | os.PathLike[str]) 
 
     Args:
         file: the *.pkl.
-        out: made where missing; must not hold a solver.
+        out: made where missing; must hold nothing.
 
     Returns:
         The path of solver.json.
 
     Raises:
-        TableError: a file that is not one of the reference, or an `out` that holds a solver.
+        TableError: a file that is not one of the reference, or an `out` that holds something.
     """
     if Path(file).suffix != SUFFIX:
         raise TableError(f"{os.fspath(file)!r} is no {SUFFIX} file (for any other solver: epd-ray tables convert)")
@@ -95,20 +94,20 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
 
     Args:
         source: see `load_solver`.
-        out: made where missing; must not hold a solver.
+        out: made where missing; must hold nothing.
 
     Returns:
         The path of solver.json.
 
     Raises:
-        TableError: see `load_solver`; an `out` that holds a solver, is no directory, or cannot be written.
+        TableError: see `load_solver`; an `out` that holds something, is no directory, or cannot be written.
     """
     solver, folder = load_solver(source), Path(out)
     try:
-        if (folder / FILE_NAME).exists():
-            raise TableError(f"{folder} holds a solver already (choose another --out)")
         if folder.exists() and not folder.is_dir():
             raise TableError(f"{folder} is a file, expected a directory (choose another --out)")
+        if folder.exists() and any(folder.iterdir()):
+            raise TableError(f"{folder} is not empty (choose another --out)")
         return solver.save_pretrained(folder)
     except OSError as error:
         raise TableError(f"{folder} cannot be written: {error.strerror or error} (choose another --out)") from error

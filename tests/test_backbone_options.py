@@ -15,8 +15,10 @@ from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
+from epd_ray.backbones.loading import read_index
 from epd_ray.devices import pick_dtype
 from epd_ray.errors import ConfigError, ModelError
+from epd_ray.random_models import random_backbone
 from epd_ray.sampling import baseline, noises
 from tests.families import (
     FREE,
@@ -185,6 +187,29 @@ def test_sdxl_is_told_the_size() -> None:
         assert told[0].tolist() == [[size, size, 0, 0, size, size]] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_embeddings_of_another_dtype_are_taken(dtype: torch.dtype) -> None:
+    """As of an encoder actor whose device computes in another one."""
+    backbone = random_backbone("sd3", "small", resolution=64, device="cpu", dtype="bfloat16")
+    (embedding,) = backbone.embeddings(["a red circle"])
+    x = backbone.initial(backbone.noise(0)[None])
+    expected = backbone.drift(x, torch.tensor([0.5]), backbone.encode(["a red circle"], 1.0))
+    backbone.encode_with(lambda _: tuple(part.to(dtype) for part in embedding))
+    found = backbone.drift(x, torch.tensor([0.5]), backbone.encode(["a red circle"], 1.0))
+    torch.testing.assert_close(found, expected)
+
+
+def test_other_weights_are_another_model(tmp_path: Path) -> None:
+    model = MODELS["sd3"](tmp_path / "m")
+    before = read_index(str(model), None).weights
+    assert before == read_index(str(model), None).weights and len(str(before)) == 16
+    path = next((Path(model) / "transformer").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert read_index(str(model), None).weights != before
+
+
 def test_facts_say_what_the_model_is() -> None:
     facts = backbones("sd_v").facts
     assert facts["revision"] is None and json.loads(json.dumps(facts)) == facts
@@ -192,6 +217,7 @@ def test_facts_say_what_the_model_is() -> None:
         "prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
     }  # fmt: skip
+    assert facts["dtype"] == "float32" and len(str(facts["weights"])) == 16
     flow = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
     assert backbones("sd3").facts["scheduler"] == backbones("flux").facts["scheduler"] == flow
     assert [backbones(n).family for n in ONE_OF_EACH] == ["sd", "sd", "sdxl", "sd3", "flux", "ddpm", "ddpm"]

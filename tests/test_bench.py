@@ -68,7 +68,8 @@ def test_batching_compares_the_same_work(monkeypatch):
 @pytest.mark.parametrize("model", MODELS[1:])
 def test_random_models_of_every_architecture_run(model):
     record = batching._measure(Subject(model, "small", 64), 2, 3)
-    assert all(value > 0 for value in record.values())
+    of_card = {"peak_tflops", "of_peak"}
+    assert all(record[name] > 0 for name in record.keys() - of_card) and record["of_peak"] is None
     assert record["vs_ddim"] == pytest.approx(record["batched_s"] / record["ddim_s"], rel=0.05)
 
 
@@ -140,7 +141,7 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small", "compile": True}]
 
 
-def test_the_command_refuses_before_it_measures(stand_in):
+def test_the_command_refuses_before_it_measures(stand_in, tmp_path):
     with pytest.raises(ConfigError) as error:
         run(["latncy", "overhead"], Options("shapes"))
     said = error.value.problems
@@ -150,4 +151,12 @@ def test_the_command_refuses_before_it_measures(stand_in):
         run(["latency"], Options("flux-rndom"))
     with pytest.raises(ConfigError, match="model shapes is not compiled: give a random model, such as sd3-random"):
         run(["latency"], Options("shapes", compile=True))
+    for options, message in (
+        (Options(compile=True), "--compile needs --model, a random one, such as sd3-random"),
+        (Options(seeds=2), "none of latency takes --seeds: give them to efficiency, search"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(["latency"], options)
+    with pytest.raises(ConfigError, match=f"--out is {tmp_path}/no/b.json, {tmp_path}/no is no folder: make it first"):
+        run(["latency"], out=tmp_path / "no" / "b.json")
     assert stand_in == []

@@ -224,6 +224,40 @@ def test_a_local_ray_listens_on_loopback_alone(dashboard: str) -> None:
         assert f"dashboard: http://{url}" in said
 
 
+def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
+    class Actor:
+        def seen(self) -> str | None:
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert ray.get(ray.remote(Actor).remote().seen.remote()) == ""
+
+
+def test_a_cluster_hides_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster._hidden_gpus() == {"env_vars": cluster.HIDE_GPUS}
+    (name,) = cluster.HIDE_GPUS
+    monkeypatch.setenv(cluster.JOB_CONFIG, json.dumps({"runtime_env": {"env_vars": {name: "0"}}}))
+    assert cluster._hidden_gpus() == {"env_vars": {}}
+
+
+def test_an_actor_with_a_broken_gpu_makes_room_for_another(small_ray: None, tmp_path: Path) -> None:
+    class AcceleratorError(RuntimeError):
+        """As torch's, which has no constructor."""
+
+    class Actor:
+        def draw(self, been: Path) -> int:
+            if not been.exists():
+                been.touch()
+                wrapped = ValueError("in a head")
+                wrapped.__cause__ = AcceleratorError("CUDA error: an illegal memory access was encountered")
+                cluster.end_if_broken(wrapped)
+            cluster.end_if_broken(ValueError("of another kind"))
+            return os.getpid()
+
+    actor = ray.remote(Actor).options(max_restarts=1, max_task_retries=1).remote()
+    assert ray.get(actor.draw.remote(tmp_path / "been")) != os.getpid()
+    cluster.end_if_broken(AcceleratorError("here, in no actor, it is the caller's to raise"))
+
+
 # -- a full object store ----------------------------------------------------------------------------------------------
 
 SMALL = ["backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false"]

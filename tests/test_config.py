@@ -88,6 +88,11 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rewards.clip.wieght=4", "rewards.clip.wieght: unknown key; did you mean 'weight'?"),
         ("rewards.clip.head=clpi", "rewards.clip.head: unknown reward head 'clpi'; did you mean 'clip'?"),
         ("rewards.clip.weight=0", "rewards: weights add up to 0, at least one head needs a positive weight"),
+        ("rewards={image: {head: imagereward}}", "rewards: 'image' is the name of another column or metric"),
+        ("evaluation.baselines=euler", "evaluation.baselines: is 'euler', expected a list, such as [a, b]"),
+        ("backbone.model=null", "backbone.model: is null, expected text"),
+        ("lr=3", "lr: unknown key; did you mean 'distill.lr' or 'rdpo.lr'?"),
+        ("seed=4294967296", "seed: is 4294967296, less than"),
         ("rewards={}", "rewards: is {}, at least 1 is needed"),
         ("rewards.a b={}", "rewards.a b: is 'a b', expected letters, digits, - and _ alone"),
         ("rewards.clip={low: 1}", "rewards.clip.low: unknown key"),
@@ -138,6 +143,19 @@ def test_a_start_point_stays_where_it_is():
     with pytest.raises(ConfigError) as raised:
         load_config(None, ["rdpo.scale_time=true"])
     assert raised.value.problems[0].startswith("rdpo: scale_time would move the start point in time: set it false")
+
+
+def test_stage_one_by_gradient_takes_what_it_follows():
+    gradient = "distill.method=gradient"
+    for more in ("solver.order=2", "solver.afs=true"):
+        with pytest.raises(ConfigError, match="distill: method gradient follows no multistep or analytic slope from a"):
+            load_config(None, [gradient, more])
+        load_config(None, [gradient, more, "solver.start_point=false"])
+    times = [gradient, "solver.start_point=false", "rdpo.scale_time=true"]
+    load_config(None, times)
+    for without in ("rdpo.scale_dir=false", "distill.scale_range=0"):
+        with pytest.raises(ConfigError, match="rdpo: scale_time is found by gradient together with direction scales"):
+            load_config(None, [*times, without])
 
 
 def test_a_lone_start_point_learns_its_scale_or_nothing():

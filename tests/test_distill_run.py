@@ -31,7 +31,7 @@ def test_an_unconditional_model_gets_a_solver_without_any_reward(small_ray, tmp_
     distances = {line.split("  ")[0]: float(line.split()[-1]) for line in lines[:5]}  # at the same parallel NFE
     assert distances["EPD distilled"] == min(distances.values()) > 0
     assert lines[-1] == f"solver: {tmp_path / 'out'}"
-    with pytest.raises(RunDirectoryError, match="holds a solver already: choose another --out"):
+    with pytest.raises(RunDirectoryError, match="is there and not empty: choose another --out"):
         distill(config, tmp_path / "out", Quiet())
 
 

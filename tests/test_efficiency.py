@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from epd_ray.bench import cases, efficiency, search
 from epd_ray.bench.efficiency import Curve
@@ -30,19 +31,19 @@ class Count:
 
 def test_a_measurement_is_made_once(tmp_path):
     path = tmp_path / "new" / "one.json"
-    assert kept(path, ("a=1",), Count, lambda: Count(3)) == Count(3)
-    assert kept(path, ("a=1",), Count, lambda: pytest.fail("measured again")) == Count(3)
+    assert kept(path, {"a": 1}, Count, lambda: Count(3)) == Count(3)
+    assert kept(path, {"a": 1}, Count, lambda: pytest.fail("measured again")) == Count(3)
 
 
 def test_other_settings_are_refused(tmp_path):
     path = tmp_path / "one.json"
-    kept(path, ("a=1", "b=2"), Count, lambda: Count(3))
-    with pytest.raises(RunDirectoryError, match=r"one.json was measured with other settings \(a=1, a=2\)"):
-        kept(path, ("a=2", "b=2"), Count, lambda: Count(4))
+    kept(path, {"run": {"a": 1}, "b": 2}, Count, lambda: Count(3))
+    with pytest.raises(RunDirectoryError, match=r"one.json was measured with other settings \(run.a was 1, now 2\)"):
+        kept(path, {"run": {"a": 2}, "b": 2}, Count, lambda: Count(4))
     assert json.loads(path.read_text())["measured"] == {"value": 3}
     path.write_text("[]")
     with pytest.raises(RunDirectoryError, match="holds no measurement"):
-        kept(path, ("a=1",), Count, lambda: Count(4))
+        kept(path, {"a": 1}, Count, lambda: Count(4))
 
 
 def test_a_stopped_measurement_leaves_no_file(tmp_path):
@@ -50,7 +51,7 @@ def test_a_stopped_measurement_leaves_no_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(tmp_path / "one.json", (), Count, stopped)
+        kept(tmp_path / "one.json", {}, Count, stopped)
     assert not list(tmp_path.iterdir())
 
 
@@ -73,11 +74,11 @@ def test_how_many_times_fewer():
 
 
 def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
-    def curve(settings, budget, target):
-        where = int(settings[0].removeprefix("seed=")) + 1
-        arm = 1 if settings[2] == efficiency.FEW_IMAGES[0] else 4
+    def curve(config, budget, target):
+        where = config.seed + 1
+        arm = 1 if config.rdpo.epochs == 4 else 4  # those for few images
         images = [0, arm * 32 * where, budget]
-        assert target == (None if settings[2:] == efficiency.REFERENCE else 1.0)
+        assert target == (None if config.rdpo.lr == 7e-5 else 1.0)
         return Curve(images, [0.0, 1.0, 1.0])
 
     monkeypatch.setattr(efficiency, "_measured", curve)
@@ -102,7 +103,9 @@ def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ra
 
     monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))
     assert efficiency.efficiency(range(1), tmp_path, TINY, budget=32) == record
-    with pytest.raises(RunDirectoryError, match="budget=32, budget=64"):
+    with pytest.raises(RunDirectoryError, match=r"run.rdpo.epochs was 1, now 2"):
+        efficiency.efficiency(range(1), tmp_path, (*TINY, "rdpo.epochs=2"), budget=32)
+    with pytest.raises(RunDirectoryError, match="budget was 32, now 64"):
         efficiency.efficiency(range(1), tmp_path, TINY, budget=64)
 
 
@@ -121,6 +124,15 @@ def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_r
         assert record[f"n2/{name}/last_check"] == pytest.approx(found["validation"][-1])
     difference = np.mean(measured["rdpo"]["test"]) - np.mean(measured["cma"]["test"])
     assert record["n2/cma/rdpo_minus_this/mean"] == pytest.approx(difference, abs=1e-6)
+    assert record["n2/cma/rdpo_minus_this/low"] is None  # one seed says nothing about others
+
+
+def test_seeds_are_the_units_of_a_search():
+    found = search._compared("n2", {"rdpo": [0.5, 0.7, 0.9], "cma": [0.4, 0.6, 0.6]})
+    interval = stats.ttest_rel([0.5, 0.7, 0.9], [0.4, 0.6, 0.6]).confidence_interval()
+    assert found["n2/cma/rdpo_minus_this/mean"] == pytest.approx(1 / 6)
+    assert found["n2/cma/rdpo_minus_this/low"] == pytest.approx(interval.low)
+    assert found["n2/cma/rdpo_minus_this/high"] == pytest.approx(interval.high)
 
 
 def test_a_round_draws_the_same_prompts_with_every_table(build):

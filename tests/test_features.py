@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
 
 from epd_ray import feature_pool
 from epd_ray.environments import EnvironmentFailure, install
 from epd_ray.errors import EpdRayError, MetricError, ModelError, PlacementError
 from epd_ray.feature_pool import FeatureActor, FeaturePool, FeatureSpec
 from epd_ray.metrics import inception
-from epd_ray.metrics.cache import FeatureCache
 from epd_ray.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from epd_ray.metrics.inception import InceptionFeatures
 from epd_ray.metrics.reference import read_statistics, reference_statistics, write_statistics
@@ -45,88 +43,6 @@ class Colours:
         if images.max(initial=0) == 0:
             raise MetricError("nothing but black")
         return images.mean(axis=(2, 3)).astype(np.float32)
-
-
-class Short(Colours):
-    def features(self, images: np.ndarray) -> np.ndarray:
-        return super().features(images)[1:]
-
-
-# --- kept features ----------------------------------------------------------------------------------------------------
-
-
-def test_features_are_computed_once(tmp_path: Path) -> None:
-    colours, cache = Colours(), FeatureCache(tmp_path / "features")
-    first = cache.features(colours, PICTURES)
-    again = FeatureCache(tmp_path / "features").features(colours, PICTURES.copy())
-    assert colours.looked_at == [9] and again.dtype == np.float32
-    np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(first, Colours().features(PICTURES))
-
-
-def other_revision(colours: Colours, images: np.ndarray) -> np.ndarray:
-    colours.revision = "2"
-    return images
-
-
-def other_model(colours: Colours, images: np.ndarray) -> np.ndarray:
-    colours.model_id = "shades"
-    return images
-
-
-def one_pixel(_: Colours, images: np.ndarray) -> np.ndarray:
-    images = images.copy()
-    images[-1, -1, -1, -1] ^= 1
-    return images
-
-
-def other_order(_: Colours, images: np.ndarray) -> np.ndarray:
-    return images[::-1]
-
-
-def other_shape(_: Colours, images: np.ndarray) -> np.ndarray:
-    return images.reshape(9, 3, 16, 12)
-
-
-@pytest.mark.parametrize("change", [other_revision, other_model, one_pixel, other_order, other_shape])
-def test_what_decides_features_decides_the_file(
-    tmp_path: Path, change: Callable[[Colours, np.ndarray], np.ndarray]
-) -> None:
-    colours, cache = Colours(), FeatureCache(tmp_path)
-    cache.features(colours, PICTURES)
-    changed = change(colours, PICTURES)
-    found = cache.features(colours, changed)
-    assert colours.looked_at == [9, 9] and len(list(tmp_path.iterdir())) == 2
-    np.testing.assert_array_equal(found, changed.mean(axis=(2, 3)).astype(np.float32))
-
-
-def test_a_computation_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MetricError, match="nothing but black"):
-        FeatureCache(tmp_path).features(Colours(), PICTURES * 0)
-    with pytest.raises(MetricError, match=r"'colours' gave features of shape \[8, 3\], expected \[9, 3\]"):
-        FeatureCache(tmp_path).features(Short(), PICTURES)
-    with pytest.raises(MetricError, match="images are float64"):
-        FeatureCache(tmp_path).features(Colours(), PICTURES / 255)  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-4]),
-        lambda path: save_file({"other": np.zeros((9, 3), np.float32)}, path),
-        lambda path: save_file({"features": np.zeros((8, 3), np.float32)}, path),
-        lambda path: save_file({"features": np.zeros((9, 3))}, path),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    cache = FeatureCache(tmp_path)
-    cache.features(Colours(), PICTURES)
-    (file,) = tmp_path.iterdir()
-    damage(file)
-    with pytest.raises(MetricError, match=rf"{file} is damaged .*: delete it") as caught:
-        cache.features(Colours(), PICTURES)
-    assert "\n" not in str(caught.value)
 
 
 # --- what is compared with --------------------------------------------------------------------------------------------
@@ -221,6 +137,14 @@ def test_a_folder_that_cannot_be_used_is_named(
     assert not (tmp_path / "cache").exists()
 
 
+def test_too_few_real_pictures_are_said_before_any_are_drawn(tmp_path: Path, folder: Path) -> None:
+    for name in range(3, 10):
+        next(folder.rglob(f"{name}.png")).unlink()
+    for _ in "twice":  # the second time from the cache
+        with pytest.raises(MetricError, match=rf"{folder} is of 3 pictures, .* at least 4 for 3 features: give more"):
+            reference_statistics(folder, Colours(), tmp_path / "cache")
+
+
 # --- in actors --------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +154,6 @@ def test_a_pool_is_an_extractor(small_ray: None, tmp_path: Path, monkeypatch: py
     with FeaturePool(spec) as pool:
         assert (pool.model_id, pool.revision, pool.dimension) == ("colours", "1", 3)
         np.testing.assert_array_equal(pool.features(PICTURES), Colours().features(PICTURES))
-        assert FeatureCache(tmp_path).features(pool, PICTURES).shape == (9, 3)
         assert pool.features(PICTURES[:0]).shape == (0, 3)
         with pytest.raises(MetricError, match="nothing but black"):
             pool.features(PICTURES * 0)

@@ -429,6 +429,22 @@ def test_evaluate_on_other_prompts(finished, tmp_path):
         evaluate(out, 4, prompts, "test", Quiet())
 
 
+def test_an_evaluation_that_stops_leaves_the_one_before(finished, monkeypatch):
+    out, _ = finished
+    evaluate(out, 2, None, "test", Quiet())
+    before = (out / "evaluations" / "test-2" / "report.html").read_text()
+    assert "test-2" in before and ".new" not in before
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "write_report", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(out, 2, None, "test", Quiet())
+    assert (out / "evaluations" / "test-2" / "report.html").read_text() == before
+    assert not list((out / "evaluations").glob(".*.new"))
+
+
 def test_occupied_directory_is_refused_before_anything_starts(finished):
     out, _ = finished
     before = sorted(p.name for p in out.iterdir())

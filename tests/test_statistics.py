@@ -3,8 +3,9 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from epd_ray.statistics import Interval, bootstrap_mean, median_interval, paired_difference
+from epd_ray.statistics import Interval, bootstrap_mean, median_interval, paired_difference, student_mean
 
 
 def test_interval_matches_the_normal_one_on_a_large_sample() -> None:
@@ -20,6 +21,15 @@ def test_interval_covers_the_mean_about_95_times_in_100() -> None:
     rng = np.random.default_rng(1)
     found = [bootstrap_mean(rng.normal(size=40)) for _ in range(100)]
     assert 88 <= sum(interval.low <= 0 <= interval.high for interval in found) <= 99
+
+
+def test_a_mean_of_few_runs_has_students_interval() -> None:
+    values = [0.021, 0.012, 0.016]
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval()
+    assert student_mean(values) == Interval(*(pytest.approx(v) for v in (np.mean(values), interval.low, interval.high)))
+    assert student_mean([0.5]) == Interval(0.5, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="values are empty"):
+        student_mean([])
 
 
 def test_pairs_are_narrower_than_samples() -> None:

@@ -113,6 +113,9 @@ def test_fid_suite_runs_what_is_here_and_shows_the_rest():
         ]
     with pytest.raises(ConfigError, match=r"parallel NFE 20, the FID table has 3, 5, 7, 9: distil one with solver.afs"):
         fid_suite("cifar10_32", [learned()])
+    twice = [learned(2, afs=True, key="epd-3-a"), learned(2, afs=True, key="epd-3-b")]
+    with pytest.raises(ConfigError, match="both have parallel NFE 3, the FID table has room for one"):
+        fid_suite("cifar10_32", twice)
 
 
 def test_comparison_suite_holds_every_rival_at_both_costs():
@@ -125,13 +128,14 @@ def test_comparison_suite_holds_every_rival_at_both_costs():
 
 def test_solvers_are_known_by_what_they_are(tmp_path):
     half = torch.full((2, 2), 0.5, dtype=torch.float64)
-    places = [tmp_path / "runs" / name / "solver" for name in ("first", "again", "other")]
-    for place, position in zip(places, (0.2, 0.2, 0.3), strict=True):
+    runs = tmp_path / "runs"
+    places = [*(runs / name / "solver" for name in ("first", "again", "other")), runs / "other" / "distilled"]
+    for place, position in zip(places, (0.2, 0.2, 0.3, 0.4), strict=True):
         table = SolverTable(torch.tensor([[position, 0.8]] * 2, dtype=torch.float64), half)
         Solver(table, torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), "ve").save_pretrained(place)
     found = open_solvers([str(place) for place in places], facts())
-    assert [s.label for s in found] == ["EPD-Solver first", "EPD-Solver other"]
-    assert len({s.key for s in found}) == 2
+    assert [s.label for s in found] == ["EPD-Solver first", "EPD-Solver other", "EPD-Solver other/distilled"]
+    assert len({s.key for s in found}) == 3
     with pytest.raises(TableError, match="is for the backbone family sd3, the model is of the family sd"):
         open_solvers(["sd3-512-rl"], facts())
 

@@ -59,7 +59,7 @@ def test_import_and_convert(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     convert("flux-rl", tmp_path / "flux")
-    with pytest.raises(TableError, match="holds a solver already"):
+    with pytest.raises(TableError, match="is not empty"):
         convert("sd15-rl", tmp_path / "flux")
     (tmp_path / "file").write_text("")
     with pytest.raises(TableError, match="is a file, expected a directory"):

@@ -1,5 +1,6 @@
 """From a model's name to an open diffusers pipeline: files, dtype, device, memory and speed options."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ Parts = Literal["all", "text", "image"]
 Offload = Literal["none", "model", "sequential"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # the pipelines' calls use them, the ODE does not
+
+WEIGHTS = frozenset({".safetensors", ".bin"})  # suffixes that diffusers reads
+SAMPLES, SAMPLE = 64, 16 << 10  # of a file of weights, and bytes of each
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Index:
         class_name: of the pipeline.
         components: name -> whether the model has it.
         commit: of a hub repository.
+        weights: of a local directory, digits that other weights do not have.
     """
 
     location: str
     class_name: str
     components: dict[str, bool]
     commit: str | None
+    weights: str | None = None
 
 
 def read_index(model: str, revision: str | None) -> Index:
@@ -95,14 +101,14 @@ def read_index(model: str, revision: str | None) -> Index:
     location = resolve_model(model)
     with opening(model):
         if Path(location).is_dir():
-            path, commit = Path(location, INDEX), None
+            path, commit, weights = Path(location, INDEX), None, _fingerprint(Path(location))
             if not path.is_file():
                 raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
         else:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(location, INDEX, revision=revision))
-            commit = path.parent.name  # the cache keeps snapshots/<commit>/
+            commit, weights = path.parent.name, None  # the cache keeps snapshots/<commit>/
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -110,7 +116,20 @@ def read_index(model: str, revision: str | None) -> Index:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"model {model!r}: {INDEX} names no pipeline class: it is damaged")
     components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}
-    return Index(location, index["_class_name"], components, commit)
+    return Index(location, index["_class_name"], components, commit, weights)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of names, sizes and samples of the files of weights, which have gigabytes and change everywhere by training."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in WEIGHTS and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLES):
+                file.seek(size * i // SAMPLES)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:  # diffusers ships no types

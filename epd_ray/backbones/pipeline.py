@@ -12,6 +12,7 @@ from torch import Tensor
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.conditioning import TextConditioning, guided_drift
 from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.devices import pick_dtype
 from epd_ray.errors import ModelError
 from epd_ray.types import Conditioning, Form
 
@@ -86,16 +87,25 @@ class PipelineBackbone:
         family: around the same pipeline.
         options: that it was opened with.
         commit: of a hub repository.
+        weights: of a local directory, see Index.
 
     Raises:
         ModelError: a resolution that the model cannot draw.
     """
 
-    def __init__(self, pipeline: Any, family: Family, options: PipelineOptions, commit: str | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        family: Family,
+        options: PipelineOptions,
+        commit: str | None = None,
+        weights: str | None = None,
+    ) -> None:
         self.pipeline, self._family, self.options = pipeline, family, options
         self.model_id, self.family, self.form = options.model, family.name, family.form
         self.schedule, self.default_guidance = family.schedule, family.default_guidance
         self.device = pipeline._execution_device
+        self._dtype = pick_dtype(options.dtype, self.device)
         # Text encoders alone draw nothing, and know no size.
         self.resolution = options.resolution or (0 if options.parts == "text" else family.default_resolution)
         if options.parts != "text":
@@ -103,6 +113,8 @@ class PipelineBackbone:
         self.facts: Mapping[str, JsonValue] = {
             "resolution": self.resolution,
             "revision": commit or options.revision,
+            **({} if weights is None else {"weights": weights}),
+            "dtype": str(self._dtype).removeprefix("torch."),
             "scheduler": family.scheduler_facts,
         }
         self.embeddings = EmbeddingCache(self._embed, options.embedding_cache_mib << 20)
@@ -123,7 +135,8 @@ class PipelineBackbone:
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
         guided = self._family.classifier_free and guidance_scale > 1
         rows = self.embeddings([*([""] * len(prompts) if guided else []), *prompts])
-        tensors = tuple(torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
+        stacked = (torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
+        tensors = tuple(t.to(self._dtype) if t.is_floating_point() else t for t in stacked)  # the encoder's may differ
         return TextConditioning(tensors, len(prompts), guidance_scale, guided)
 
     def truncated(self, prompts: Sequence[str]) -> int:

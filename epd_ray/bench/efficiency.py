@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from epd_ray.bench.kept import FOLDER, kept
-from epd_ray.config import load_config
+from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import load_prompts
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table
@@ -103,9 +103,11 @@ def efficiency(
     for seed in seeds:
         curves: dict[str, Curve] = {}
         for arm, own in ARMS.items():
-            settings = (f"seed={seed}", SMALL_JOBS, *own, *overrides)
-            measure = partial(_measured, settings, budget, curves["reference"].rewards[-1] if curves else None)
-            curves[arm] = kept(folder / f"{arm}-seed{seed}.json", (*settings, f"budget={budget}"), Curve, measure)
+            config = load_config(None, (f"seed={seed}", SMALL_JOBS, *own, *overrides))
+            goal = curves["reference"].rewards[-1] if curves else None
+            decides = {"run": config.model_dump(mode="json"), "budget": budget, "checks": list(CHECKS), "target": goal}
+            measure = partial(_measured, config, budget, goal)
+            curves[arm] = kept(folder / f"{arm}-seed{seed}.json", decides, Curve, measure)
             record[f"seed_{seed}/{arm}/distilled_reward"] = curves[arm].rewards[0]
         target = record[f"seed_{seed}/target"] = curves["reference"].rewards[-1]
         for (arm, curve), (rule, in_a_row) in product(curves.items(), RULES.items()):
@@ -131,15 +133,14 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no infinity
 
 
-def _measured(settings: Sequence[str], budget: int, target: float | None) -> Curve:
+def _measured(config: RunConfig, budget: int, target: float | None) -> Curve:
     """Train until the target holds twice in a row, or the budget is spent.
 
     Args:
-        settings: of the run.
+        config: of the run.
         budget: images.
         target: None: the budget is spent.
     """
-    config = load_config(None, settings)
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
         algo.rebase(as_table(distil(config, prompts, algo)))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from epd_ray.bench.cases import CASES, OF_MODELS, Record, measured
+from epd_ray.bench.cases import CASES, OF_MODELS, SEEDED, Record, measured
 from epd_ray.bench.kept import FOLDER
-from epd_ray.bench.models import Subject
+from epd_ray.bench.models import RANDOM, Subject
 from epd_ray.bench.show import show
 from epd_ray.errors import ConfigError
 from epd_ray.provenance import Provenance
@@ -41,7 +41,7 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
         Case -> record.
 
     Raises:
-        ConfigError: an unknown case or model, or a model for a case that takes none.
+        ConfigError: an unknown case or model, an option for cases that take none, or no folder for `out`.
         RunDirectoryError: `out` cannot be written.
     """
     options = options or Options()
@@ -52,6 +52,12 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
         takes = ", ".join(OF_MODELS)
         others = [name for name in chosen if name in CASES and name not in OF_MODELS]
         problems += [f"case {name} takes no --model, --size or --compile: give them to {takes}" for name in others]
+    if options.compile and options.model is None and chosen != ["batching"]:
+        problems.append(f"--compile needs --model, a random one, such as sd3{RANDOM}")
+    if options.seeds is not None and not set(chosen) & set(SEEDED):
+        problems.append(f"none of {', '.join(chosen)} takes --seeds: give them to {', '.join(SEEDED)}")
+    if out is not None and not out.parent.is_dir():
+        problems.append(f"--out is {out}, {out.parent} is no folder: make it first")
     if problems:
         raise ConfigError(problems)
     if options.model is not None:

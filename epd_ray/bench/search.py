@@ -1,5 +1,6 @@
 """RDPO against CMA-ES and random search: the same start, actors, budget of images and choice by held-out reward."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from epd_ray.search import CmaSearch, RandomSearch, Search
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table
 from epd_ray.solvers import SolverTable
-from epd_ray.statistics import bootstrap_mean, paired_difference
+from epd_ray.statistics import student_mean
 from epd_ray.trainer import distil, noise_seeds, validate
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
@@ -27,8 +28,9 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
 METHODS = ("rdpo", "cma", "random")
 BUDGET = 1440
 BETWEEN_CHECKS = 160
-CANDIDATES = 8  # of CMA-ES a round; each draws the same 4 prompts and noise
-RANDOM_CANDIDATES = 20  # drawn between two checks; each draws the same 8
+CANDIDATES, SHARED = 8, 4  # tables of CMA-ES a round, and the prompts that each draws
+RANDOM_CANDIDATES = 20  # drawn between two checks; each draws the same 8 prompts
+RULES = {"between_checks": BETWEEN_CHECKS, "cma": [CANDIDATES, SHARED], "random": RANDOM_CANDIDATES}
 SEARCHED = 5  # stream of the prompts and noise of a round
 Record = dict[str, float | int | str | bool | None]
 
@@ -105,7 +107,7 @@ def _method(name: str, config: RunConfig, prompts: PromptSplits, algo: RDPO, sta
     if name == "rdpo":
         return Method(algo.train, algo.config.images_per_iteration, algo.mean_table)
     if name == "cma":
-        candidates, shared = CANDIDATES, 4
+        candidates, shared = CANDIDATES, SHARED
         search: Search = CmaSearch(start, candidates, config.seed)
     else:
         candidates, shared = RANDOM_CANDIDATES, BETWEEN_CHECKS // RANDOM_CANDIDATES
@@ -134,54 +136,56 @@ def search(
         budget: training images of a method.
 
     Returns:
-        Per method and seed the mean over test prompts, over all seeds the same with an interval, and `last_check`: the
-        held-out reward at the last check, what a method has where nothing chose among its tables.
+        Per method and seed the mean over test prompts; over the seeds its mean and RDPO's difference, each with
+        Student's interval, null with one seed; and `last_check`: the held-out reward at the last check, what a method
+        has where nothing chose among its tables.
 
     Raises:
         RunDirectoryError: the folder holds results of other settings.
     """
     record: Record = {"budget": budget}
     for problem in problems:
-        tests: dict[str, list[float]] = {}
+        tests: dict[str, list[float]] = {}  # a mean over the test prompts for each seed
         last: dict[str, list[float]] = {}
         for seed in seeds:
-            settings = (f"seed={seed}", *PROBLEMS[problem], *overrides)
+            config = load_config(None, (f"seed={seed}", *PROBLEMS[problem], *overrides))
+            decides = {"run": config.model_dump(mode="json"), "budget": budget, "rules": RULES}
             first: Found | None = None
             for name in ("distilled", *METHODS):
-                measure = partial(_found, name, settings, budget, first)
+                measure = partial(_found, name, config, budget, first)
                 path = folder / f"search-{problem}-{name}-seed{seed}.json"
-                found = kept(path, (*settings, f"budget={budget}"), Found, measure)
+                found = kept(path, decides, Found, measure)
                 first = first or found
-                tests.setdefault(name, []).extend(found.test)
+                tests.setdefault(name, []).append(float(np.mean(found.test)))
                 last.setdefault(name, []).append(found.validation[-1])
-                record[f"{problem}/seed_{seed}/{name}"] = float(np.mean(found.test))
+                record[f"{problem}/seed_{seed}/{name}"] = tests[name][-1]
         record |= _compared(problem, tests)
         record |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
     return record
 
 
 def _compared(problem: str, tests: dict[str, list[float]]) -> Record:
-    """Means over all seeds' test prompts, and what RDPO has above each other method, with intervals."""
+    """Means over seeds, whose tables are the independent units, and what RDPO has above each other method."""
     record: Record = {}
     for name, values in tests.items():
-        pairs = {"": bootstrap_mean(values)}
+        pairs = {"": student_mean(values)}
         if name != "rdpo":
-            pairs["/rdpo_minus_this"] = paired_difference(tests["rdpo"], values)
+            pairs["/rdpo_minus_this"] = student_mean(np.subtract(tests["rdpo"], values))
         for suffix, interval in pairs.items():
-            record |= {f"{problem}/{name}{suffix}/{key}": value for key, value in asdict(interval).items()}
+            found = asdict(interval).items()
+            record |= {f"{problem}/{name}{suffix}/{key}": v if math.isfinite(v) else None for key, v in found}
     return record
 
 
-def _found(name: str, settings: Sequence[str], budget: int, first: Found | None) -> Found:
+def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Found:
     """Search, and draw the test prompts with the table that was best on the validation prompts.
 
     Args:
         name: "distilled" or one of METHODS.
-        settings: of the run.
+        config: of the run.
         budget: training images.
         first: what distilling found: the start; None where this is that.
     """
-    config = load_config(None, settings)
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
         if first is None:

@@ -53,7 +53,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="PATH", help="Pictures, or .npz statistics, that the Frechet distance is taken to."),
     ] = None,
-    split: Annotated[Literal["validation", "test"], typer.Option(help="Which of a run's held-out prompts.")] = "test",
+    split: Annotated[
+        Literal["validation", "test"] | None,
+        typer.Option(help="Which of a RUN's held-out prompts.", show_default="test"),
+    ] = None,
 ) -> None:
     """Compare a run's solver with the baselines on held-out prompts, or measure a suite on any model."""
     given = arguments or []
@@ -71,13 +74,15 @@ def evaluate(
             from epd_ray import run
 
             with observed() as observer:
-                headline = run.evaluate(place(given[0]), count, prompts, split, observer)
+                headline = run.evaluate(place(given[0]), count, prompts, split or "test", observer)
             say(headline)
             return
         overrides = [*([f"backbone.model={model}"] if model else []), *(text for text in given if "=" in text)]
         files = [text for text in given if "=" not in text]
         if len(files) > (suite == "prompts" and prompts is None):
             raise ConfigError([f"{files[-1]!r}: with --suite {suite} expected KEY=VALUE, such as backbone.model=..."])
+        if split is not None:
+            raise ConfigError(["--split is of a RUN's prompts: leave it out with --suite"])
         if out is None:
             raise ConfigError(
                 [f"--suite {suite} needs --out DIR: the results go there, and an interrupted one goes on"]

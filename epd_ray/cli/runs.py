@@ -183,7 +183,9 @@ def bench(
     cases: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CASE", help="step, latency, throughput, efficiency, search, scale, faults, scoring, ..."
+            metavar="CASE",
+            help="overhead, overlap, efficiency, search, distill, batching, latency, step, throughput, scale, flat, "
+            "faults, scoring. None: all of them, which takes hours; with --model those that take one.",
         ),
     ] = None,
     model: Annotated[

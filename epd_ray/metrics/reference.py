@@ -27,7 +27,8 @@ def reference_statistics(source: Path, extractor: FeatureExtractor, cache: Path)
         cache: folder that keeps the statistics of picture folders, by their bytes and the extractor.
 
     Raises:
-        MetricError: nothing there, a damaged picture or file, or statistics of another number of features.
+        MetricError: nothing there, a damaged picture or file, too few pictures, or statistics of another number of
+            features.
         RunDirectoryError: the disk refuses.
     """
     if not source.is_dir():
@@ -35,12 +36,12 @@ def reference_statistics(source: Path, extractor: FeatureExtractor, cache: Path)
     files = picture_files(source)
     path = cache / f"reference-{_key(files, extractor)}.npz"
     if path.is_file():
-        return _of_size(read_statistics(path), extractor, path)
+        return _of_size(read_statistics(path), extractor, source)
     shards = (FeatureStatistics.of(extractor.features(batch)) for batch in _batches(files))
     found = FeatureStatistics.merged(shards).gaussian()
     cache.mkdir(parents=True, exist_ok=True)
     write_statistics(path, found)
-    return found
+    return _of_size(found, extractor, source)
 
 
 def read_statistics(path: Path) -> Gaussian:
@@ -82,6 +83,11 @@ def _of_size(found: Gaussian, extractor: FeatureExtractor, path: Path) -> Gaussi
         raise MetricError(
             f"{path} is of {len(found.mean)} features, {extractor.model_id} has {extractor.dimension}: "
             "give statistics of this extractor, or a folder of pictures"
+        )
+    if found.count is not None and found.count <= extractor.dimension:
+        raise MetricError(
+            f"{path} is of {found.count} pictures, the Frechet distance needs at least {extractor.dimension + 1} for "
+            f"{extractor.dimension} features: give more"
         )
     return found
 

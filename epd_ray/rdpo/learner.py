@@ -15,7 +15,7 @@ from epd_ray.rdpo.policy import PolicyNetwork
 from epd_ray.rollout import log_prob
 
 ADVANTAGES = "advantages"
-RATIO_TOLERANCE = 1e-5
+RATIO_TOLERANCE = 1e-3  # log-probabilities travel in float32, and devices differ in their last bits
 
 
 class RDPOLearner(TorchLearner):  # type: ignore[misc]

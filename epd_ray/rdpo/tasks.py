@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
-from epd_ray.cluster import keep
+from epd_ray.cluster import end_if_broken, keep
 from epd_ray.encoder import embed_with
 from epd_ray.memory import Memory, peak_memory
 from epd_ray.rdpo.dirichlet import TableSpace
@@ -139,6 +139,7 @@ class TaskRunner:
             value, images = self._call(task)
             reference = None if images is None else keep(images)
         except Exception as error:
+            end_if_broken(error)
             return Answer(task.task_id, error=error)
         return Answer(task.task_id, value, reference, time.perf_counter() - start, peak_memory())
 

@@ -146,6 +146,22 @@ def require_installed(names: Sequence[str]) -> None:
         )
 
 
+def require_form(names: Sequence[str], form: Form) -> None:
+    """Check that methods follow a model's form.
+
+    Raises:
+        ConfigError: one does not.
+        UnknownNameError: no such method.
+    """
+    problems = [
+        f"solver {name!r} follows the form {' or '.join(method.forms)}, but this model's is {form}"
+        for name in names
+        if form not in (method := find(name)).forms
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def follow(
     name: str, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, *, callback: Callback | None = None
 ) -> Tensor:
@@ -168,8 +184,7 @@ def follow(
         UnknownNameError: no such method.
     """
     method = find(name)
-    if form not in method.forms:
-        raise ConfigError([f"solver {name!r} follows the form {' or '.join(method.forms)}, but this model's is {form}"])
+    require_form([name], form)
     require_installed([name])
     solve = SOLVERS.get(method.target)
     extra = {"form": form} if method.needs_form else {}

@@ -132,7 +132,7 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
         ours: learned samplers; one with a multistep slope is what the paper calls a plugin.
 
     Raises:
-        ConfigError: a sampler with a parallel NFE that the table does not have.
+        ConfigError: a sampler with a parallel NFE that the table does not have, or two for one place in it.
     """
     if beyond := [s for s in ours if s.parallel_nfe not in FID_NFES]:
         columns = ", ".join(map(str, FID_NFES))
@@ -140,11 +140,18 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
             [f"{beyond[0].label} has parallel NFE {beyond[0].parallel_nfe}, the FID table has {columns}: distil "
              "one with solver.afs=true and solver.intervals=2, 3, 4 or 5"]
         )  # fmt: skip
+    placed: dict[tuple[str, int], Sampler] = {}
+    for s in ours:
+        place = (PLUGIN if s.order > 1 else LEARNED, s.parallel_nfe)
+        if placed.setdefault(place, s) is not s:
+            raise ConfigError(
+                [f"{placed[place].label} and {s.label} both have parallel NFE {s.parallel_nfe}, the FID table has room "
+                 "for one: give each an --out of its own"]
+            )  # fmt: skip
     lines = []
     for method, values in fid_table(table).items():
-        mine = {s.parallel_nfe: s for s in ours if method == (PLUGIN if s.order > 1 else LEARNED)}
         for nfe, value in values.items():
-            sampler = mine.get(nfe) or _baseline(method, nfe)
+            sampler = placed.get((method, nfe)) or _baseline(method, nfe)
             lines.append(Line(method, nfe, sampler, published={FID_METRIC: value}))
     return Suite("paper-fid", table, tuple(lines), tuple(ours), None)
 

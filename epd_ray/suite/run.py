@@ -17,6 +17,7 @@ from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.pipeline import Outcome
 from epd_ray.sections import SHAPES
 from epd_ray.session import algorithm, stop_signals
+from epd_ray.solvers import Solver
 from epd_ray.store import named_when_full
 from epd_ray.suite.definition import require_fit
 from epd_ray.suite.features import open_features
@@ -54,6 +55,8 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     results = ResultsDirectory(request.out)
     require_fit(request.suite, config.backbone)
     pictures = pictures_of(config, request)
+    for name in request.solvers:
+        Solver.from_pretrained(name)  # a wrong name ends it here, before actors have a model
     results.prepare()
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
     with ExitStack() as stack:

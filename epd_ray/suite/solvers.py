@@ -61,11 +61,13 @@ def open_solvers(names: Sequence[str], facts: BackboneFacts) -> list[Sampler]:
 
 
 def _short(name: str) -> str:
-    """runs/mine/solver -> mine; presets and hub ids as they are."""
+    """runs/mine/solver -> mine, others of a run with its name; presets and hub ids as they are."""
     if name in PRESETS or not Path(name).exists():
         return name
     path = Path(name).resolve()
-    return path.parent.name if path.name == "solver" else path.name
+    if path.name == "solver":
+        return path.parent.name
+    return f"{path.parent.name}/{path.name}" if path.name == "distilled" else path.name
 
 
 def digest(sampler: Sampler) -> str:

@@ -69,10 +69,8 @@ class Subject:
         return {
             "model": self.facts.model_id,
             "family": self.facts.family,
-            "revision": self.facts.more.get("revision"),
-            "resolution": self.facts.more.get("resolution"),
+            **{name: self.facts.more.get(name) for name in ("revision", "weights", "dtype", "resolution")},
             "guidance_scale": self.facts.guidance_scale,
-            "dtype": self.config.backbone.dtype,
             "options": self.config.backbone.portable,
         }
 
