@@ -201,13 +201,13 @@ def test_embeddings_of_another_dtype_are_taken(dtype: torch.dtype) -> None:
 
 def test_other_weights_are_another_model(tmp_path: Path) -> None:
     model = MODELS["sd3"](tmp_path / "m")
-    before = read_index(str(model), None).weights
-    assert before == read_index(str(model), None).weights and len(str(before)) == 16
+    before = read_index(str(model), None).fingerprint
+    assert before == read_index(str(model), None).fingerprint and len(str(before)) == 16
     path = next((Path(model) / "transformer").glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert read_index(str(model), None).weights != before
+    assert read_index(str(model), None).fingerprint != before
 
 
 def test_facts_say_what_the_model_is() -> None:
@@ -217,7 +217,7 @@ def test_facts_say_what_the_model_is() -> None:
         "prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
     }  # fmt: skip
-    assert facts["dtype"] == "float32" and len(str(facts["weights"])) == 16
+    assert facts["dtype"] == "float32" and len(str(facts["fingerprint"])) == 16
     flow = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
     assert backbones("sd3").facts["scheduler"] == backbones("flux").facts["scheduler"] == flow
     assert [backbones(n).family for n in ONE_OF_EACH] == ["sd", "sd", "sdxl", "sd3", "flux", "ddpm", "ddpm"]

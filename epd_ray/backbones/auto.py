@@ -45,7 +45,7 @@ def open_backbone(**options: Any) -> PipelineBackbone:
     denoiser = "transformer" if "transformer" in index.components else "unet"
     pipeline = open_pipeline(index, opened, denoiser)
     family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})
-    return PipelineBackbone(pipeline, family, opened, index.commit, index.weights)
+    return PipelineBackbone(pipeline, family, opened, index.commit, index.fingerprint)
 
 
 def takes_prompts(model: str, revision: str | None) -> bool:

@@ -82,14 +82,14 @@ class Index:
         class_name: of the pipeline.
         components: name -> whether the model has it.
         commit: of a hub repository.
-        weights: of a local directory, digits that other weights do not have.
+        fingerprint: of a local directory, digits that other weights do not have.
     """
 
     location: str
     class_name: str
     components: dict[str, bool]
     commit: str | None
-    weights: str | None = None
+    fingerprint: str | None = None
 
 
 def read_index(model: str, revision: str | None) -> Index:
@@ -101,14 +101,14 @@ def read_index(model: str, revision: str | None) -> Index:
     location = resolve_model(model)
     with opening(model):
         if Path(location).is_dir():
-            path, commit, weights = Path(location, INDEX), None, _fingerprint(Path(location))
+            path, commit, fingerprint = Path(location, INDEX), None, _fingerprint(Path(location))
             if not path.is_file():
                 raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
         else:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(location, INDEX, revision=revision))
-            commit, weights = path.parent.name, None  # the cache keeps snapshots/<commit>/
+            commit, fingerprint = path.parent.name, None  # the cache keeps snapshots/<commit>/
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -116,7 +116,7 @@ def read_index(model: str, revision: str | None) -> Index:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"model {model!r}: {INDEX} names no pipeline class: it is damaged")
     components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}
-    return Index(location, index["_class_name"], components, commit, weights)
+    return Index(location, index["_class_name"], components, commit, fingerprint)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -87,7 +87,7 @@ class PipelineBackbone:
         family: around the same pipeline.
         options: that it was opened with.
         commit: of a hub repository.
-        weights: of a local directory, see Index.
+        fingerprint: of a local directory, see Index.
 
     Raises:
         ModelError: a resolution that the model cannot draw.
@@ -99,7 +99,7 @@ class PipelineBackbone:
         family: Family,
         options: PipelineOptions,
         commit: str | None = None,
-        weights: str | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.pipeline, self._family, self.options = pipeline, family, options
         self.model_id, self.family, self.form = options.model, family.name, family.form
@@ -113,7 +113,7 @@ class PipelineBackbone:
         self.facts: Mapping[str, JsonValue] = {
             "resolution": self.resolution,
             "revision": commit or options.revision,
-            **({} if weights is None else {"weights": weights}),
+            **({} if fingerprint is None else {"fingerprint": fingerprint}),
             "dtype": str(self._dtype).removeprefix("torch."),
             "scheduler": family.scheduler_facts,
         }

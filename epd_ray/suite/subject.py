@@ -69,7 +69,7 @@ class Subject:
         return {
             "model": self.facts.model_id,
             "family": self.facts.family,
-            **{name: self.facts.more.get(name) for name in ("revision", "weights", "dtype", "resolution")},
+            **{name: self.facts.more.get(name) for name in ("revision", "fingerprint", "dtype", "resolution")},
             "guidance_scale": self.facts.guidance_scale,
             "options": self.config.backbone.portable,
         }
