@@ -19,6 +19,7 @@ from epd_ray.feature_pool import FeatureActor, FeaturePool, FeatureSpec
 from epd_ray.metrics import inception
 from epd_ray.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from epd_ray.metrics.inception import InceptionFeatures
+from epd_ray.metrics.pictures import picture_files
 from epd_ray.metrics.reference import read_statistics, reference_statistics, write_statistics
 from tests.environments_fixture import real_home  # noqa: F401
 
@@ -135,6 +136,14 @@ def test_a_folder_that_cannot_be_used_is_named(
     with pytest.raises(MetricError, match=message):
         reference_statistics(folder, Colours(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_numbers_are_sorted_by_their_value(tmp_path: Path) -> None:
+    names = ["9.png", "99.png", "101.png", "1000.png", "a2/1.png", "a10/1.png", "b.png"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in picture_files(tmp_path)] == names
 
 
 def test_too_few_real_pictures_are_said_before_any_are_drawn(tmp_path: Path, folder: Path) -> None:

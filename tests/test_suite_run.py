@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.errors import ConfigError, MetricError, ModelError, PromptError, RunDirectoryError
+from epd_ray.errors import ConfigError, MetricError, ModelError, PromptError, RunDirectoryError, TableError
 from epd_ray.rollout import RolloutWorker
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.suite.run import evaluate_suite
@@ -155,6 +155,15 @@ def test_a_solver_is_added_to_what_is_there(small_ray, request_of, calls, tmp_pa
     assert "times not compared (drawn at different times" in line
     (line,) = [line for line in lines if line.startswith("EPD-Solver mine (parallel NFE 6")]
     assert "of its time a picture" in line
+
+
+def test_what_is_not_there_is_said_before_an_actor_starts(request_of, monkeypatch):
+    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    with pytest.raises(TableError, match="'nowhere' is no directory"):
+        measured(replace(request_of, solvers=("nowhere",)))
+    with pytest.raises(MetricError, match="--reference is real, and nothing is there: give pictures"):
+        measured(replace(request_of, reference=Path("real")))
+    assert not request_of.out.exists()
 
 
 def test_results_of_something_else_are_refused_not_merged(small_ray, request_of, calls, prompts):

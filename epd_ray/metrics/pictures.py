@@ -1,5 +1,6 @@
 """Folders of pictures."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,21 @@ from epd_ray.types import ImageArray
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture in a folder and those below it, sorted.
+    """Every picture in a folder and those below it, sorted, numbers by their value: 1000.png after 999.png.
 
     Raises:
         MetricError: no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise MetricError(f"{folder} is no folder, expected one with pictures ({', '.join(IMAGE_SUFFIXES)})")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not found:
         raise MetricError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    return sorted(found, key=lambda path: _in_order(path.relative_to(folder).as_posix()))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def read_picture(path: Path) -> ImageArray:

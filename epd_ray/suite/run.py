@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 from epd_ray.config import RunConfig
-from epd_ray.errors import ConfigError, PromptError
+from epd_ray.errors import ConfigError, MetricError, PromptError
 from epd_ray.evaluate import save_pictures
 from epd_ray.lock import held
 from epd_ray.progress import Observer
@@ -57,6 +57,8 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     pictures = pictures_of(config, request)
     for name in request.solvers:
         Solver.from_pretrained(name)  # a wrong name ends it here, before actors have a model
+    if request.reference is not None and not request.reference.exists():
+        raise MetricError(f"--reference is {request.reference}, and nothing is there: give pictures or statistics")
     results.prepare()
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
     with ExitStack() as stack:
