@@ -151,10 +151,16 @@ def reward_spec(reward: RewardConfig) -> RewardSpec:
 
 
 def _warn_of_idle_gpus(config: RunConfig) -> None:
-    """Ray hides the GPUs from actors that ask for none, so that a forgotten key would mean days on the CPU."""
+    """The GPUs are hidden from actors that ask for none, so that a forgotten key would mean days on the CPU."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus and not config.cluster.rollout_gpus and config.backbone.model != SHAPES:
-        log.warning("the cluster has %g GPUs, but pictures are made on CPU cores: set cluster.rollout_gpus", gpus)
+    if not gpus or config.backbone.model == SHAPES:
+        return
+    asked = {"cluster.rollout_gpus": config.cluster.rollout_gpus}
+    asked |= {f"rewards.{name}.num_gpus": r.num_gpus for name, r in config.rewards.items() if r.head != "http"}
+    if forgotten := [key for key, amount in asked.items() if not amount]:
+        log.warning(
+            "the cluster has %g GPUs, and who asks for none runs on CPU cores: set %s", gpus, ", ".join(forgotten)
+        )
 
 
 @contextmanager

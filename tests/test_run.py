@@ -568,13 +568,20 @@ def test_prompts_that_the_model_cuts_are_counted_once(caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize(("gpus", "overrides", "warned"), [(8, [], 1), (0, [], 0), (8, ["cluster.rollout_gpus=1"], 0)])
-def test_gpus_that_nobody_asks_for_are_mentioned(monkeypatch, caplog, gpus, overrides, warned):
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "forgotten"),
+    [
+        (8, [], ["cluster.rollout_gpus", "rewards.hpsv2.num_gpus"]),
+        (0, [], []),
+        (8, ["cluster.rollout_gpus=1"], ["rewards.hpsv2.num_gpus"]),
+        (8, ["cluster.rollout_gpus=0.6", "rewards.hpsv2.num_gpus=0.4"], []),
+    ],
+)
+def test_gpus_that_nobody_asks_for_are_mentioned(monkeypatch, caplog, gpus, overrides, forgotten):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)})
     session._warn_of_idle_gpus(load_config(None, ["backbone.model=owner/name", *overrides]))
-    assert len(caplog.records) == warned
     session._warn_of_idle_gpus(load_config(None))  # the embedded model needs none
-    assert len(caplog.records) == warned
+    assert [r.getMessage().rpartition(": set ")[2] for r in caplog.records] == [", ".join(forgotten)] * bool(forgotten)
 
 
 @pytest.mark.parametrize(("key", "option"), [("afs", "solver.afs=false"), ("order", "solver.order=1")])
