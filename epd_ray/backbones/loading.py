@@ -101,9 +101,10 @@ def read_index(model: str, revision: str | None) -> Index:
     location = resolve_model(model)
     with opening(model):
         if Path(location).is_dir():
-            path, commit, fingerprint = Path(location, INDEX), None, _fingerprint(Path(location))
+            path, commit = Path(location, INDEX), None
             if not path.is_file():
                 raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
+            fingerprint: str | None = _fingerprint(path.parent)  # not before: any folder may stand here
         else:
             from huggingface_hub import hf_hub_download
 
