@@ -384,11 +384,12 @@ def begin(folder: Path, out: Path) -> "subprocess.Popen[str]":
 
 
 def results_of(out: Path) -> dict[str, list[int]]:
-    """Trial -> the images of each of its results, in order."""
-    return {
-        log.parent.name: [json.loads(line)["images"] for line in log.read_text().splitlines() if line.endswith("}")]
+    """Trial -> the images of each of its results, in order; Tune copies the file over itself, so maybe not all yet."""
+    whole = {
+        log.parent.name: [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for log in out.glob("trials/*/result.json")
     }
+    return {trial: [json.loads(line)["images"] for line in lines] for trial, lines in whole.items()}
 
 
 def snapshot(out: Path) -> dict[str, tuple[str, int]]:
@@ -404,15 +405,16 @@ def snapshot(out: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def wait_for_a_finished_and_an_unfinished_trial(process, out: Path) -> tuple[str, str]:
-    """Until a killed sweep would know of both, the second one with a checkpoint and far from its end."""
+def wait_for_a_finished_and_an_unfinished_trial(process, out: Path) -> tuple[dict[str, list[int]], str, str]:
+    """Until a killed sweep would know of both, the second with a checkpoint and far from its end; and all results."""
     end = time.monotonic() + 600
     while time.monotonic() < end and process.poll() is None:
         known, images = snapshot(out), results_of(out)
-        ended = [name for name, (status, _) in known.items() if status == "TERMINATED"]
-        going = [name for name, (_, results) in known.items() if results > 1 and images[name][-1] <= IMAGES - 64]
+        last = {name: results[-1] for name, results in images.items() if results}
+        ended = [name for name, (status, _) in known.items() if status == "TERMINATED" and last.get(name) == IMAGES]
+        going = [name for name, (_, count) in known.items() if count > 1 and last.get(name, IMAGES) <= IMAGES - 64]
         if ended and going:
-            return ended[0], going[0]
+            return images, ended[0], going[0]
         time.sleep(0.2)
     raise AssertionError(f"the sweep ended or hung at {results_of(out)}: {process.poll()}")
 
@@ -424,13 +426,12 @@ def test_stopped_sweep_goes_on(tmp_path, number):
     process = begin(tmp_path, out)
     family = []
     try:
-        ended, going = wait_for_a_finished_and_an_unfinished_trial(process, out)
+        before, ended, going = wait_for_a_finished_and_an_unfinished_trial(process, out)
         family = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
         _, said = process.communicate(timeout=300)
     finally:
         process.kill()
-    before = results_of(out)
     if number != signal.SIGKILL:
         assert process.returncode == 130 and f"stopped; continue with: epd-ray sweep --resume {out}" in said
         assert {row["status"] for row in rows(out)} >= {"finished", "unfinished"}
@@ -443,6 +444,5 @@ def test_stopped_sweep_goes_on(tmp_path, number):
     assert {row["images"] for row in rows(out)} == {str(IMAGES)}
     after = results_of(out)
     assert after[ended] == before[ended], "a finished trial ran again"
-    more = after[going][len(before[going]) :]  # none where it came to its end while the sweep stopped
-    assert not more or more[0] > before[going][0], "a trial began anew"
+    assert after[going].count(before[going][0]) <= 1, "a trial began anew"
     assert (out / "best" / "solver.json").is_file()
