@@ -9,7 +9,8 @@ from torch import Tensor
 from epd_ray.errors import ScheduleError
 from epd_ray.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
 from epd_ray.solvers import Solver, SolverTable, epd, zoo
-from epd_ray.types import Backbone, Conditioning, Drift
+from epd_ray.solvers.epd import analytic_drift
+from epd_ray.types import Backbone, Conditioning, Drift, Form
 
 EPD = "epd"
 
@@ -24,10 +25,11 @@ class Sampler:
         key: unique in a comparison, safe as a file name.
         label: for people.
         table: [N, K] or [B, N, K] for "epd", else None.
-        afs: analytical first step ("epd" alone).
+        afs: analytical first step: one evaluation less.
         order: of the multistep slope ("epd": 1 to 4).
         sigmas: [N+1], where a saved solver brings its own; else by `schedule`.
         schedule: "model" for the backbone's own, or a name of epd_ray.schedules.SCHEDULES.
+        final_zero: whether a method's last sigma is 0; None: as in the pipelines, see epd_ray.solvers.zoo.
     """
 
     kind: str
@@ -39,13 +41,21 @@ class Sampler:
     order: int = 1
     sigmas: tuple[float, ...] | None = None
     schedule: str = MODEL
+    final_zero: bool | None = None
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the last sigma is 0."""
+        if self.final_zero is not None:
+            return self.final_zero
+        return self.kind != EPD and zoo.find(self.kind).ends_at_zero
 
     @property
     def parallel_nfe(self) -> int:
         """Sequential depth."""
         if self.table is not None:
             return self.table.depth(self.afs)
-        return zoo.find(self.kind).parallel_nfe(self.intervals)
+        return zoo.find(self.kind).parallel_nfe(self.intervals) - self.afs
 
     @property
     def model_evals(self) -> int:
@@ -75,49 +85,53 @@ class Sampler:
         if self.sigmas is not None:
             sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
         else:
-            final_zero = self.kind != EPD and zoo.find(self.kind).ends_at_zero
-            sigmas = scheduled(backbone, self.intervals, self.schedule, final_zero=final_zero)
+            sigmas = scheduled(backbone, self.intervals, self.schedule, final_zero=self.ends_at_zero)
         x = backbone.initial(noise)
         if self.table is not None:
             if starts is not None and not self.afs:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
-        return zoo.follow(self.kind, drift, x, sigmas, backbone.form)
+        return zoo.follow(self.kind, begun(drift, backbone.form) if self.afs else drift, x, sigmas, backbone.form)
 
 
-def baseline(name: str, parallel_nfe: int, schedule: str = MODEL) -> Sampler:
+def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, afs: bool = False) -> Sampler:
     """A named method at a given sequential depth.
 
     Args:
-        name: of the zoo, an alias, or "module:function"; see epd_ray.solvers.zoo.
+        name: of the zoo, an alias, or "module:function"; "heun@logsnr" also names the schedule.
         parallel_nfe: at least 1, one that the method can have.
-        schedule: "model" for the backbone's own, or a name of epd_ray.schedules.SCHEDULES.
+        final_zero: see Sampler.
+        afs: see Sampler.
 
     Raises:
         UnknownNameError: no such method or schedule.
         ConfigError: its package is missing.
         ValueError: a depth that the method cannot have, with those that it can.
     """
-    require_schedule(schedule)
     zoo.require_installed([name])
-    kind, method = zoo.ALIASES.get(name, name), zoo.find(name)
-    intervals = method.intervals(parallel_nfe)
-    if method.parallel_nfe(intervals) != parallel_nfe:
-        near = {method.parallel_nfe(n) for n in (max(1, intervals - 1), intervals)}
+    (kind, schedule), method = zoo.split(name), zoo.find(name)
+    intervals = method.intervals(parallel_nfe + afs)
+    if method.parallel_nfe(intervals) - afs != parallel_nfe:
+        near = {method.parallel_nfe(n) - afs for n in (max(1, intervals - 1), intervals)}
         possible = " or ".join(str(n) for n in sorted(near))
         raise ValueError(
             f"{name} has {method.evals} evaluations an interval, parallel NFE {parallel_nfe} is impossible "
             f"(take {possible})"
         )
-    suffix, on = ("", "") if schedule == MODEL else (f"-{schedule}", f" ({schedule})")
-    key = f"{kind.replace(':', '.')}{suffix}-{parallel_nfe}"
-    return Sampler(kind, intervals, key, method.label + on, schedule=schedule)
+    key, label = kind.replace(":", "."), method.label
+    if schedule != MODEL:
+        key, label = f"{key}-{schedule}", f"{label} ({schedule})"
+    if final_zero is False and method.ends_at_zero:
+        key, label = f"{key}-no-zero", f"{label} without the step to 0"
+    if afs:
+        key, label = f"{key}-afs", f"{label}, analytical first step"
+    return Sampler(kind, intervals, f"{key}-{parallel_nfe}", label, afs=afs, schedule=schedule, final_zero=final_zero)
 
 
-def nearest_baseline(name: str, parallel_nfe: int, schedule: str = MODEL) -> Sampler:
+def nearest_baseline(name: str, parallel_nfe: int) -> Sampler:
     """A named method at the smallest sequential depth that it can have from `parallel_nfe` on; see `baseline`."""
     method = zoo.find(name)
-    return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)), schedule)
+    return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)))
 
 
 def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: bool) -> Tensor:
@@ -172,6 +186,18 @@ def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
         return backbone.drift(x, sigma, repeated[copies])
 
     return drift
+
+
+def begun(drift: Drift, form: Form) -> Drift:
+    """The same drift, but the first call's, all of whose rows are at one sigma, is analytical."""
+    calls = 0
+
+    def after(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return analytic_drift(x, sigma[0].item(), form) if calls == 1 else drift(x, sigma)
+
+    return after
 
 
 @dataclass(frozen=True)

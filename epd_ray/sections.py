@@ -19,10 +19,11 @@ from pydantic import (
 )
 
 from epd_ray.backbones import BACKBONES
+from epd_ray.errors import UnknownNameError
 from epd_ray.prompt_files import SUFFIXES
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
-from epd_ray.solvers.zoo import SOLVERS
+from epd_ray.solvers.zoo import SOLVERS, split
 
 SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
 RESERVED_HEADS = {
@@ -74,7 +75,12 @@ def _registered(registry: Registry[Any], name: str) -> str:
 
 
 def _solver(name: str) -> str:
-    return _registered(SOLVERS, name)
+    try:
+        method, _ = split(name)
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None
+    _registered(SOLVERS, method)
+    return name
 
 
 class Section(BaseModel):
@@ -284,7 +290,7 @@ class EvaluationConfig(Section):
     baselines: tuple[Annotated[str, AfterValidator(_solver)], ...] = Field(
         default=("euler", "euler_no_zero", "heun", "dpm2", "ipndm", "dpmpp2m", "unipc"),
         strict=False,
-        description="names in epd_ray/solvers/zoo.py, or module:function; at the same parallel NFE",
+        description="names in epd_ray/solvers/zoo.py, or module:function, also @schedule; at the same parallel NFE",
     )
     equal_evals: bool = Field(default=True, description="also at the same total evaluations")
     pictures: int = Field(default=8, ge=0, description="rows of the contact sheet")

@@ -92,7 +92,9 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("evaluation.baselines=euler", "evaluation.baselines: is 'euler', expected a list, such as [a, b]"),
         ("backbone.model=null", "backbone.model: is null, expected text"),
         ("lr=3", "lr: unknown key; did you mean 'distill.lr' or 'rdpo.lr'?"),
-        ("seed=4294967296", "seed: is 4294967296, less than"),
+        ("seed=4294967296", "seed: is 4294967296, less than 2147483648 is needed"),
+        ("rdpo.clip=1", "rdpo.clip: is 1, less than 1 is needed"),
+        ("distill.min_weight=0", "distill.min_weight: is 0, at least 0.001 is needed"),
         ("rewards={}", "rewards: is {}, at least 1 is needed"),
         ("rewards.a b={}", "rewards.a b: is 'a b', expected letters, digits, - and _ alone"),
         ("rewards.clip={low: 1}", "rewards.clip.low: unknown key"),
@@ -116,6 +118,10 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
         ("backbone.offload=disk", "backbone.offload: unknown 'disk'; known: model, none, sequential"),
         ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown solver 'heunn'; did you mean 'heun'?"),
+        (
+            "evaluation.baselines=[heun@logsnrr]",
+            "evaluation.baselines.0: unknown schedule 'logsnrr'; did you mean 'logsnr'?",
+        ),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 3 is needed"),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.333333 is needed"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
@@ -156,6 +162,25 @@ def test_stage_one_by_gradient_takes_what_it_follows():
     for without in ("rdpo.scale_dir=false", "distill.scale_range=0"):
         with pytest.raises(ConfigError, match="rdpo: scale_time is found by gradient together with direction scales"):
             load_config(None, [*times, without])
+
+
+@pytest.mark.parametrize("without", ["distill.enabled=false", "distill.table=sd3-512-rl"])
+def test_a_stage_one_that_does_not_run_refuses_nothing(without):
+    gradient = "distill.method=gradient"
+    for given in (
+        [gradient, "solver.order=2"],
+        [gradient, "solver.afs=true"],
+        [gradient, "solver.start_point=false", "rdpo.scale_time=true", "rdpo.scale_dir=false"],
+        ["distill.grid=1"],
+        ["distill.min_weight=0.5"],
+    ):
+        with pytest.raises(ConfigError):
+            load_config(None, given)
+        load_config(None, [*given, without])
+
+
+def test_a_bound_is_said_exactly():
+    assert problems("seed=2147483648") == ["seed: is 2147483648, less than 2147483648 is needed"]
 
 
 def test_a_lone_start_point_learns_its_scale_or_nothing():

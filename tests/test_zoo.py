@@ -20,8 +20,16 @@ from torch import Tensor
 from epd_ray.backbones.gaussian import GaussianBackbone
 from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
 from epd_ray.evaluate import rivals
-from epd_ray.sampling import Sampler, baseline, nearest_baseline, noises, scheduled, schedules_for
-from epd_ray.schedules import SCHEDULES, check_sigmas, logsnr
+from epd_ray.sampling import (
+    Sampler,
+    baseline,
+    conditioned_drift,
+    nearest_baseline,
+    noises,
+    scheduled,
+    schedules_for,
+)
+from epd_ray.schedules import MODEL, SCHEDULES, check_sigmas, logsnr
 from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
 from epd_ray.solvers.schedulers import deis, dpmpp, unipc
 from tests.families import PROMPTS, SEEDS, backbones, folder
@@ -151,7 +159,7 @@ def test_gaussians_are_solved(name: str, form: Form) -> None:
     conditioning, noise = backbone.encode(PROMPTS, 1.0), noises(backbone, SEEDS)
     assert name in zoo.applicable(backbone.form)
     for schedule in schedules_for(backbone):
-        sampler = nearest_baseline(name, 60, schedule)
+        sampler = nearest_baseline(name if schedule == MODEL else f"{name}@{schedule}", 60)
         sigmas = scheduled(backbone, sampler.intervals, schedule, final_zero=zoo.find(name).ends_at_zero)
         check_sigmas(sigmas, allow_zero=zoo.find(name).ends_at_zero)
         assert sigmas[0] == backbone.sigmas(1)[0] and len(sigmas) == sampler.intervals + 1
@@ -306,8 +314,14 @@ def test_rivals_cost_no_less() -> None:
 
 
 def test_keys_and_labels() -> None:
-    sampler = baseline("heun", 6, "logsnr")
+    sampler = baseline("heun@logsnr", 6)
     assert (sampler.key, sampler.label, sampler.schedule) == ("heun-logsnr-6", "Heun (logsnr)", "logsnr")
+    sampler = baseline("ipndm3@shift", 6, final_zero=False)
+    assert (sampler.key, sampler.ends_at_zero) == ("ipndm3-shift-no-zero-6", False)
+    assert sampler.label == "iPNDM (order 3) (shift) without the step to 0"
+    assert baseline("heun", 6, final_zero=False).key == "heun-6"  # it never has that step
+    sampler = baseline("dpm2", 5, afs=True)
+    assert (sampler.key, sampler.intervals, sampler.model_evals) == ("dpm2-afs-5", 3, 5)
     assert baseline("ipndm1", 4) == baseline("euler", 4) == baseline("ddim", 4)
     assert baseline("euler", 4).key == "euler-4" and baseline("euler", 4).label == "DDIM / Euler"
 
@@ -316,9 +330,46 @@ def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match="unknown solver 'unipcc'; did you mean 'unipc'"):
         baseline("unipcc", 4)
     with pytest.raises(UnknownNameError, match="unknown schedule 'logsnrr'; did you mean 'logsnr'"):
-        baseline("euler", 4, "logsnrr")
+        baseline("euler@logsnrr", 4)
     with pytest.raises(UnknownNameError, match="cannot be imported"):
         baseline("no_such_module:solve", 4)
+
+
+def test_schedules_have_forms_too() -> None:
+    zoo.require_form(["heun@logsnr", "euler@polynomial", "euler"], "ve")
+    with pytest.raises(ConfigError, match="solver 'heun@logsnr' follows the form ve, but this model's is flow"):
+        zoo.require_form(["heun", "heun@logsnr"], "flow")
+
+
+def test_without_the_step_to_zero_a_method_stops_before_it() -> None:
+    """The same evaluations on the pipelines' sigmas but the last, and on as many of which the last is above 0."""
+    backbone = GaussianBackbone(form="ve", std=0.5, size=2)
+    conditioning, noise = backbone.encode(PROMPTS, 1.0), noises(backbone, SEEDS)
+    for name in ("euler", "ipndm3", "dpmpp3m", "unipc3"):
+        sampler = baseline(f"{name}@logsnr", 5, final_zero=False)
+        sigmas = scheduled(backbone, 5, "logsnr", final_zero=False)
+        expected = zoo.follow(
+            name, conditioned_drift(backbone, conditioning), backbone.initial(noise), sigmas, backbone.form
+        )
+        assert sigmas[-1] > 0 and torch.equal(sampler.run(backbone, conditioning, noise), expected)
+        assert not torch.equal(baseline(f"{name}@logsnr", 5).run(backbone, conditioning, noise), expected)
+    assert torch.equal(
+        baseline("euler", 4, final_zero=False).run(backbone, conditioning, noise),
+        baseline("euler_no_zero", 4).run(backbone, conditioning, noise),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_method_may_begin_analytically(form: Form) -> None:
+    backbone = GaussianBackbone(form=form, std=0.5, size=2)
+    conditioning, noise = backbone.encode(PROMPTS, 1.0), noises(backbone, SEEDS)
+    ours = baseline("dpm2", 5, afs=True)
+    as_table = Sampler("epd", 3, "t", "t", dpm2_table(3), afs=True)
+    assert ours.parallel_nfe == as_table.parallel_nfe == 5
+    assert torch.allclose(ours.run(backbone, conditioning, noise), as_table.run(backbone, conditioning, noise))
+    assert not torch.allclose(
+        ours.run(backbone, conditioning, noise), baseline("dpm2", 6).run(backbone, conditioning, noise)
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

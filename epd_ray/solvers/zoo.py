@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epd_ray.errors import ConfigError
 from epd_ray.registry import Registry
+from epd_ray.schedules import MODEL, SCHEDULES, require_schedule
 from epd_ray.solvers.epd import Callback
 from epd_ray.types import Drift, Form
 
@@ -104,15 +105,27 @@ SOLVERS: Registry[Tensor] = Registry(
 )
 
 
+def split(name: str) -> tuple[str, str]:
+    """A method and the schedule that it follows: "heun@logsnr"; without one the model's own.
+
+    Raises:
+        UnknownNameError: no such schedule.
+    """
+    method, at, schedule = name.partition("@")
+    if at:
+        require_schedule(schedule)
+    return ALIASES.get(method, method), schedule or MODEL
+
+
 def find(name: str) -> Method:
-    """The method behind a name, an alias, or "module:attribute".
+    """The method behind a name, an alias, or "module:attribute"; its schedule makes no difference.
 
     An attribute is a Method, or a bare function: one evaluation an interval, any form, a last sigma above 0.
 
     Raises:
-        UnknownNameError: no such method.
+        UnknownNameError: no such method or schedule.
     """
-    name = ALIASES.get(name, name)
+    name, _ = split(name)
     if name in METHODS:
         return METHODS[name]
     found: object = SOLVERS.get(name)
@@ -147,17 +160,18 @@ def require_installed(names: Sequence[str]) -> None:
 
 
 def require_form(names: Sequence[str], form: Form) -> None:
-    """Check that methods follow a model's form.
+    """Check that methods and their schedules follow a model's form.
 
     Raises:
         ConfigError: one does not.
-        UnknownNameError: no such method.
+        UnknownNameError: no such method or schedule.
     """
-    problems = [
-        f"solver {name!r} follows the form {' or '.join(method.forms)}, but this model's is {form}"
-        for name in names
-        if form not in (method := find(name)).forms
-    ]
+    problems = []
+    for name in names:
+        _, schedule = split(name)
+        forms = find(name).forms if schedule == MODEL else (SCHEDULES[schedule],)
+        if form not in forms:
+            problems.append(f"solver {name!r} follows the form {' or '.join(forms)}, but this model's is {form}")
     if problems:
         raise ConfigError(problems)
 

@@ -8,8 +8,10 @@ from epd_ray.errors import ConfigError
 from epd_ray.evaluate import rivals
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler, baseline
+from epd_ray.schedules import MODEL
 from epd_ray.sections import AUTO, BackboneConfig
 from epd_ray.solvers import Solver
+from epd_ray.solvers.zoo import find
 from epd_ray.suite.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.suite.settings import SuiteName
 
@@ -17,8 +19,13 @@ REFERENCE_STEPS = 50
 FID_METRIC = "frechet_distance"
 LEARNED, PLUGIN = "EPD-Solver", "EPD-Plugin"
 METHODS = {"DDIM": "euler", "iPNDM(3M)": "ipndm3", "Heun": "heun", "DPM-Solver-2": "dpm2"}
-METHODS |= {"EDM": "edm", "DPM-Solver++(3M)": "dpmpp3m", "UniPC": "unipc3", "iPNDM": "ipndm"}
-"""The papers' names -> ours. What is not here (AMED, ParaDiGMS) is shown with the paper's value alone."""
+"""Tables II to IV: their names -> ours. Their code leaves out the pipelines' step to 0, also for the rivals."""
+
+FID_METHODS = {"DDIM": "euler@polynomial", "EDM": "heun@polynomial", "DPM-Solver-2": "dpm2@polynomial"}
+FID_METHODS |= {"DPM-Solver++(3M)": "dpmpp3m@logsnr", "UniPC": "unipc3@logsnr", "iPNDM": "ipndm@polynomial"}
+"""The FID table's names -> ours, on the schedules of diff-sampler (arXiv 2312.00094), whose values it takes over: no
+step to 0, and an analytical first step where two evaluations an interval are to make an odd number. What is not here
+(AMED, ParaDiGMS) is shown with the paper's value alone."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def paper_suite(table: str, ours: Sequence[Sampler]) -> Suite:
     lines = []
     for row in reward_table(table):
         if row.method != LEARNED:
-            sampler = baseline(METHODS[row.method], row.parallel_nfe, schedule=row.schedule)
+            sampler = baseline(f"{METHODS[row.method]}@{row.schedule}", row.parallel_nfe, final_zero=False)
             lines.append(Line(row.method, row.parallel_nfe, sampler, row.steps, row.schedule, row.values))
             continue
         for s in ours:
@@ -151,7 +158,7 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
     lines = []
     for method, values in fid_table(table).items():
         for nfe, value in values.items():
-            sampler = placed.get((method, nfe)) or _baseline(method, nfe)
+            sampler = placed.get((method, nfe)) or _fid_baseline(method, nfe)
             lines.append(Line(method, nfe, sampler, published={FID_METRIC: value}))
     return Suite("paper-fid", table, tuple(lines), tuple(ours), None)
 
@@ -167,15 +174,16 @@ def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampl
     reference = baseline("euler", REFERENCE_STEPS)
     found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), reference]
     distinct = {sampler.key: sampler for sampler in found}
-    lines = [Line(s.label, s.parallel_nfe, s, s.intervals) for s in distinct.values()]
+    lines = [
+        Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == MODEL else s.schedule)
+        for s in distinct.values()
+    ]
     return Suite(name, None, tuple(lines), tuple(ours), reference)
 
 
-def _baseline(method: str, parallel_nfe: int) -> Sampler | None:
-    """None for what is not here, or cannot have this depth."""
-    if method not in METHODS:
+def _fid_baseline(method: str, parallel_nfe: int) -> Sampler | None:
+    """None for what is not here."""
+    if method not in FID_METHODS:
         return None
-    try:
-        return baseline(METHODS[method], parallel_nfe)
-    except ValueError:
-        return None
+    name = FID_METHODS[method]
+    return baseline(name, parallel_nfe, final_zero=False, afs=find(name).evals > 1)
