@@ -109,7 +109,7 @@ class RunConfig(Section):
     def _finds_its_scales(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
         distill = info.data.get("distill", DistillConfig())
         scales = rdpo.scale_dir and distill.scale_range
-        if rdpo.scale_time and distill.enabled and distill.method == "gradient" and not scales:
+        if rdpo.scale_time and _fits(distill) and distill.method == "gradient" and not scales:
             raise ValueError(
                 "scale_time is found by gradient together with direction scales: set scale_dir true and "
                 "distill.scale_range above 0, or distill.method=least_squares"
@@ -129,6 +129,8 @@ class RunConfig(Section):
     @field_validator("distill")
     @classmethod
     def _solvable(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
+        if not _fits(distill):
+            return distill
         solver = info.data.get("solver", SolverConfig())
         points = solver.points
         if distill.grid < points:
@@ -143,6 +145,11 @@ class RunConfig(Section):
                 "solver.start_point=false"
             )
         return distill
+
+
+def _fits(distill: DistillConfig) -> bool:
+    """Whether stage 1 runs."""
+    return distill.enabled and distill.table is None
 
 
 def load_config(
@@ -307,10 +314,10 @@ def _shown(value: object) -> str:
 
 
 _EXPECTED = {
-    "greater_than": "more than {gt:g} is needed",
-    "greater_than_equal": "at least {ge:g} is needed",
-    "less_than": "less than {lt:g} is needed",
-    "less_than_equal": "at most {le:g} is possible",
+    "greater_than": "more than {gt:.15g} is needed",
+    "greater_than_equal": "at least {ge:.15g} is needed",
+    "less_than": "less than {lt:.15g} is needed",
+    "less_than_equal": "at most {le:.15g} is possible",
     "too_short": "at least {min_length} is needed",
     "model_type": "expected a mapping of keys",
     "tuple_type": "expected a list, such as [a, b]",

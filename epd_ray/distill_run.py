@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epd_ray.config import RunConfig
+from epd_ray.config import RunConfig, resolve
 from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluate import rivals
 from epd_ray.progress import Observer
@@ -13,7 +13,7 @@ from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.sampling import Sampler, learned
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table, refine
-from epd_ray.solvers.zoo import require_installed
+from epd_ray.solvers.zoo import require_form, require_installed
 from epd_ray.trainer import distil, made_by, noise_seeds, warn_of_long_prompts
 from epd_ray.types import FloatArray, ImageArray
 
@@ -22,7 +22,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     """Fit a table, save it, and say how far its held-out pictures are from the teacher's.
 
     Args:
-        config: of a run; its rewards are left out.
+        config: of a run; its rewards are left out, and stage 1 runs also where the run would leave it out.
         out: a directory that is empty or not there yet.
         observer: sees the progress.
 
@@ -35,11 +35,13 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunDirectoryError(f"{out} is there and not empty: choose another --out")
+    config = resolve(config.model_dump(mode="json"), ["distill.enabled=true", "distill.table=null"])
     require_installed(config.evaluation.baselines)
     prompts = load_prompts(config.prompts, config.seed)
     observer.stage("starting actors", 1)
     with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:
         observer.advance()
+        require_form(config.evaluation.baselines, algo.facts.form)
         warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
         observer.stage("distilling", 1)
         fits = distil(config, prompts, algo)

@@ -242,9 +242,12 @@ def evaluate(
             prompts = _evaluation_prompts(config, run, count, prompts_file, split)
         name = f"{_file_name(prompts_file, prompts) if prompts_file else split}-{len(prompts)}"
         seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
-        with _evaluation_directory(run, name) as target:
-            found = _compared_again(config, run, target, prompts, seeds, observer)
-            report = write_report(target.path)
+        final = run.path / "evaluations" / name
+        final.parent.mkdir(exist_ok=True)
+        with held(final.with_name(f".{name}.lock"), str(final)):
+            with _draft(run, final) as target:
+                found = _compared_again(config, run, target, prompts, seeds, observer)
+            report = write_report(final)  # what was compared stays where this fails
         observer.done()
         return [*headline(found.summary()), f"report: {inside(where, Path('evaluations', name, report.name))}"]
 
@@ -290,27 +293,40 @@ def _evaluation_prompts(
 
 
 @contextmanager
-def _evaluation_directory(run: RunDirectory, name: str) -> Iterator[RunDirectory]:
-    """A fresh run directory with what a report needs besides the evaluation; no other evaluation has it meanwhile.
+def _draft(run: RunDirectory, final: Path) -> Iterator[RunDirectory]:
+    """A fresh run directory with what a report needs besides the evaluation.
 
     Afterwards it takes the place of an earlier one, which stays if the block does not come to its end.
+
+    Raises:
+        RunDirectoryError: one that was replaced before cannot be removed.
     """
-    final = run.path / "evaluations" / name
-    draft = final.with_name(f".{name}.new")
-    target = RunDirectory(draft / name)  # of the final name, which the report shows
-    final.parent.mkdir(exist_ok=True)
-    with held(final.with_name(f".{name}.lock"), str(final)):
+    draft, earlier = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
+    _settle(final, earlier)
+    if earlier.exists():
+        raise RunDirectoryError(f"{earlier} cannot be removed: end what has its files open, or delete it")
+    target = RunDirectory(draft / final.name)  # of the final name, which the results show
+    shutil.rmtree(draft, ignore_errors=True)
+    target.path.mkdir(parents=True)
+    for source in (run.config, run.versions, run.metrics):
+        shutil.copy(source, target.path)
+    if run.validation.is_file():
+        shutil.copy(run.validation, target.path)
+    shutil.copytree(run.solver, target.solver)
+    shutil.copytree(run.distilled, target.distilled)
+    try:
+        yield target
+        if final.exists():
+            final.rename(earlier)
+        target.path.rename(final)
+    finally:
+        _settle(final, earlier)
         shutil.rmtree(draft, ignore_errors=True)
-        target.path.mkdir(parents=True)
-        for source in (run.config, run.versions, run.metrics):
-            shutil.copy(source, target.path)
-        if run.validation.is_file():
-            shutil.copy(run.validation, target.path)
-        shutil.copytree(run.solver, target.solver)
-        shutil.copytree(run.distilled, target.distilled)
-        try:
-            yield target
-            shutil.rmtree(final, ignore_errors=True)
-            target.path.rename(final)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _settle(final: Path, earlier: Path) -> None:
+    """Put back an evaluation that was moved aside and not replaced; remove one that was."""
+    if final.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+    elif earlier.exists():
+        earlier.rename(final)

@@ -284,13 +284,13 @@ class Trainer:
         self._mark()
 
     def _validate(self, table: SolverTable, iteration: int) -> dict[str, float]:
-        """Score a table on the validation split; the best one so far becomes the solver to take home."""
+        """Score a table on the validation split; the best one without an alarm becomes the solver to take home."""
         self.curve = self.curve.extended(validate(self.config, self.prompts, self.algo, table, iteration))
         write_curve(self.run.validation, self.curve)
         row = self.curve.metrics()
         if alarm := self.curve.alarm():
-            log.warning(alarm)
-        better = self.best.take(table, row["validation/reward"], iteration)
+            log.warning("%s: the solver stays that of iteration %d", alarm, self.best.iteration)
+        better = not self.curve.falls() and self.best.take(table, row["validation/reward"], iteration)
         if better:
             self._save_best()
         return {**row, "validation/best": float(better), **self._memory()}

@@ -18,6 +18,7 @@ from epd_ray.ab.records import Key, Pair, Vote, read_key, read_votes
 from epd_ray.ab.server import PageServer
 from epd_ray.ab.tally import Standing, results, tally
 from epd_ray.errors import ConfigError, EpdRayError, SideBySideError
+from epd_ray.score.inputs import read_index
 
 PROMPTS = ["a red circle", 'two cats & a "dog" </script><b>', "Übergröße 🦊", "a star", "a cross"]
 
@@ -84,6 +85,19 @@ def test_the_page_is_blind(samples: Path, tmp_path: Path) -> None:
     assert len({tuple(p.picture for p in k.pairs) for k in others}) > 3
     assert len({k.page for k in others} | {key.page}) == 9
     assert make(samples, tmp_path / "again") == key
+
+
+def test_a_picture_has_the_prompt_that_it_is_scored_with(tmp_path: Path) -> None:
+    for side in ("rdpo", "euler-6"):
+        (tmp_path / side).mkdir()
+        for number in (100, 10, 2):
+            picture(number).save(tmp_path / side / f"{number}.png")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("two\nten\nhundred\n")
+    made = {pair.picture: pair.prompt for pair in make(tmp_path, tmp_path / "page", lines).pairs}
+    index = read_index(str(tmp_path / "rdpo"), lines)
+    scored = dict(zip(index["id"].to_pylist(), index["prompt"].to_pylist(), strict=True))
+    assert made == scored == {"2.png": "two", "10.png": "ten", "100.png": "hundred"}
 
 
 def test_first_pairs_alone_and_prompts_from_elsewhere(samples: Path, tmp_path: Path) -> None:

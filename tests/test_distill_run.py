@@ -5,6 +5,7 @@ from epd_ray.config import load_config
 from epd_ray.distill_run import distill, rms
 from epd_ray.errors import ConfigError, RunDirectoryError
 from epd_ray.solvers import Solver
+from epd_ray.solvers.zoo import Method
 from tests.conftest import SIMULATED
 from tests.fakes import Quiet
 from tests.tiny_models import save_ddpm
@@ -40,6 +41,29 @@ def test_without_heads_nothing_can_be_learned(build):
     algo.config.reward_specs.clear()
     with pytest.raises(ConfigError, match="names no head: nothing to learn from"):
         algo.training_step()
+
+
+@pytest.mark.parametrize("without", ["distill.enabled=false", "distill.table=sd3-512-rl"])
+def test_what_a_run_would_leave_out_is_checked_and_done(tmp_path, without):
+    config = load_config(None, [*SIMULATED, *HERE, "distill.method=gradient", "solver.afs=true", without])
+    with pytest.raises(ConfigError, match="distill: method gradient follows no multistep or analytic slope"):
+        distill(config, tmp_path / "out", Quiet())
+
+
+def follows_ve(drift, x, sigmas, *, callback=None):
+    raise AssertionError("it is refused before it is drawn with")
+
+
+VE_ALONE = Method("VE alone", "tests.test_distill_run:follows_ve", forms=("ve",))
+
+
+def test_a_rival_of_another_form_is_refused_before_stage_one(small_ray, tmp_path):
+    rival = "evaluation.baselines=['tests.test_distill_run:VE_ALONE']"
+    config = load_config(None, [*SIMULATED, *HERE, "distill={prompts: 4, grid: 5}", rival])
+    quiet = Quiet()
+    with pytest.raises(ConfigError, match=r"VE_ALONE' follows the form ve, but this model's is flow"):
+        distill(config, tmp_path / "out", quiet)
+    assert quiet.stages == ["starting actors"] and not (tmp_path / "out").exists()
 
 
 def test_simulated_models_need_no_file(small_ray, tmp_path):

@@ -32,7 +32,7 @@ from epd_ray.run import describe, evaluate, given_solver, resume, train
 from epd_ray.sample import SampleOptions, sample
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.storage import place_of
-from epd_ray.store import package_versions, read_metrics
+from epd_ray.store import RunDirectory, package_versions, read_metrics
 from tests.fakes import Quiet
 
 TINY = [
@@ -435,14 +435,88 @@ def test_an_evaluation_that_stops_leaves_the_one_before(finished, monkeypatch):
     before = (out / "evaluations" / "test-2" / "report.html").read_text()
     assert "test-2" in before and ".new" not in before
 
-    def stopped(path):
+    def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "write_report", stopped)
+    monkeypatch.setattr(run_module, "comparison", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate(out, 2, None, "test", Quiet())
     assert (out / "evaluations" / "test-2" / "report.html").read_text() == before
     assert not list((out / "evaluations").glob(".*.new"))
+
+
+def test_an_evaluation_outlives_its_report(finished, monkeypatch):
+    def failed(path):
+        raise RunDirectoryError("no report")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_report", failed)
+        with pytest.raises(RunDirectoryError, match="no report"):
+            evaluate(finished[0], 3, None, "test", Quiet())
+    there = finished[0] / "evaluations" / "test-3"
+    assert json.loads((there / "evaluation.json").read_text())["prompts"] == 3
+    assert write_report(there).is_file()
+
+
+@pytest.fixture
+def earlier(finished, tmp_path):
+    """A run with an evaluation that is about to be replaced."""
+    run = RunDirectory.open(shutil.copytree(finished[0], tmp_path / "run"))
+    final = run.path / "evaluations" / "test-9"
+    final.mkdir(parents=True)
+    (final / "evaluation.json").write_text("earlier")
+    return run, final
+
+
+def replaced(run, final):
+    with run_module._draft(run, final) as target:
+        (target.path / "evaluation.json").write_text("new")
+
+
+def test_an_evaluation_takes_the_place_of_the_one_before(earlier):
+    run, final = earlier
+    replaced(run, final)
+    assert (final / "evaluation.json").read_text() == "new" and (final / "solver" / "solver.json").is_file()
+    assert not list(final.parent.glob(".test-9.*"))
+
+
+def test_an_evaluation_is_kept_where_the_one_before_cannot_be_removed(earlier, monkeypatch):
+    run, final = earlier
+    aside, remove = final.with_name(".test-9.old"), shutil.rmtree
+    with monkeypatch.context() as patch:  # as on a network disk, where an open file stays in its directory
+        patch.setattr(shutil, "rmtree", lambda path, **how: None if path in (final, aside) else remove(path, **how))
+        replaced(run, final)
+        assert (final / "evaluation.json").read_text() == "new"
+        with pytest.raises(RunDirectoryError, match=r"\.test-9\.old cannot be removed: end what has its files open"):
+            replaced(run, final)
+    replaced(run, final)
+    assert not list(final.parent.glob(".test-9.*"))
+
+
+def test_an_evaluation_that_cannot_move_in_leaves_the_one_before(earlier, monkeypatch):
+    run, final = earlier
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.parent.name == ".test-9.new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        replaced(run, final)
+    assert (final / "evaluation.json").read_text() == "earlier"
+    assert not list(final.parent.glob(".test-9.*"))
+
+
+def test_an_evaluation_that_was_moved_aside_comes_back(earlier):
+    """As after a kill between the two moves."""
+    run, final = earlier
+    final.rename(final.with_name(".test-9.old"))
+    with pytest.raises(KeyboardInterrupt), run_module._draft(run, final):
+        raise KeyboardInterrupt
+    assert (final / "evaluation.json").read_text() == "earlier"
+    assert not list(final.parent.glob(".test-9.*"))
 
 
 def test_occupied_directory_is_refused_before_anything_starts(finished):

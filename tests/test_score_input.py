@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from epd_ray.errors import EpdRayError
-from epd_ray.score.inputs import read_index
+from epd_ray.metrics.pictures import picture_files
+from epd_ray.score.inputs import in_order, read_index
 from epd_ray.score.rows import ROWS_PER_TASK, decode, pieces
 
 
@@ -89,6 +90,22 @@ def test_a_folder_with_a_prompt_a_line(tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("one\ntwo\n")
     assert prompts_of(read_index(str(tmp_path / "images"), lines)) == {"1.png": "one", "2.png": "two"}
+
+
+def test_numbers_are_in_the_order_of_their_values(tmp_path):
+    names = ["2.png", "10.png", "99.png", "100.png", "999.png", "1000.png"]
+    images = folder_of(tmp_path / "images", names[::-1], prompts=False)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(f"prompt of {name}\n" for name in names))
+    for source in (str(images), str(images / "*.png")):
+        assert prompts_of(read_index(source, lines)) == {name: f"prompt of {name}" for name in names}
+    assert [path.name for path in picture_files(images)] == names
+
+
+def test_equal_numbers_are_in_one_order(tmp_path):
+    names = ["001.png", "01.png", "1.png", "a/01.png", "a/1.png"]
+    for shuffled in (names, names[::-1]):
+        assert in_order(tmp_path, [tmp_path / name for name in shuffled]) == [tmp_path / name for name in names]
 
 
 def test_tars(tmp_path):

@@ -1,16 +1,20 @@
 """The held-out curve: paired gains, progress, alarms, and its file."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from epd_ray import trainer
+from epd_ray.checkpoint import load_newest
 from epd_ray.config import load_config
 from epd_ray.errors import RunDirectoryError
 from epd_ray.held_out import early_end, held_out
 from epd_ray.report import write_report
 from epd_ray.run import resume, train
+from epd_ray.solvers import Solver
 from epd_ray.statistics import paired_difference
 from epd_ray.store import read_metrics
 from epd_ray.validation import Curve, Validation, read_curve, write_curve
@@ -175,3 +179,37 @@ def test_a_run_may_end_at_the_alarm(small_ray, tmp_path):
     assert rows[-1]["stopped/alarm"] == rows[-1]["alarm/reward_hacking"] == 1 and rows[-1]["iteration"] < 6
     resume(out, Quiet())
     assert read_metrics(out / "metrics.jsonl") == rows
+    kept = [row["iteration"] for row in rows if row.get("validation/best")][-1]
+    assert kept < rows[-1]["iteration"]
+    assert Solver.from_pretrained(out / "solver").meta["iteration"] == kept
+    assert table(out / "solver") == table(out / "distilled")  # it is hacked from the first validation on
+
+
+@pytest.mark.parametrize(
+    ("watched", "best", "kept"),
+    [
+        ([0.0, 0.0, -0.02, -0.02], [1, 1, 0, 0], 2),  # the reward rises to the end
+        ([0.0, -0.02, -0.02, 0.0], [1, 0, 0, 1], 6),
+    ],
+)
+def test_a_hacked_table_is_not_the_one_to_take_home(small_ray, tmp_path, monkeypatch, caplog, watched, best, kept):
+    found = curve([0.0, 0.02, 0.04, 0.06], bad=watched).validations
+    monkeypatch.setattr(trainer, "validate", lambda *args: replace(found[args[-1] // 2], iteration=args[-1]))
+    config = load_config(None, [*TINY, "rewards={good: {head: simulated}}", f"prompts.validation={PROMPTS}"])
+    train(config, tmp_path / "whole", Quiet())
+    first = 2 * np.flatnonzero(np.array(watched) < 0)[0]
+    (said,) = [r.message for r in caplog.records if "reward hacking?" in r.message]
+    assert said.endswith(f"]: the solver stays that of iteration {first - 2}")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "again", Quiet(interrupt_after=5))
+    resume(tmp_path / "again", Quiet())
+    for out in (tmp_path / "whole", tmp_path / "again"):
+        rows = [row for row in read_metrics(out / "metrics.jsonl") if "validation/best" in row]
+        assert [row["validation/best"] for row in rows] == best
+        assert Solver.from_pretrained(out / "solver").meta["iteration"] == kept
+        assert load_newest(out / "checkpoints")["best"]["iteration"] == kept
+        for path in (out / "checkpoints").glob("iteration-*.pt"):
+            path.unlink()
+        assert load_newest(out / "checkpoints")["iteration"] == kept  # of best.pt
+    assert table(tmp_path / "again" / "solver") == table(tmp_path / "whole" / "solver")
+    assert rollouts(tmp_path / "again") == rollouts(tmp_path / "whole")

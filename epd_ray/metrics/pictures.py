@@ -1,18 +1,17 @@
 """Folders of pictures."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from epd_ray.errors import MetricError
-from epd_ray.score.inputs import IMAGE_SUFFIXES
+from epd_ray.score.inputs import IMAGE_SUFFIXES, in_order
 from epd_ray.types import ImageArray
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture in a folder and those below it, sorted, numbers by their value: 1000.png after 999.png.
+    """Every picture in a folder and those below it, in the order of `in_order`.
 
     Raises:
         MetricError: no such folder, or no picture in it.
@@ -22,11 +21,7 @@ def picture_files(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not found:
         raise MetricError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(found, key=lambda path: _in_order(path.relative_to(folder).as_posix()))
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return in_order(folder, found)
 
 
 def read_picture(path: Path) -> ImageArray:

@@ -6,6 +6,7 @@ An index is an Arrow table with a row per picture: id, prompt, error, and where 
 
 import glob
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
     Args:
         source: an image folder, a .tar or .parquet file, a folder of such, or a glob pattern.
         prompts: of an image folder: .csv, .jsonl or .parquet with file names and prompts, or .txt with one prompt per
-            line in the order of the sorted names; None: `x.txt` beside `x.png`.
+            line in the order of `in_order`; None: `x.txt` beside `x.png`.
 
     Raises:
         SourceError: nothing there, of several kinds, damaged, without any prompt, or with an id twice.
@@ -102,16 +103,27 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         found = [p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file()]
         if not found:
             raise SourceError(f"{source} holds nothing to score, expected {', '.join(known)}")
-        return path.absolute(), sorted(p.absolute() for p in found)
+        return path.absolute(), in_order(path.absolute(), (p.absolute() for p in found))
     if path.is_file():
         return path.absolute().parent, [path.absolute()]
     if glob.has_magic(source):
         parts = path.absolute().parts
         plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         root = Path(*parts[:plain])
-        if found := sorted(p for p in root.glob("/".join(parts[plain:])) if p.is_file()):
+        if found := in_order(root, (p for p in root.glob("/".join(parts[plain:])) if p.is_file())):
             return root, found
     raise SourceError(f"{source}: no such file or folder")
+
+
+def in_order(root: Path, files: Iterable[Path]) -> list[Path]:
+    """Files below a folder by name, numbers by their value: 1000.png after 999.png."""
+
+    def key(file: Path) -> tuple[list[tuple[int, str]], str]:
+        name = file.relative_to(root).as_posix()
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+
+    return sorted(files, key=key)
 
 
 def _kind(source: str, files: Sequence[Path]) -> str:
@@ -146,7 +158,7 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
 
     Args:
         root: a folder of images.
-        files: in it or below, sorted.
+        files: in it or below, `in_order`.
         prompts: as `read_index` takes them.
 
     Raises:
