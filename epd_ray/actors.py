@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from epd_ray.cluster import Resources, end_if_broken, resources
+from epd_ray.assets import EMBEDDED
+from epd_ray.cluster import BrokenGpuError, Resources, end_if_broken, resources
 from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.memory import Memory, peak_memory
@@ -61,6 +62,11 @@ class RewardSpec:
         return resources(self.num_cpus, self.num_gpus, self.resources)
 
 
+def wants_gpu(head: str, options: Mapping[str, Any]) -> bool:
+    """Whether a head's model is one for a GPU: neither embedded, nor on another machine."""
+    return head not in ("http", "simulated") and options.get("model") not in EMBEDDED
+
+
 @dataclass(frozen=True)
 class TimedScores:
     """Raw scores [B], the seconds they took, and the actor's peak memory so far."""
@@ -101,13 +107,10 @@ class RewardActor:
 
     def score(self, images: ImageArray, prompts: Sequence[str], rollout_ids: Sequence[str]) -> TimedScores:
         """See Scorer.score."""
-        scorer = self._built()
-        start = time.perf_counter()
-        try:
+        with end_if_broken():
+            scorer = self._built()
+            start = time.perf_counter()
             values = scorer.score(images, prompts, rollout_ids)
-        except Exception as error:
-            end_if_broken(error)
-            raise
         return TimedScores(values, time.perf_counter() - start, peak_memory())
 
     def model_id(self) -> str:
@@ -199,7 +202,7 @@ def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> Actor
 
 
 def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ray.ObjectRef[Any]]") -> Any:
-    """An actor's answer, asked for again of the next process when one dies over it.
+    """An actor's answer, asked for again of the next process when one dies over it, or breaks its GPU.
 
     Args:
         actor: that may restart, and whose constructor does nothing heavy.
@@ -208,21 +211,26 @@ def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ra
         ask: makes the call.
 
     Raises:
-        ModelError: the actor cannot start, no process took the place of one that died, or ATTEMPTS of them died.
+        ModelError: the actor cannot start, no process took the place of one that died, or ATTEMPTS of them died or
+            broke their GPUs.
         BaseException: what the actor raised.
     """
+    why = f"its process died {ATTEMPTS} times while {doing}: out of memory?"
     for _ in range(ATTEMPTS):
         try:
             return ray.get(ask())
         except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from None
+            cause = unwrap(error)
+            if not isinstance(cause, BrokenGpuError):
+                raise cause from None
+            why = f"{cause} (while {doing})"  # the process ends with the next call
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise ModelError(f"{what}: its environment cannot be set up: {last_line(error)}") from None
         except LOST:
             gone = _why_gone(actor)
             if gone is not None:
                 raise ModelError(f"{what}: its process died while {doing}, for good: {gone}") from None
-    raise ModelError(f"{what}: its process died {ATTEMPTS} times while {doing}: out of memory?")
+    raise ModelError(f"{what}: {why}")
 
 
 def _why_gone(actor: ActorHandle[Any]) -> str | None:

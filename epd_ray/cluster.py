@@ -3,16 +3,19 @@
 import json
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
-from epd_ray.errors import ClusterError, PlacementError
+from epd_ray.errors import ClusterError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
 
 log = logging.getLogger(__name__)
@@ -20,9 +23,10 @@ log = logging.getLogger(__name__)
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
 START_SECONDS = 600.0
+LAST_WORDS_SECONDS = 1.0  # for the error to leave a process that ends with the next call, which may wait there already
 HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Without it an actor that asks for no GPU sees them all, and Ray knows nothing of what it takes there."""
-ONE_MACHINE = HIDE_GPUS | {
+ONE_MACHINE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -30,10 +34,14 @@ ONE_MACHINE = HIDE_GPUS | {
 HANDED_ON = ("HF_TOKEN", "HF_HOME")
 """Environment variables that actors get, unless the run says otherwise."""
 
-BROKEN = "AcceleratorError"  # by name: the environments of reward packages may have an older torch
-
 HOOK = "worker_process_setup_hook"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
+
+_broken = False  # an actor's GPU, for good
+
+
+class BrokenGpuError(EpdRayError):
+    """A CUDA error, from which its process never recovers; in the words of what it went wrong in, in one line."""
 
 
 def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> None:
@@ -57,7 +65,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
 
     cluster = reachable(address)
     if cluster is not None:
-        ray.init(address=cluster, runtime_env=_hidden_gpus() | _handed_over(_variables(env)), **quiet)
+        ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | _handed_over(_variables(env)), **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
@@ -72,7 +80,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
             **quiet,
         )
     finally:
@@ -101,10 +109,31 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _hidden_gpus() -> dict[str, Any]:
-    """A runtime environment in which actors see no GPU that they have not asked for."""
+def _hiding() -> dict[str, str]:
+    """HIDE_GPUS, unless a submitted job has its own word on it."""
     there = _submitted().get("env_vars") or {}
-    return {"env_vars": {name: value for name, value in HIDE_GPUS.items() if name not in there}}
+    return {name: value for name, value in HIDE_GPUS.items() if name not in there}
+
+
+def warn_of_idle_gpus(asked: Mapping[str, float]) -> None:
+    """Name the settings that leave GPUs unused: forgotten ones would mean days on the CPU.
+
+    Args:
+        asked: settings of all actors that could use a GPU -> what they ask for.
+    """
+    gpus, forgotten = ray.cluster_resources().get("GPU", 0), [key for key, amount in asked.items() if not amount]
+    if gpus and forgotten and not _shows_gpus():
+        log.warning(
+            "the cluster has %g GPUs, and who asks for none runs on CPU cores: set %s", gpus, ", ".join(forgotten)
+        )
+
+
+def _shows_gpus() -> bool:
+    """Whether actors see GPUs that they have not asked for: those of a Ray that the user has joined or started."""
+    if not ray.is_initialized():
+        return False
+    variables = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    return not HIDE_GPUS.items() <= variables.items()
 
 
 def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
@@ -116,17 +145,32 @@ def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
     return {HOOK: set_variables} if values else {}
 
 
-def end_if_broken(error: BaseException | None) -> None:
-    """End an actor after a CUDA error, from which its process never recovers, so that Ray starts another one.
+@contextmanager
+def end_if_broken() -> Iterator[None]:
+    """Around an actor's work: after a CUDA error the next call ends the process, so that Ray starts another one.
 
-    Args:
-        error: with its causes; torch has one class for all of these, and another for too little memory.
+    torch has one class for all of these errors, and another for too little memory; the causes of an error count too.
+
+    Raises:
+        BrokenGpuError: in place of such an error, whose own words it has; nothing else ends outside of actors.
     """
-    while error is not None and type(error).__name__ != BROKEN:
-        error = error.__cause__ or error.__context__
-    if error is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-        log.error("this actor ends: %s", error)
+    global _broken
+    if _broken:
+        time.sleep(LAST_WORDS_SECONDS)
         os._exit(1)
+    try:
+        yield
+    except Exception as error:
+        if not _of_gpu(error):
+            raise
+        _broken = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+        raise BrokenGpuError(" ".join(str(error).split())) from error
+
+
+def _of_gpu(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, torch.AcceleratorError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:

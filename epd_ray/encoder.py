@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epd_ray.actors import insist
 from epd_ray.backbones import BACKBONES
-from epd_ray.cluster import Resources, resources
+from epd_ray.cluster import Resources, end_if_broken, resources
 from epd_ray.memory import Memory, peak_memory
 
 ENCODERS = "the text encoders"
@@ -68,8 +68,9 @@ class EncoderActor:
 
     def embed(self, prompt: str) -> tuple[Tensor, ...]:
         """One prompt's embedding, on the CPU; the backbone's own for the empty prompt."""
-        self.ready()
-        return tuple(tensor.cpu() for tensor in self._encoders.embeddings([prompt])[0])
+        with end_if_broken():
+            self.ready()
+            return tuple(tensor.cpu() for tensor in self._encoders.embeddings([prompt])[0])
 
     def memory(self) -> Memory:
         """Peaks of this actor."""

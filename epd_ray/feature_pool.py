@@ -10,7 +10,15 @@ import numpy as np
 import ray
 
 from epd_ray.actors import LOST, insist, unwrap
-from epd_ray.cluster import PLACEMENT_SECONDS, require_room, resources
+from epd_ray.assets import EMBEDDED
+from epd_ray.cluster import (
+    PLACEMENT_SECONDS,
+    BrokenGpuError,
+    end_if_broken,
+    require_room,
+    resources,
+    warn_of_idle_gpus,
+)
 from epd_ray.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.environments import interpreter, runtime_env
 from epd_ray.errors import EpdRayError, ModelError
@@ -18,7 +26,7 @@ from epd_ray.metrics import EXTRACTORS
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
 
 BATCH = 32  # pictures of a call, whatever the number of actors: features depend on it in their last bits
-RETRIES = 2  # of a call whose process died
+RETRIES = 2  # of a call whose process died, or broke its GPU, with which it dies at the next try
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class FeatureActor:
 
     def features(self, images: ImageArray) -> FloatArray:
         """Features [B, D] of images [B, 3, H, W], uint8."""
-        return self._built().features(images)
+        with end_if_broken():
+            return self._built().features(images)
 
 
 class FeaturePool:
@@ -102,6 +111,8 @@ class FeaturePool:
         environment = ENVIRONMENTS.get(spec.extractor)
         own = {} if environment is None else {"runtime_env": runtime_env(str(interpreter(environment)))}
         self._what = f"feature extractor {spec.extractor!r}"
+        if spec.options.get("model") not in EMBEDDED:
+            warn_of_idle_gpus({"cluster.feature_gpus": spec.num_gpus})
         bundle = resources(spec.num_cpus, spec.num_gpus, spec.resources)
         require_room({self._what: [bundle] * spec.replicas}, timeout_s)
         remote = ray.remote(FeatureActor).options(
@@ -128,7 +139,10 @@ class FeaturePool:
             ModelError: its processes died over the pictures.
         """
         batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        calls = [a.features.remote(ray.put(b)) for a, b in zip(cycle(self._actors), batches, strict=False)]
+        calls = [
+            actor.features.options(retry_exceptions=[BrokenGpuError]).remote(ray.put(batch))
+            for actor, batch in zip(cycle(self._actors), batches, strict=False)
+        ]
         try:
             found = ray.get(calls)
         except ray.exceptions.RayTaskError as error:

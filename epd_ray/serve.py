@@ -24,8 +24,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from torch import Tensor
 
-from epd_ray.actors import unwrap
-from epd_ray.cluster import require_room, resources, start_ray
+from epd_ray.actors import unwrap, wants_gpu
+from epd_ray.cluster import require_room, resources, start_ray, warn_of_idle_gpus
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.rewards import HEADS
 from epd_ray.types import FloatArray, RewardHead
@@ -238,6 +238,8 @@ def served(
     try:
         if serve.status().proxies:
             raise ConfigError(["Ray Serve runs already on this Ray: end it, or unset RAY_ADDRESS for a Ray of its own"])
+        if wants_gpu(head, options):
+            warn_of_idle_gpus({"--num-gpus": num_gpus})
         require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})  # Ray Serve would wait for ever
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:

@@ -1,6 +1,5 @@
 """From a run's configuration to live actors."""
 
-import logging
 import math
 import shutil
 import signal
@@ -10,8 +9,8 @@ from types import FrameType
 
 import ray
 
-from epd_ray.actors import RewardSpec
-from epd_ray.cluster import HANDED_ON, start_ray
+from epd_ray.actors import RewardSpec, wants_gpu
+from epd_ray.cluster import HANDED_ON, start_ray, warn_of_idle_gpus
 from epd_ray.config import RunConfig
 from epd_ray.encoder import EncoderSpec
 from epd_ray.environments import package_spec
@@ -19,8 +18,6 @@ from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
 from epd_ray.sections import SHAPES, ClusterConfig, RDPOSection, RewardConfig
 from epd_ray.solvers import SolverTable
-
-log = logging.getLogger(__name__)
 
 FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
@@ -151,16 +148,19 @@ def reward_spec(reward: RewardConfig) -> RewardSpec:
 
 
 def _warn_of_idle_gpus(config: RunConfig) -> None:
-    """The GPUs are hidden from actors that ask for none, so that a forgotten key would mean days on the CPU."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if not gpus or config.backbone.model == SHAPES:
-        return
-    asked = {"cluster.rollout_gpus": config.cluster.rollout_gpus}
-    asked |= {f"rewards.{name}.num_gpus": r.num_gpus for name, r in config.rewards.items() if r.head != "http"}
-    if forgotten := [key for key, amount in asked.items() if not amount]:
-        log.warning(
-            "the cluster has %g GPUs, and who asks for none runs on CPU cores: set %s", gpus, ", ".join(forgotten)
-        )
+    """Of a run's actors; a driver that draws sees every GPU."""
+    cluster = config.cluster
+    asked: dict[str, float] = {}
+    if ":" in config.backbone.family or config.backbone.model != SHAPES:
+        asked |= {"cluster.rollout_gpus": cluster.rollout_gpus} if cluster.rollout_actors else {}
+        asked |= {"cluster.encoder_gpus": cluster.encoder_gpus} if cluster.encoder_actors else {}
+    warn_of_idle_gpus(asked | head_gpus(config))
+
+
+def head_gpus(config: RunConfig) -> dict[str, float]:
+    """Key -> what the actors of a head that could use a GPU ask for."""
+    heads = {name: reward for name, reward in config.rewards.items() if wants_gpu(reward.head, reward.options)}
+    return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}
 
 
 @contextmanager

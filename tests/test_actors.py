@@ -7,16 +7,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+import torch
+from PIL import Image
 
 from epd_ray import actors as module
 from epd_ray.actors import RewardPool, RewardSpec
-from epd_ray.cluster import require_room
+from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.cluster import BrokenGpuError, require_room
 from epd_ray.encoder import EncoderSpec, embed_with, start_encoder
-from epd_ray.errors import ModelError, PlacementError
+from epd_ray.errors import ModelError, PlacementError, TaskError
+from epd_ray.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.rdpo import pipeline
 from epd_ray.rewards.simulated import SimulatedHead
+from epd_ray.score.inputs import read_index
+from epd_ray.score.pipeline import scored
 
 PLANTED = "hf_planted_token_value"
 
@@ -108,6 +115,158 @@ def test_an_environment_that_cannot_be_set_up_is_one_line(small_ray: None, monke
         pool.wait_ready()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     pool.stop()
+
+
+# -- broken GPUs ------------------------------------------------------------------------------------------------------
+
+ALWAYS = 1000
+
+
+def break_gpu(file: str, times: int) -> None:
+    """Fail the first few times as CUDA does, after which a process is of no use; the file tells in which it was."""
+    with Path(file).open("a") as processes:
+        processes.write(f"{os.getpid()}\n")
+    if len(Path(file).read_text().split()) <= times:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+
+class BreakingHead(SimulatedHead):
+    """A head on a GPU that breaks."""
+
+    def __init__(self, *, file: str, times: int) -> None:
+        super().__init__()
+        self.broken = file, times
+
+    def score(self, images, prompts):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return super().score(images, prompts)
+
+
+class BreakingBackbone(SimulatedBackbone):
+    """A model on a GPU that breaks."""
+
+    def __init__(self, *, file: str, times: int) -> None:
+        super().__init__()
+        self.broken = file, times
+
+    def decode(self, x):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return super().decode(x)
+
+
+class BreakingEncoders:
+    """In place of a backbone."""
+
+    def __init__(self, *, file: str, times: int, parts: str, device: str, offload: str) -> None:
+        self.broken = file, times
+
+    def embeddings(self, prompts):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return [(torch.ones(1),)]
+
+
+class BreakingExtractor:
+    """A feature extractor."""
+
+    model_id, revision, dimension = "breaking", "1", 1
+
+    def __init__(self, *, file: str, times: int) -> None:
+        self.broken = file, times
+
+    def features(self, images):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return np.ones((len(images), 1), np.float32)
+
+
+def breaking(kind: str, file: Path, times: int) -> list[str]:
+    """Overrides: a rollout actor or a head of that kind."""
+    options = f"{{file: {file}, times: {times}}}"
+    if kind == "head":
+        return [f"rewards={{frail: {{head: 'tests.test_actors:BreakingHead', options: {options}}}}}"]
+    return [
+        *("backbone.family=tests.test_actors:BreakingBackbone", f"backbone.options={options}"),
+        *("cluster.rollout_actors=1", "cluster.rollout_cpus=0.25"),
+    ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["head", "backbone"])
+def test_a_gpu_that_breaks_once_changes_nothing(build, tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
+    calm, hit = build(), build(*breaking(kind, tmp_path / "processes", times=1))
+    calm.train(), hit.train()
+    assert hit.checksum() == calm.checksum()
+    first, *others = (tmp_path / "processes").read_text().split()
+    assert others and first not in others and str(os.getpid()) not in others
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [
+        ("head", "actor 1 of reward head 'frail'"),
+        ("backbone", "rollout actor 1"),
+    ],
+    ids=["head", "backbone"],
+)
+def test_a_gpu_that_always_breaks_ends_the_run_in_its_own_words(build, tmp_path: Path, kind: str, who: str) -> None:  # type: ignore[no-untyped-def]
+    algo = build(*breaking(kind, tmp_path / "processes", ALWAYS))
+    with pytest.raises(TaskError, match=f"^{who} failed in 3 processes in a row, last with ") as caught:
+        algo.train()
+    assert "CUDA error: no kernel image is available Compile with" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    processes = (tmp_path / "processes").read_text().split()
+    assert len(set(processes)) == len(processes) >= 3
+
+
+def test_a_driver_that_breaks_its_gpu_ends_at_once_in_its_own_words(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    algo = build(*breaking("backbone", tmp_path / "processes", ALWAYS), "cluster.rollout_actors=0")
+    with pytest.raises(BrokenGpuError, match="CUDA error: no kernel image"):
+        algo.train()
+    assert (tmp_path / "processes").read_text().split() == [str(os.getpid())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_encoders_and_extractors_get_a_new_gpu_process_too(small_ray: None, tmp_path: Path) -> None:
+    def options(name: str, times: int) -> dict[str, object]:
+        return {"file": str(tmp_path / name), "times": times}
+
+    for times in (1, ALWAYS):
+        name, target = f"encoder{time.monotonic_ns()}", "tests.test_actors:BreakingEncoders"
+        actor = start_encoder(name, target, options(f"encoder {times}", times), EncoderSpec())
+        spec = FeatureSpec("tests.test_actors:BreakingExtractor", options(f"extractor {times}", times), num_cpus=0.25)
+        with FeaturePool(spec) as pool:
+            if times == 1:
+                assert len(embed_with(name)("a prompt")) == 1
+                assert pool.features(np.zeros((2, 3, 1, 1), np.uint8)).shape == (2, 1)
+            else:
+                with pytest.raises(
+                    ModelError, match=r"^the text encoders: CUDA error: no kernel .*\(while embedding 'a"
+                ):
+                    embed_with(name)("a prompt")
+                with pytest.raises(BrokenGpuError, match=r"^CUDA error: no kernel image"):
+                    pool.features(np.zeros((2, 3, 1, 1), np.uint8))
+        ray.kill(actor)
+        for of in ("encoder", "extractor"):
+            assert len(set((tmp_path / f"{of} {times}").read_text().split())) == 2
+
+
+@pytest.mark.slow
+def test_scores_of_pictures_survive_a_gpu_that_breaks_once(small_ray: None, tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a prompt")
+    index = read_index(str(tmp_path))
+    once, always = (
+        {"frail": RewardSpec("tests.test_actors:BreakingHead", options={"file": str(tmp_path / f"{n}"), "times": n})}
+        for n in (1, ALWAYS)
+    )
+    assert sum(len(table) for table in scored(index, once, 4)) == 2
+    with pytest.raises(ModelError, match=r"^reward head 'frail': failed with AcceleratorError: CUDA error"):
+        list(scored(index, always, 4))
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_asked_for_is_counted_by_kind(small_ray: None) -> None:

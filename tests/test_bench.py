@@ -151,7 +151,10 @@ def test_the_command_refuses_before_it_measures(stand_in, tmp_path):
         run(["latency"], Options("flux-rndom"))
     with pytest.raises(ConfigError, match="model shapes is not compiled: give a random model, such as sd3-random"):
         run(["latency"], Options("shapes", compile=True))
+    with pytest.raises(ConfigError, match="model shapes has no size 'small': give a random model, such as sd3-random"):
+        run(["latency"], Options("shapes", "small"))
     for options, message in (
+        (Options(size="small"), "--size needs --model, a random one, such as sd3-random"),
         (Options(compile=True), "--compile needs --model, a random one, such as sd3-random"),
         (Options(seeds=2), "none of latency takes --seeds: give them to efficiency, search"),
     ):

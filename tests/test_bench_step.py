@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from epd_ray.bench.flops import operations
+from epd_ray.bench.flops import operations, tflop_per_eval
 from epd_ray.bench.latency import _pipelines, latency
 from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.plain_loop import STAGES, PlainLoop, one_after_another
@@ -71,6 +71,11 @@ def test_step_names_every_figure():
     parts = sum(record[f"batched, threads 1/{stage}_s"] for stage in STAGES)
     assert 0.8 < parts / batched < 1
     assert record["pipeline/generate_s"] > 0 and record["pipeline/cpu_s"] > 0
+    worker = rdpo_config(load_config(None), prompts(4)).worker_spec.build()
+    evals = 4 * (2 * 3) - 2  # 4 pictures, 3 points in each of 2 intervals; 2 groups share their start
+    each = tflop_per_eval(worker.backbone, worker.guidance_scale)
+    assert record["tflops"] == pytest.approx(evals * each / record["pipeline/iteration_s"])
+    assert record["of_peak"] is None
 
 
 def test_latency_compares_at_one_parallel_nfe():
@@ -80,6 +85,11 @@ def test_latency_compares_at_one_parallel_nfe():
         assert record[f"solver/{name}/s"] > 0
     assert record["solver/epd K=3/vs_euler"] > 1
     assert record["pipeline/epd K=2/s"] > 0
+    backbone, guidance = Subject("sd3-random", "small", 64).open()
+    for name, evals in (("euler", 4), ("heun", 4), ("epd K=2", 6), ("epd K=3, one after another", 8)):
+        tflops = 2 * evals * tflop_per_eval(backbone, guidance) / record[f"solver/{name}/s"]
+        assert record[f"solver/{name}/tflops"] == pytest.approx(tflops)
+        assert record[f"solver/{name}/of_peak"] is None
     with pytest.raises(ConfigError, match="parallel_nfe is 5"):
         latency("sd3-random", "small", parallel_nfe=5)
 

@@ -12,12 +12,18 @@ from platform import python_version
 import psutil
 import pytest
 import ray
+import torch
+from PIL import Image
 from ray._private import services
 
-from epd_ray import cluster, join
-from epd_ray.cluster import start_ray
-from epd_ray.errors import ClusterError
+from epd_ray import cluster, join, session
+from epd_ray.cluster import BrokenGpuError, start_ray
+from epd_ray.config import load_config
+from epd_ray.errors import ClusterError, ModelError
+from epd_ray.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.join import reachable
+from epd_ray.score.pipeline import ScoreRequest, score
+from tests.fakes import Quiet
 from tests.ray_head import Head, clean_env, free_ports, listening, processes_of, ray_head, token_env
 
 ROOT = Path(__file__).parent.parent
@@ -229,33 +235,131 @@ def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
         def seen(self) -> str | None:
             return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-    assert ray.get(ray.remote(Actor).remote().seen.remote()) == ""
+    own = {"env_vars": {"PYTHONPATH": ""}}  # as a head's own environment has it
+    actors = ray.remote(Actor).remote(), ray.remote(Actor).options(runtime_env=own).remote()
+    assert ray.get([actor.seen.remote() for actor in actors]) == ["", ""]
 
 
-def test_a_cluster_hides_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cluster._hidden_gpus() == {"env_vars": cluster.HIDE_GPUS}
+SEEN = """
+import os, sys
+import ray
+from epd_ray.session import ray_session
+with ray_session(sys.argv[1]):
+    print(ray.get(ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES")).remote()) == "")
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_hides_them_too(head: Head) -> None:
+    env = {name: value for name, value in head.env.items() if name not in cluster.HIDE_GPUS}
+    command = [sys.executable, "-c", SEEN, head.address]
+    done = subprocess.run(command, capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_a_job_has_its_own_word_on_hidden_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(join, "reachable", lambda address: address)
+    monkeypatch.setattr(ray, "init", lambda **given: asked.append(given["runtime_env"]["env_vars"]))
+    start_ray("127.0.0.1:1", env=[])
     (name,) = cluster.HIDE_GPUS
     monkeypatch.setenv(cluster.JOB_CONFIG, json.dumps({"runtime_env": {"env_vars": {name: "0"}}}))
-    assert cluster._hidden_gpus() == {"env_vars": {}}
+    start_ray("127.0.0.1:1", env=[])
+    assert asked == [{name: "1"}, {}]
+
+
+MINE = """
+import logging, ray
+from epd_ray import cluster
+from epd_ray.session import ray_session
+ray.init("local", num_gpus=2, num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+with ray_session(None):
+    cluster.warn_of_idle_gpus({"cluster.rollout_gpus": 0.0})
+"""
+
+
+def test_nothing_is_said_of_gpus_that_are_not_hidden(
+    small_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = {**clean_env(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", MINE], capture_output=True, text=True, env=env, check=True)
+    assert "GPUs" not in done.stderr
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    cluster.warn_of_idle_gpus({"cluster.rollout_gpus": 0.0, "cluster.encoder_gpus": 0.5})  # on a Ray of ours
+    assert caplog.messages == [
+        "the cluster has 2 GPUs, and who asks for none runs on CPU cores: set cluster.rollout_gpus"
+    ]
+
+
+BIG = ("backbone.model=owner/name", "rewards={web: {head: http, options: {url: 'http://a/score'}}}")
+OWN = ("backbone.family=tests.fakes:TableBackbone", "rewards={clip: {options: {model: shapes-clip}}}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "forgotten"),
+    [
+        (BIG, ["cluster.rollout_gpus"]),
+        (OWN, ["cluster.rollout_gpus"]),
+        ((*OWN, "cluster.rollout_actors=0"), []),
+        ((*BIG, "cluster.encoder_actors=1"), ["cluster.rollout_gpus", "cluster.encoder_gpus"]),
+        ((*BIG, "cluster.rollout_gpus=1", "cluster.encoder_actors=1", "cluster.encoder_gpus=0.2"), []),
+        (("rewards={pick: {head: pickscore}}",), ["rewards.pick.num_gpus"]),  # on the embedded model
+        (("backbone.family=simulated", "rewards={sim: {head: simulated}}"), []),
+    ],
+)
+def test_whoever_could_use_a_gpu_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], forgotten: list[str]
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
+    session._warn_of_idle_gpus(load_config(None, overrides))
+    assert [m.rpartition(": set ")[2] for m in caplog.messages] == [", ".join(forgotten)] * bool(forgotten)
+
+
+def test_extractors_and_scores_on_the_cpu_are_mentioned(
+    small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
+    with pytest.raises(ModelError, match="no directory"):
+        FeaturePool(FeatureSpec("clip", {"model": "./nowhere"}, num_cpus=0))
+    FeaturePool(FeatureSpec("clip", {"model": "shapes-clip"}, num_cpus=0)).stop()  # needs none
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a prompt")
+    asked = load_config(None, ["rewards={mine: {head: 'tests.fakes:FlatHead'}}"])
+    score(ScoreRequest(str(tmp_path), tmp_path / "scores"), asked, Quiet())
+    assert [m.rpartition(": set ")[2] for m in caplog.messages] == ["cluster.feature_gpus", "rewards.mine.num_gpus"]
 
 
 def test_an_actor_with_a_broken_gpu_makes_room_for_another(small_ray: None, tmp_path: Path) -> None:
-    class AcceleratorError(RuntimeError):
-        """As torch's, which has no constructor."""
-
     class Actor:
-        def draw(self, been: Path) -> int:
-            if not been.exists():
-                been.touch()
-                wrapped = ValueError("in a head")
-                wrapped.__cause__ = AcceleratorError("CUDA error: an illegal memory access was encountered")
-                cluster.end_if_broken(wrapped)
-            cluster.end_if_broken(ValueError("of another kind"))
-            return os.getpid()
+        def draw(self, error: BaseException | None = None, cause: BaseException | None = None) -> int:
+            with cluster.end_if_broken():
+                if error is not None:
+                    raise error from cause
+                return os.getpid()
 
-    actor = ray.remote(Actor).options(max_restarts=1, max_task_retries=1).remote()
-    assert ray.get(actor.draw.remote(tmp_path / "been")) != os.getpid()
-    cluster.end_if_broken(AcceleratorError("here, in no actor, it is the caller's to raise"))
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access\nwas encountered")
+    actor = ray.remote(Actor).options(max_restarts=-1, max_task_retries=1).remote()
+    first = ray.get(actor.draw.remote())
+    with pytest.raises(ValueError, match="of another kind"):
+        ray.get(actor.draw.remote(ValueError("of another kind")))
+    assert ray.get(actor.draw.remote()) == first
+    with pytest.raises(BrokenGpuError, match="CUDA error: an illegal memory access was encountered"):
+        ray.get(actor.draw.remote(broken))
+    second = ray.get(actor.draw.remote())
+    with pytest.raises(BrokenGpuError, match="in a head"):
+        ray.get(actor.draw.remote(ValueError("in a head"), broken))
+    assert len({first, second, ray.get(actor.draw.remote())}) == 3
+    hasty = ray.remote(Actor).options(max_restarts=-1).remote()
+    error, behind = hasty.draw.remote(broken), hasty.draw.remote()
+    with pytest.raises(
+        BrokenGpuError, match="CUDA error"
+    ):  # though the next call, which ends the process, waited there
+        ray.get(error)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(behind)
+    for _ in "twice":  # in no actor, nothing ends
+        with pytest.raises(BrokenGpuError, match="CUDA error"):
+            Actor().draw(broken)
 
 
 # -- a full object store ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from scipy import stats
 from epd_ray.bench import cases, efficiency, search
 from epd_ray.bench.efficiency import Curve
 from epd_ray.bench.kept import kept
+from epd_ray.config import load_config
 from epd_ray.errors import RunDirectoryError
 from epd_ray.sampling import Sampler
 from epd_ray.search import CmaSearch
@@ -24,6 +25,9 @@ TINY = (
 )
 
 
+RUN = load_config(None)
+
+
 @dataclass(frozen=True)
 class Count:
     value: int
@@ -31,19 +35,54 @@ class Count:
 
 def test_a_measurement_is_made_once(tmp_path):
     path = tmp_path / "new" / "one.json"
-    assert kept(path, {"a": 1}, Count, lambda: Count(3)) == Count(3)
-    assert kept(path, {"a": 1}, Count, lambda: pytest.fail("measured again")) == Count(3)
+    assert kept(path, RUN, {"a": 1}, Count, lambda: Count(3)) == Count(3)
+    assert kept(path, RUN, {"a": 1}, Count, lambda: pytest.fail("measured again")) == Count(3)
 
 
 def test_other_settings_are_refused(tmp_path):
     path = tmp_path / "one.json"
-    kept(path, {"run": {"a": 1}, "b": 2}, Count, lambda: Count(3))
-    with pytest.raises(RunDirectoryError, match=r"one.json was measured with other settings \(run.a was 1, now 2\)"):
-        kept(path, {"run": {"a": 2}, "b": 2}, Count, lambda: Count(4))
+    kept(path, RUN, {"b": 2}, Count, lambda: Count(3))
+    for config, rules, change in (
+        (load_config(None, ["rdpo.epochs=2"]), {"b": 2}, "run.rdpo.epochs was 1, now 2"),
+        (load_config(None, ["cluster.images_per_job=4"]), {"b": 2}, "run.cluster.images_per_job was 8, now 4"),
+        (RUN, {"b": 3}, "b was 2, now 3"),
+    ):
+        with pytest.raises(RunDirectoryError, match=rf"one.json was measured with other settings \({change}\)"):
+            kept(path, config, rules, Count, lambda: Count(4))
     assert json.loads(path.read_text())["measured"] == {"value": 3}
-    path.write_text("[]")
-    with pytest.raises(RunDirectoryError, match="holds no measurement"):
-        kept(path, {"a": 1}, Count, lambda: Count(4))
+
+
+def test_settings_that_decide_nothing_may_differ(tmp_path):
+    path = tmp_path / "one.json"
+    kept(path, RUN, {}, Count, lambda: Count(3))
+    other = ["name=another", "cluster.placement_timeout_s=9", "checkpoint.every=9", "tracking.wandb={}"]
+    assert kept(path, load_config(None, other), {}, Count, lambda: pytest.fail("measured again")) == Count(3)
+
+
+def test_a_key_that_came_later_had_its_default(tmp_path):
+    path = tmp_path / "one.json"
+    older = RUN.model_dump(mode="json")
+    del older["rdpo"]["lr_schedule"], older["cluster"]["feature_gpus"], older["rewards"]["clip"]["backend"]
+    path.write_text(json.dumps({"settings": {"run": older}, "measured": {"value": 3}}))
+    assert kept(path, RUN, {}, Count, lambda: pytest.fail("measured again")) == Count(3)
+    with pytest.raises(RunDirectoryError, match=r"run.rdpo.lr_schedule was 'constant', now 'linear'"):
+        kept(path, load_config(None, ["rdpo.lr_schedule=linear"]), {}, Count, lambda: Count(4))
+
+
+def test_what_is_no_measurement_of_this_version_is_said(tmp_path):
+    path = tmp_path / "one.json"
+    kept(path, RUN, {}, Count, lambda: Count(3))
+    settings = json.loads(path.read_text())["settings"]
+    gone = {**settings, "run": {**settings["run"], "rdpo": {"no_such_key": 1}}}
+    for held in (
+        [],
+        {"settings": ["rdpo.lr=1e-3"], "measured": {"value": 3}},  # as they once were
+        {"settings": settings, "measured": {"count": 3}},
+        {"settings": gone, "measured": {"value": 3}},
+    ):
+        path.write_text(json.dumps(held))
+        with pytest.raises(RunDirectoryError, match=r"one.json holds no measurement of this version: move it away"):
+            kept(path, RUN, {}, Count, lambda: Count(4))
 
 
 def test_a_stopped_measurement_leaves_no_file(tmp_path):
@@ -51,7 +90,7 @@ def test_a_stopped_measurement_leaves_no_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(tmp_path / "one.json", {}, Count, stopped)
+        kept(tmp_path / "one.json", RUN, {}, Count, stopped)
     assert not list(tmp_path.iterdir())
 
 
@@ -125,6 +164,24 @@ def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_r
     difference = np.mean(measured["rdpo"]["test"]) - np.mean(measured["cma"]["test"])
     assert record["n2/cma/rdpo_minus_this/mean"] == pytest.approx(difference, abs=1e-6)
     assert record["n2/cma/rdpo_minus_this/low"] is None  # one seed says nothing about others
+
+
+def test_what_a_search_found_is_of_its_start(tmp_path, monkeypatch):
+    def found(name, config, budget, first):
+        return search.Found([[position]], [[1.0]], None, 0, [0.5], [0.5])
+
+    monkeypatch.setattr(search, "_found", found)
+    position = 0.25
+    search.search(range(1), tmp_path, problems=["n2"])
+    monkeypatch.setattr(search, "_found", lambda *args: pytest.fail("searched again"))
+    search.search(range(1), tmp_path, problems=["n2"])
+    (tmp_path / "search-n2-distilled-seed0.json").unlink()
+    monkeypatch.setattr(search, "_found", found)
+    position = 0.26
+    with pytest.raises(
+        RunDirectoryError, match=r"search-n2-rdpo-seed0.json was measured .*\(start was '\w+', now '\w+'"
+    ):
+        search.search(range(1), tmp_path, problems=["n2"])
 
 
 def test_seeds_are_the_units_of_a_search():

@@ -231,6 +231,21 @@ def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
+def test_gpus_that_a_server_does_not_ask_for_are_mentioned(
+    small_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(bundles: object) -> None:
+        raise PlacementError("no room")
+
+    monkeypatch.setattr("epd_ray.serve.require_room", full)
+    monkeypatch.setattr("epd_ray.serve.serve.status", lambda: SimpleNamespace(proxies={}))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    for head, num_gpus in (("tests.test_serve:Broken", 0.0), ("tests.test_serve:Broken", 0.5), ("simulated", 0.0)):
+        with pytest.raises(PlacementError), served(head, {}, port=free_port(), num_gpus=num_gpus):
+            pass
+    assert caplog.messages == ["the cluster has 2 GPUs, and who asks for none runs on CPU cores: set --num-gpus"]
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [(RuntimeError("Deploying application\nepd-ray failed"), "Deploying application epd-ray failed"),

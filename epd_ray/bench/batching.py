@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epd_ray.bench.flops import operations, speed
+from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.timing import medians
 from epd_ray.random_models import Size
@@ -58,8 +58,7 @@ def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float | No
             "ddim": partial(_two_steps, drift, x, a, b),
         }
         seconds = medians(ways, repeats)
-        one = conditioned_drift(backbone, backbone.encode(prompts(1), guidance))
-        tflop = 1e-12 * batch * operations(one, x[:1], x.new_full((1,), a))  # whole, unfused attention may not fit
+        tflop = batch * tflop_per_eval(backbone, guidance)
     return {
         **{f"{way}_s": round(value, 4) for way, value in seconds.items()},
         "vs_sequential": round(seconds["batched"] / seconds["sequential"], 3),

@@ -105,9 +105,9 @@ def efficiency(
         for arm, own in ARMS.items():
             config = load_config(None, (f"seed={seed}", SMALL_JOBS, *own, *overrides))
             goal = curves["reference"].rewards[-1] if curves else None
-            decides = {"run": config.model_dump(mode="json"), "budget": budget, "checks": list(CHECKS), "target": goal}
+            rules = {"budget": budget, "checks": list(CHECKS), "target": goal}
             measure = partial(_measured, config, budget, goal)
-            curves[arm] = kept(folder / f"{arm}-seed{seed}.json", decides, Curve, measure)
+            curves[arm] = kept(folder / f"{arm}-seed{seed}.json", config, rules, Curve, measure)
             record[f"seed_{seed}/{arm}/distilled_reward"] = curves[arm].rewards[0]
         target = record[f"seed_{seed}/target"] = curves["reference"].rewards[-1]
         for (arm, curve), (rule, in_a_row) in product(curves.items(), RULES.items()):

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from epd_ray.types import Drift
+from epd_ray.bench.models import prompts
+from epd_ray.sampling import conditioned_drift, noises
+from epd_ray.types import Backbone, Drift
 
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -50,6 +52,14 @@ def operations(drift: Drift, x: Tensor, sigma: Tensor) -> int:
         drift(x, sigma)
     total: int = counter.get_total_flops()
     return total
+
+
+def tflop_per_eval(backbone: Backbone, guidance_scale: float) -> float:
+    """10^12 operations of one evaluation for one picture; of a whole batch, unfused attention may not fit."""
+    with torch.inference_mode():
+        drift = conditioned_drift(backbone, backbone.encode(prompts(1), guidance_scale))
+        x, sigmas = backbone.initial(noises(backbone, [0])), backbone.sigmas(2)
+        return 1e-12 * operations(drift, x, x.new_full((1,), float(sigmas[1])))
 
 
 def speed(tflops: float, device: str) -> dict[str, float | None]:

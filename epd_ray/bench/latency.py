@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epd_ray.backbones.conditioning import TextConditioning
 from epd_ray.backbones.pipeline import PipelineBackbone
+from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
 from epd_ray.bench.plain_loop import one_after_another
 from epd_ray.bench.timing import medians
@@ -40,6 +41,7 @@ def latency(
     EPD runs with evenly spaced points, K = 2 and 3, those of an interval in one batch and one after another: what a
     table holds costs nothing. `pipeline/...` is the diffusers pipeline, with its own scheduler (Euler) and with
     `parallelize`, on one device and, where there are several GPUs, with the points spread over two of them.
+    `tflops` are the network's operations over a solver's time, `of_peak` their share of what the card can do.
 
     Args:
         model: one of MODELS.
@@ -62,14 +64,19 @@ def latency(
     conditioning = backbone.encode(prompts(batch), guidance)
     noise = noises(backbone, range(batch))
     with torch.inference_mode():
-        record |= _ratios("solver", _solvers(backbone, conditioning, noise, parallel_nfe), repeats)
+        ways, evals = _solvers(backbone, conditioning, noise, parallel_nfe)
+        seconds = medians(ways, repeats)
+        record |= _ratios("solver", seconds)
         if isinstance(backbone, PipelineBackbone) and isinstance(conditioning, TextConditioning):
             record |= _pipelines("pipeline", backbone, conditioning, parallel_nfe, devices, repeats)
+    tflop = batch * tflop_per_eval(backbone, guidance)
+    for name, count in evals.items():
+        reached = speed(count * tflop / seconds[name], str(subject.facts["device"]))
+        record |= {f"solver/{name}/{figure}": value for figure, value in reached.items()}
     return record
 
 
-def _ratios(prefix: str, ways: Ways, repeats: int) -> Record:
-    seconds = medians(ways, repeats)
+def _ratios(prefix: str, seconds: Mapping[str, float]) -> Record:
     return {
         key: value
         for name, taken in seconds.items()
@@ -80,22 +87,29 @@ def _ratios(prefix: str, ways: Ways, repeats: int) -> Record:
     }
 
 
-def _solvers(backbone: Backbone, conditioning: Conditioning, noise: Tensor, parallel_nfe: int) -> Ways:
+def _solvers(
+    backbone: Backbone, conditioning: Conditioning, noise: Tensor, parallel_nfe: int
+) -> tuple[Ways, dict[str, int]]:
+    """The ways, and the evaluations that each takes for a picture."""
     possible = [
         name
         for name in zoo.applicable(backbone.form)
         if (method := zoo.find(name)).parallel_nfe(method.intervals(parallel_nfe)) == parallel_nfe
     ]
+    samplers = {name: baseline(name, parallel_nfe) for name in possible}
     ways: dict[str, Callable[[], object]] = {
-        name: partial(baseline(name, parallel_nfe).run, backbone, conditioning, noise) for name in possible
+        name: partial(sampler.run, backbone, conditioning, noise) for name, sampler in samplers.items()
     }
+    evals = {name: sampler.model_evals for name, sampler in samplers.items()}
     drift = conditioned_drift(backbone, conditioning)
     x, sigmas = backbone.initial(noise), backbone.sigmas(parallel_nfe // 2)
     for points in POINTS:
         table = uniform_table(parallel_nfe // 2, points)
-        ways[f"epd K={points}"] = partial(epd, drift, x, sigmas, table)
-        ways[f"epd K={points}, one after another"] = partial(epd, one_after_another(drift, len(x)), x, sigmas, table)
-    return ways
+        together, apart = f"epd K={points}", f"epd K={points}, one after another"
+        ways[together] = partial(epd, drift, x, sigmas, table)
+        ways[apart] = partial(epd, one_after_another(drift, len(x)), x, sigmas, table)
+        evals[together] = evals[apart] = table.evaluations(afs=False)
+    return ways, evals
 
 
 def _pipelines(
@@ -119,7 +133,8 @@ def _pipelines(
             "epd K=2": partial(_call, pipe, pipe.scheduler, intervals, arguments),
         }
         try:
-            found |= _ratios(prefix if used is None else f"{prefix}, {len(used)} devices", ways, repeats)
+            name = prefix if used is None else f"{prefix}, {len(used)} devices"
+            found |= _ratios(name, medians(ways, repeats))
         finally:
             pipe.scheduler = euler
             restore(pipe)

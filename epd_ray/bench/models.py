@@ -30,7 +30,7 @@ class Subject:
         compile: a random model's network, see PipelineOptions.
 
     Raises:
-        ConfigError: another model, or the embedded one compiled.
+        ConfigError: another model, or the embedded one compiled or with a size.
     """
 
     model: str = EMBEDDED
@@ -42,8 +42,9 @@ class Subject:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ConfigError([f"unknown model {self.model!r}{did_you_mean(self.model, MODELS)}"])
-        if self.compile and self.model == EMBEDDED:
-            raise ConfigError([f"model {EMBEDDED} is not compiled: give a random model, such as sd3{RANDOM}"])
+        for wrong, said in ((self.compile, "is not compiled"), (self.size, f"has no size {self.size!r}")):
+            if wrong and self.model == EMBEDDED:
+                raise ConfigError([f"model {EMBEDDED} {said}: give a random model, such as sd3{RANDOM}"])
 
     @property
     def spec(self) -> BackboneSpec:

@@ -52,8 +52,9 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
         takes = ", ".join(OF_MODELS)
         others = [name for name in chosen if name in CASES and name not in OF_MODELS]
         problems += [f"case {name} takes no --model, --size or --compile: give them to {takes}" for name in others]
-    if options.compile and options.model is None and chosen != ["batching"]:
-        problems.append(f"--compile needs --model, a random one, such as sd3{RANDOM}")
+    if options.model is None and chosen != ["batching"]:  # whose models are all random
+        given = [f"--{name}" for name, value in (("size", options.size), ("compile", options.compile)) if value]
+        problems += [f"{option} needs --model, a random one, such as sd3{RANDOM}" for option in given]
     if options.seeds is not None and not set(chosen) & set(SEEDED):
         problems.append(f"none of {', '.join(chosen)} takes --seeds: give them to {', '.join(SEEDED)}")
     if out is not None and not out.parent.is_dir():
@@ -61,7 +62,7 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
     if problems:
         raise ConfigError(problems)
     if options.model is not None:
-        Subject(options.model, compile=bool(options.compile))  # a wrong name ends it here
+        Subject(options.model, options.size, compile=bool(options.compile))  # a wrong name ends it here
     console, made_by, records = Console(), Provenance.here().record(), {}
     for name in chosen:
         records[name] = measured(name, options.seeds, options.folder, options.model, options.size, options.compile)

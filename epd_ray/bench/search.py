@@ -1,5 +1,7 @@
 """RDPO against CMA-ES and random search: the same start, actors, budget of images and choice by held-out reward."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -149,12 +151,12 @@ def search(
         last: dict[str, list[float]] = {}
         for seed in seeds:
             config = load_config(None, (f"seed={seed}", *PROBLEMS[problem], *overrides))
-            decides = {"run": config.model_dump(mode="json"), "budget": budget, "rules": RULES}
             first: Found | None = None
             for name in ("distilled", *METHODS):
+                rules = {"budget": budget, "rules": RULES, "start": None if first is None else _digest(first)}
                 measure = partial(_found, name, config, budget, first)
                 path = folder / f"search-{problem}-{name}-seed{seed}.json"
-                found = kept(path, decides, Found, measure)
+                found = kept(path, config, rules, Found, measure)
                 first = first or found
                 tests.setdefault(name, []).append(float(np.mean(found.test)))
                 last.setdefault(name, []).append(found.validation[-1])
@@ -162,6 +164,12 @@ def search(
         record |= _compared(problem, tests)
         record |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
     return record
+
+
+def _digest(found: Found) -> str:
+    """Of the table."""
+    table = json.dumps([found.positions, found.weights, found.scale_dir])
+    return hashlib.sha256(table.encode()).hexdigest()[:16]
 
 
 def _compared(problem: str, tests: dict[str, list[float]]) -> Record:

@@ -10,15 +10,22 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
 from epd_ray.bench.plain_loop import PlainLoop
+from epd_ray.bench.throughput import Passes
 from epd_ray.bench.timing import timed
 from epd_ray.config import load_config
 from epd_ray.random_models import Size
 from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rdpo.batch import propose
+from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.policy import PolicyNetwork
 from epd_ray.rewards import HEADS
+from epd_ray.rollout import RolloutWorker
 from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
+from epd_ray.types import RolloutJob
 
 PROMPTS = 64
 OF_FULL = (  # the settings of the published log for SD3 Medium, which took 15.66 s a step
@@ -74,9 +81,10 @@ def step(
     runs one iteration in each way while the actors have nothing to do: `batched` draws `images_per_job` pictures
     together, as the published code does, `single` one after another (not of a full model); on a CPU with one torch
     thread and with two.
-    `ratio` and `ratio_single` are the seconds of the faster such loop over the pipeline's. Below `pipeline` stand an
-    iteration's seconds, those of all cores together (`cpu_s`), of its work, summed over the actors of a kind, and of
-    waiting for it; below the loops their stages.
+    `ratio` and `ratio_single` are the seconds of the faster such loop over the pipeline's. `tflops` are the network's
+    operations in drawing over the pipeline's whole iteration, `of_peak` their share of what the card can do. Below
+    `pipeline` stand an iteration's seconds, those of all cores together (`cpu_s`), of its work, summed over the actors
+    of a kind, and of waiting for it; below the loops their stages.
 
     Args:
         model: one of MODELS.
@@ -92,7 +100,8 @@ def step(
     name, reward = next(iter(config.rewards.items()))
     scorer = Scorer(name, HEADS.build(reward.head, reward.options))
     own = rdpo_config(config, chosen)
-    loop = PlainLoop(own, own.worker_spec.build(), scorer, chosen)
+    worker = own.worker_spec.build()
+    loop = PlainLoop(own, worker, scorer, chosen)
     counts = threads or ((1,) if torch.cuda.is_available() else (1, 2))
     batched = [_Loop(own.images_per_job, count) for count in counts]
     single = [] if subject.full else [_Loop(1, count) for count in counts]
@@ -113,10 +122,21 @@ def step(
         "rollout_actors": own.num_env_runners,
         "staleness": own.max_staleness,
         **ratios,
+        **speed(_tflop(own, chosen, worker) / ours, str(subject.facts["device"])),
         **_medians("pipeline", pipeline),
         **{k: v for way in batched for k, v in _medians(f"batched, threads {way.threads}", way.found).items()},
         **{k: v for way in single for k, v in _medians(f"single, threads {way.threads}", way.found).items()},
     }
+
+
+def _tflop(config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker) -> float:
+    """10^12 operations of the network for an iteration's pictures, which are drawn once more to count its passes."""
+    passes = Passes(worker.backbone)
+    watched = RolloutWorker(passes, worker.guidance_scale, worker.space, worker.sampler)
+    parameters = PolicyNetwork(config.policy_spec).parameters_array()
+    for i, requests in enumerate(propose(config, chosen, 0)):
+        watched.generate(RolloutJob((0, i), 0, parameters, requests))
+    return passes.rows * tflop_per_eval(worker.backbone, worker.guidance_scale)
 
 
 def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, iterations: int) -> list[Seconds]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.pipeline import PipelineBackbone
-from epd_ray.bench.flops import operations, speed
+from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
 from epd_ray.bench.timing import interleaved, medians
 from epd_ray.config import load_config
@@ -18,7 +18,6 @@ from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.policy import PolicyNetwork
 from epd_ray.rewards import HEADS
 from epd_ray.rollout import RolloutWorker
-from epd_ray.sampling import conditioned_drift
 from epd_ray.scoring import Scorer
 from epd_ray.session import algorithm, rdpo_config
 from epd_ray.types import Backbone, Conditioning, RolloutJob
@@ -136,10 +135,7 @@ class _Work:
         watched = RolloutWorker(self._passes, worker.guidance_scale, worker.space, worker.sampler)
         self._images = watched.generate(self.jobs[0]).images
         self.resolution = self._images.shape[-1]
-        x, sigma, _ = self._passes.drifts[0]
-        one = worker.backbone.encode([self.jobs[0].requests[0].prompt], worker.guidance_scale)
-        rows = sum(len(x) for x, _, _ in self._passes.drifts)
-        self.tflop = 1e-12 * rows * operations(conditioned_drift(worker.backbone, one), x[:1], sigma[:1])
+        self.tflop = self._passes.rows * tflop_per_eval(worker.backbone, worker.guidance_scale)
         name, reward = next(iter(config.reward_specs.items()))
         self._scorer = Scorer(name, HEADS.build(reward.head, reward.options))
 
@@ -194,6 +190,11 @@ class Passes:
         """See Backbone.decode."""
         self.latents.append(x)
         return self._backbone.decode(x)
+
+    @property
+    def rows(self) -> int:
+        """Evaluations for one picture, of all drifts together."""
+        return sum(len(x) for x, _, _ in self.drifts)
 
     @torch.inference_mode()
     def run_network(self) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors import RewardPool, TimedScores, unwrap
+from epd_ray.cluster import BrokenGpuError
 from epd_ray.errors import EpdRayError, ModelError, TaskError
 from epd_ray.memory import Memory
 from epd_ray.pool import Bounds, Call, Ended, Pool
@@ -82,6 +83,7 @@ class RolloutPipeline:
         self._score = rewards.score
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
         self._done: dict[str, Outcome] = {}
+        self._breaks: Counter[str] = Counter()
         self._next_tick = 0.0
         self.retries = self.recoveries = 0
         self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
@@ -120,7 +122,8 @@ class RolloutPipeline:
 
         Raises:
             EpdRayError: a wrong reward, a model that cannot be used, or a task whose actors die over and over.
-            TaskError: a task failed three times, on different actors where there are several; the cause is its error.
+            TaskError: a task failed three times, on different actors where there are several, or an actor broke its
+                GPU as often in a row; the cause is the error.
         """
         wanted = list(task_ids)
         while missing := [i for i in wanted if i not in self._done]:
@@ -195,11 +198,14 @@ class RolloutPipeline:
         answer: Answer = ended.value
         error = ended.error or answer.error
         if error is not None:
-            if isinstance(error, EpdRayError):
+            if isinstance(error, BrokenGpuError) and self._local is None:
+                self._count_break(f"rollout actor {ended.number}", error)
+            elif isinstance(error, EpdRayError):
                 raise error
             ended.call.avoid.add(ended.number)
-            self._requeue(pending, f"{type(error).__name__}: {error}", error)
+            self._requeue(pending, " ".join(f"{type(error).__name__}: {error}".split()), error)
             return
+        self._breaks.pop(f"rollout actor {ended.number}", None)
         pending.answer, pending.maker = answer, ended.number
         if answer.memory is not None:
             self.memory["rollout"] = answer.memory
@@ -220,14 +226,35 @@ class RolloutPipeline:
             self._rewards[head].submit(ended.call)  # the images are still there
         elif ended.error is not None:
             cause = unwrap(ended.error) if isinstance(ended.error, ray.exceptions.RayTaskError) else ended.error
-            if not isinstance(cause, LOST_IMAGES):
+            if isinstance(cause, BrokenGpuError):
+                self._count_break(f"actor {ended.number} of reward head {head!r}", cause)
+                self._rescore(pending, head, ended, cause)
+            elif isinstance(cause, LOST_IMAGES):
+                self._requeue(pending, f"the images for reward head {head!r} were lost")
+            else:
                 raise cause from None
-            self._requeue(pending, f"the images for reward head {head!r} were lost")
         else:
+            self._breaks.pop(f"actor {ended.number} of reward head {head!r}", None)
             pending.scores[head] = ended.value
             self.memory[f"reward {head}"] = ended.value.memory
             if len(pending.scores) == len(pending.scoring):
                 self._finish(pending)
+
+    def _count_break(self, actor: str, error: BrokenGpuError) -> None:
+        """Another process of an actor may do better, unless so many in a row have done nothing."""
+        self._breaks[actor] += 1
+        if self._breaks[actor] >= MAX_ATTEMPTS:
+            raise TaskError(f"{actor} failed in {MAX_ATTEMPTS} processes in a row, last with {error}") from error
+
+    def _rescore(self, pending: _Pending, head: str, ended: Ended, error: BrokenGpuError) -> None:
+        """Ask another of the head's actors, or this one's next process, unless the task's errors are too many."""
+        self.retries += 1
+        pending.attempts += 1
+        if pending.attempts >= MAX_ATTEMPTS:
+            raise error from None
+        log.warning("task %s is scored again: %s", pending.task.task_id, error)
+        ended.call.avoid.add(ended.number)
+        self._rewards[head].submit(ended.call)
 
     def _finish(self, pending: _Pending) -> None:
         answer = pending.answer

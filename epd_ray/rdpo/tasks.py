@@ -136,10 +136,10 @@ class TaskRunner:
         """Do a task; whatever goes wrong travels back as a value, whole."""
         start = time.perf_counter()
         try:
-            value, images = self._call(task)
-            reference = None if images is None else keep(images)
+            with end_if_broken():
+                value, images = self._call(task)
+                reference = None if images is None else keep(images)
         except Exception as error:
-            end_if_broken(error)
             return Answer(task.task_id, error=error)
         return Answer(task.task_id, value, reference, time.perf_counter() - start, peak_memory())
 

@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
 from epd_ray.actors import RewardSpec, unwrap
-from epd_ray.cluster import PLACEMENT_SECONDS, require_room
+from epd_ray.cluster import PLACEMENT_SECONDS, require_room, warn_of_idle_gpus
 from epd_ray.config import RunConfig
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.pool import last_line
@@ -24,7 +24,7 @@ from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
 from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
 from epd_ray.score.stage import HeadStage, model_column
-from epd_ray.session import ray_session, reward_spec, stop_signals
+from epd_ray.session import head_gpus, ray_session, reward_spec, stop_signals
 
 PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has as many, or is as old
 STORE_BYTES = 512 << 20  # of the object store per reward actor, and for reading
@@ -81,6 +81,7 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
         observer.stage("starting Ray", 1)
         with ray_session(config.cluster.address, config.cluster.env), stop_signals():
             observer.advance()
+            warn_of_idle_gpus(head_gpus(config))
             out.drop(todo)
             tables = scored(todo, specs, request.batch_size, config.cluster.placement_timeout_s)
             _write_all(tables, len(todo), _Written(out, limit), observer)

@@ -1,8 +1,12 @@
 """A head's place in the scoring pipeline; light, since every process of a pool imports it."""
 
+import os
+
 import pyarrow as pa
+import ray
 
 from epd_ray.actors import RewardActor, RewardSpec, TimedScores, insist, start_head
+from epd_ray.cluster import BrokenGpuError
 from epd_ray.score.rows import score_rows
 from epd_ray.types import ImageArray
 
@@ -22,7 +26,12 @@ class HeadStage:
         self._head = RewardActor(name, spec.target or spec.head, spec.options) if own else _Elsewhere(name, spec)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        found = score_rows(table, self._name, lambda *batch: self._head.score(*batch).values)
+        try:
+            found = score_rows(table, self._name, lambda *batch: self._head.score(*batch).values)
+        except BrokenGpuError:
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                raise
+            os._exit(1)  # Ray Data gives the rows to the process that takes this one's place, once
         models = pa.array([self._head.model_id()] * len(found), pa.string())
         found = found.append_column(model_column(self._name), models)
         return found.drop_columns(["height", "width", "pixels"]) if self._last else found
