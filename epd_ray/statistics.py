@@ -16,11 +16,16 @@ HELD = 10**7  # resampled values at a time: 80 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval, of 95 % unless said otherwise."""
+    """A mean with its interval, of 95 % unless said otherwise; ends that are NaN are not known."""
 
     mean: float
     low: float
     high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is more than the mean."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
 
 
 def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:

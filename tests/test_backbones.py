@@ -21,6 +21,7 @@ from torch import Tensor
 
 from epd_ray.backbones.discrete import DiscreteTime
 from epd_ray.backbones.flow import flow_sigmas
+from epd_ray.backbones.loading import SAMPLE, fingerprint, read_index
 from epd_ray.errors import ModelError
 from epd_ray.sampling import Sampler, baseline, noises
 from epd_ray.solvers import SolverTable, epd
@@ -419,3 +420,26 @@ def test_one_iteration(name: str, opened: Callable[[str], Any]) -> None:
     assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 2
     assert all(np.isfinite(row["reward"]) for row in rows) and len({row["reward"] for row in rows}) == 4
     assert algo.checksum() != before  # it learned something
+
+
+# -- which model it is -------------------------------------------------------------------------------------------------
+
+
+def test_another_shift_is_another_model(tmp_path: Path) -> None:
+    """The sigmas follow from it, and so what every baseline draws."""
+    model = tiny_models.save_sd3(tmp_path / "sd3")
+    before = read_index(str(model), None).fingerprint
+    edit(model / "scheduler" / "scheduler_config.json", shift=3.0)
+    assert read_index(str(model), None).fingerprint != before
+
+
+@pytest.mark.parametrize("place", [0, SAMPLE - 1, -1, -SAMPLE])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_head_and_tail_of_large_weights_count(tmp_path: Path, place: int, suffix: str) -> None:
+    data = bytearray(3 << 20)
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(data)
+    before = fingerprint(tmp_path)
+    data[place] = 1
+    path.write_bytes(data)
+    assert fingerprint(tmp_path) != before

@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from epd_ray.errors import ConfigError, RunDirectoryError, TableError
+from epd_ray.rdpo.config import placement
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler
+from epd_ray.session import rdpo_config
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.suite.definition import (
     FID_METRIC,
@@ -24,11 +27,12 @@ from epd_ray.suite.definition import (
 )
 from epd_ray.suite.layout import as_csv, differences, grid, markdown, tabulate
 from epd_ray.suite.measure import FEATURES, SHARPNESS, feature_rows, rows
+from epd_ray.suite.output import notes
 from epd_ray.suite.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.suite.pictures import Pictures
 from epd_ray.suite.results import Manifest, ResultsDirectory
 from epd_ray.suite.settings import Request, load_settings
-from epd_ray.suite.solvers import open_solvers
+from epd_ray.suite.solvers import keep_solvers, open_solvers, sources_of
 from epd_ray.suite.summary import DIVERSITY, speed, summarise, verdicts
 
 SCENES = (
@@ -88,6 +92,7 @@ def test_paper_suite_keeps_the_papers_lines():
         assert (line.sampler.intervals, line.sampler.parallel_nfe) == (line.steps, line.parallel_nfe)
     assert [line.published for line in suite.lines] == [line.values for line in published]
     assert len({sampler.key for sampler in suite.samplers}) == len(suite.lines)  # also those that differ by schedule
+    assert not any(sampler.ends_at_zero for sampler in suite.samplers)  # as in the papers' code
     assert suite.reference is not None and (suite.reference.kind, suite.reference.intervals) == ("euler", 50)
 
 
@@ -107,10 +112,13 @@ def test_fid_suite_runs_what_is_here_and_shows_the_rest():
     assert drawn["EPD-Solver", 5] is None and drawn["EPD-Plugin", 3] is None
     for method in ("AMED-Solver", "AMED-Plugin", "ParaDiGMS"):
         assert all(drawn[method, nfe] is None for nfe in (3, 5, 7, 9))
-    for method, kind in {"DDIM": "euler", "EDM": "edm", "UniPC": "unipc3", "iPNDM": "ipndm"}.items():
-        assert [(drawn[method, n].kind, drawn[method, n].parallel_nfe) for n in (3, 5, 7, 9)] == [
-            (kind, n) for n in (3, 5, 7, 9)
-        ]
+    rivals = {"DDIM": ("euler", 3), "EDM": ("heun", 2), "DPM-Solver-2": ("dpm2", 2), "UniPC": ("unipc3", 3)}
+    rivals |= {"iPNDM": ("ipndm", 3), "DPM-Solver++(3M)": ("dpmpp3m", 3)}
+    for method, (kind, intervals) in rivals.items():
+        found = [drawn[method, n] for n in (3, 5, 7, 9)]
+        assert [(s.kind, s.parallel_nfe, s.ends_at_zero) for s in found] == [(kind, n, False) for n in (3, 5, 7, 9)]
+        assert {s.schedule for s in found} == {"logsnr" if kind in ("unipc3", "dpmpp3m") else "polynomial"}
+        assert (found[0].intervals, found[0].afs) == (intervals, intervals == 2)
     with pytest.raises(ConfigError, match=r"parallel NFE 20, the FID table has 3, 5, 7, 9: distil one with solver.afs"):
         fid_suite("cifar10_32", [learned()])
     twice = [learned(2, afs=True, key="epd-3-a"), learned(2, afs=True, key="epd-3-b")]
@@ -123,6 +131,10 @@ def test_comparison_suite_holds_every_rival_at_both_costs():
     assert {(s.kind, s.parallel_nfe) for s in suite.samplers} == {
         ("epd", 6), ("euler", 6), ("dpm2", 6), ("euler", 9), ("dpm2", 10), ("euler", 50),
     }  # fmt: skip
+    suite = comparison_suite("prompts", ["heun@logsnr", "heun"], [learned(3)])
+    assert {(line.sampler.key, line.schedule) for line in suite.lines if line.sampler.kind == "heun"} == {
+        ("heun-logsnr-6", "logsnr"), ("heun-6", None), ("heun-logsnr-10", "logsnr"), ("heun-10", None),
+    }  # fmt: skip
     assert suite.samplers[0] is suite.ours[0] and suite.reference is not None and suite.reference.intervals == 50
 
 
@@ -133,11 +145,29 @@ def test_solvers_are_known_by_what_they_are(tmp_path):
     for place, position in zip(places, (0.2, 0.2, 0.3, 0.4), strict=True):
         table = SolverTable(torch.tensor([[position, 0.8]] * 2, dtype=torch.float64), half)
         Solver(table, torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), "ve").save_pretrained(place)
-    found = open_solvers([str(place) for place in places], facts())
+    found = open_solvers(sources_of([str(place) for place in places], tmp_path / "kept"), facts())
     assert [s.label for s in found] == ["EPD-Solver first", "EPD-Solver other", "EPD-Solver other/distilled"]
     assert len({s.key for s in found}) == 3
     with pytest.raises(TableError, match="is for the backbone family sd3, the model is of the family sd"):
-        open_solvers(["sd3-512-rl"], facts())
+        open_solvers({"sd3-512-rl": "sd3-512-rl"}, facts())
+
+
+def test_kept_solvers_are_the_same_under_the_same_names(tmp_path):
+    half = torch.full((2, 2), 0.5, dtype=torch.float64)
+    places = [tmp_path / run / name for run in ("mine", "yours/mine") for name in ("solver", "distilled")]
+    for i, place in enumerate(places):
+        table = SolverTable(torch.tensor([[0.1 * (i + 1), 0.8]] * 2, dtype=torch.float64), half)
+        Solver(table, torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64), "ve").save_pretrained(place)
+    kept = tmp_path / "kept"
+    sources = sources_of([str(place) for place in places] + ["sd15-rl"], kept)
+    keep_solvers(sources, kept)
+    keep_solvers(sources_of([], kept), kept)
+    again, before = open_solvers(sources_of([], kept), facts()), open_solvers(sources, facts())
+    assert {s.key for s in again} == {s.key for s in before} and len(again) == len(before) == 5
+    labels = {s.key: s.label for s in before}
+    assert all(s.label.startswith(labels[s.key]) for s in again)
+    (alone,) = open_solvers({str(places[0]): "mine", str(kept / "mine"): "mine"}, facts())
+    assert alone.label == "EPD-Solver"
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -170,14 +200,59 @@ def test_settings_use_the_guidance_and_the_heads_of_the_suite(tmp_path):
     assert load_settings("embedded", None, ["backbone.guidance_scale=7.0"]).backbone.guidance_scale == 7.0
     file = tmp_path / "mine.yaml"
     file.write_text("backbone: {model: a/b, guidance_scale: 3.5}\nrewards: {clip: {head: clip}}\n")
-    own = load_settings("paper", file, [])
-    assert (own.backbone.guidance_scale, list(own.rewards)) == (3.5, ["clip"])
-    assert [head.head for head in load_settings("paper", None, ["backbone.model=a/b"]).rewards.values()] == [
-        "hpsv2.1", "pickscore", "imagereward", "clip", "aesthetic",
-    ]  # fmt: skip
+    assert load_settings("paper", file, []).backbone.guidance_scale == 3.5
     assert load_settings("paper-fid", None, ["backbone.model=a/b"]).rewards == {}
     with pytest.raises(ConfigError, match=r"--suite embedded is for the embedded model, backbone.model is 'a/b'"):
         load_settings("embedded", None, ["backbone.model=a/b"])
+
+
+EVERY_HEAD = {name: name for name in ("pickscore", "imagereward", "clip", "aesthetic")} | {"hpsv2": "hpsv2.1"}
+
+
+def heads_of(suite: str, path: Path | None, *overrides: str) -> dict[str, str]:
+    return {name: head.head for name, head in load_settings(suite, path, overrides).rewards.items()}
+
+
+def test_the_papers_columns_all_have_their_heads(tmp_path):
+    assert heads_of("paper", None, "backbone.model=a/b") == EVERY_HEAD
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "backbone: {model: a/b}\nrewards: {hps: {head: hpsv2.1, num_gpus: 0.2}, clip: {num_cpus: 1},"
+        " pickscore: {head: mps}}\n"
+    )
+    rest = {"hps": "hpsv2.1", "pickscore": "mps", "paper_pickscore": "pickscore"}
+    assert heads_of("paper", file) == {k: v for k, v in EVERY_HEAD.items() if k not in ("hpsv2", *rest)} | rest
+    merged = load_settings("paper", file, ["rewards.aesthetic.num_gpus=0.1"]).rewards
+    assert (merged["hps"].num_gpus, merged["clip"].num_cpus, merged["aesthetic"].num_gpus) == (0.2, 1, 0.1)
+    assert merged["aesthetic"].head == "aesthetic"
+    assert heads_of("paper", file, "rewards={clip: {head: clip}}") == {"clip": "clip"}  # the command line has the word
+    shipped = Path(__file__).parent.parent / "jobs" / "configs" / "sd3_1024.yaml"
+    assert heads_of("paper", shipped) == EVERY_HEAD
+    assert load_settings("paper", shipped, []).rewards["clip"].num_gpus == 0.1
+
+
+def test_own_prompts_are_scored_by_every_head_unless_one_is_named(tmp_path):
+    other = "backbone.model=a/b"
+    assert heads_of("prompts", None, other) == heads_of("prompts", None, other, "rewards.hpsv2.weight=0") == EVERY_HEAD
+    assert heads_of("prompts", None) == {"clip": "clip"}
+    assert load_settings("prompts", None, []).rewards["clip"].options == {"model": "shapes-clip"}
+    for override in ("rewards.pick.head=pickscore", "rewards={pick: {head: pickscore}}"):
+        assert heads_of("prompts", None, other, override) == {"pick": "pickscore"}
+    assert heads_of("prompts", None, other, "rewards.clip.head=clip") == {"clip": "clip"}
+    file = tmp_path / "mine.yaml"
+    file.write_text("backbone: {model: a/b}\nrewards: {clip: {head: clip}}\n")
+    assert heads_of("prompts", file) == {"clip": "clip"}
+    file.write_text("rewards: [clip]\n")
+    with pytest.raises(ConfigError, match="rewards: is \\['clip'\\]"):
+        load_settings("paper", file, [])
+
+
+def test_a_suites_actors_fit_two_cores():
+    for suite in ("paper", "prompts"):
+        config = load_settings(suite, None, ["backbone.model=a/b", "cluster.learner_actors=0"])
+        asked = placement(rdpo_config(config, ["a"]))
+        assert [len(asked[what]) for what in ("rollout actors", "reward actors")] == [2, 5]
+        assert sum(bundle["CPU"] for bundles in asked.values() for bundle in bundles) == pytest.approx(2)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -311,7 +386,7 @@ def test_the_headline_says_what_is_bought(measured):
     (verdict,) = verdicts(suite, summarise(suite, PICTURES, results, None), 4.5)
     assert verdict.speed is not None and verdict.speed.ratio == pytest.approx(0.2)
     assert verdict.sentence == (
-        "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 DDIM / Euler steps on 3 prompts at guidance 4.5: "
+        "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 steps of DDIM / Euler on 3 prompts at guidance 4.5: "
         "clip +1.0000 [+1.0000, +1.0000], in 0.20 of its time a picture (100 ms against 500 ms, of one batch each, "
         "drawn in turns)"
     )
@@ -366,11 +441,25 @@ def test_frechet_distance_is_to_the_reference(measured):
     assert FEATURES not in summary.comparison.rows[0].values
 
 
-@pytest.mark.parametrize(("is_fid", "said"), [(True, "+0.50"), (False, "-")])
-def test_the_distance_is_set_against_the_papers_where_it_is_the_fid(measured, is_fid, said):
+@pytest.mark.parametrize(
+    ("is_fid", "pictures", "said", "note"),
+    [
+        (True, 50_000, "+0.50", None),
+        (True, 49_999, "-", "here are 49,999: no difference to the paper's is shown"),
+        (False, 50_000, "-", "not of Inception's features, and so no FID"),
+    ],
+)
+def test_the_distance_is_set_against_the_papers_where_it_is_the_same(measured, is_fid, pictures, said, note):
     suite, results = measured
     line = Line("DDIM", 3, suite.samplers[1], published={FID_METRIC: 1.0})
     suite = Suite("paper-fid", "cifar10_32", (line,), suite.ours, None)
-    summary = replace(summarise(suite, PICTURES, results, None), distances={"euler-50": 1.5})
-    found = {row[0].strip(): row[1] for row in grid(tabulate(suite, summary, {}, is_fid))}
+    summary = summarise(suite, PICTURES, results, None)
+    drawn = replace(summary.comparison, seeds=tuple(range(pictures)))
+    table = tabulate(suite, replace(summary, comparison=drawn, distances={"euler-50": 1.5}), {}, is_fid)
+    found = {row[0].strip(): row[1] for row in grid(table)}
     assert (found["DDIM"], found["paper"], found["ours minus paper"]) == ("1.50", "1.00", said)
+    assert any(note in line for line in notes(table)) if note else len(notes(table)) == 1
+    (row,) = [row for row in csv.DictReader(io.StringIO(as_csv(table))) if row["metric"] == FID_METRIC]
+    assert (row["mean"], row["low"], row["high"], row["published"]) == ("1.5", "", "", "1.0")
+    ends = (row["difference"], row["difference_low"], row["difference_high"])
+    assert ends == ("" if said == "-" else "0.5", "", "")

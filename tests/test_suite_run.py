@@ -1,6 +1,7 @@
 """Suites on models: what they leave, how they stop and go on, and what they refuse."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from epd_ray.ab.make import make_page
+from epd_ray.backbones.auto import open_backbone
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.errors import ConfigError, MetricError, ModelError, PromptError, RunDirectoryError, TableError
+from epd_ray.environments import EnvironmentFailure
+from epd_ray.errors import (
+    ConfigError,
+    MetricError,
+    ModelError,
+    PlacementError,
+    PromptError,
+    RunDirectoryError,
+    TableError,
+)
 from epd_ray.rollout import RolloutWorker
+from epd_ray.sections import BackboneConfig
 from epd_ray.solvers import Solver, SolverTable
+from epd_ray.suite.features import foresee_features
 from epd_ray.suite.run import evaluate_suite
 from epd_ray.suite.settings import Request, load_settings
+from epd_ray.suite.solvers import foresee
 from tests.fakes import Quiet
-from tests.tiny_models import save_clip, save_ddpm, save_sd
+from tests.tiny_models import save_clip, save_ddpm, save_flux, save_sd, save_sd3, save_sdxl
 
 IN_DRIVER = ["cluster.rollout_actors=0", "cluster.images_per_job=4"]
 SIMULATED = [
@@ -61,14 +76,14 @@ def save_solver(
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"thing {i}\n" for i in range(5)))
+    path.write_text("".join(f"thing {i}\n" for i in range(10)))
     return path
 
 
 @pytest.fixture
 def request_of(tmp_path, prompts):  # type: ignore[no-untyped-def]
     solver = save_solver(tmp_path / "mine")
-    return Request("prompts", tmp_path / "out", (solver,), prompts=prompts, images_per_prompt=2)
+    return Request("prompts", tmp_path / "out", (solver,), prompts=prompts)
 
 
 @pytest.fixture
@@ -109,12 +124,15 @@ def test_a_suite_leaves_everything(small_ray, request_of, calls):
     assert {"sim", "sharpness"} <= set(table) and "scene_accuracy" not in table
     page = (out / "report.html").read_text()
     assert page.count("data:image/webp") == 6 * 3 and "http" not in page.replace("http://www.w3.org", "")
-    headline = next(line for line in lines if "against 50 DDIM / Euler steps on 5 prompts" in line)
+    headline = next(line for line in lines if "against 50 steps of DDIM / Euler on 10 prompts" in line)
     assert "sim +" in headline and "of its time a picture" in headline
     record = json.loads((out / "results.json").read_text())
     assert record["headline"][0]["sentence"] == headline
     assert (out / "results.md").read_text().count("| DDIM / Euler |") == 3
     assert (out / "results.csv").read_text().startswith("method,sampler,")
+    make_page(out / "pictures" / "euler-6", out / "pictures" / "dpm2-6", out / "ab", None, None, 0)
+    pairs = json.loads((out / "ab" / "key.json").read_text())["pairs"]
+    assert {pair["picture"]: pair["prompt"] for pair in pairs} == {f"{i:03d}.png": f"thing {i}" for i in range(3)}
 
 
 def test_an_interrupted_suite_goes_on_and_draws_nothing_twice(small_ray, request_of, calls, tmp_path):
@@ -149,21 +167,86 @@ def test_a_solver_is_added_to_what_is_there(small_ray, request_of, calls, tmp_pa
     measured(request_of)
     calls.clear()
     other = save_solver(tmp_path / "other", position=0.2)
-    lines = measured(replace(request_of, solvers=(*request_of.solvers, other)))
+    lines = measured(replace(request_of, solvers=(other,)))  # the first one stays, also when it is not named again
     assert len(calls) == 3 and len({key for key, _ in calls}) == 1
     (line,) = [line for line in lines if line.startswith("EPD-Solver other (parallel NFE 6")]
     assert "times not compared (drawn at different times" in line
     (line,) = [line for line in lines if line.startswith("EPD-Solver mine (parallel NFE 6")]
     assert "of its time a picture" in line
+    calls.clear()
+    shutil.rmtree(tmp_path / "mine")
+    assert measured(replace(request_of, solvers=(other,))) == lines and calls == []
+    names = set(pq.read_table(request_of.out / "results.parquet")["sampler"].to_pylist())
+    assert names == {folder.name for folder in (request_of.out / "scores").iterdir()} and len(names) == 7
 
 
-def test_what_is_not_there_is_said_before_an_actor_starts(request_of, monkeypatch):
+def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, monkeypatch):
+    statistics = tmp_path / "reference.npz"
+    np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
     monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    monkeypatch.setattr("epd_ray.suite.run.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path / "home"))
     with pytest.raises(TableError, match="'nowhere' is no directory"):
         measured(replace(request_of, solvers=("nowhere",)))
-    with pytest.raises(MetricError, match="--reference is real, and nothing is there: give pictures"):
-        measured(replace(request_of, reference=Path("real")))
+    for reference, said in (
+        (Path("real"), "--reference is real, and nothing is there: give pictures"),
+        (tmp_path / "mine", "holds no pictures"),
+        (request_of.prompts, "prompts.txt cannot be read as statistics"),
+    ):
+        with pytest.raises(MetricError, match=said):
+            measured(replace(request_of, features="shapes-clip", reference=reference))
+    with pytest.raises(ConfigError, match="--reference needs --features, for the Frechet distance: inception, or"):
+        measured(replace(request_of, reference=statistics))
+    with pytest.raises(ConfigError, match="--images-per-prompt 4 needs --features, for diversity: inception, or"):
+        measured(replace(request_of, images_per_prompt=4))
+    with pytest.raises(MetricError, match="at least 2049 pictures for 2048 features, 10 are asked"):
+        measured(replace(request_of, features="inception", reference=statistics))
+    with pytest.raises(EnvironmentFailure, match="environment 'fid' is not built: run `epd-ray rewards install fid`"):
+        measured(replace(request_of, features="inception", images_per_prompt=2))
     assert not request_of.out.exists()
+
+
+def test_what_the_model_is_not_for_is_said_before_an_actor_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("epd_ray.suite.run.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    sd, sdxl, sd3, ddpm = (save(tmp_path / save.__name__) for save in (save_sd, save_sdxl, save_sd3, save_ddpm))
+    flow = save_solver(tmp_path / "flow", family="sd3")
+    statistics = tmp_path / "reference.npz"
+    np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
+    fid = {"table": "cifar10_32", "count": 34, "features": "shapes-clip", "reference": statistics}
+    deep = save_solver(tmp_path / "deep", 3, family="ddpm")
+    twice = [save_solver(tmp_path / name, 2, p, True, "ddpm") for name, p in (("a", 0.3), ("b", 0.4))]
+    own = {"prompts": tmp_path / "own.txt"}
+    own["prompts"].write_text("a cat\n")
+    for model, suite, overrides, solvers, options, said in (
+        (sdxl, "paper", [], (), {}, "no table for sdxl, but for sd and sd3: choose one with --table, of sd15_512, "),
+        (sd, "paper", ["backbone.resolution=768"], (), {}, "no table for sd at 768 px: choose one with --table"),
+        (sd, "paper", [], (flow,), {}, "is for the backbone family sd3, the model is of the family sd"),
+        (sd, "paper", [], (flow,), {"table": "sd15_512"}, "is for the backbone family sd3, the model"),
+        (ddpm, "paper-fid", [], (deep,), fid, "parallel NFE 6, the FID table has 3, 5, 7, 9"),
+        (ddpm, "paper-fid", [], twice, fid, "both have parallel NFE 3, the FID table has room for one"),
+        (sd3, "prompts", ["evaluation.baselines=[heun@logsnr]"], (flow,), own, "'heun@logsnr' follows the form ve"),
+    ):
+        config = load_settings(suite, None, [f"backbone.model={model}", *overrides])
+        with pytest.raises((ConfigError, TableError), match=said):
+            evaluate_suite(config, Request(suite, tmp_path / "out", tuple(solvers), **options), Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("save", [save_sd, save_sdxl, save_sd3, save_flux, save_ddpm])
+def test_an_index_tells_what_the_open_model_is(tmp_path, save):
+    model = save(tmp_path / "model")
+    foreseen = foresee(BackboneConfig(model=str(model), guidance_scale=None))
+    found = open_backbone(model=str(model), device="cpu")
+    assert (foreseen.family, foreseen.form) == (found.family, found.form)
+    assert foreseen.guidance_scale == found.default_guidance
+
+
+def test_no_room_for_the_extractor_is_said_before_the_model_is_up(small_ray, request_of, monkeypatch):
+    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    request = replace(request_of, features="shapes-clip", images_per_prompt=2)
+    with pytest.raises(PlacementError, match=r"no room for the actors after 0 s \(GPU: 0.2 asked, 0 free\)"):
+        measured(request, "cluster.feature_gpus=0.2", "cluster.placement_timeout_s=0.2")
 
 
 def test_results_of_something_else_are_refused_not_merged(small_ray, request_of, calls, prompts):
@@ -185,8 +268,8 @@ def test_results_of_something_else_are_refused_not_merged(small_ray, request_of,
 
 
 def test_more_prompts_than_there_are(request_of):
-    with pytest.raises(PromptError, match="6 prompts asked, 5 there: lower --count"):
-        measured(replace(request_of, count=6))
+    with pytest.raises(PromptError, match="11 prompts asked, 10 there: lower --count"):
+        measured(replace(request_of, count=11))
 
 
 def test_head_weights_that_are_missing_leave_nothing(small_ray, request_of, tmp_path):
@@ -196,13 +279,37 @@ def test_head_weights_that_are_missing_leave_nothing(small_ray, request_of, tmp_
     assert [path.name for path in request_of.out.iterdir()] == [".lock"]
 
 
-def test_fewer_pictures_than_the_distance_needs(request_of, tmp_path):
-    clip = save_clip(tmp_path / "clip")
-    request = replace(request_of, features=str(clip), reference=tmp_path)
+def test_fewer_pictures_than_the_distance_needs(small_ray, request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    clip, statistics = save_clip(tmp_path / "clip"), tmp_path / "reference.npz"
+    np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
+    request = replace(request_of, features=str(clip), reference=statistics)
     with pytest.raises(MetricError, match=r"at least 33 pictures for 32 features, 10 are asked .*: raise --count"):
         measured(request)
-    with pytest.raises(ConfigError, match="--reference needs --features"):
-        measured(replace(request, features=None))
+
+
+def test_diversity_is_seen_by_the_models_own_clip_head(request_of, tmp_path):
+    request = replace(request_of, images_per_prompt=4)
+    model = f"backbone.model={save_sd(tmp_path / 'sd')}"
+    for overrides, options in (
+        ([], {"model": "openai/clip-vit-large-patch14"}),
+        (["rewards.clip.options={model: a/b, revision: c, batch_size: 8}"], {"model": "a/b", "revision": "c"}),
+    ):
+        spec = foresee_features(request, load_settings("prompts", None, [model, *overrides]), 40)
+        assert (spec.extractor, spec.options) == ("clip", options)
+    assert foresee_features(request_of, load_settings("prompts", None, [model]), 10) is None
+
+
+def test_a_heads_folder_with_another_model_is_refused(small_ray, request_of, tmp_path):
+    clip = save_clip(tmp_path / "clip")
+    head = f"rewards={{clip: {{head: clip, options: {{model: {clip}}}}}}}"
+    measured(request_of, head, "evaluation.baselines=[]")
+    weights = next(clip.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RunDirectoryError, match=r"holds other results: head_models.clip was"):
+        measured(request_of, head, "evaluation.baselines=[]")
 
 
 def test_a_model_that_lacks_what_a_suite_needs(tmp_path):
@@ -223,7 +330,7 @@ def test_a_model_that_lacks_what_a_suite_needs(tmp_path):
 def test_killed_with_sigkill_it_goes_on(request_of, tmp_path):
     """The count is of what was kept: a kill loses what was being drawn, and nothing that was scored and kept."""
     command = [sys.executable, "-m", "epd_ray.cli", "evaluate", "--suite", "prompts", str(request_of.prompts)]
-    command += ["--solver", request_of.solvers[0], "--images-per-prompt", "2", "--out", str(request_of.out)]
+    command += ["--solver", request_of.solvers[0], "--out", str(request_of.out)]
     command += [*SIMULATED, "backbone.options.latency=0.05"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -248,13 +355,15 @@ def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     ])  # fmt: skip
     with pytest.raises(ConfigError, match="no table for sd at 16 px: choose one with --table"):
         evaluate_suite(config, Request("paper", tmp_path / "out", count=2), Quiet())
-    lines = evaluate_suite(config, Request("paper", tmp_path / "out", table="sd15_512", count=2), Quiet())
+    request = Request("paper", tmp_path / "out", table="sd15_512", count=2, images_per_prompt=2)
+    lines = evaluate_suite(config, request, Quiet())
     text = "\n".join(lines)
     assert text.count("ours minus paper") == text.count("  paper  ") == 13
     assert "No head of the configuration gives HPSv2.1, PickScore, ImageReward, Aesthetic" in text
-    assert "EPD-Solver (parallel NFE 20, 30 evaluations) against 50 DDIM / Euler (uniform) steps on 2 prompts" in text
+    assert "EPD-Solver (parallel NFE 20, 30 evaluations) against 50 steps of DDIM / Euler (uniform)" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "paper 0.2695" in page and "paper 0.2482" in page
+    assert (tmp_path / "out" / "results.csv").read_text().count(",diversity,0.") == 13
 
 
 def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):

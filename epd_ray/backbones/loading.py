@@ -21,7 +21,7 @@ Offload = Literal["none", "model", "sequential"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # the pipelines' calls use them, the ODE does not
 
-WEIGHTS = frozenset({".safetensors", ".bin"})  # suffixes that diffusers reads
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth"})  # suffixes that diffusers and the reward heads read
 SAMPLES, SAMPLE = 64, 16 << 10  # of a file of weights, and bytes of each
 
 
@@ -82,7 +82,7 @@ class Index:
         class_name: of the pipeline.
         components: name -> whether the model has it.
         commit: of a hub repository.
-        fingerprint: of a local directory, digits that other weights do not have.
+        fingerprint: of a local directory, digits that other weights and settings do not have; see `fingerprint`.
     """
 
     location: str
@@ -104,12 +104,12 @@ def read_index(model: str, revision: str | None) -> Index:
             path, commit = Path(location, INDEX), None
             if not path.is_file():
                 raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
-            fingerprint: str | None = _fingerprint(path.parent)  # not before: any folder may stand here
+            digits: str | None = fingerprint(path.parent)  # not before: any folder may stand here
         else:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(location, INDEX, revision=revision))
-            commit, fingerprint = path.parent.name, None  # the cache keeps snapshots/<commit>/
+            commit, digits = path.parent.name, None  # the cache keeps snapshots/<commit>/
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -117,18 +117,26 @@ def read_index(model: str, revision: str | None) -> Index:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"model {model!r}: {INDEX} names no pipeline class: it is damaged")
     components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}
-    return Index(location, index["_class_name"], components, commit, fingerprint)
+    return Index(location, index["_class_name"], components, commit, digits)
 
 
-def _fingerprint(folder: Path) -> str:
-    """Of names, sizes and samples of the files of weights, which have gigabytes and change everywhere by training."""
+def fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits that tell a model's folder from another's.
+
+    They are of its .json files whole (a scheduler's shift, a tokenizer's words) and of samples of its weights, which
+    have gigabytes and change everywhere by training: of a file up to 1 MiB all, of a larger one head, tail and 62
+    places between them.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in WEIGHTS and p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".json", *WEIGHTS} and p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
+            if path.suffix == ".json" or size <= SAMPLES * SAMPLE:
+                digest.update(file.read())
+                continue
             for i in range(SAMPLES):
-                file.seek(size * i // SAMPLES)
+                file.seek((size - SAMPLE) * i // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()[:16]
 

@@ -44,6 +44,20 @@ def reference_statistics(source: Path, extractor: FeatureExtractor, cache: Path)
     return _of_size(found, extractor, source)
 
 
+def require_reference(source: Path) -> None:
+    """Refuse what gives no statistics, before there is an extractor to look at it.
+
+    Raises:
+        MetricError: nothing there, a folder without pictures, or a damaged file.
+    """
+    if not source.exists():
+        raise MetricError(f"--reference is {source}, and nothing is there: give pictures or statistics")
+    if source.is_dir():
+        picture_files(source)
+    else:
+        read_statistics(source)
+
+
 def read_statistics(path: Path) -> Gaussian:
     """Statistics from an .npz with mu [D] and sigma [D, D], as public FID reference files are; nothing is unpickled.
 

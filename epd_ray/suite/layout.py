@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from epd_ray.statistics import Interval
 from epd_ray.suite.definition import FID_METRIC, Line, Suite
 from epd_ray.suite.measure import SHARPNESS
 from epd_ray.suite.paper import TITLES
+from epd_ray.suite.settings import FID_PICTURES
 from epd_ray.suite.summary import Summary
 
 DECIMALS = {FID_METRIC: 2, SHARPNESS: 1, SCENE_ACCURACY: 3}
@@ -50,13 +52,18 @@ class Table:
         suite: of which.
         metrics: column -> its title.
         rows: in the order of the suite's lines.
-        means: sampler's key -> metric -> mean with interval; the Frechet distance has none.
+        means: sampler's key -> metric -> mean with interval. The Frechet distance has a mean alone: it is larger of
+            fewer different pictures, which those of a bootstrap are, so that its interval would lie beside it.
+        is_fid: whether the Frechet distance is of Inception's features.
+        pictures: of each sampler.
     """
 
     suite: Suite
     metrics: Mapping[str, str]
     rows: tuple[TableRow, ...]
     means: Mapping[str, Mapping[str, Interval]]
+    is_fid: bool
+    pictures: int
 
     @property
     def compares(self) -> bool:
@@ -75,7 +82,7 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
     """
     means = dict(summary.comparison.means)
     for key, distance in summary.distances.items():
-        means[key] = {FID_METRIC: Interval(distance, distance, distance), **means[key]}
+        means[key] = {FID_METRIC: Interval(distance, math.nan, math.nan), **means[key]}
     seconds = {row.sampler.key: row.seconds_per_image for row in summary.comparison.rows}
     column_of = {head: metric for metric, head in reversed(list(heads.items()))}
     published = [{column_of.get(name, name): v for name, v in line.published.items()} for line in suite.lines]
@@ -84,12 +91,14 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
     titles = {metric: TITLES[head] for head, metric in column_of.items() if head in TITLES}
     titles[FID_METRIC] = "FID" if is_fid else "Frechet distance"
     metrics = {m: titles.get(m, TITLES.get(m, m.replace("_", " "))) for m in there}
+    drawn = len(summary.comparison.seeds)
+    as_published = is_fid and drawn >= FID_PICTURES
     rows = []
     for line, values in zip(suite.lines, published, strict=True):
         key = line.sampler.key if line.sampler else ""
-        cells = {m: Cell(means.get(key, {}).get(m), values.get(m), is_fid or m != FID_METRIC) for m in metrics}
+        cells = {m: Cell(means.get(key, {}).get(m), values.get(m), as_published or m != FID_METRIC) for m in metrics}
         rows.append(TableRow(line, seconds.get(key), cells))
-    return Table(suite, metrics, tuple(rows), means)
+    return Table(suite, metrics, tuple(rows), means, is_fid, drawn)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -153,7 +162,7 @@ def number(metric: str, value: float, signed: bool = False) -> str:
 def _text(metric: str, value: Interval | None, signed: bool = False) -> str:
     if value is None:
         return NOTHING
-    if value.low == value.high:
+    if not value.known or value.low == value.high:
         return number(metric, value.mean, signed)
     return f"{number(metric, value.mean, signed)} [{number(metric, value.low, signed)}, " \
            f"{number(metric, value.high, signed)}]"  # fmt: skip
@@ -208,4 +217,6 @@ def as_csv(table: Table) -> str:
 
 
 def _ends(value: Interval | None) -> tuple[float | None, float | None, float | None]:
-    return (None, None, None) if value is None else (value.mean, value.low, value.high)
+    if value is None:
+        return (None, None, None)
+    return (value.mean, value.low, value.high) if value.known else (value.mean, None, None)

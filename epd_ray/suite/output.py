@@ -8,20 +8,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from epd_ray.store import package_versions, whole, write_text
-from epd_ray.suite.definition import Suite
+from epd_ray.suite.definition import FID_METRIC, Suite
 from epd_ray.suite.layout import Table, as_csv, differences, grid, markdown, plain, tabulate
 from epd_ray.suite.measure import FEATURES, Features
 from epd_ray.suite.page import write_page
 from epd_ray.suite.pictures import Pictures
 from epd_ray.suite.results import ResultsDirectory
+from epd_ray.suite.settings import FID_PICTURES
 from epd_ray.suite.subject import Subject
 from epd_ray.suite.summary import Summary, Verdict, summarise, verdicts
 
 SOURCES = {
-    "paper": "The paper's values are those of arXiv 2512.22796, table {table}; the intervals are of ours alone.",
-    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}), of 50,000 pictures "
-    "each: of fewer the distance is larger.",
+    "paper": "The paper's values are those of arXiv 2512.22796, table {table}, on COCO captions: with another model or "
+    "other prompts a difference is theirs too. The intervals are of ours alone.",
+    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}), of 50,000 pictures each by the "
+    "models of EDM and Consistency Models: with another model a difference is its too.",
 }
+PROMPTS = "prompts.json"  # where `epd-ray ab make` looks for the prompts of two folders of pictures
 
 
 def write_results(results: ResultsDirectory, subject: Subject, features: Features) -> list[str]:
@@ -44,6 +47,8 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
     table = tabulate(suite, summary, heads, features.is_fid)
     found, said = verdicts(suite, summary, subject.facts.guidance_scale), [subject.sentence, *notes(table)]
     _write_rows(results, suite, subject.pictures)
+    if results.pictures.is_dir():
+        write_text(results.pictures / PROMPTS, json.dumps(subject.pictures.prompts, indent=2))
     write_text(results.path / "results.csv", as_csv(table))
     write_text(results.path / "results.md", "\n".join(_markdown(table, summary, found, said)) + "\n")
     write_text(results.path / "results.json", json.dumps(_record(summary, found), indent=2, ensure_ascii=False) + "\n")
@@ -71,8 +76,12 @@ def notes(table: Table) -> list[str]:
     """What one has to know to read the table."""
     suite = table.suite
     found = [] if suite.table is None else [SOURCES[suite.name].format(table=suite.table)]
-    if any(not cell.comparable for row in table.rows for cell in row.cells.values()):
+    if FID_METRIC in table.metrics and not table.is_fid:
         found.append("The Frechet distance here is not of Inception's features, and so no FID: compare it here alone.")
+    elif suite.name == "paper-fid" and table.pictures < FID_PICTURES:
+        found.append(
+            f"Of fewer the FID is larger, and here are {table.pictures:,}: no difference to the paper's is shown."
+        )
     silent = [title for metric, title in table.metrics.items() if all(r.cells[metric].ours is None for r in table.rows)]
     if silent:
         found.append(f"No head of the configuration gives {', '.join(silent)}: name one under rewards to fill it in.")

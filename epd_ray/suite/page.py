@@ -79,7 +79,7 @@ def _title(table: Table, verdicts: Sequence[Verdict]) -> str:
     best = verdicts[0]
     reference = suite.reference
     assert reference is not None
-    steps = f"{reference.intervals} {reference.label} steps"
+    steps = f"{reference.intervals} steps of {reference.label}"
     metric, difference = next(iter(best.differences.items()))
     gain = f"{best.sampler.label}: {metric} {_number(metric, difference.mean, True)}"
     if best.speed is None:

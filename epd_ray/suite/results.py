@@ -73,6 +73,10 @@ class ResultsDirectory:
         return self.path / "pictures"
 
     @property
+    def solvers(self) -> Path:
+        return self.path / "solvers"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

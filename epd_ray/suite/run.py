@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 from epd_ray.config import RunConfig
-from epd_ray.errors import ConfigError, MetricError, PromptError
+from epd_ray.errors import ConfigError, PromptError
 from epd_ray.evaluate import save_pictures
 from epd_ray.lock import held
 from epd_ray.progress import Observer
@@ -16,23 +16,27 @@ from epd_ray.provenance import sign
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.pipeline import Outcome
 from epd_ray.sections import SHAPES
-from epd_ray.session import algorithm, stop_signals
-from epd_ray.solvers import Solver
+from epd_ray.session import algorithm, ray_session, stop_signals
 from epd_ray.store import named_when_full
 from epd_ray.suite.definition import require_fit
-from epd_ray.suite.features import open_features
+from epd_ray.suite.features import foresee_features, open_features
 from epd_ray.suite.jobs import Job, jobs
 from epd_ray.suite.measure import rows
 from epd_ray.suite.output import write_results
 from epd_ray.suite.pictures import Pictures
 from epd_ray.suite.results import CACHE, LOCK, ResultsDirectory
-from epd_ray.suite.settings import Request
-from epd_ray.suite.solvers import build_suite
+from epd_ray.suite.settings import FID_PICTURES, Request
+from epd_ray.suite.solvers import (
+    build_suite,
+    foresee_suite,
+    keep_solvers,
+    or_published,
+    sources_of,
+    warn_of_misfits,
+)
 from epd_ray.suite.subject import Subject
 from epd_ray.trainer import noise_seeds, warn_of_long_prompts
 from epd_ray.types import FeatureExtractor
-
-FID_PICTURES = 50_000
 
 
 def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> list[str]:
@@ -55,27 +59,35 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     results = ResultsDirectory(request.out)
     require_fit(request.suite, config.backbone)
     pictures = pictures_of(config, request)
-    for name in request.solvers:
-        Solver.from_pretrained(name)  # a wrong name ends it here, before actors have a model
-    if request.reference is not None and not request.reference.exists():
-        raise MetricError(f"--reference is {request.reference}, and nothing is there: give pictures or statistics")
+    rivals, sources = config.evaluation.baselines, sources_of(request.solvers, results.solvers)
+    foresee_suite(request, sources, rivals, config.backbone)
+    spec = foresee_features(request, config, len(pictures))
     results.prepare()
-    local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
+    cluster = config.cluster.model_copy(update={"learner_actors": 0})
     with ExitStack() as stack:
         stack.enter_context(held(results.path / LOCK, str(results.path)))
         stack.enter_context(named_when_full(results.path))
-        observer.stage("starting actors", 1)
-        algo = stack.enter_context(algorithm(local, list(pictures.prompts)))
+        observer.stage("starting actors", 2)
+        stack.enter_context(ray_session(cluster.address, cluster.env, cluster.dashboard))
         stack.enter_context(stop_signals())  # after Ray, which sets its own handler
+        features = stack.enter_context(
+            open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster.placement_timeout_s)
+        )
         observer.advance()
-        suite = build_suite(request, config.evaluation.baselines, algo.facts)
+        local = config.model_copy(update={"cluster": cluster})
+        algo = stack.enter_context(algorithm(local, list(pictures.prompts)))
+        observer.advance()
+        suite = build_suite(request, sources, rivals, algo.facts)
         subject = Subject(config, algo.facts, suite, pictures, _source(config, request))
-        features = stack.enter_context(open_features(request, config, len(pictures), results.path / CACHE))
         results.claim(subject.manifest(features.extractor))
+        sources = or_published(sources, suite.table)
+        warn_of_misfits(sources, algo.facts)
         warn_of_long_prompts(algo, pictures.prompts)
         keeper = Keeper(results, pictures, config.evaluation.pictures, features.extractor)
         keeper.do(algo, jobs(pictures, suite.samplers, scored=bool(config.rewards)), observer)
     lines = write_results(results, subject, features)
+    with named_when_full(results.path):
+        keep_solvers(sources, results.solvers)
     sign(results.path)
     observer.done()
     return lines

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from epd_ray.config import RunConfig, load_config
+from epd_ray.config import RunConfig, apply_override, load_config, read_yaml
 from epd_ray.errors import ConfigError
-from epd_ray.sections import SHAPES
+from epd_ray.sections import AUTO, SHAPES
 from epd_ray.solvers.zoo import applicable
 from epd_ray.suite.paper import FID_TABLES, REWARD_TABLES, TITLES
 
 SuiteName = Literal["paper", "paper-fid", "embedded", "prompts"]
 INCEPTION = "inception"
+CLIP = "clip"  # as head, which is the default one, and as extractor
+FID_PICTURES = 50_000
+OWN_HEADS = {head.partition(".")[0]: head for head in TITLES}
+"""The suites' own heads: name in the configuration -> registry name."""
+HEAD_CPUS = 0.1  # all of them and two rollout actors fit two cores
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str])
     """A configuration as `train` reads it, but with the guidance that the family is usually used with, and all methods.
 
     Args:
-        suite: "paper" also brings the heads of its columns.
+        suite: "paper" also brings those heads of its columns that the file and the overrides lack; "prompts" brings all
+            of them for a model that is not embedded, where neither names a head.
         path: YAML, or None.
         overrides: "backbone.model=..." and the like.
 
@@ -91,9 +97,7 @@ def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str])
     """
     everyone = [name for name in applicable("ve") if name in applicable("flow")]
     defaults: dict[str, Any] = {"backbone": {"guidance_scale": None}, "evaluation": {"baselines": everyone}}
-    if suite == "paper":
-        defaults["rewards"] = {head.partition(".")[0]: {"head": head} for head in TITLES}
-    config = load_config(path, overrides, defaults)
+    config = load_config(path, [*_own_heads(suite, path, overrides), *overrides], defaults)
     if suite == "embedded" and config.backbone.model != SHAPES:
         raise ConfigError(
             [f"--suite embedded is for the embedded model, backbone.model is {config.backbone.model!r}: "
@@ -102,3 +106,29 @@ def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str])
     if suite == "paper-fid":
         return config.model_copy(update={"rewards": {}})  # nothing to score against
     return config
+
+
+def _own_heads(suite: SuiteName, path: Path | None, overrides: Sequence[str]) -> list[str]:
+    """The heads that a suite brings, as overrides before the user's, which may tune them or say rewards={...} instead.
+
+    A head that is written or asked for by its registry name, under whatever name, is not brought again.
+    """
+    written: dict[str, Any] = {} if path is None else read_yaml(path)
+    named = {name: {"head": CLIP, **_mapping(head)} for name, head in _mapping(written.get("rewards")).items()}
+    asked = {**written, "rewards": named}
+    for override in overrides:
+        apply_override(asked, override)
+    heads = {name: _mapping(head) for name, head in _mapping(asked["rewards"]).items()}
+    chosen = {name: head.get("head", CLIP) for name, head in heads.items() if "head" in head or name not in OWN_HEADS}
+    backbone = _mapping(asked.get("backbone"))
+    other_model = backbone.get("family", AUTO) == AUTO and backbone.get("model", SHAPES) != SHAPES
+    if suite != "paper" and not (suite == "prompts" and other_model and not chosen):
+        return []
+    missing = {name: head for name, head in OWN_HEADS.items() if head not in chosen.values()}
+    free = {f"paper_{name}" if name in chosen else name: head for name, head in missing.items()}
+    return [f"rewards.{name}={{head: {head}, num_cpus: {HEAD_CPUS}}}" for name, head in free.items()]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """What has no keys is refused with the rest of the configuration."""
+    return value if isinstance(value, dict) else {}

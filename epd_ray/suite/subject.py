@@ -1,13 +1,15 @@
 """What a suite was measured on, and a record of it, so that other results are not taken for the same."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import JsonValue
 
+from epd_ray.backbones.loading import fingerprint
 from epd_ray.config import RunConfig
 from epd_ray.rollout import BackboneFacts
 from epd_ray.sampling import Sampler
-from epd_ray.sections import BUILTIN, SHAPES
+from epd_ray.sections import BUILTIN, SHAPES, RewardConfig
 from epd_ray.suite.definition import Suite
 from epd_ray.suite.pictures import Pictures
 from epd_ray.suite.results import Facts, Manifest
@@ -61,6 +63,9 @@ class Subject:
                 for name, head in self.config.rewards.items()
             },
         }
+        models = {name: _local_model(head) for name, head in self.config.rewards.items()}
+        if folders := {name: fingerprint(folder) for name, folder in models.items() if folder is not None}:
+            sections["head_models"] = folders
         if extractor is not None:
             sections["features"] = {"model": extractor.model_id, "revision": extractor.revision}
         return Manifest(sections, {sampler.key: _sampler(sampler) for sampler in self.suite.samplers})
@@ -73,6 +78,13 @@ class Subject:
             "guidance_scale": self.facts.guidance_scale,
             "options": self.config.backbone.portable,
         }
+
+
+def _local_model(head: RewardConfig) -> Path | None:
+    """The folder on this machine that a head's model lies in, where it may be replaced by another."""
+    model = head.options.get("model")
+    folder = Path(model).expanduser() if isinstance(model, str) else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _sampler(sampler: Sampler) -> dict[str, JsonValue]:

@@ -138,7 +138,7 @@ def verdicts(suite: Suite, summary: Summary, guidance_scale: float) -> list[Verd
         said = [f"{m.replace('_', ' ')} {_difference(m, d)}" for m, d in differences.items()]
         sentence = (
             f"{ours.label} (parallel NFE {ours.parallel_nfe}, {ours.model_evals} evaluations) against "
-            f"{suite.reference.intervals} {suite.reference.label} steps on {count} prompts at "
+            f"{suite.reference.intervals} steps of {suite.reference.label} on {count} prompts at "
             f"guidance {guidance_scale:g}: {', '.join([*said, _pace(pace)])}"
         )
         found.append(Verdict(ours, differences, pace, sentence))
