@@ -46,6 +46,15 @@ def test_command_parses(command):
         load_config(config and ROOT / config, context.params.get("overrides") or [])
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if "--suite" in c], ids=" ".join)
+def test_suites_are_asked_for_what_there_is(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr("epd_ray.suite.run.evaluate_suite", lambda *request: asked.append(request) or [])
+    monkeypatch.chdir(ROOT)
+    typer.main.get_command(app)(command[1:], standalone_mode=False)
+    assert len(asked) == 1  # the options go together, and every KEY=VALUE is a setting
+
+
 def test_checks_use_the_readmes_install_line():
     install = 'pip install -e ".[test]" && pytest'
     assert install in README
