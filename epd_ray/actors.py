@@ -154,7 +154,7 @@ class RewardPool:
         """
         everyone = [(name, actor) for name, pool in self.pools.items() for actor in pool.actors]
         for _, actor in everyone:
-            actor.ready.remote()  # all load at once
+            actor.ready.remote().future()  # all load at once; Ray would complain of errors that nobody takes
         for name, actor in everyone:
             insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
 

@@ -1,5 +1,6 @@
 """Actors whose processes die or never start, what a cluster without room says, and a token that stays out of logs."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from epd_ray.actors import RewardPool, RewardSpec
 from epd_ray.backbones.simulated import SimulatedBackbone
 from epd_ray.cluster import BrokenGpuError, require_room
 from epd_ray.encoder import EncoderSpec, embed_with, start_encoder
-from epd_ray.errors import ModelError, PlacementError, TaskError
+from epd_ray.errors import ConfigError, ModelError, PlacementError, TaskError
 from epd_ray.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.rdpo import pipeline
 from epd_ray.rewards.simulated import SimulatedHead
@@ -63,6 +64,20 @@ def test_a_head_that_dies_while_loading_is_named(small_ray: None, monkeypatch: p
     with pytest.raises(ModelError, match="reward head 'frail': its process died 2 times while loading: out of memory"):
         pool.wait_ready()
     pool.stop()
+
+
+@pytest.mark.timeout(120)
+def test_of_several_heads_that_cannot_be_built_one_is_said(small_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+    specs = {name: RewardSpec(head="simulated", options={"no": "such"}) for name in ("one", "two", "three")}
+    pool = RewardPool(specs, f"t{time.monotonic_ns()}")
+    with pytest.raises(ConfigError, match=r"reward head 'simulated': .*'no'"):
+        pool.wait_ready()
+    for actor in pool.actors:
+        with pytest.raises(ray.exceptions.RayTaskError):
+            ray.get(actor.ready.remote())  # by then their first answers are in
+    gc.collect()
+    pool.stop()
+    assert not caplog.records  # Ray calls what nobody asked for "unhandled", with a traceback
 
 
 @pytest.mark.timeout(120)

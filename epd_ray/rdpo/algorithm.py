@@ -140,7 +140,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         name, model = f"encoder:{tag}", own.backbone_spec
         self._encoder = start_encoder(name, model.family, model.options, own.encoder_spec)
         self._closing.callback(ray.kill, self._encoder)
-        self._encoder.ready.remote()  # it loads while the others start
+        self._encoder.ready.remote().future()  # it loads while the others start
         self.config = own.copy(copy_frozen=False)
         self.config.backbone_spec = replace(model, encoder=name)
         self.config.freeze()
