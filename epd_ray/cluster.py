@@ -56,7 +56,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
         dashboard: of a Ray that is started here, on loopback too.
 
     Raises:
-        ClusterError: why the cluster cannot be joined.
+        ClusterError: why the cluster cannot be joined, or that a local Ray does not start.
     """
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
@@ -83,6 +83,12 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
             runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
             **quiet,
         )
+    except Exception as error:  # Ray has no class of its own for this
+        if "timed out during startup" not in str(error):
+            raise
+        raise ClusterError(
+            "Ray has not started within its 30 seconds: end what else keeps this machine busy, then try again"
+        ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several
     if dashboard:

@@ -1,6 +1,7 @@
 """One small Ray per module, on loopback, ended afterwards."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -10,6 +11,8 @@ import pytest
 
 from epd_ray.config import load_config
 from epd_ray.session import ray_session, rdpo_config
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, there by the children too
 
 SIMULATED = [
     "backbone.family=simulated",

@@ -249,6 +249,15 @@ with ray_session(sys.argv[1]):
 """
 
 
+def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="Ray has not started within its 30 seconds: end what else keeps"):
+        start_ray(env=[])
+
+
 @pytest.mark.slow
 def test_a_cluster_hides_them_too(head: Head) -> None:
     env = {name: value for name, value in head.env.items() if name not in cluster.HIDE_GPUS}

@@ -379,8 +379,7 @@ def begin(folder: Path, out: Path) -> "subprocess.Popen[str]":
     long = [f"sweep.images={IMAGES}", "evaluation.every=2"]
     plan(folder)
     command = [sys.executable, "-m", "epd_ray.cli", "sweep", "--config", str(folder / "sweep.yaml"), "--out", str(out)]
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
-    return subprocess.Popen([*command, *slow, *long], stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heeded)
+    return subprocess.Popen([*command, *slow, *long], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def results_of(out: Path) -> dict[str, list[int]]:
