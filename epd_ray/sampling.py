@@ -10,7 +10,7 @@ from epd_ray.errors import ScheduleError
 from epd_ray.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
 from epd_ray.solvers import Solver, SolverTable, epd, zoo
 from epd_ray.solvers.epd import analytic_drift
-from epd_ray.types import Backbone, Conditioning, Drift, Form
+from epd_ray.types import Backbone, Conditioning, Drift
 
 EPD = "epd"
 
@@ -91,7 +91,9 @@ class Sampler:
             if starts is not None and not self.afs:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
-        return zoo.follow(self.kind, begun(drift, backbone.form) if self.afs else drift, x, sigmas, backbone.form)
+        if self.afs:  # all rows begin at one sigma
+            drift = beginning_with(lambda x, sigma: analytic_drift(x, sigma[0].item(), backbone.form), drift)
+        return zoo.follow(self.kind, drift, x, sigmas, backbone.form)
 
 
 def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, afs: bool = False) -> Sampler:
@@ -188,16 +190,16 @@ def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
     return drift
 
 
-def begun(drift: Drift, form: Form) -> Drift:
-    """The same drift, but the first call's, all of whose rows are at one sigma, is analytical."""
+def beginning_with(first: Drift, then: Drift) -> Drift:
+    """A drift whose first call is another's."""
     calls = 0
 
-    def after(x: Tensor, sigma: Tensor) -> Tensor:
+    def drift(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return analytic_drift(x, sigma[0].item(), form) if calls == 1 else drift(x, sigma)
+        return first(x, sigma) if calls == 1 else then(x, sigma)
 
-    return after
+    return drift
 
 
 @dataclass(frozen=True)
@@ -216,17 +218,12 @@ class Alike:
 
     def begin(self, backbone: Backbone, drift: Drift) -> Drift:
         """The same drift, for a solver whose first call is at the start: that one evaluates D rows."""
-        begun = False
 
         def shared(x: Tensor, sigma: Tensor) -> Tensor:
-            nonlocal begun
-            if begun:
-                return drift(x, sigma)
-            begun = True
             rows = list(self.rows)
             return backbone.drift(x[rows], sigma[rows], self.conditioning)[list(self.kinds)]
 
-        return shared
+        return beginning_with(shared, drift)
 
 
 def alike(
