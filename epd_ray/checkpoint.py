@@ -18,7 +18,7 @@ from epd_ray.store import unwritable, whole
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1 had no held-out curve
+FORMAT = 3  # 1 had no held-out curve; 2 other streams of random numbers, and medians of scales
 PATTERN = "iteration-{:06d}.pt"
 BEST = "best.pt"
 DAMAGE = (

@@ -13,6 +13,7 @@ from torch.distributions import Dirichlet, LogNormal, kl_divergence
 from epd_ray.backbones.simulated import SimulatedBackbone
 from epd_ray.errors import TableError
 from epd_ray.rdpo.dirichlet import (
+    LOG_STD_RANGE,
     SMALLEST_PART,
     TableDistribution,
     TableSpace,
@@ -54,14 +55,15 @@ def space_of(case: dict[str, Any]) -> TableSpace:
     return TableSpace(case["points"], base["scale_dir"] is not None, base["scale_time"] is not None)
 
 
-def base_of(case: dict[str, Any]) -> TableDistribution:
-    space = space_of(case)
-    return TableDistribution(space, base_parameters(table_of(case["base"]), space, case["concentration"]).double())
-
-
-def policy_of(case: dict[str, Any]) -> TableDistribution:
-    base = base_of(case)
-    return replace(base, parameters=base.parameters + tensor(case["residual"]))
+def reference_policy(case: dict[str, Any], residual: Any = 0.0) -> TableDistribution:
+    """The golden policy: the reference's parameter of a scale is the mean of its logarithm, which starts at log o."""
+    space, k = space_of(case), case["points"]
+    base = base_parameters(table_of(case["base"]), space, case["concentration"]).double()
+    parameters = base + tensor(residual)
+    for first in range(space.segments + k, space.parameter_width, 2 * k):
+        std = parameters[:, first + k : first + 2 * k].clamp(*LOG_STD_RANGE).exp()
+        parameters[:, first : first + k] += std**2 / 2  # ours is the logarithm of the mean
+    return TableDistribution(space, parameters)
 
 
 def scaled_for(space: TableSpace) -> SolverTable:
@@ -123,7 +125,7 @@ def spec(space: TableSpace, bound: float = 100.0) -> PolicySpec:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['intervals']}x{c['points']}")
 def test_golden(case: dict[str, Any]) -> None:
-    base, policy, sample = base_of(case), policy_of(case), case["sample"]
+    base, policy, sample = reference_policy(case), reference_policy(case, case["residual"]), case["sample"]
     assert base.parameters.shape == (case["intervals"], base.space.parameter_width)
     assert len(case["residual"]) == base.space.parameter_width
     assert close(base.segments.concentration, case["base_alpha_segments"])
@@ -155,11 +157,23 @@ def test_widths_and_start(space: TableSpace) -> None:
     mean = policy.mean_table()
     assert torch.allclose(mean.positions, BASE.positions, atol=1e-6)
     assert torch.allclose(mean.weights, BASE.weights, atol=1e-6)
-    lift = float(np.exp(np.exp(-6) / 2))  # a log-normal's mean lies exp(std^2 / 2) above its median
     for name, value in (("scale_dir", 1.1), ("scale_time", 0.9)):
         scale = getattr(mean, name)
         assert (scale is not None) == getattr(space, name)
-        assert scale is None or torch.allclose(scale, torch.full((3, 2), value * lift), rtol=1e-6)
+        assert scale is None or torch.allclose(scale, torch.full((3, 2), value), rtol=1e-6)
+
+
+@pytest.mark.parametrize("log_std", [-9.0, -3.0, -1.0, 0.5, 3.0])
+def test_a_wider_scale_has_the_same_mean(log_std: float) -> None:
+    space = TableSpace(2, scale_dir=True, scale_time=True)
+    parameters = distribution(space).parameters.clone()
+    for first in (7, 11):
+        parameters[:, first : first + 2] = log_std
+    policy = TableDistribution(space, parameters.double())
+    assert all(torch.allclose(s.scale.log(), tensor(log_std).clamp(*LOG_STD_RANGE)) for s in policy.scales)
+    for mean, table in zip(policy.scales, (SCALED.scale_dir, SCALED.scale_time), strict=True):
+        assert table is not None
+        assert torch.allclose(mean.mean, table.double(), rtol=1e-6)
 
 
 def test_draw_is_a_function_of_the_seed_alone() -> None:
@@ -203,7 +217,7 @@ def test_log_prob_kl_and_entropy_against_torch(space: TableSpace) -> None:
         normals = [(torch.randn(3, 2, generator=generator).double(), torch.tensor(-1.5).double())] * space.scales
         columns = [*(a.log() for a in alphas)]
         for loc, log_std in normals:
-            columns += [loc, log_std.expand(3, 2)]
+            columns += [loc + (2 * log_std).exp() / 2, log_std.expand(3, 2)]
         return columns, [Dirichlet(a) for a in alphas], [LogNormal(loc, std.exp()) for loc, std in normals]
 
     (columns, simplices, normals), (others, other_simplices, other_normals) = parts(), parts()

@@ -2,8 +2,13 @@
 
 Per interval, S = K + 1 segments g ~ Dirichlet(alpha_g) give the positions r = cumsum(g)[:K], and w ~ Dirichlet(alpha_w)
 in R^K the weights; with a start point r_1 = 0 and S = K. The policy is a row of parameters per interval, in this order:
-S log-concentrations of the segments, K of the weights, then for each trained scale (direction, time) K means and K
-log standard deviations of its logarithm. An action has the same order without the standard deviations.
+S log-concentrations of the segments, K of the weights, then for each trained scale (direction, time) K logarithms of
+its mean and K log standard deviations of its logarithm. An action has the same order without the standard deviations.
+
+The reference's parameter of a scale is the mean of the logarithm, m, instead of the logarithm of the mean,
+m + std^2 / 2. There the deployed scale, the mean, starts exp(std^2 / 2) above the table of stage 1 and rises whenever
+std does, though nothing was learned about the scale. Here it starts as that table, and std changes the spread alone.
+Densities, entropy and KL of a given m and std are the reference's.
 """
 
 import math
@@ -15,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet, LogNormal, kl_divergence
 
 from epd_ray.errors import TableError
+from epd_ray.randomness import Purpose, stream
 from epd_ray.solvers import SolverTable
 from epd_ray.types import FloatArray, Form
 
@@ -63,7 +69,7 @@ class TableSpace:
     def residual_units(self) -> Tensor:
         """What a policy's output of 1 adds to each parameter, [W].
 
-        1, but the first standard deviation for the means of the logarithms of scales. In units of 1 the steps that suit
+        1, but the first standard deviation for the logarithms of the means of scales. In units of 1 the steps that suit
         concentrations would take those means several standard deviations away at once, where nothing was drawn.
         """
         k = self.points
@@ -113,7 +119,7 @@ class TableDistribution:
         k = self.space.points
         rest = self.parameters[..., self.space.segments + k :]
         pairs = [rest[..., i : i + 2 * k] for i in range(0, rest.shape[-1], 2 * k)]
-        return [LogNormal(p[..., :k], p[..., k:].clamp(*LOG_STD_RANGE).exp()) for p in pairs]
+        return [_log_normal(p[..., :k], p[..., k:].clamp(*LOG_STD_RANGE).exp()) for p in pairs]
 
     def log_prob_per_interval(self, action: Tensor) -> Tensor:
         """Log-density of actions [..., N, A]; returns [..., N]."""
@@ -151,7 +157,7 @@ class TableDistribution:
 
     def draw(self, seed: int) -> FloatArray:
         """One action [N, A], a function of the parameters [N, W] and the seed alone, on any machine."""
-        rng = np.random.default_rng(seed)
+        rng = stream(Purpose.TABLE, seed)
         simplices = []
         for distribution in (self.segments, self.weights):
             gammas = rng.standard_gamma(distribution.concentration.double().numpy())
@@ -165,13 +171,18 @@ class TableDistribution:
         return np.concatenate([*simplices, *normals], axis=-1).astype(np.float32)
 
 
+def _log_normal(log_mean: Tensor, std: Tensor) -> LogNormal:
+    """With the mean exp(log_mean), whatever the standard deviation `std` of the logarithm."""
+    return LogNormal(log_mean - std**2 / 2, std)
+
+
 def _inside_simplex(parts: Tensor) -> Tensor:
     parts = parts.clamp_min(SMALLEST_PART)
     return parts / parts.sum(-1, keepdim=True)
 
 
 def base_parameters(table: SolverTable, space: TableSpace, concentration: float) -> Tensor:
-    """Parameters [N, W] whose mean is the table: log(c0 * mean), so the policy starts as the stage 1 solver.
+    """Parameters [N, W] whose mean is the table, scales too: the policy starts as the stage 1 solver.
 
     Args:
         table: one table [N, K]; segments and weights of at least 0.001.
