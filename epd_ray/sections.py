@@ -21,6 +21,7 @@ from pydantic import (
 from epd_ray.backbones import BACKBONES
 from epd_ray.errors import UnknownNameError
 from epd_ray.prompt_files import SUFFIXES
+from epd_ray.rdpo.minibatches import minibatch_problem
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
 from epd_ray.solvers.zoo import SOLVERS, split
@@ -248,7 +249,7 @@ class RDPOSection(Section):
     weight_decay: Amount = Field(default=0.01, description="of AdamW")
     clip: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the clipped surrogate")
     epochs: Positive = Field(default=1, description="passes over an iteration's images")
-    minibatch: Positive = Field(default=16, description="images per gradient step")
+    minibatch: Positive = Field(default=16, description="images per gradient step: a divisor of an iteration's, or all")
     grad_clip: float = Field(default=1.0, gt=0, description="bound on the gradient's norm")
     kl_coeff: Amount = Field(default=0.0, description="weight of the KL to the table of stage 1")
     entropy_coeff: Amount = Field(default=0.0, description="weight of the entropy")
@@ -274,10 +275,8 @@ class RDPOSection(Section):
     @classmethod
     def _fits(cls, minibatch: int, info: ValidationInfo) -> int:
         prompts, size = info.data.get("prompts_per_iteration"), info.data.get("group_size")
-        if prompts and size and minibatch > prompts * size:
-            raise ValueError(
-                f"is {minibatch}, at most prompts_per_iteration * group_size = {prompts * size} is possible"
-            )
+        if prompts and size and (problem := minibatch_problem(minibatch, prompts * size)):
+            raise ValueError(problem)
         return minibatch
 
 

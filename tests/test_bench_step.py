@@ -49,8 +49,9 @@ def test_the_loop_draws_the_pictures_of_the_pipeline():
     assert min(loop.seconds.values()) > 0
 
 
-def test_the_loop_learns_what_the_pipeline_learns(build):
-    algo = build("rdpo.staleness=0", "rdpo.prompts_per_iteration=2", "rdpo.minibatch=8")
+@pytest.mark.parametrize("more", [("rdpo.minibatch=8",), ("rdpo.minibatch=2", "rdpo.epochs=3")])
+def test_the_loop_learns_what_the_pipeline_learns(build, more):
+    algo = build("rdpo.staleness=0", "rdpo.prompts_per_iteration=2", *more)
     loop = PlainLoop(algo.config, algo.config.worker_spec.build(), Scorer("sim", SimulatedHead()), algo.config.prompts)
     before = loop.network.parameters_array()
     for iteration in range(2):

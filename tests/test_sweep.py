@@ -80,7 +80,14 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("sweep.space={solver.points: {integers: [0, 3]}}", "sweep.space: solver.points: is 0, at least 1 is needed"),
         ("sweep.space={solver.points: {uniform: [1, 3]}}", "solver.points: is 1.0"),
         ("sweep.space={rdpo.lr: {uniform: [0.1, 3]}}", "rdpo.lr: is 3.0, at most 1 is possible"),
-        ("sweep.space={rdpo.minibatch: [4, 32]}", "sweep.space: rdpo.minibatch: is 32, at most"),
+        (
+            "sweep.space={rdpo.minibatch: [4, 12]}",
+            "sweep.space: rdpo.minibatch: is 12, which does not divide the 16",
+        ),
+        (
+            "sweep.space={rdpo.group_size: {integers: [2, 8]}, rdpo.minibatch: [8]}",
+            "is 8, which does not divide the 12",
+        ),
         ("sweep.trials=0", "sweep.trials: is 0, at least 1 is needed"),
         ("sweep.trails=2", "unknown key; did you mean 'trials'?"),
         ("sweep.grace=0", "more than 0 is needed"),
@@ -111,9 +118,9 @@ def test_pbt_needs_a_key_that_can_change_and_all_of_its_trials(tmp_path):
 
 
 def test_values_are_checked_together(tmp_path):
-    assert plan(tmp_path, "sweep.space={rdpo.minibatch: [32], rdpo.group_size: [8, 16]}")  # too large for the run alone
-    problem = refused(tmp_path, "sweep.space={rdpo.minibatch: [8, 32], rdpo.group_size: [4, 16]}")
-    assert problem.endswith("(with rdpo.minibatch=32, rdpo.group_size=4)")
+    assert plan(tmp_path, "sweep.space={rdpo.minibatch: [12], rdpo.group_size: [6, 12]}")  # no divisor in the run alone
+    problem = refused(tmp_path, "sweep.space={rdpo.minibatch: [8, 12], rdpo.group_size: [4, 12]}")
+    assert problem.endswith("(with rdpo.minibatch=12, rdpo.group_size=4)")
     many = ", ".join(f"{key}: {{uniform: [0, 1]}}" for key in sorted(KEYS) if key.endswith(("coeff", "decay")))
     wide = f"sweep.space={{{many}, solver.points: {list(range(65))}, distill.grid: {list(range(70, 90))}}}"
     assert "solver.points: is 0, at least 1" in refused(tmp_path, wide)

@@ -13,6 +13,7 @@ from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.dirichlet import TableDistribution, clamp_scale_time
 from epd_ray.rdpo.loss import clipped_surrogate, leave_one_out
+from epd_ray.rdpo.minibatches import image_order
 from epd_ray.rdpo.policy import PolicyNetwork
 from epd_ray.rollout import RolloutWorker, log_prob
 from epd_ray.sampling import conditioned_drift, noises, to_uint8
@@ -130,13 +131,11 @@ class PlainLoop:
         c = self._config
         old = log_prob(behaviour, actions)
         advantages = leave_one_out(torch.from_numpy(rewards), [r.group_id for r in requests]).values
-        rng = np.random.default_rng([c.seed or 0, iteration])
-        for _ in range(c.num_epochs):
-            order = torch.from_numpy(rng.permutation(len(actions)))
-            for rows in order.split(c.minibatch_size):
-                policy = TableDistribution(c.space, self.network())
-                found = clipped_surrogate(log_prob(policy, actions[rows]), old[rows], advantages[rows], c.clip_param)
-                self._optimizer.zero_grad()
-                found.loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
-                self._optimizer.step()
+        order = image_order(c.seed or 0, iteration, len(actions), c.num_epochs, c.shuffle_batch_per_epoch)
+        for rows in torch.from_numpy(order).split(min(c.minibatch_size, len(actions))):
+            policy = TableDistribution(c.space, self.network())
+            found = clipped_surrogate(log_prob(policy, actions[rows]), old[rows], advantages[rows], c.clip_param)
+            self._optimizer.zero_grad()
+            found.loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
+            self._optimizer.step()

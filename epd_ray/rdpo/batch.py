@@ -10,8 +10,10 @@ from ray.rllib.core import DEFAULT_MODULE_ID, Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from epd_ray.randomness import Purpose, request_seeds, stream
 from epd_ray.rdpo.learner import ADVANTAGES
 from epd_ray.rdpo.loss import Advantages, leave_one_out
+from epd_ray.rdpo.minibatches import image_order
 from epd_ray.types import FloatArray, RolloutJob, RolloutRequest
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> lis
         iteration: from 0.
     """
     seed = config.seed or 0
-    rng = np.random.default_rng([seed, iteration])
+    rng = stream(Purpose.TRAINING, seed, iteration)
     shape = (config.prompts_per_iteration, config.group_size)
     chosen = rng.choice(len(prompts), shape[0], replace=len(prompts) < shape[0])
-    noise = rng.integers(2**62, size=shape)
+    noise = request_seeds(rng, shape)
     if config.same_latent:
         noise = np.repeat(noise[:, :1], shape[1], axis=1)
-    action = rng.integers(2**62, size=shape)
+    action = request_seeds(rng, shape)
     requests = []
     for index in range(config.images_per_iteration):
         p, g = divmod(index, shape[1])
@@ -107,6 +109,9 @@ def summarise(rows: Sequence[Row], advantages: Advantages, outcomes: Sequence["O
 def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob) -> dict[str, Any]:
     """What RLlib's LearnerGroup.update takes for an iteration's rows.
 
+    All epochs lie in one batch, one after another, and RLlib goes through it once: its own shuffling would draw from
+    NumPy's global state.
+
     Args:
         config: of the update.
         rows: B, in their order.
@@ -114,12 +119,13 @@ def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob
     """
     iteration = job.job_id[0]
     shape = (len(rows), *job.parameters.shape[:1], config.space.action_width)
+    order = image_order(config.seed or 0, iteration, len(rows), config.num_epochs, config.shuffle_batch_per_epoch)
     batch = SampleBatch(
         {
-            Columns.OBS: np.zeros((len(rows), 1), np.float32),
-            Columns.ACTIONS: np.array([r["action"] for r in rows], np.float32).reshape(shape),  # [B, N, A]
-            Columns.ACTION_LOGP: np.array([r["log_prob"] for r in rows], np.float64),
-            ADVANTAGES: np.array([r["advantage"] for r in rows], np.float32),
+            Columns.OBS: np.zeros((len(order), 1), np.float32),
+            Columns.ACTIONS: np.array([r["action"] for r in rows], np.float32).reshape(shape)[order],  # [E B, N, A]
+            Columns.ACTION_LOGP: np.array([r["log_prob"] for r in rows], np.float64)[order],
+            ADVANTAGES: np.array([r["advantage"] for r in rows], np.float32)[order],
         }
     )
     steps = {
@@ -131,7 +137,7 @@ def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob
     return {
         "batch": MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(rows)),
         "timesteps": steps,
-        "num_epochs": config.num_epochs,
+        "num_epochs": 1,
         "minibatch_size": min(config.minibatch_size, len(rows)),
-        "shuffle_batch_per_epoch": config.shuffle_batch_per_epoch,
+        "shuffle_batch_per_epoch": False,
     }

@@ -12,8 +12,10 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from epd_ray.actors import RewardSpec
 from epd_ray.cluster import PLACEMENT_SECONDS
 from epd_ray.encoder import EncoderSpec
+from epd_ray.randomness import Purpose, plain_seed
 from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
 from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.rdpo.minibatches import minibatch_problem
 from epd_ray.rdpo.mixing import Mixer, Mode
 from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
@@ -204,7 +206,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         base = base_parameters(self.table, self.space, self.concentration)
         bound = self.concentration * self.concentration_bound
         rows = tuple(tuple(row) for row in base.tolist())
-        return PolicySpec(self.space, rows, bound, self.hidden_width, self.hidden_depth, self.seed or 0)
+        weights = plain_seed(Purpose.POLICY_WEIGHTS, self.seed or 0)
+        return PolicySpec(self.space, rows, bound, self.hidden_width, self.hidden_depth, weights)
 
     def get_default_learner_class(self) -> type[RDPOLearner]:
         return RDPOLearner
@@ -220,6 +223,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         super().validate()
         if self.group_size < 2:
             self._value_error(f"group_size is {self.group_size}, leave-one-out needs at least 2 images per prompt")
+        if problem := minibatch_problem(self.minibatch_size, self.images_per_iteration):
+            self._value_error(f"minibatch_size {problem}")
         if self.max_staleness < 0 or self.images_per_job < 1:
             self._value_error("max_staleness must be at least 0 and images_per_job at least 1")
         if self.concentration_bound < 1:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from ray.rllib.core import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
@@ -39,6 +38,7 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
+        self._weights_seq_no = -1  # else RLlib keeps its own weights where those had more updates
         super().set_state(state)
         for optimizer in self._named_optimizers.values():
             for group in optimizer.param_groups:
@@ -49,8 +49,6 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         [(optimizer, schedule)] = self._optimizer_lr_schedules.items()
         self._lr = schedule.update(timesteps["images"])  # a checkpoint brings another run's, under PBT
         self._set_optimizer_lr(optimizer, lr=self._lr)
-        # RLlib shuffles minibatches with numpy's global generator: tie it to the iteration, so a resumed run agrees.
-        np.random.seed([(self.config.seed or 0) & 0xFFFFFFFF, timesteps["iteration"]])
         self._on_policy = timesteps["staleness"] == 0
         self._first_minibatch = True
 

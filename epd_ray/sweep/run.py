@@ -26,6 +26,7 @@ from epd_ray.config import dump_yaml, to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.randomness import Purpose, plain_seed
 from epd_ray.run import given_solver
 from epd_ray.session import ray_session
 from epd_ray.solvers import Solver
@@ -134,6 +135,7 @@ def _go_on(
 def _tune(plan: Plan, prompts: PromptSplits, path: Path, callbacks: list[Callback]) -> list[Trial]:
     """Start or resume the experiment: `tune.run`, because a restored Tuner takes no new callbacks."""
     varied = plan.sweep
+    random_state = plain_seed(Purpose.SWEEP, plan.config.seed) % 2**32
     concurrent = 0 if varied.scheduler == "pbt" else varied.concurrent or 2
     found = tune.run(
         SweepTrial,
@@ -141,7 +143,7 @@ def _tune(plan: Plan, prompts: PromptSplits, path: Path, callbacks: list[Callbac
         storage_path=str(path.resolve()),
         config={PLAN: plan, PROMPTS: vars(prompts), **{key: domain(of) for key, of in varied.space.items()}},
         num_samples=varied.trials,
-        search_alg=BasicVariantGenerator(max_concurrent=concurrent, random_state=plan.config.seed % 2**32),
+        search_alg=BasicVariantGenerator(max_concurrent=concurrent, random_state=random_state),
         scheduler=scheduler(plan),
         metric=OBJECTIVE,
         mode="max",

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -13,9 +12,11 @@ from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_va
 
 from epd_ray.config import RunConfig, apply_override, problems_of, read_yaml, resolve
 from epd_ray.errors import ConfigError
+from epd_ray.randomness import Purpose, stream
 from epd_ray.sections import Positive, Section
 
 COMBINATIONS = 1000  # of values that are checked before anything starts
+LISTED = 64  # whole numbers in a range that are all checked: a minibatch fits some batches and not others between
 MUTABLE = frozenset(
     f"rdpo.{name}" for name in ("lr", "weight_decay", "clip", "grad_clip", "kl_coeff", "entropy_coeff", "epochs")
 )
@@ -64,7 +65,9 @@ class Distribution(Section):
 
     @property
     def ends(self) -> list[JsonValue]:
-        """Every value of a choice, the two ends of a range."""
+        """Every value of a choice or a short range of whole numbers, else the two ends of a range."""
+        if self.integers is not None and self.integers[1] - self.integers[0] < LISTED:
+            return list(range(self.integers[0], self.integers[1] + 1))
         for values in (self.choice, self.uniform, self.loguniform, self.integers):
             if values is not None:
                 return list(values)
@@ -185,9 +188,9 @@ class Plan:
     def _corners(self) -> Iterator[dict[str, JsonValue]]:
         """The ends of all keys in every combination, or many at random where they are too many."""
         keys, ends = list(self.sweep.space), [values.ends for values in self.sweep.space.values()]
-        rng = random.Random(0)
+        rng = stream(Purpose.SWEEP_CHECK, 0)
         every = math.prod(map(len, ends)) <= COMBINATIONS
-        drawn = product(*ends) if every else ([rng.choice(e) for e in ends] for _ in range(COMBINATIONS))
+        drawn = product(*ends) if every else ([e[int(rng.integers(len(e)))] for e in ends] for _ in range(COMBINATIONS))
         return (dict(zip(keys, values, strict=True)) for values in drawn)
 
 
