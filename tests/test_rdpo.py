@@ -1,8 +1,11 @@
 """The algorithm on real Ray actors, with a backbone and a head that cost nothing."""
 
 import os
+import random
 import signal
 import time
+from copy import deepcopy
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ import torch
 from epd_ray.checkpoint import load_newest, save_checkpoint
 from epd_ray.cluster import PLACEMENT_SECONDS, require_room
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
+from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.sampling import Sampler, baseline
 from epd_ray.stage_one import StageOne, fit_table
 
@@ -210,6 +215,63 @@ def test_no_room_is_said_in_time(small_ray):
 def test_group_of_one_is_refused(small_ray):
     with pytest.raises(ValueError, match="at least 2"):
         RDPOConfig().rollouts(group_size=1).build_algo()
+
+
+def test_a_minibatch_that_does_not_divide_the_images_is_refused():
+    config = RDPOConfig().rollouts(prompts_per_iteration=8, group_size=4)
+    said = r"minibatch_size is 24, which does not divide the 32 images of an iteration .*: set 16 or 32"
+    with pytest.raises(ValueError, match=said):
+        config.copy().training(minibatch_size=24).validate()
+    config.training(minibatch_size=64).validate()  # all images in one step
+
+
+@pytest.mark.parametrize(("minibatch", "epochs", "steps"), [(8, 3, 12), (64, 2, 2)])
+def test_each_epoch_uses_each_image_once_and_no_global_randomness(build, monkeypatch, minibatch, epochs, steps):
+    algo = build(f"rdpo.minibatch={minibatch}", f"rdpo.epochs={epochs}")
+    algo.train()
+    seen, loss = [], RDPOLearner.compute_loss_for_module
+
+    def spied(self, *, batch, **given):
+        seen.append([round(float(value), 9) for value in batch["action_logp"]])
+        return loss(self, batch=batch, **given)
+
+    monkeypatch.setattr(RDPOLearner, "compute_loss_for_module", spied)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    algo.train()
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert len(seen) == steps
+    drawn, each = sorted(round(row["log_prob"], 9) for row in algo.last.rows), steps // epochs
+    passes = [list(chain(*seen[i : i + each])) for i in range(0, steps, each)]
+    assert all(sorted(one) == pytest.approx(drawn) for one in passes)
+    assert len({tuple(one) for one in passes}) == epochs  # each in another order
+
+
+def test_an_earlier_state_is_taken_whole(build):
+    algo = build("rdpo.staleness=1")
+    run(algo, 3)
+    state, before, after = deepcopy(algo.export_state()), algo.checksum(), run(algo, 2)
+    algo.import_state(state)
+    assert algo.checksum() == before
+    assert run(algo, 2) == after
+
+
+def test_an_iteration_is_proposed_once(build, monkeypatch):
+    proposed = []
+
+    def counted(config, prompts, iteration):
+        proposed.append(iteration)
+        return propose(config, prompts, iteration)
+
+    monkeypatch.setattr("epd_ray.rdpo.algorithm.propose", counted)
+    algo = build("rdpo.staleness=1")
+    run(algo, 3)
+    assert proposed == [0, 1, 2, 3, 4] and list(algo._ahead) == [3, 4]
+    state, other = algo.export_state(), build("rdpo.staleness=1", "seed=1")
+    other.train()
+    other.import_state(state)  # what it had ahead belongs to another past
+    proposed.clear()
+    other.train()
+    assert proposed == [3, 4, 5] and other.last.rows[0]["iteration"] == 4 and list(other._ahead) == [4, 5]
 
 
 def test_baselines_run_on_the_same_actors(build):

@@ -128,6 +128,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._iteration_done = self._submitted = 0
         self._training = False
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
+        self._ahead: dict[int, list[RolloutJob]] = {}  # submitted, not learned from yet
         self._sample_calls = self._work_calls = 0
         self.last_iteration: int | None = None  # nothing is drawn beyond it
         self._remember(self._fetch_learner_state())
@@ -222,12 +223,14 @@ class RDPO(Algorithm):  # type: ignore[misc]
         if self.last_iteration is not None:
             end = min(end, self.last_iteration - 1)
         while self._submitted <= max(end, needed):
-            self._pipeline.submit(rollout_task(job, self.config.keep_images) for job in self._jobs(self._submitted))
+            jobs = self._ahead[self._submitted] = self._jobs(self._submitted)
+            self._pipeline.submit(rollout_task(job, self.config.keep_images) for job in jobs)
             self._submitted += 1
 
     def drop_ahead(self) -> None:
         """Forget what is drawn for iterations to come: there will be none."""
         self._pipeline.discard()
+        self._ahead.clear()
         self._submitted = self._iteration_done
 
     # -- one iteration ------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         start = time.perf_counter()
         iteration = self._iteration_done
         self._fill(iteration)
-        jobs = self._jobs(iteration)
+        jobs = self._ahead[iteration]
         outcomes = self._pipeline.collect([task_id(job) for job in jobs])
         collected = time.perf_counter()
         self._mixer.observe([outcome.scores for outcome in outcomes])
@@ -250,6 +253,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         metrics = summarise(rows, advantages, outcomes)
         losses = self._learn(rows, jobs[0])
         learned = time.perf_counter()
+        del self._ahead[iteration]
         self._fill()
         self._pipeline.poll(0.0)
         metrics |= losses | self._policy_metrics() | self._pipeline.take_metrics()
@@ -405,6 +409,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     def _take_over(self, own: dict[str, Any], learner: dict[str, Any]) -> None:
         self._pipeline.discard()
+        self._ahead.clear()
         self._mixer.restore(own["mixer"])
         self._iteration_done = self._submitted = own["iteration"]
         self._window = OrderedDict((int(v), np.asarray(p, np.float32)) for v, p in sorted(own["window"].items()))
