@@ -9,12 +9,13 @@ from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluate import rivals
 from epd_ray.progress import Observer
 from epd_ray.prompts import load_prompts
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.sampling import Sampler, learned
 from epd_ray.session import algorithm
 from epd_ray.shard import as_table, refine
 from epd_ray.solvers.zoo import require_form, require_installed
-from epd_ray.trainer import distil, made_by, noise_seeds, warn_of_long_prompts
+from epd_ray.trainer import distil, made_by, warn_of_long_prompts
 from epd_ray.types import FloatArray, ImageArray
 
 
@@ -50,7 +51,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
         solver.save_pretrained(out)
         held_out = prompts.validation
-        seeds = noise_seeds(config, "validation", len(held_out))
+        seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(held_out))
         ours = learned(solver, "distilled", "EPD distilled")
         others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
         observer.stage("comparing", 2 + len(others))

@@ -14,6 +14,7 @@ from epd_ray.backbones.loading import PipelineOptions, lay_out, speed_up
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ConfigError
+from epd_ray.randomness import seeded_construction, torch_generator
 from epd_ray.registry import did_you_mean
 
 Size = Literal["full", "small"]
@@ -187,8 +188,7 @@ def random_backbone(
     a, small = ARCHITECTURES[name], size == "small"
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    with torch.random.fork_rng(), torch.device(place):
-        torch.manual_seed(0)
+    with seeded_construction(0), torch.device(place):
         network = getattr(diffusers, a.network)(**{**a.full, **(a.small if small else {})})
         vae = diffusers.AutoencoderKL(**{**VAE, **a.vae, **(SMALL_VAE if small else {})})
     for part in (network, vae):
@@ -221,6 +221,6 @@ def _embedding_shapes(name: str, config: Any) -> list[tuple[int, ...]]:
 
 def _embedding(prompt: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Embedding:
     seed = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     made: list[Tensor] = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     return tuple(made)

@@ -20,6 +20,7 @@ from epd_ray.monitor import Monitor
 from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.config import uniform_table
 from epd_ray.report import write_report
 from epd_ray.sampling import learned
@@ -30,11 +31,12 @@ from epd_ray.solvers.zoo import require_form, require_installed
 from epd_ray.storage import Place, inside, place_of, reading
 from epd_ray.store import RunDirectory, named_when_full, package_versions, write_text
 from epd_ray.trackers import require_trackers, trackers
-from epd_ray.trainer import Trainer, comparison, noise_seeds, warn_of_long_prompts
+from epd_ray.trainer import Trainer, comparison, warn_of_long_prompts
 
 log = logging.getLogger(__name__)
 SECONDS_PER_PASS = 0.005  # the embedded model on one core, for the estimate before a run
 SECONDS_TO_START = 30.0
+HELD_OUT = {"validation": Purpose.VALIDATION, "test": Purpose.TEST}
 
 
 def describe(config: RunConfig) -> tuple[str, str]:
@@ -241,7 +243,7 @@ def evaluate(
         with reading(place, folder):
             prompts = _evaluation_prompts(config, run, count, prompts_file, split)
         name = f"{_file_name(prompts_file, prompts) if prompts_file else split}-{len(prompts)}"
-        seeds = noise_seeds(config, "test" if prompts_file else split, len(prompts))
+        seeds = noise_seeds(HELD_OUT["test" if prompts_file else split], config.seed, len(prompts))
         final = run.path / "evaluations" / name
         final.parent.mkdir(exist_ok=True)
         with held(final.with_name(f".{name}.lock"), str(final)):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from epd_ray.errors import ConfigError
+from epd_ray.randomness import Purpose, request_seeds, stream
 from epd_ray.rdpo.dirichlet import INITIAL_LOG_STD, TableDistribution, TableSpace, base_parameters
 from epd_ray.solvers import SolverTable
 
@@ -77,7 +78,7 @@ class CmaSearch:
             raise ConfigError(["CMA-ES: the package cma is not installed: pip install 'epd-ray[search]'"])
         import cma
 
-        rng = np.random.default_rng(seed)
+        rng = stream(Purpose.CMA_TABLES, seed)
         options: dict[str, Any] = {
             "popsize": candidates,
             "randn": lambda *shape: rng.standard_normal(shape),
@@ -114,11 +115,11 @@ class RandomSearch:
     def __init__(self, start: SolverTable, candidates: int, seed: int, concentration: float) -> None:
         self._space = space_of(start)
         self._policy = TableDistribution(self._space, base_parameters(start, self._space, concentration))
-        self._candidates, self._rng = candidates, np.random.default_rng(seed)
+        self._candidates, self._rng = candidates, stream(Purpose.RANDOM_TABLES, seed)
         self._favourite, self._asked = start, start
 
     def ask(self) -> SolverTable:
-        seeds = self._rng.integers(2**62, size=self._candidates).tolist()
+        seeds = request_seeds(self._rng, self._candidates).tolist()
         self._asked = self._space.table(torch.from_numpy(np.stack([self._policy.draw(seed) for seed in seeds])))
         return self._asked
 

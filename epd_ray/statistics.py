@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from epd_ray.randomness import Purpose, stream
+
 Values = Sequence[float] | npt.NDArray[np.floating]
 
 RESAMPLES = 9999
@@ -50,7 +52,7 @@ def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -
         raise ValueError(f"values[{index}] is {sample[index]}, expected a finite number")
     if np.ptp(sample) == 0:
         return Interval(*[float(sample[0])] * 3)
-    rng = np.random.default_rng(seed)
+    rng = stream(Purpose.BOOTSTRAP, seed)
     batch = min(1000, max(1, HELD // sample.size))
     found = stats.bootstrap(
         (sample,),

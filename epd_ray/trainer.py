@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -29,6 +28,7 @@ from epd_ray.evaluate import (
 from epd_ray.monitor import memory_metrics
 from epd_ray.progress import Observer
 from epd_ray.prompts import PromptSplits
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rollout import BackboneFacts
 from epd_ray.rollout_files import drop_rollouts, rollout_table, write_rollouts
@@ -44,19 +44,12 @@ from epd_ray.validation import STOPPED, Best, Curve, Validation, write_curve
 log = logging.getLogger(__name__)
 TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cut"
 RATE_ITERATIONS = 10  # that images per second are averaged over: what a validation delays comes out at once afterwards
-STREAMS = {"distill": 1, "validation": 2, "test": 3}  # noise seeds that no rollout uses
-
-
-def noise_seeds(config: RunConfig, stream: str, count: int) -> list[int]:
-    """Seeds of a held-out set, fixed by the run's seed."""
-    seeds: list[int] = np.random.default_rng([config.seed, STREAMS[stream]]).integers(2**62, size=count).tolist()
-    return seeds
 
 
 def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> list[Fit]:
     """Stage 1 on the first training prompts."""
     chosen = prompts.train[: config.distill.prompts]
-    stage = stage_one(config, chosen, noise_seeds(config, "distill", len(chosen)))
+    stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
     return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts))
 
 
@@ -107,7 +100,7 @@ def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: Solver
     """A table's scores on each validation prompt, always with the same seeds."""
     s = config.solver
     sampler = Sampler("epd", s.intervals, "validation", "validation", table, s.afs, s.order)
-    seeds = noise_seeds(config, "validation", len(prompts.validation))
+    seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(prompts.validation))
     scenes = scenes_of(prompts.validation)
     found = algo.sample_scored(sampler, prompts.validation, seeds, keep_images=scenes is not None)
     judged = None if scenes is None or found.images is None else accuracy(scenes, found.images)
@@ -164,7 +157,7 @@ class Trainer:
         self._about = {"seed": config.seed, "versions": package_versions()}
         self.best = Best()
         trained = tuple(name for name, head in config.rewards.items() if head.weight)
-        seeds = noise_seeds(config, "validation", len(prompts.validation))
+        seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(prompts.validation))
         self.curve = Curve(tuple(prompts.validation), tuple(seeds), trained)
         self._checkpointed = -1
 
@@ -312,7 +305,7 @@ class Trainer:
         start = learned(Solver.from_pretrained(self.run.distilled), "distilled", "EPD distilled")
         others = rivals(self.config.evaluation.baselines, ours, self.config.evaluation.equal_evals)
         prompts = self.prompts.test
-        seeds = noise_seeds(self.config, "test", len(prompts))
+        seeds = noise_seeds(Purpose.TEST, self.config.seed, len(prompts))
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
         found = comparison(draw, [ours, start, *others], prompts, seeds, "test", self.run, keep, self.observer)
         means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}

@@ -10,7 +10,7 @@ from epd_ray.backbones.auto import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
-PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss")
+PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss", "epd_ray.rdpo.minibatches")
 RAY_ROOMS = (
     *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
     *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
@@ -20,7 +20,7 @@ RAY_ROOMS = (
 
 # A module imports from its own layer or from those above it in this list. What is not listed is a front end.
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "types", "randomness"),
     ("registry", "devices", "memory", "hub", "schedules", "statistics", "assets", "presets", "prompt_files", "store"),
     ("rollout_files", "checkpoint", "lock", "mirror", "storage"),
     ("score.inputs",),

@@ -14,6 +14,7 @@ from epd_ray.ab.records import KEY, PAGE, RESULTS, Key, Pair
 from epd_ray.errors import PromptError, SideBySideError
 from epd_ray.metrics.pictures import picture_files, read_picture
 from epd_ray.page import page_template
+from epd_ray.randomness import Purpose, stream
 from epd_ray.score.inputs import folder_prompts
 from epd_ray.store import write_text
 
@@ -48,7 +49,7 @@ def make_page(left: Path, right: Path, out: Path, prompts: Path | None, count: i
     names = _paired(left, right)
     texts = _prompts(left, right, names, prompts)
     names = names[:count]
-    rng = np.random.default_rng(seed)
+    rng = stream(Purpose.BLIND_PAGE, seed)
     swapped = rng.permutation(np.arange(len(names)) % 2 == 1)  # each solver as often on either side
     shown, pairs = [], []
     for number, index in enumerate(rng.permutation(len(names)), start=1):

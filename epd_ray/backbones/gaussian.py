@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import ModelError
+from epd_ray.randomness import torch_generator
 from epd_ray.schedules import flow_shifted, polynomial
 from epd_ray.types import Conditioning, Form
 
@@ -161,7 +162,7 @@ class GaussianBackbone:
 
     def noise(self, seed: int) -> Tensor:
         """One unit-normal latent [3, size, size], float32, drawn on the CPU from the seed alone."""
-        return torch.randn(self._shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(self._shape, generator=torch_generator(seed))
 
     def initial(self, noise: Tensor) -> Tensor:
         """State at sigmas[0] from unit noise [B, 3, size, size]."""
@@ -196,7 +197,7 @@ class GaussianBackbone:
 def text_normal(text: str, shape: tuple[int, ...]) -> Tensor:
     """Unit normals, float32, that depend on the text alone (not on the process, unlike hash)."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch_generator(seed))
 
 
 def _alpha(sigma: Tensor, form: Form) -> Tensor:

@@ -14,6 +14,7 @@ from epd_ray.backbones.conditioning import TextConditioning, guided_drift
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.devices import pick_dtype
 from epd_ray.errors import ModelError
+from epd_ray.randomness import torch_generator
 from epd_ray.types import Conditioning, Form
 
 
@@ -149,7 +150,7 @@ class PipelineBackbone:
 
     def noise(self, seed: int) -> Tensor:
         return torch.randn(
-            self._family.latent_shape(self.resolution), generator=torch.Generator().manual_seed(seed)
+            self._family.latent_shape(self.resolution), generator=torch_generator(seed)
         )  # fmt: skip
 
     def initial(self, noise: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import load_prompts
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rewards import HEADS
 from epd_ray.rollout import RolloutWorker
 from epd_ray.sampling import Sampler
@@ -20,7 +21,7 @@ from epd_ray.scoring import Scorer
 from epd_ray.session import rdpo_config
 from epd_ray.shard import Fit, as_table
 from epd_ray.stage_one import fit_table, losses
-from epd_ray.trainer import descent_of, noise_seeds, stage_one
+from epd_ray.trainer import descent_of, stage_one
 
 TWO, NO_SCALES = ("solver.points=2", "solver.start_point=false"), ("rdpo.scale_dir=false",)
 GRADIENT = ("distill.method=gradient", "distill.steps=16")
@@ -68,11 +69,11 @@ def _distilled(name: str, overrides: Sequence[str]) -> Record:
         return [getattr(worker, method)(*a) for a in arguments]
 
     chosen, held = prompts.train[: config.distill.prompts], prompts.validation
-    stage = stage_one(config, chosen, noise_seeds(config, "distill", len(chosen)))
+    stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
     before, start = _peak_mib(), time.perf_counter()
     fits = fit_table(work, stage, facts.sigmas, descent_of(config, facts), from_least_squares="even" not in name)
     seconds, peak = time.perf_counter() - start, _peak_mib() - before
-    seeds = noise_seeds(config, "validation", len(held))
+    seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(held))
     left = losses(work, stage_one(config, held[:FOLLOWED], seeds[:FOLLOWED]), fits)
     return {
         **{f"residual_{i}": loss.residual for i, loss in enumerate(left)},

@@ -16,6 +16,7 @@ from epd_ray.bench.timing import medians
 from epd_ray.errors import ConfigError
 from epd_ray.parallel import parallelize, restore
 from epd_ray.random_models import Size
+from epd_ray.randomness import torch_generator
 from epd_ray.rdpo.config import uniform_table
 from epd_ray.sampling import baseline, conditioned_drift, noises
 from epd_ray.solvers import Solver, epd, zoo
@@ -143,7 +144,7 @@ def _pipelines(
 
 def _call(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) -> None:
     pipe.scheduler = scheduler
-    pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **arguments)
+    pipe(num_inference_steps=steps, generator=torch_generator(0), **arguments)
 
 
 def _arguments(conditioning: TextConditioning, resolution: int) -> dict[str, Any]:

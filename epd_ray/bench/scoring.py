@@ -19,6 +19,7 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from epd_ray.actors import RewardActor, RewardSpec
+from epd_ray.randomness import Purpose, stream
 from epd_ray.score.inputs import read_index
 from epd_ray.score.pipeline import scored
 from epd_ray.score.rows import decode, pieces, score_rows
@@ -75,7 +76,7 @@ def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> dict[
 def _write(path: Path, images: int) -> Path:
     """Rendered scenes with their captions."""
     scenes = distinct_scenes("train", 256, 0, 0.5)
-    pictures = (render(scenes, np.random.default_rng(0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    pictures = (render(scenes, stream(Purpose.RENDERING, 0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     encoded = [_png(picture) for picture in pictures]
     captions = [scene.caption for scene in scenes]
     rows = [i % len(scenes) for i in range(images)]

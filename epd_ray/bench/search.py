@@ -14,6 +14,7 @@ import torch
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.config import RunConfig, load_config
 from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.randomness import Purpose, noise_seeds, request_seeds, stream
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.sampling import Sampler
 from epd_ray.search import CmaSearch, RandomSearch, Search
@@ -21,7 +22,7 @@ from epd_ray.session import algorithm
 from epd_ray.shard import as_table
 from epd_ray.solvers import SolverTable
 from epd_ray.statistics import student_mean
-from epd_ray.trainer import distil, noise_seeds, validate
+from epd_ray.trainer import distil, validate
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
     "n2": (),
@@ -33,7 +34,6 @@ BETWEEN_CHECKS = 160
 CANDIDATES, SHARED = 8, 4  # tables of CMA-ES a round, and the prompts that each draws
 RANDOM_CANDIDATES = 20  # drawn between two checks; each draws the same 8 prompts
 RULES = {"between_checks": BETWEEN_CHECKS, "cma": [CANDIDATES, SHARED], "random": RANDOM_CANDIDATES}
-SEARCHED = 5  # stream of the prompts and noise of a round
 Record = dict[str, float | int | str | bool | None]
 
 
@@ -89,14 +89,14 @@ class Rounds:
     ) -> None:
         self._config, self._prompts, self._algo, self.search = config, prompts, algo, search
         self._count = prompts_per_round
-        self._rng = np.random.default_rng([config.seed, SEARCHED])
+        self._rng = stream(Purpose.SEARCH_ROUNDS, config.seed)
 
     def advance(self) -> None:
         """One round."""
         tables = self.search.ask()
         chosen = self._rng.choice(len(self._prompts), self._count, replace=False)
         prompts = [self._prompts[i] for i in chosen]
-        noise = self._rng.integers(2**62, size=self._count).tolist()
+        noise = request_seeds(self._rng, self._count).tolist()
         count = tables.positions.shape[0]
         each = tables.repeat_rows(self._count)
         s = self._config.solver
@@ -225,6 +225,6 @@ def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Fo
 def _test(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable) -> list[float]:
     s = config.solver
     sampler = Sampler("epd", s.intervals, "test", "test", table, s.afs, s.order)
-    sampled = algo.sample_scored(sampler, prompts.test, noise_seeds(config, "test", len(prompts.test)))
+    sampled = algo.sample_scored(sampler, prompts.test, noise_seeds(Purpose.TEST, config.seed, len(prompts.test)))
     values: list[float] = next(iter(sampled.scores.values())).tolist()
     return values

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from epd_ray.randomness import Purpose, stream, torch_generator
 from epd_ray.shapes import scenes as world
 from epd_ray.shapes.judge import scene_accuracy
 from epd_ray.shapes.networks import TOKENS, Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
@@ -72,7 +73,7 @@ def measure_pipeline(folder: Path, count: int, steps: int) -> dict[str, float]:
             chunk = scenes[i : i + 32]
             images = pipeline(
                 [s.caption for s in chunk], num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np",
-                max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(i),
+                max_sequence_length=TOKENS, generator=torch_generator(i),
             ).images  # fmt: skip
             right += scene_accuracy(images.transpose(0, 3, 1, 2).astype(np.float32), chunk).tolist()
         figures[name] = float(np.mean(right))
@@ -85,7 +86,7 @@ def measure_clip(folder: Path, prompts: int) -> dict[str, float]:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     scenes = world.distinct_scenes("test", prompts, 0, 0.5)
-    images = (world.render(scenes, np.random.default_rng(0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    images = (world.render(scenes, stream(Purpose.RENDERING, 0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     with torch.inference_mode():
         image = clip.get_image_features(**processor(list(images), return_tensors="pt")).pooler_output
         text = clip.get_text_features(tokenize(tokenizer, [s.caption for s in scenes])).pooler_output

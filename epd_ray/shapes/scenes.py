@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from epd_ray.randomness import Purpose, stream
+
 CANVAS = 64
 Split = Literal["train", "validation", "test"]
 Array = npt.NDArray[np.float32]
@@ -146,7 +148,7 @@ def random_scenes(rng: np.random.Generator, split: Split, two_things: float = 0.
 def distinct_scenes(split: Split, count: int, seed: int, two_things: float) -> list[Scene]:
     """`count` scenes of a split, no two alike; the same ones for the same arguments."""
     found: dict[Scene, Scene] = {}
-    for scene in random_scenes(np.random.default_rng(seed), split, two_things):
+    for scene in random_scenes(stream(Purpose.SCENES, seed), split, two_things):
         found.setdefault(scene.canonical(), scene)
         if len(found) == count:
             break

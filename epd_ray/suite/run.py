@@ -13,6 +13,7 @@ from epd_ray.progress import Observer
 from epd_ray.prompt_files import read_prompts
 from epd_ray.prompts import load_prompts
 from epd_ray.provenance import sign
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.pipeline import Outcome
 from epd_ray.sections import SHAPES
@@ -35,7 +36,7 @@ from epd_ray.suite.solvers import (
     warn_of_misfits,
 )
 from epd_ray.suite.subject import Subject
-from epd_ray.trainer import noise_seeds, warn_of_long_prompts
+from epd_ray.trainer import warn_of_long_prompts
 from epd_ray.types import FeatureExtractor
 
 
@@ -101,7 +102,7 @@ def pictures_of(config: RunConfig, request: Request) -> Pictures:
         ConfigError: prompts that the suite cannot judge.
     """
     prompts = _prompts(config, request)
-    seeds = noise_seeds(config, "test", len(prompts) * request.images_per_prompt)
+    seeds = noise_seeds(Purpose.TEST, config.seed, len(prompts) * request.images_per_prompt)
     found = Pictures(tuple(prompts), request.images_per_prompt, tuple(seeds), config.cluster.images_per_job)
     if request.suite == "embedded" and not found.judged:
         raise ConfigError(
