@@ -1,4 +1,4 @@
-"""Ray around the plain workers: reward actors and their pools."""
+"""Ray around the plain workers: reward actors and their pools; or the heads in the driver, where that scores."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 
 from epd_ray.assets import EMBEDDED
 from epd_ray.cluster import BrokenGpuError, Resources, end_if_broken, resources
+from epd_ray.devices import one_thread
 from epd_ray.environments import runtime_env
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.memory import Memory, peak_memory
@@ -35,7 +36,7 @@ class RewardSpec:
         target: the "module:Class" that runs in its place, where a published package does the head's work.
         options: the head's keyword arguments.
         weight: share in the mix, relative to the other heads.
-        replicas: number of actors at the start.
+        replicas: number of actors at the start; 0: the driver scores, without an actor.
         min_replicas: they may become this few while little waits to be scored; None: as many as at the start.
         max_replicas: they may become this many while much does; None: as many as at the start.
         num_cpus: per actor.
@@ -77,7 +78,10 @@ class TimedScores:
 
 
 class RewardActor:
-    """A Scorer in its own process; built when first asked for, so that errors travel whole and deaths are counted."""
+    """A Scorer for a process of its own, or for the driver.
+
+    It is built when first asked for, so that errors travel whole and deaths of its process are counted.
+    """
 
     def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
         self._name, self._head, self._options = name, head, options
@@ -119,7 +123,7 @@ class RewardActor:
 
 
 class RewardPool:
-    """An elastic pool of restartable actors per head.
+    """An elastic pool of restartable actors per head; heads without replicas are in this process.
 
     Args:
         specs: head name in this run -> its spec.
@@ -128,7 +132,12 @@ class RewardPool:
 
     def __init__(self, specs: Mapping[str, RewardSpec], tag: str) -> None:
         self.specs, self._tag, self._made = dict(specs), tag, 0
-        self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items()}
+        self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items() if spec.replicas}
+        self._here = {
+            name: RewardActor(name, spec.target or spec.head, spec.options)
+            for name, spec in self.specs.items()
+            if not spec.replicas
+        }
 
     def _pool(self, name: str, spec: RewardSpec) -> Pool:
         low, high = spec.min_replicas or spec.replicas, spec.max_replicas or spec.replicas
@@ -155,6 +164,9 @@ class RewardPool:
         everyone = [(name, actor) for name, pool in self.pools.items() for actor in pool.actors]
         for _, actor in everyone:
             actor.ready.remote().future()  # all load at once; Ray would complain of errors that nobody takes
+        for head in self._here.values():
+            one_thread()  # as in an actor: the last bits depend on it
+            head.ready()
         for name, actor in everyone:
             insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
 
@@ -166,6 +178,20 @@ class RewardPool:
         for name, call in calls.items():
             self.pools[name].submit(call)
         return calls
+
+    def score_here(
+        self, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
+    ) -> dict[str, TimedScores]:
+        """What the heads in this process say, now.
+
+        Raises:
+            RewardError: an answer that is no reward.
+            RayError: the images are lost.
+        """
+        if not self._here:
+            return {}
+        opened = ray.get(images)
+        return {name: head.score(opened, prompts, rollout_ids) for name, head in self._here.items()}
 
     @property
     def actors(self) -> list[ActorHandle[RewardActor]]:

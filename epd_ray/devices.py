@@ -22,6 +22,12 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError([f"device {name!r} is not available ({why}): use auto or cpu"]) from error
 
 
+def one_thread() -> None:
+    """Compute with one thread where there is no GPU: the last bits of a sum depend on how many there are."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
 def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     """A floating dtype; "auto" is bfloat16 where the device computes in it, else float16 on GPUs, float32 on CPUs.
 

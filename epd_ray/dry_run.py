@@ -17,6 +17,7 @@ from epd_ray.prompts import PromptSplits, load_prompts
 from epd_ray.rdpo.config import placement, uniform_table
 from epd_ray.run import given_solver
 from epd_ray.sampling import Sampler
+from epd_ray.sections import RewardConfig
 from epd_ray.session import algorithm, ray_session, rdpo_config
 
 ROOM_SECONDS = 5.0
@@ -93,8 +94,7 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
 
 
 def _measure(config: RunConfig, prompts: PromptSplits, observer: Observer) -> tuple[Costs, dict[str, Memory]]:
-    single = {"replicas": 1, "min_replicas": None, "max_replicas": None}
-    few = {name: reward.model_copy(update=single) for name, reward in config.rewards.items()}
+    few = {name: _single(reward) for name, reward in config.rewards.items()}
     one = {"rollout_actors": min(1, config.cluster.rollout_actors), "max_rollout_actors": None, "learner_actors": 0}
     small = config.model_copy(update={"rewards": few, "cluster": config.cluster.model_copy(update=one)})
     observer.stage("starting one actor of each kind", 1)
@@ -107,6 +107,11 @@ def _measure(config: RunConfig, prompts: PromptSplits, observer: Observer) -> tu
         observer.advance()
         warming = first.generate_seconds + first.score_seconds
         return Costs(start, second.generate_seconds, second.head_seconds, warming), algo.memory()
+
+
+def _single(reward: RewardConfig) -> RewardConfig:
+    one = {"replicas": min(1, reward.replicas), "min_replicas": None, "max_replicas": None}
+    return reward.model_copy(update=one)
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def estimate(config: RunConfig, prompts: PromptSplits, costs: Costs) -> Estimate
     per_iteration = _batches(config, config.rdpo.prompts_per_iteration * config.rdpo.group_size)
     busy = {"generation": costs.generate * per_iteration / _actors(config)}
     for name, seconds in costs.score.items():
-        busy[f"reward {name}"] = seconds * per_iteration / config.rewards[name].replicas
+        busy[f"reward {name}"] = seconds * per_iteration / _replicas(config, name)
     # Without enough iterations in flight, actors wait for the update that their next job needs.
     iteration = max(*busy.values(), _seconds(config, costs, per_iteration) / (config.rdpo.staleness + 1))
     ours = _ours(config).model_evals
@@ -152,7 +157,7 @@ def _seconds(config: RunConfig, costs: Costs, batches: int, share: float = 1.0) 
         share: of our solver's evaluations that the sampler needs.
     """
     one = costs.generate * share
-    heads = [(seconds, config.rewards[name].replicas) for name, seconds in costs.score.items()]
+    heads = [(seconds, _replicas(config, name)) for name, seconds in costs.score.items()]
     made = one * math.ceil(batches / _actors(config)) + max(costs.score.values())
     return max(made, *(one + seconds * math.ceil(batches / replicas) for seconds, replicas in heads))
 
@@ -175,6 +180,10 @@ def _distilling(config: RunConfig, prompts: PromptSplits, costs: Costs) -> float
 
 def _actors(config: RunConfig) -> int:
     return max(1, config.cluster.rollout_actors)  # 0: the driver
+
+
+def _replicas(config: RunConfig, head: str) -> int:
+    return max(1, config.rewards[head].replicas)
 
 
 def _batches(config: RunConfig, images: int) -> int:
@@ -244,7 +253,8 @@ def _memory(config: RunConfig, memory: Mapping[str, Memory]) -> list[str]:
     for name, used in memory.items():
         count = counts[name] if name in counts else config.rewards[name.removeprefix("reward ")].replicas
         gpu = "-" if used.device is None else f"{_gib(used.device)} of {_gib(used.device_total or 0)}"
-        rows.append((f"{name} actor" if count else "driver, drawing", str(count or 1), _gib(used.host), gpu))
+        here = "driver, drawing" if name == "rollout" else f"driver, {name}"
+        rows.append((f"{name} actor" if count else here, str(count or 1), _gib(used.host), gpu))
     return ["memory at its peak", *_aligned(rows)]
 
 

@@ -182,7 +182,7 @@ class RewardConfig(Section):
         default="native", description="package: the published package, in its own environment (epd-ray rewards install)"
     )
     weight: Amount = Field(default=1.0, description="share in the mix, relative to the other heads; 0: only watched")
-    replicas: Positive = Field(default=1, description="number of actors at the start")
+    replicas: int = Field(default=1, ge=0, description="number of actors at the start; 0: the driver scores")
     min_replicas: Positive | None = Field(default=None, description="while little waits; null: replicas")
     max_replicas: Positive | None = Field(default=None, description="while much waits; null: replicas")
     num_cpus: Amount = Field(default=0.25, description="per actor")
@@ -194,11 +194,20 @@ class RewardConfig(Section):
     def _known(cls, head: str) -> str:
         return _registered(HEADS, head)
 
+    @field_validator("replicas")
+    @classmethod
+    def _in_its_environment(cls, replicas: int, info: ValidationInfo) -> int:
+        if replicas == 0 and info.data.get("backend") == "package":
+            raise ValueError("is 0, at least 1 is needed with backend package (its environment is another process's)")
+        return replicas
+
     @field_validator("max_replicas")
     @classmethod
     def _in_order(cls, most: int | None, info: ValidationInfo) -> int | None:
         start = info.data.get("replicas", 1)
         least = info.data.get("min_replicas") or start
+        if start == 0 and (least or most):
+            raise ValueError(f"min_replicas {least or None} and max_replicas {most} need replicas of at least 1, not 0")
         if not least <= start <= (most or start):
             raise ValueError(f"min_replicas {least} <= replicas {start} <= max_replicas {most or start} does not hold")
         return most

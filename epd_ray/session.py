@@ -159,7 +159,7 @@ def _warn_of_idle_gpus(config: RunConfig) -> None:
 
 def head_gpus(config: RunConfig) -> dict[str, float]:
     """Key -> what the actors of a head that could use a GPU ask for."""
-    heads = {name: reward for name, reward in config.rewards.items() if wants_gpu(reward.head, reward.options)}
+    heads = {n: r for n, r in config.rewards.items() if r.replicas and wants_gpu(r.head, r.options)}
     return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}
 
 

@@ -1,33 +1,109 @@
-"""One small Ray per module, on loopback, ended afterwards."""
+"""One small Ray per process, on loopback: modules share it, and it ends when one of them leaves something in it."""
 
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes test at once; the actors compute with one thread anyway
 
 import pytest
+import ray
 
+from epd_ray.cluster import start_ray
 from epd_ray.config import load_config
-from epd_ray.session import ray_session, rdpo_config
+from epd_ray.run import train
+from epd_ray.session import rdpo_config
+from tests.fakes import Quiet
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, there by the children too
 
+SETTLE_SECONDS = 5.0  # for actors that were told to end
 SIMULATED = [
     "backbone.family=simulated",
-    "rewards={sim: {head: simulated}}",
+    "rewards={sim: {head: simulated, replicas: 0}}",
     "distill.enabled=false",
     "solver.intervals=3",
     "cluster.rollout_actors=0",  # in the test's own process, which starts at once; tests of actors ask for them
     "cluster.learner_actors=0",
 ]
 
+TINY = [
+    "backbone.family=simulated",
+    "rewards={sim: {head: simulated, replicas: 0, options: {target: 0.4}}}",
+    "solver.intervals=3",
+    "prompts.validation=8",
+    "prompts.test=8",
+    "prompts.num_train=16",
+    "distill.prompts=8",
+    "rdpo.iterations=6",
+    "evaluation.every=2",
+    "checkpoint.every=2",
+    "cluster.rollout_actors=0",
+    "cluster.learner_actors=0",
+]
+
+
+@pytest.fixture(scope="session")
+def _last() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
 
 @pytest.fixture(scope="module")
-def small_ray() -> Iterator[None]:
-    with ray_session(None):
-        yield
+def small_ray(_last: None) -> Iterator[None]:
+    """The process's Ray, started unless it runs already."""
+    _start()
+    yield
+    if ray.is_initialized() and not _idle():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def no_ray() -> Iterator[None]:
+    """No Ray in this process: the module joins clusters, or starts Ray itself."""
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def _start() -> None:
+    if not ray.is_initialized():
+        start_ray()
+
+
+def _idle() -> bool:
+    """Whether every CPU and GPU is free again, so that the next module finds what it would find alone."""
+    whole, end = ray.cluster_resources(), time.monotonic() + SETTLE_SECONDS
+    while any(ray.available_resources().get(name, 0) < whole.get(name, 0) for name in ("CPU", "GPU")):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture(scope="session")
+def kept_run(_last: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished run of TINY and its last words."""
+    _start()
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, train(load_config(None, TINY), out, Quiet())
+
+
+@pytest.fixture
+def finished(small_ray: None, kept_run: tuple[Path, list[str]]) -> tuple[Path, list[str]]:
+    """The same run for all tests, which only read it; with Ray for what is done with it."""
+    return kept_run
+
+
+@pytest.fixture
+def own_run(finished: tuple[Path, list[str]], tmp_path: Path) -> Path:
+    """A copy of it, for a test that changes it."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.fixture

@@ -1,15 +1,24 @@
-"""The environments of the reward packages, built once for all slow tests of a session."""
+"""The environments of the reward packages, kept between runs: building one takes minutes."""
 
+import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from epd_ray.environments import NAMES, _identity
+
 
 @pytest.fixture(scope="module")
-def real_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An $EPD_RAY_HOME for the session, unless one is set; `install` builds there what is not built yet."""
-    home = os.environ.get("EPD_RAY_HOME") or str(tmp_path_factory.getbasetemp() / "epd_ray_home")
+def real_home() -> Iterator[None]:
+    """An $EPD_RAY_HOME in the user's cache, one for each set of pins, Python and Ray; or the one that is set.
+
+    `install` builds there what is missing. A record that it writes last says that an environment is whole, and a lock
+    lets one process build.
+    """
+    pins = hashlib.sha256("".join(f"{name}{_identity(name)}" for name in NAMES).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EPD_RAY_HOME", home)
+        patch.setenv("EPD_RAY_HOME", os.environ.get("EPD_RAY_HOME") or str(cache / "epd-ray-tests" / pins))
         yield

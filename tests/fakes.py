@@ -1,8 +1,12 @@
-"""Heads that misbehave, and a backbone whose pictures show nothing but the table."""
+"""Heads that misbehave, and a backbone whose pictures show nothing but the table; light, since actors import this."""
 
+import os
+
+import numpy as np
 import torch
 
 from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.errors import MetricError
 
 
 class NanHead:
@@ -66,6 +70,44 @@ class TableBackbone(SimulatedBackbone):
 
     def decode(self, x):
         return (1 + x).clamp(0, 1)
+
+
+class Moody:
+    """Brightness; refuses a batch in which a prompt says so, and gives NaN where one says that."""
+
+    model_id = "moody-1"
+
+    def score(self, images, prompts):
+        if any("refuse" in prompt for prompt in prompts):
+            raise ValueError("no\nmood")
+        scores = images.mean(dim=(1, 2, 3))
+        return torch.where(torch.tensor(["nan" in prompt for prompt in prompts]), torch.nan, scores)
+
+
+class DyingHead(Moody):
+    """Takes its process with it."""
+
+    def score(self, images, prompts):
+        os._exit(1)
+
+
+class Colours:
+    """Mean red, green and blue; counts what it looks at."""
+
+    model_id = "colours"
+    revision = "1"
+    dimension = 3
+
+    def __init__(self, fail: str = "") -> None:
+        self.looked_at: list[int] = []
+        if fail:
+            raise RuntimeError(fail)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        self.looked_at.append(len(images))
+        if images.max(initial=0) == 0:
+            raise MetricError("nothing but black")
+        return images.mean(axis=(2, 3)).astype(np.float32)
 
 
 class Quiet:

@@ -152,7 +152,7 @@ def test_one_folder_and_other_prompts_are_refused(samples: Path, tmp_path: Path)
     (tmp_path / "other").mkdir()
     (samples / "euler-6").rename(tmp_path / "other" / "euler")
     (tmp_path / "other" / "prompts.json").write_text(json.dumps([*PROMPTS[:3], "another", PROMPTS[4]]))
-    with pytest.raises(SideBySideError, match=r"have different prompts for '003.png': compare"):
+    with pytest.raises(SideBySideError, match=r"003\.png"):
         make_page(samples / "rdpo", tmp_path / "other" / "euler", tmp_path / "page", None, None, 0)
 
 
@@ -239,15 +239,13 @@ def test_results_that_are_not_this_pages_are_refused(
 
 def test_missing_and_damaged_files_are_named(samples: Path, tmp_path: Path) -> None:
     page = tmp_path / "page"
-    with pytest.raises(
-        SideBySideError, match=r"key.json cannot be read \(No such file or directory\): give the folder"
-    ):
+    with pytest.raises(SideBySideError, match=r"key\.json.*No such file"):
         results(page, [])
     make(samples, page)
-    with pytest.raises(SideBySideError, match=r"results.json cannot be read .*: save the results"):
+    with pytest.raises(SideBySideError, match=r"results\.json"):
         results(page, [])
     (page / "results.json").write_text("{")
-    with pytest.raises(SideBySideError, match=r"results.json is damaged \(it: Invalid JSON") as caught:
+    with pytest.raises(SideBySideError, match=r"results\.json.*\bit\b") as caught:
         results(page, [])
     assert "\n" not in str(caught.value)
 
@@ -297,7 +295,7 @@ def test_the_server_gives_and_takes_nothing_else(server: PageServer, tmp_path: P
     status, said = ask(server, "PUT", "/results", text.replace(server.key.page, "0" * 16))
     assert status == 409 and said.startswith("what the page sent is of page 0000")
     assert not (server.folder / "results.json").exists()
-    with pytest.raises(ConfigError, match=r"port \d+ of 127.0.0.1: Address already in use \(give another --port\)"):
+    with pytest.raises(ConfigError, match=r"port \d+ of 127.0.0.1.*--port"):
         PageServer(server.folder, server.server_address[1])
 
 

@@ -78,7 +78,7 @@ def test_text_encoders_and_networks_open_apart(name: str) -> None:
     drawing = {n for n, p in image.pipeline.components.items() if isinstance(p, torch.nn.Module)}
     assert all(n.startswith("text_encoder") for n in loaded) and not any(n.startswith("text") for n in drawing)
     assert len(loaded) == {"sd": 1, "sdxl": 2, "sd3_t5": 3, "flux": 2}[name] and "vae" in drawing and len(drawing) == 2
-    with pytest.raises(ModelError, match=f"model '{folder(name)}' has no text encoders"):
+    with pytest.raises(ModelError, match=f"'{folder(name)}'.*text encoders"):
         image.encode(PROMPTS, 7.0)
     asked: list[str] = []
 
@@ -144,10 +144,10 @@ def test_sizes_may_be_pairs(name: str, sizes: list[int], tmp_path: Path) -> None
     config = edit(model / "unet/config.json", sample_size=sizes)
     assert load(model, resolution=None).resolution == 16
     edit(config, sample_size=[8, 16])
-    with pytest.raises(ModelError, match=r"m' has sample_size \[8, 16\], which is no square: set the resolution"):
+    with pytest.raises(ModelError, match=r"m'.*sample_size \[8, 16\].*resolution"):
         load(model, resolution=None)
     edit(config, sample_size=None)
-    with pytest.raises(ModelError, match=r"m' has no sample_size: set the resolution"):
+    with pytest.raises(ModelError, match=r"m'.*sample_size.*resolution"):
         load(model, resolution=None)
     assert load(model, resolution=16).resolution == 16
 
@@ -155,7 +155,7 @@ def test_sizes_may_be_pairs(name: str, sizes: list[int], tmp_path: Path) -> None
 def test_sd3_ends_where_its_positions_do() -> None:
     backbone = load(folder("sd3"), resolution=32)
     run(backbone, baseline("euler", 1), 1.0)
-    with pytest.raises(ModelError, match=r"resolution 36 is beyond its positions: use at most 32"):
+    with pytest.raises(ModelError, match=r"resolution 36.*\b32"):
         load(folder("sd3"), resolution=36)
 
 
@@ -229,15 +229,13 @@ def test_attention_backends() -> None:
     backbone = load(model, attention="native")
     sampler = baseline("euler", 2)
     assert torch.allclose(run(backbone, sampler, 3.0), run(backbones("flux"), sampler, 3.0), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ModelError, match=f"model '{model}': attention 'nativ'.*must be one of.*[ ,]native(?!_)"):
+    with pytest.raises(ModelError, match=f"'{model}'.*'nativ'.*[ ,]native(?!_)"):
         load(model, attention="nativ")
 
 
 @pytest.mark.parametrize("name", [name for name in TEXT if name != "flux"])
 def test_an_attention_backend_that_no_layer_would_use_is_refused(name: str) -> None:
-    with pytest.raises(
-        ModelError, match=r"no layer of its \w+Model takes an attention backend: leave attention='native'"
-    ):
+    with pytest.raises(ModelError, match="attention='native'"):
         load(folder(name), attention="native")
 
 
@@ -258,8 +256,9 @@ def test_compile_compiles_the_network_alone(name: str, monkeypatch: pytest.Monke
     assert len(blocks) >= 2 or name in ("sd", "ddpm")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddpm", "sd3"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ddpm", marks=pytest.mark.nightly), pytest.param("sd3", marks=pytest.mark.slow)]
+)
 def test_a_compiled_network_gives_the_same(name: str) -> None:
     plain = backbones(name)
     x, sigma, nothing = noises(plain, SEEDS), torch.tensor([0.5, 0.2]), plain.encode(PROMPTS, 1.0)
@@ -280,7 +279,7 @@ def test_vae_options() -> None:
 @pytest.mark.parametrize("option", ["vae_slicing", "vae_tiling"])
 @pytest.mark.parametrize("name", ["ddpm", "ldm"])
 def test_vae_options_are_refused_where_they_would_do_nothing(name: str, option: str) -> None:
-    with pytest.raises(ModelError, match=f"has no VAE that can do {option}: set it to false"):
+    with pytest.raises(ModelError, match=f"{option}.*false"):
         load(folder(name), **{option: True})
     assert load(folder("sd"), parts="text", **{option: True}).pipeline.vae is None  # where there is none to decode
 
@@ -322,7 +321,7 @@ def test_what_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(diffusers.DDPMPipeline, "to", full)
-    with pytest.raises(ModelError, match=r"does not fit on cpu in float32 with offload='none': use offload") as caught:
+    with pytest.raises(ModelError, match=r"cpu in float32.*offload='none'") as caught:
         load(folder("ddpm"))
     assert str(folder("ddpm")) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -331,7 +330,7 @@ def test_what_cannot_be_placed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: True)
     monkeypatch.setattr("epd_ray.backbones.loading.pick_device", lambda _: torch.device("meta"))
     monkeypatch.setattr(diffusers.LDMPipeline, "from_pretrained", without("low_cpu_mem_usage", diffusers.LDMPipeline))
-    with pytest.raises(ModelError, match=r"offload='model' is nothing that a LDMPipeline can: use sequential or none"):
+    with pytest.raises(ModelError, match=r"offload='model'.*LDMPipeline.*sequential"):
         load(folder("ldm"), offload="model")
     for error, message in (
         (ValueError("no"), "model '.*' cannot be opened: no"),
@@ -371,11 +370,11 @@ def test_offload_is_refused_where_it_cannot_be(offload: str, monkeypatch: pytest
         monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: answer)
 
     available(False)
-    with pytest.raises(ModelError, match=f"offload='{offload}' needs the accelerate package: pip install accelerate"):
+    with pytest.raises(ModelError, match=f"offload='{offload}'.*accelerate"):
         load(folder("ddpm"), offload=offload)
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", without("low_cpu_mem_usage"))
     available(True)
-    with pytest.raises(ModelError, match="needs an accelerator, the device is cpu: set offload to none"):
+    with pytest.raises(ModelError, match=r"cpu.*offload to none"):
         load(folder("ddpm"), offload=offload)
 
 
@@ -391,7 +390,7 @@ def without(name: str, pipeline: Any = diffusers.DDPMPipeline) -> Callable[..., 
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"backbone 'auto': got an unexpected keyword argument 'modle'"):
+    with pytest.raises(ConfigError, match=r"'auto'.*'modle'"):
         BACKBONES.build("auto", {"model": str(folder("ddpm")), "modle": "m"})
 
 
@@ -408,5 +407,5 @@ def test_compile_asks_for_a_c_compiler_before_the_first_picture(monkeypatch: pyt
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ModelError, match="no gcc or clang or cc here: install gcc, or set compile=false"):
+    with pytest.raises(ModelError, match=r"gcc.*compile=false"):
         load(folder("flux"), compile=True)

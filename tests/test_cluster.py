@@ -56,6 +56,7 @@ def reach(address: str, **env: str) -> str:
 def test_no_ray_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join, "CONNECT_SECONDS", 1)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     (port,) = free_ports(1)
     with pytest.raises(ClusterError) as caught:
         start_ray(f"127.0.0.1:{port}")
@@ -65,20 +66,15 @@ def test_no_ray_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) 
     )
     for address in (None, "auto"):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        with pytest.raises(
-            ClusterError, match=rf"127.0.0.1:{port} \(RAY_ADDRESS\) within 1 s: .* or unset RAY_ADDRESS"
-        ):
+        with pytest.raises(ClusterError, match=rf"127.0.0.1:{port} \(RAY_ADDRESS\)"):
             start_ray(address)
-    assert not ray.is_initialized()
 
 
 def test_auto_without_a_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())  # of others who use this machine
     monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
-    with pytest.raises(
-        ClusterError, match=r"no Ray runs on this machine to join as auto \(cluster.address\): start one"
-    ):
+    with pytest.raises(ClusterError, match=r"auto.*cluster.address"):
         start_ray("auto")
 
 
@@ -158,9 +154,12 @@ GcsClient(address=sys.argv[1]).internal_kv_put(b"CLUSTER_METADATA", sys.argv[2].
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("key", "name", "ours"), [("ray_version", "Ray", ray.__version__), ("python_version", "Python", python_version())]
+    ("key", "name", "ours"),
+    [
+        pytest.param("ray_version", "Ray", ray.__version__, marks=pytest.mark.slow),
+        pytest.param("python_version", "Python", python_version(), marks=pytest.mark.nightly),
+    ],
 )
 def test_another_version_is_refused(head: Head, key: str, name: str, ours: str) -> None:
     own = {n: head.env[n] for n in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
@@ -183,9 +182,7 @@ def test_another_version_is_refused(head: Head, key: str, name: str, ours: str) 
 def test_a_jobs_own_setup_hook_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cluster.JOB_CONFIG, '{"runtime_env": {"worker_process_setup_hook": "mine.hook"}}')
     monkeypatch.setenv("HF_TOKEN", OTHER)
-    with pytest.raises(
-        ClusterError, match=r"the job has a worker_process_setup_hook of its own.*cluster.env=\[\]"
-    ) as caught:
+    with pytest.raises(ClusterError, match=r"worker_process_setup_hook.*cluster.env=\[\]") as caught:
         cluster._variables(["HF_TOKEN"])
     assert OTHER not in str(caught.value)
     assert cluster._variables([]) == {}
@@ -204,8 +201,10 @@ with ray_session(None, dashboard=sys.argv[1] == "dashboard"):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dashboard", ["dashboard", "none"])
+@pytest.mark.parametrize(
+    "dashboard",
+    [pytest.param("dashboard", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.nightly)],
+)
 def test_a_local_ray_listens_on_loopback_alone(dashboard: str) -> None:
     env = {**clean_env(), "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # as an ordinary user has it
@@ -254,7 +253,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.Monke
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ClusterError, match="Ray has not started within its 30 seconds: end what else keeps"):
+    with pytest.raises(ClusterError, match="30 seconds"):
         start_ray(env=[])
 
 
@@ -287,6 +286,7 @@ with ray_session(None):
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_gpus_that_are_not_hidden(
     small_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -310,6 +310,7 @@ OWN = ("backbone.family=tests.fakes:TableBackbone", "rewards={clip: {options: {m
         (BIG, ["cluster.rollout_gpus"]),
         (OWN, ["cluster.rollout_gpus"]),
         ((*OWN, "cluster.rollout_actors=0"), []),
+        (("rewards={pick: {head: pickscore, replicas: 0}}",), []),
         ((*BIG, "cluster.encoder_actors=1"), ["cluster.rollout_gpus", "cluster.encoder_gpus"]),
         ((*BIG, "cluster.rollout_gpus=1", "cluster.encoder_actors=1", "cluster.encoder_gpus=0.2"), []),
         (("rewards={pick: {head: pickscore}}",), ["rewards.pick.num_gpus"]),  # on the embedded model
@@ -324,6 +325,7 @@ def test_whoever_could_use_a_gpu_is_named(
     assert [m.rpartition(": set ")[2] for m in caplog.messages] == [", ".join(forgotten)] * bool(forgotten)
 
 
+@pytest.mark.slow
 def test_extractors_and_scores_on_the_cpu_are_mentioned(
     small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -338,6 +340,7 @@ def test_extractors_and_scores_on_the_cpu_are_mentioned(
     assert [m.rpartition(": set ")[2] for m in caplog.messages] == ["cluster.feature_gpus", "rewards.mine.num_gpus"]
 
 
+@pytest.mark.slow
 def test_an_actor_with_a_broken_gpu_makes_room_for_another(small_ray: None, tmp_path: Path) -> None:
     class Actor:
         def draw(self, error: BaseException | None = None, cause: BaseException | None = None) -> int:
@@ -352,7 +355,7 @@ def test_an_actor_with_a_broken_gpu_makes_room_for_another(small_ray: None, tmp_
     with pytest.raises(ValueError, match="of another kind"):
         ray.get(actor.draw.remote(ValueError("of another kind")))
     assert ray.get(actor.draw.remote()) == first
-    with pytest.raises(BrokenGpuError, match="CUDA error: an illegal memory access was encountered"):
+    with pytest.raises(BrokenGpuError, match="illegal memory access"):
         ray.get(actor.draw.remote(broken))
     second = ray.get(actor.draw.remote())
     with pytest.raises(BrokenGpuError, match="in a head"):

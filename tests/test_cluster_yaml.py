@@ -166,7 +166,7 @@ def test_the_entrypoint_is_a_command_of_ours() -> None:
 
 
 @pytest.fixture
-def nodes() -> Iterator[dict[str, str]]:
+def nodes(no_ray: None) -> Iterator[dict[str, str]]:
     """Node id -> type, of a cluster with one node of each type and two that draw; GPUs in name only."""
     types = recipe()["available_node_types"]
 

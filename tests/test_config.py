@@ -88,6 +88,13 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rpdo.group_size=4", "rpdo: unknown key; did you mean 'rdpo'?"),
         ("rewards.clip.wieght=4", "rewards.clip.wieght: unknown key; did you mean 'weight'?"),
         ("rewards.clip.head=clpi", "rewards.clip.head: unknown reward head 'clpi'; did you mean 'clip'?"),
+        ("rewards.clip.replicas=-1", "rewards.clip.replicas: is -1, at least 0 is needed"),
+        ("rewards.clip={backend: package, replicas: 0}", "rewards.clip.replicas: is 0, at least 1"),
+        ("rewards.clip={replicas: 0, min_replicas: 1}", "rewards.clip.max_replicas: min_replicas 1"),
+        (
+            "rewards.clip={replicas: 0, max_replicas: 2}",
+            "rewards.clip.max_replicas: min_replicas None and",
+        ),
         ("rewards.clip.weight=0", "rewards: weights add up to 0, at least one head needs a positive weight"),
         ("rewards={image: {head: imagereward}}", "rewards: 'image' is the name of another column or metric"),
         ("evaluation.baselines=euler", "evaluation.baselines: is 'euler', expected a list, such as [a, b]"),
@@ -155,13 +162,13 @@ def test_a_start_point_stays_where_it_is():
 def test_stage_one_by_gradient_takes_what_it_follows():
     gradient = "distill.method=gradient"
     for more in ("solver.order=2", "solver.afs=true"):
-        with pytest.raises(ConfigError, match="distill: method gradient follows no multistep or analytic slope from a"):
+        with pytest.raises(ConfigError, match=r"distill: .*gradient"):
             load_config(None, [gradient, more])
         load_config(None, [gradient, more, "solver.start_point=false"])
     times = [gradient, "solver.start_point=false", "rdpo.scale_time=true"]
     load_config(None, times)
     for without in ("rdpo.scale_dir=false", "distill.scale_range=0"):
-        with pytest.raises(ConfigError, match="rdpo: scale_time is found by gradient together with direction scales"):
+        with pytest.raises(ConfigError, match="rdpo: scale_time"):
             load_config(None, [*times, without])
 
 
@@ -186,7 +193,7 @@ def test_a_bound_is_said_exactly():
 
 def test_a_lone_start_point_learns_its_scale_or_nothing():
     assert load_config(None, ["solver.points=1"]).rdpo.scale_dir
-    with pytest.raises(ConfigError, match="scale_dir is all that one point at the start has to learn: set it true"):
+    with pytest.raises(ConfigError, match=r"scale_dir.*true"):
         load_config(None, ["solver.points=1", "rdpo.scale_dir=false"])
 
 
@@ -280,7 +287,7 @@ def test_what_is_saved_reads_back_as_it_was(tmp_path, revision):
 def test_the_references_clamps_are_for_its_heads():
     load_config(None, ["rdpo.normalisation=reference", "rewards={a: {head: clip}, b: {head: mps, weight: 0}}"])
     mine = "rewards={mine: {head: simulated}}"
-    with pytest.raises(ConfigError, match="rdpo: normalisation: the reference has none for 'simulated'"):
+    with pytest.raises(ConfigError, match=r"rdpo: normalisation.*'simulated'"):
         load_config(None, ["rdpo.normalisation=reference", mine])
     assert load_config(None, ["rdpo.normalisation=zscore", mine]).rdpo.normalisation == "zscore"
     assert load_config(None, ["rdpo.normalisation=reference"]).rdpo.normalisation == "reference"

@@ -94,7 +94,7 @@ def test_a_start_point_stays(scale_dir: bool) -> None:
     calm = bound_concentration(policy.parameters, space, 5.0)
     assert torch.allclose(calm[:, :3].exp().sum(-1), torch.tensor(5.0))
     assert torch.allclose(calm[:, 3:6].exp().sum(-1), torch.tensor(5.0))
-    with pytest.raises(TableError, match="first points are not at the start of their intervals"):
+    with pytest.raises(TableError, match="first points"):
         base_parameters(BASE, TableSpace(2, start_point=True), 20.0)
 
 
@@ -321,7 +321,7 @@ def scaled_draws(positions: list[list[float]], count: int) -> tuple[TableSpace, 
 def test_time_scales_stay_on_a_flow_models_schedule() -> None:
     space, _, draws = scaled_draws([[0.02, 0.7], [0.4, 0.6]], 40)
     sigmas, table = flow_shifted(3), space.table(draws)
-    with pytest.raises(TableError, match=r"scale_time.* expected at most 1 for a flow model"):
+    with pytest.raises(TableError, match=r"scale_time.*at most 1"):
         check_options(table, sigmas, afs=False, order=1, form="flow")
     clamped = clamp_scale_time(table, sigmas, "flow")
     check_options(clamped, sigmas, afs=False, order=1, form="flow")

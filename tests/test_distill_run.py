@@ -32,21 +32,21 @@ def test_an_unconditional_model_gets_a_solver_without_any_reward(small_ray, tmp_
     distances = {line.split("  ")[0]: float(line.split()[-1]) for line in lines[:5]}  # at the same parallel NFE
     assert distances["EPD distilled"] == min(distances.values()) > 0
     assert lines[-1] == f"solver: {tmp_path / 'out'}"
-    with pytest.raises(RunDirectoryError, match="is there and not empty: choose another --out"):
+    with pytest.raises(RunDirectoryError, match="--out"):
         distill(config, tmp_path / "out", Quiet())
 
 
 def test_without_heads_nothing_can_be_learned(build):
     algo = build("solver.intervals=2")
     algo.config.reward_specs.clear()
-    with pytest.raises(ConfigError, match="names no head: nothing to learn from"):
+    with pytest.raises(ConfigError, match="head"):
         algo.training_step()
 
 
 @pytest.mark.parametrize("without", ["distill.enabled=false", "distill.table=sd3-512-rl"])
 def test_what_a_run_would_leave_out_is_checked_and_done(tmp_path, without):
     config = load_config(None, [*SIMULATED, *HERE, "distill.method=gradient", "solver.afs=true", without])
-    with pytest.raises(ConfigError, match="distill: method gradient follows no multistep or analytic slope"):
+    with pytest.raises(ConfigError, match=r"distill: .*gradient"):
         distill(config, tmp_path / "out", Quiet())
 
 
@@ -61,7 +61,7 @@ def test_a_rival_of_another_form_is_refused_before_stage_one(small_ray, tmp_path
     rival = "evaluation.baselines=['tests.test_distill_run:VE_ALONE']"
     config = load_config(None, [*SIMULATED, *HERE, "distill={prompts: 4, grid: 5}", rival])
     quiet = Quiet()
-    with pytest.raises(ConfigError, match=r"VE_ALONE' follows the form ve, but this model's is flow"):
+    with pytest.raises(ConfigError, match=r"VE_ALONE'.* ve, .* flow"):
         distill(config, tmp_path / "out", quiet)
     assert quiet.stages == ["starting actors"] and not (tmp_path / "out").exists()
 

@@ -8,11 +8,12 @@ from epd_ray import dry_run as module
 from epd_ray.config import load_config
 from epd_ray.dry_run import Costs, Estimate, dry_run, estimate
 from epd_ray.errors import PlacementError
+from epd_ray.memory import Memory
 from epd_ray.prompts import load_prompts
 from tests.conftest import SIMULATED
-from tests.test_run import Quiet
+from tests.fakes import Quiet
 
-DRIFT, HEAD = 0.04, 0.1
+DRIFT, HEAD = 0.06, 0.15
 PARTS = (
     f"backbone.options={{latency: {DRIFT}}}",
     f"rewards={{sim: {{head: simulated, replicas: 2, options: {{latency: {HEAD}}}}}, watched: {{head: simulated}}}}",
@@ -63,6 +64,17 @@ def test_many_actors_wait_for_the_update():
     assert slow.bottleneck == "reward sim" and slow.stages["fine-tuning"] == pytest.approx(7 * 24)
 
 
+def test_heads_in_the_driver_count_as_one():
+    here = "rewards.sim.replicas=0"
+    found = estimated(config_of("cluster.rollout_actors=2", here))
+    assert found.busy == {"generation": pytest.approx(6 / 8), "reward sim": 1, "reward watched": 0}
+    assert "reward sim" not in module._groups(config_of(here))
+    used = {"rollout": Memory(1 << 30), "reward sim": Memory(1 << 30)}
+    lines = module._memory(config_of(here), used)
+    assert [line.split("  ")[1] for line in lines[2:]] == ["driver, drawing", "driver, reward sim"]
+    assert module._single(config_of(here).rewards["sim"]).replicas == 0
+
+
 def test_baselines_cost_their_evaluations():
     config = config_of("cluster.rollout_actors=1", "solver.points=3", "evaluation.baselines=[heun]")
     # Ours 12 evaluations; heun with 6 at the same parallel NFE, and with 12.
@@ -79,6 +91,7 @@ def test_distilling_counts_teacher_grid_and_student():
     assert estimated(more).stages["distilling"] > estimated(config).stages["distilling"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_estimate_is_what_training_takes(build, staleness):
     options = (*PARTS, f"rdpo.staleness={staleness}")

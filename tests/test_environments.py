@@ -91,9 +91,7 @@ def test_a_half_built_one_does_not_count(home: Path, steps: list[list[str]], mon
     monkeypatch.setattr(environments, "_run", broken)
     with pytest.raises(EnvironmentFailure, match="no space"):
         install("imagereward", force=True)
-    with pytest.raises(
-        EnvironmentFailure, match="'imagereward' is not built: run `epd-ray rewards install imagereward`"
-    ):
+    with pytest.raises(EnvironmentFailure, match=r"'imagereward'.*rewards install imagereward"):
         interpreter("imagereward")
     monkeypatch.setattr(environments, "_run", run)
     install("imagereward")
@@ -132,7 +130,7 @@ def test_a_lost_interpreter_and_a_moved_package_are_seen(home: Path, steps: list
 def test_names(home: Path, steps: list[list[str]]) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'imagereward'"):
         install("imageward")
-    with pytest.raises(UnknownNameError, match="reward head 'clip' has no package backend"):
+    with pytest.raises(UnknownNameError, match=r"'clip'.*package"):
         package_spec("clip")
     with pytest.raises(EnvironmentFailure, match="epd-ray rewards install hpsv2"):
         package_spec("hpsv2.1")
@@ -145,7 +143,7 @@ def test_names(home: Path, steps: list[list[str]]) -> None:
 def test_a_failed_step_gives_its_own_last_word() -> None:
     lines: list[str] = []
     code = "import sys; print('Collecting x'); print('ERROR: No matching distribution for x'); print('n'); sys.exit(1)"
-    with pytest.raises(EnvironmentFailure, match=r"`-c .*` failed \(ERROR: No matching distribution for x\)") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"-c .*No matching distribution for x") as caught:
         environments._run("hpsv2", [sys.executable, "-c", code], lines.append)
     assert lines == ["hpsv2: Collecting x"] and "\n" not in str(caught.value)
 
@@ -219,7 +217,7 @@ def test_an_actor_starts_on_the_given_interpreter(small_ray: None, tmp_path: Pat
 
 def test_a_node_without_the_environment_says_so(small_ray: None, tmp_path: Path) -> None:
     nowhere = str(tmp_path / "bin" / "python")
-    with pytest.raises(ModelError, match=r"run `epd-ray rewards install` on every node"):
+    with pytest.raises(ModelError, match="rewards install"):
         run_pool({"own": RewardSpec(head="epd_ray.rewards.package:PackageHpsv2", python=nowhere)})
 
 
@@ -228,14 +226,14 @@ def test_a_node_without_the_environment_says_so(small_ray: None, tmp_path: Path)
 
 @pytest.mark.parametrize("head", [package.PackageImageReward, package.PackageHpsv2])
 def test_outside_its_environment_a_head_says_so(head: type) -> None:
-    with pytest.raises(ModelError, match=r"is not installed for .*: use `backend: package`"):
+    with pytest.raises(ModelError, match="backend: package"):
         head()
 
 
 def test_a_checkpoint_must_fill_the_network(tmp_path: Path) -> None:
     network, file = torch.nn.Linear(2, 3), tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(3, 2)}, file)
-    with pytest.raises(ModelError, match=r"weights.pt lacks 1 of the network's tensors, such as bias"):
+    with pytest.raises(ModelError, match=r"weights\.pt.*\b1\b.*\bbias"):
         package._load(network, file, lambda saved: saved)
     torch.save({"state_dict": {"weight": torch.ones(3, 2), "bias": torch.ones(3), "more": torch.ones(1)}}, file)
     package._load(network, file, lambda saved: saved["state_dict"])
@@ -249,7 +247,7 @@ def test_a_checkpoint_must_fill_the_network(tmp_path: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(ModelError, match="has no b: give a directory with a, b"):
+    with pytest.raises(ModelError, match=r"b: .*a, b"):
         package._files(str(tmp_path), "a", "b")
 
 
@@ -339,10 +337,15 @@ Path("scores.json").write_text(json.dumps(scores))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("real_home")
-@pytest.mark.parametrize(("head", "script"), [("imagereward", IMAGE_REWARD), ("hpsv2.1", HPS)])
+@pytest.mark.parametrize(
+    ("head", "script"),
+    [
+        pytest.param("imagereward", IMAGE_REWARD, marks=pytest.mark.slow),
+        pytest.param("hpsv2.1", HPS, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_package_in_its_own_actor_scores_as_it_does_alone(
     small_ray: None, tmp_path: Path, head: str, script: str
 ) -> None:
@@ -370,7 +373,7 @@ def test_a_package_in_its_own_actor_scores_as_it_does_alone(
         assert native.score(IMAGES, PROMPTS, IDS).tolist() == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("real_home")
 def test_a_wrong_checkpoint_is_named_by_the_actor(small_ray: None, tmp_path: Path) -> None:

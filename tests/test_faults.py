@@ -5,12 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from epd_ray.bench import fault_cluster
 from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault, StuckError, Trap, beside
@@ -49,8 +50,14 @@ def test_work_that_never_ends_is_said_to_be_stuck(monkeypatch: pytest.MonkeyPatc
     never.set()
 
 
+def one_of_each_kind(names: Iterable[str], *often: str) -> list[ParameterSet]:
+    """All of them; the slow tests have those that are named, the nightly ones the rest."""
+    assert set(often) <= set(names)
+    return [pytest.param(n, marks=pytest.mark.slow if n in often else pytest.mark.nightly) for n in names]
+
+
 @pytest.fixture(scope="module")
-def bench() -> Iterator[FaultBench]:
+def bench(no_ray: None) -> Iterator[FaultBench]:
     with fault_bench() as built:
         yield built
 
@@ -65,13 +72,12 @@ def assert_unharmed(name: str, fault: Fault) -> None:
     assert (fault.recovered, fault.lost, fault.duplicated, fault.identical) == (True, 0, 0, True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize("name", one_of_each_kind(EVENTS, "rollout and reward actors", "reward node"))
 def test_the_run_goes_on(bench: FaultBench, name: str) -> None:
     assert_unharmed(name, EVENTS[name](bench))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_task_that_always_fails_ends_the_run_after_it_failed_on_different_actors(bench: FaultBench) -> None:
     said, seconds = failing_task(bench)
     sys.stdout.write(f"{seconds:.1f} s: {said}\n")
@@ -79,8 +85,7 @@ def test_a_task_that_always_fails_ends_the_run_after_it_failed_on_different_acto
     assert len(set(actors.split(", "))) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUN_EVENTS)
+@pytest.mark.parametrize("name", one_of_each_kind(RUN_EVENTS, "driver with its own Ray", "driver of a job"))
 def test_a_run_whose_driver_died_is_resumed(runs: RunBench, name: str) -> None:
     assert_unharmed(name, RUN_EVENTS[name](runs))
 

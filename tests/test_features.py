@@ -22,28 +22,10 @@ from epd_ray.metrics.inception import InceptionFeatures
 from epd_ray.metrics.pictures import picture_files
 from epd_ray.metrics.reference import read_statistics, reference_statistics, write_statistics
 from tests.environments_fixture import real_home  # noqa: F401
+from tests.fakes import Colours
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (9, 3, 12, 16), np.uint8)
-
-
-class Colours:
-    """Mean red, green and blue; counts what it looks at."""
-
-    model_id = "colours"
-    revision = "1"
-    dimension = 3
-
-    def __init__(self, fail: str = "") -> None:
-        self.looked_at: list[int] = []
-        if fail:
-            raise RuntimeError(fail)
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        self.looked_at.append(len(images))
-        if images.max(initial=0) == 0:
-            raise MetricError("nothing but black")
-        return images.mean(axis=(2, 3)).astype(np.float32)
 
 
 # --- what is compared with --------------------------------------------------------------------------------------------
@@ -150,7 +132,7 @@ def test_too_few_real_pictures_are_said_before_any_are_drawn(tmp_path: Path, fol
     for name in range(3, 10):
         next(folder.rglob(f"{name}.png")).unlink()
     for _ in "twice":  # the second time from the cache
-        with pytest.raises(MetricError, match=rf"{folder} is of 3 pictures, .* at least 4 for 3 features: give more"):
+        with pytest.raises(MetricError, match=rf"{folder}.*\b3 pictures.* 4 .*\b3 features"):
             reference_statistics(folder, Colours(), tmp_path / "cache")
 
 
@@ -159,7 +141,7 @@ def test_too_few_real_pictures_are_said_before_any_are_drawn(tmp_path: Path, fol
 
 def test_a_pool_is_an_extractor(small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_pool, "BATCH", 2)
-    spec = FeatureSpec("tests.test_features:Colours", replicas=2, num_cpus=0.25)
+    spec = FeatureSpec("tests.fakes:Colours", replicas=2, num_cpus=0.25)
     with FeaturePool(spec) as pool:
         assert (pool.model_id, pool.revision, pool.dimension) == ("colours", "1", 3)
         np.testing.assert_array_equal(pool.features(PICTURES), Colours().features(PICTURES))
@@ -174,7 +156,7 @@ def test_a_pool_is_an_extractor(small_ray: None, tmp_path: Path, monkeypatch: py
         ("clip", {"model": "./nowhere"}, "is no directory"),
         ("clipp", {}, "unknown feature extractor 'clipp'; did you mean 'clip'"),
         ("clip", {"modle": "x"}, "unexpected keyword argument 'modle'"),
-        ("tests.test_features:Colours", {"fail": "boom"}, "Colours' cannot be built: RuntimeError: boom"),
+        ("tests.fakes:Colours", {"fail": "boom"}, "Colours' cannot be built: RuntimeError: boom"),
     ],
 )
 def test_what_cannot_be_built_is_said(name: str, options: dict[str, str], message: str) -> None:
@@ -183,15 +165,13 @@ def test_what_cannot_be_built_is_said(name: str, options: dict[str, str], messag
 
 
 def test_an_actor_passes_its_words_on(small_ray: None) -> None:
-    with pytest.raises(ModelError, match=r"Colours' cannot be built: RuntimeError: boom"):
-        FeaturePool(FeatureSpec("tests.test_features:Colours", {"fail": "boom"}, num_cpus=0.25))
+    with pytest.raises(ModelError, match=r"Colours'.*RuntimeError: boom"):
+        FeaturePool(FeatureSpec("tests.fakes:Colours", {"fail": "boom"}, num_cpus=0.25))
 
 
 def test_an_actor_without_room_is_refused(small_ray: None) -> None:
-    spec = FeatureSpec("tests.test_features:Colours", num_cpus=0, num_gpus=0.5)
-    with pytest.raises(
-        PlacementError, match=r"GPU: 0.5 asked, 0 free.*feature extractor 'tests.test_features:Colours': 1 x 0.5 GPU"
-    ):
+    spec = FeatureSpec("tests.fakes:Colours", num_cpus=0, num_gpus=0.5)
+    with pytest.raises(PlacementError, match=r"GPU: 0.5 asked, 0 free.*Colours': 1 x 0.5 GPU"):
         FeaturePool(spec, timeout_s=0.5)
 
 
@@ -202,9 +182,9 @@ def test_without_its_environment_inception_says_so(
     small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path))
-    with pytest.raises(EnvironmentFailure, match="'fid' is not built: run `epd-ray rewards install fid`"):
+    with pytest.raises(EnvironmentFailure, match=r"'fid'.*rewards install fid"):
         FeaturePool(FeatureSpec("inception"))
-    with pytest.raises(ModelError, match=r"torchvision is not installed for .*: .* `epd-ray rewards install fid`"):
+    with pytest.raises(ModelError, match=r"torchvision.*rewards install fid"):
         InceptionFeatures()
 
 
@@ -229,9 +209,9 @@ def test_weights_are_tensors_alone_and_fit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(inception.PACKAGES, "fid", Package)
     good = saved(tmp_path / "good.pth", torch.nn.Linear(2, 2).state_dict())
     assert InceptionFeatures(weights=str(good), device="cpu").revision
-    with pytest.raises(ModelError, match=r"weights '.*nowhere.pth' is no file: give"):
+    with pytest.raises(ModelError, match=r"nowhere\.pth"):
         InceptionFeatures(weights=str(tmp_path / "nowhere.pth"))
-    with pytest.raises(ModelError, match=r"other.pth is not torch-fidelity's Inception: .*size mismatch") as caught:
+    with pytest.raises(ModelError, match=r"other\.pth.*size mismatch") as caught:
         InceptionFeatures(weights=str(saved(tmp_path / "other.pth", torch.nn.Linear(3, 2).state_dict())))
     assert "\n" not in str(caught.value)
     for bad in (saved(tmp_path / "trap.pth", {"weight": io.StringIO}), tmp_path / "text.pth"):
@@ -251,7 +231,7 @@ def test_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     served.unlink()
     assert InceptionFeatures(device="cpu").revision == first.revision
     (tmp_path / "hub/checkpoints/weights-1.pth").unlink()
-    with pytest.raises(ModelError, match=r"weights-1.pth cannot be downloaded \(.*\): fetch it elsewhere and give"):
+    with pytest.raises(ModelError, match=r"weights-1\.pth"):
         InceptionFeatures(device="cpu")
     assert not list((tmp_path / "hub/checkpoints").iterdir())
 
@@ -320,5 +300,5 @@ def test_inception_in_its_own_actor_says_what_it_says_alone(small_ray: None, tmp
     ours = [FeatureStatistics.of(features).gaussian() for features in found.values()]
     distance = frechet_distance(*(Gaussian(g.mean, g.covariance) for g in ours))
     assert distance == pytest.approx(theirs, rel=1e-3)
-    with pytest.raises(MetricError, match="24 pictures, expected at least 2049 for 2048 features"):
+    with pytest.raises(MetricError, match=r"\b24 pictures.*\b2049\b.*\b2048 "):
         frechet_distance(*ours)

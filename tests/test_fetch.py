@@ -19,13 +19,14 @@ from epd_ray.errors import ModelError
 from epd_ray.fetch import NOT_OPENED, FetchError, fetch, fetch_model
 from epd_ray.run import train
 from epd_ray.session import ray_session
+from tests.conftest import TINY
+from tests.fakes import Quiet
 from tests.test_actors import PLANTED, assert_absent
-from tests.test_run import TINY, Quiet
 from tests.tiny_models import save_clip, save_sd
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """Two nodes on this machine, joined by address with a token in the environment."""
     before = os.environ.get("HF_TOKEN")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -49,6 +50,7 @@ def wanted(model: Path, *overrides: str):  # type: ignore[no-untyped-def]
     return load_config(None, [f"backbone.model={model}", "prompts.train=shapes", *overrides])
 
 
+@pytest.mark.slow
 def test_every_node_gets_everything_once(cluster: Cluster, models: Path) -> None:
     heads = (
         f"rewards={{mine: {{head: clip, options: {{model: {models / 'clip'}, device: cpu}}}}, s: {{head: simulated}}}}"
@@ -61,6 +63,7 @@ def test_every_node_gets_everything_once(cluster: Cluster, models: Path) -> None
     assert "model" not in fetch(load_config(None, TINY), Quiet())[0]  # nothing to fetch for a simulated backbone
 
 
+@pytest.mark.slow
 def test_all_that_is_missing_is_named_with_its_node(cluster: Cluster, models: Path, tmp_path: Path) -> None:
     heads = "rewards={a: {head: clip, options: {model: /nowhere/clip}}, s: {head: simulated}}"
     with pytest.raises(FetchError) as raised:
@@ -78,10 +81,11 @@ def test_an_environment_that_is_not_on_a_node_is_named(cluster: Cluster, monkeyp
     spec = module.RewardSpec(head="simulated", python="/nowhere/bin/python")
     items = [module.Item("reward p", module.fetch_head, ("p", spec))]
     monkeypatch.setattr(module, "_items", lambda config: items)
-    with pytest.raises(FetchError, match=r"reward p: /nowhere/bin/python is not here: run `epd-ray rewards install`"):
+    with pytest.raises(FetchError, match=r"reward p: /nowhere/bin/python.*rewards install"):
         fetch(load_config(None), Quiet())
 
 
+@pytest.mark.nightly
 def test_a_package_head_is_opened_on_its_interpreter(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = module.RewardSpec(head="hpsv2.1", target="tests.fakes:NanHead", python=sys.executable)
     monkeypatch.setattr(module, "_items", lambda config: [module.Item("reward p", module.fetch_head, ("p", spec))])
@@ -89,17 +93,18 @@ def test_a_package_head_is_opened_on_its_interpreter(cluster: Cluster, monkeypat
     assert len(lines) == 2 and all("reward p in " in line for line in lines)
 
 
+@pytest.mark.nightly
 def test_a_head_whose_process_dies_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = module.RewardSpec(head="tests.test_actors:Dying", options={"when": "build"})
+    spec = module.RewardSpec(head="tests.frail:Dying", options={"when": "build"})
     monkeypatch.setattr(module, "_items", lambda config: [module.Item("reward p", module.fetch_head, ("p", spec))])
-    with pytest.raises(FetchError, match="reward p: reward head 'p': its process died while loading"):
+    with pytest.raises(FetchError, match=r"reward p: .*'p'.*loading"):
         fetch(load_config(None), Quiet())
 
 
 def test_an_unsupported_pipeline_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "read_index", lambda *_: loading.Index("owner/name", "WanPipeline", {}, "abc"))
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("it was downloaded"))
-    with pytest.raises(ModelError, match=r"model 'owner/name' is a WanPipeline, supported are: .*StableDiffusion"):
+    with pytest.raises(ModelError, match=r"'owner/name'.*WanPipeline.*StableDiffusion"):
         fetch_model("owner/name", None)
 
 
@@ -116,10 +121,11 @@ def test_a_repository_is_downloaded_without_what_is_never_opened(monkeypatch: py
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
-    with pytest.raises(ModelError, match="model 'owner/name' cannot be opened: no route to the hub"):
+    with pytest.raises(ModelError, match=r"'owner/name'.*no route to the hub"):
         fetch_model("owner/name", None)
 
 
+@pytest.mark.slow
 def test_actors_see_the_variables_and_no_run_keeps_their_values(cluster: Cluster, tmp_path: Path) -> None:
     @ray.remote(num_cpus=0)
     class Witness:

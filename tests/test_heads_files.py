@@ -117,7 +117,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_mps_is_converted_once(published: Path) -> None:
     source, target = published / "MPS_overall_checkpoint.pth", published / "MPS_overall_checkpoint.safetensors"
-    with pytest.raises(ModelError, match=f"epd-ray rewards convert mps {source} {target}"):
+    with pytest.raises(ModelError, match=f"convert mps {source} {target}"):
         open_mps(published)
     expected = torch.load(published / "state.pt", weights_only=True)
     assert convert_module(source, target) == len(expected)
@@ -296,13 +296,13 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
     spec = json.loads((tmp_path / "words" / "tokenizer.json").read_text())
     spec["model"]["vocab"] |= {word: i + 100 for i, word in enumerate(words) if word.startswith("[w")}
     (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ModelError, match="knows 43: give the one that it was trained with"):
+    with pytest.raises(ModelError, match=r"\b43\b"):
         HEADS.get("imagereward")(model=str(tmp_path / "small"), tokenizer=str(tmp_path / "words"), device="cpu")
     save_aesthetic(tmp_path / "aesthetic")
     tensors = torch.load(tmp_path / "aesthetic" / AESTHETIC, weights_only=True)
     tensors["layers.0.weight"] = tensors["layers.0.weight"][:, :16].clone()
     torch.save(tensors, tmp_path / "aesthetic" / AESTHETIC)
-    with pytest.raises(ModelError, match=r"takes 16 numbers, CLIP model .* gives 32"):
+    with pytest.raises(ModelError, match=r"\b16 .*\b32\b"):
         HEADS.get("aesthetic")(model=str(tmp_path / "aesthetic"), device="cpu")
 
 
@@ -333,7 +333,7 @@ def test_files_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda _, name, revision: cached.get(name))
     assert find_file("owner/name", ["a.pt", "b.pt"], "v1") == tmp_path / "b.pt"
     assert asked == [("owner/name", "a.pt", "v1"), ("owner/name", "b.pt", "v1")]
-    with pytest.raises(ModelError, match=r"repository 'owner/name' has no a.pt or c.pt"):
+    with pytest.raises(ModelError, match=r"'owner/name'.*a\.pt or c\.pt"):
         find_file("owner/name", ["a.pt", "c.pt"])
     with pytest.raises(LocalEntryNotFoundError):
         find_file("owner/name", ["unreachable", "a.pt"])

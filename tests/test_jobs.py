@@ -1,6 +1,7 @@
 """jobs/*.py, submitted to a head with token authentication: logs, exit codes, and what a stopped job leaves behind."""
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -32,13 +33,13 @@ EMBEDDED += ["cluster.rollout_actors=1", "evaluation.baselines=[euler]"]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_is_its_command(name: str) -> None:
-    env = {**clean_env(), "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"Usage: epd-ray {name} " in done.stdout
-    assert len((ROOT / "jobs" / f"{name}.py").read_text().splitlines()) <= 6
+def test_a_job_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ROOT / "jobs" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(job), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(job), run_name="__main__")
+    assert ended.value.code == 0 and f"epd-ray {name} " in capsys.readouterr().out
+    assert len(job.read_text().splitlines()) <= 6
 
 
 # -- on a head ----------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_train_evaluate_and_sample_as_jobs(cli: Cli, tmp_path: Path) -> None:
     assert f"picture: {picture}" in logs and picture.stat().st_size > 50
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_distill_the_embedded_model_as_a_job(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "distilled"
     logs = cli.done("distill", "jobs/distill.py", "--out", str(out), *EMBEDDED)
@@ -156,7 +157,7 @@ def test_wrong_settings_fail_the_job_with_a_line(cli: Cli, tmp_path: Path) -> No
     assert "exit code 2" in cli.message("misspelt")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_resources_that_are_not_there_fail_the_job_and_are_named(cli: Cli, tmp_path: Path) -> None:
     asked = [*SIMULATED, "cluster.rollout_gpus=1", "rewards.sim.resources={reward: 1}"]
     cli.submit("large", "jobs/train.py", "--out", str(tmp_path / "run"), *asked)
@@ -166,7 +167,7 @@ def test_resources_that_are_not_there_fail_the_job_and_are_named(cli: Cli, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_hook_of_the_jobs_own_is_refused_with_a_line(cli: Cli, tmp_path: Path) -> None:
     own = {"worker_process_setup_hook": "os.getpid", "env_vars": {"MY_VARIABLE": "set"}}
     arguments = [*SIMULATED, "cluster.env=[HOME]"]

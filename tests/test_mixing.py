@@ -63,7 +63,7 @@ def test_held_out_z_scores_stay_comparable_and_go_on_after_a_restart() -> None:
 
 
 def test_a_run_with_z_scores_goes_on_exactly(build) -> None:
-    heads = "rewards={a: {head: simulated}, b: {head: simulated, options: {target: 0.2}}}"
+    heads = "rewards={a: {head: simulated, replicas: 0}, b: {head: simulated, replicas: 0, options: {target: 0.2}}}"
     options = [
         heads,
         "rdpo.normalisation=zscore",

@@ -17,8 +17,8 @@ from epd_ray import monitor as module
 from epd_ray.memory import Memory
 from epd_ray.monitor import EXPORTS, Monitor, exported, memory_metrics
 from epd_ray.store import read_metrics
+from tests.conftest import TINY
 from tests.ray_head import ray_head
-from tests.test_run import TINY
 
 ROOT = Path(__file__).parent.parent
 DASHBOARD = json.loads((ROOT / "epd_ray" / "assets" / "grafana" / "epd_ray_dashboard.json").read_text())

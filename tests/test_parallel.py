@@ -316,22 +316,20 @@ def test_refuses_what_it_cannot_do(load: Any, tmp_path: Any) -> None:
 
     pipe, solver = load("sd3"), make_solver(FAMILIES["sd3"])
     unconditional = DDPMPipeline.from_pretrained(save_ddpm(tmp_path / "ddpm"), low_cpu_mem_usage=False)
-    with pytest.raises(
-        ModelError, match="DDPMPipeline cannot be parallelized, expected one of StableDiffusionPipeline"
-    ):
+    with pytest.raises(ModelError, match=r"DDPMPipeline.*StableDiffusionPipeline"):
         parallelize(unconditional, solver)
-    with pytest.raises(ModelError, match="for a model of form 've', but StableDiffusion3Pipeline is of form 'flow'"):
+    with pytest.raises(ModelError, match=r"'ve'.*StableDiffusion3Pipeline.*'flow'"):
         parallelize(pipe, make_solver(FAMILIES["sd"]))
-    with pytest.raises(TableError, match="predicts 'v_prediction', but this pipeline's predicts 'epsilon'"):
+    with pytest.raises(TableError, match=r"'v_prediction'.*'epsilon'"):
         parallelize(load("sd"), make_solver(FAMILIES["sd-v"]))
-    with pytest.raises(ModelError, match=r"device 'cuda:7' is not available"):
+    with pytest.raises(ModelError, match="'cuda:7'"):
         parallelize(pipe, solver, ["cpu", "cuda:7"])
     with pytest.raises(ModelError, match=r"device 'gpu' is not available"):
         parallelize(pipe, solver, ["gpu"])
-    with pytest.raises(ModelError, match=r"network is on cpu, but devices\[0\] is meta"):
+    with pytest.raises(ModelError, match=r"cpu.*devices\[0\] is meta"):
         parallelize(pipe, solver, ["meta", "cpu"])
     for nothing in ([], "cpu"):
-        with pytest.raises(ModelError, match="expected a list of at least one device"):
+        with pytest.raises(ModelError, match="device"):
             parallelize(pipe, solver, nothing)
     assert not pipe.transformer._forward_pre_hooks and type(pipe.scheduler) is not EPDScheduler
 
@@ -340,7 +338,7 @@ def test_refuses_another_family(load: Any) -> None:
     made = make_solver(FAMILIES["sd3"])
     pipe = load("sd3")
     for family in ("flux", "sd"):
-        with pytest.raises(ModelError, match=f"family {family}, but StableDiffusion3Pipeline is of the family sd3"):
+        with pytest.raises(ModelError, match=f"{family}, .*StableDiffusion3Pipeline.*sd3"):
             parallelize(pipe, Solver(made.table, made.sigmas, "flow", meta={**made.meta, "backbone": family}))
     parallelize(pipe, Solver(made.table, made.sigmas, "flow", meta={**made.meta, "backbone": "sd3"}))
     assert {door.family for door in DOORS.values()} == {"sd", "sdxl", "sd3", "flux"}
@@ -373,8 +371,13 @@ def test_only_copies_to_a_gpu_may_be_late(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == [("cpu", False), ("cuda", True)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(None, marks=pytest.mark.nightly, id="one"),
+        pytest.param(["cpu", "cpu"], marks=pytest.mark.slow, id="two"),
+    ],
+)
 def test_a_compiled_network(load: Any, devices: list[str] | None) -> None:
     pipe, family = load("sd"), FAMILIES["sd"]
     solver = make_solver(family)

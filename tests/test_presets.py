@@ -94,9 +94,9 @@ def test_a_directory_comes_before_a_preset(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_misspelt_presets() -> None:
-    with pytest.raises(TableError, match=r"'sd3-1024-r1' is no directory .*; did you mean 'sd3-1024-rl'\?"):
+    with pytest.raises(TableError, match=r"'sd3-1024-r1'.*'sd3-1024-rl'"):
         Solver.from_pretrained("sd3-1024-r1")
-    with pytest.raises(TableError, match=r"'nothing' is no directory .*; known: flux-rl, .*sd3-512-rl\)$"):
+    with pytest.raises(TableError, match=r"'nothing'.*flux-rl, .*sd3-512-rl"):
         Solver.from_pretrained("nothing")
 
 

@@ -131,5 +131,5 @@ def test_builtin_prompts_can_be_chosen() -> None:
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (256, 48, 128)
     assert not set(splits.train) & {*splits.validation, *splits.test}
     assert splits.test == [row.prompt for row in builtin_prompts("test")][:128]
-    with pytest.raises(PromptError, match="433 train prompts asked, 432 are built in"):
+    with pytest.raises(PromptError, match=r"433 .*432 "):
         load_prompts(PromptsConfig.model_construct(train=BUILTIN, num_train=433, validation=1, test=1), seed=0)

@@ -12,16 +12,20 @@ import pytest
 import ray
 import torch
 
+from epd_ray.actors import RewardSpec
 from epd_ray.checkpoint import load_newest, save_checkpoint
 from epd_ray.cluster import PLACEMENT_SECONDS, require_room
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.batch import propose
-from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.sampling import Sampler, baseline
 from epd_ray.stage_one import StageOne, fit_table
 
-ACTORS = ("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1")
+ACTORS = (
+    *("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1"),
+    "rewards.sim.replicas=1",
+)
 
 
 def run(algo, iterations):
@@ -31,7 +35,7 @@ def run(algo, iterations):
 
 
 def test_iteration_reports_rows_and_metrics(build):
-    algo = build(*ACTORS)
+    algo = build()
     result = algo.train()
     last = algo.last
     assert last.number == 1 and len(last.rows) == 32
@@ -113,6 +117,34 @@ def test_results_do_not_depend_on_actors(build):
     assert run(build(*ACTORS), 3) == run(build(), 3)
 
 
+def two_heads(first: int, second: int) -> str:
+    """Overrides with so many replicas of two heads."""
+    return (
+        f"rewards={{dark: {{head: simulated, replicas: {first}, options: {{target: 0.2}}}}, "
+        f"bright: {{head: simulated, weight: 2, replicas: {second}, options: {{target: 0.9}}}}}}"
+    )
+
+
+def test_heads_in_the_driver_score_as_their_actors_do(build):
+    algos = [build(two_heads(*replicas)) for replicas in ((1, 1), (1, 0), (0, 0))]
+    assert [len(algo._rewards.actors) for algo in algos] == [2, 1, 0]
+    drawn = [algo.sample_scored(baseline("euler", 6), ["a", "b", "c"], [1, 2, 3]) for algo in algos]
+    for found in drawn:
+        assert list(found.scores) == ["dark", "bright"]
+        assert found.scores["dark"].tolist() == drawn[0].scores["dark"].tolist() != found.scores["bright"].tolist()
+        assert found.reward.tolist() == drawn[0].reward.tolist()
+    assert len({run(algo, 2) for algo in algos}) == 1
+    here = algos[2]
+    assert placement(here.config)["reward actors"] == [] and set(here.memory()) >= {"reward dark", "reward bright"}
+    assert {key for key in here.last.metrics if key.startswith("actors/")} == {"actors/rollout"}
+    assert here.last.metrics["time/score"] > 0
+
+
+def test_a_rollout_actors_pictures_are_scored_in_the_driver(build):
+    algo = build("cluster.rollout_actors=1", "cluster.rollout_cpus=0.25")
+    assert algo._rewards.actors == [] and run(algo, 2) == run(build(), 2)
+
+
 def test_another_seed_is_another_run(build):
     assert run(build("seed=1"), 2) != run(build("seed=2"), 2)
 
@@ -186,21 +218,30 @@ def test_rebase_refuses_after_training(build):
         algo.rebase(algo.mean_table())
 
 
-def test_wrong_reward_stops_with_rollout_ids(build):
-    algo = build("rewards={bad: {head: 'tests.fakes:NanHead'}}")
-    with pytest.raises(RewardError, match="not finite") as error:
-        algo.train()
-    assert error.value.rollout_ids
-    algo = build("rewards={bad: {head: 'tests.fakes:ShortHead'}}")
-    with pytest.raises(RewardError, match="gave shape"):
-        algo.train()
+@pytest.mark.parametrize(("head", "said"), [("NanHead", "not finite"), ("ShortHead", r"shape \(7,\) for 8")])
+def test_wrong_reward_stops_with_rollout_ids(build, head, said):
+    errors = []
+    for replicas in (0, 1):
+        algo = build(f"rewards={{bad: {{head: 'tests.fakes:{head}', replicas: {replicas}}}}}")
+        with pytest.raises(RewardError, match=f"bad.*{said}") as error:
+            algo.train()
+        assert error.value.rollout_ids
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("wrong", [{"replicas": -1}, {"max_replicas": 2}, {"python": "/some/python"}])
+def test_a_head_in_the_driver_has_no_process_of_its_own(small_ray, wrong):
+    spec = RewardSpec(**{"head": "simulated", "replicas": 0, **wrong})
+    with pytest.raises(ValueError, match=f"replicas {spec.replicas}.*'sim'"):
+        RDPOConfig().rewards({"sim": spec}).build_algo()
 
 
 def test_missing_model_is_named(build):
     with pytest.raises(ModelError, match="no directory"):
         build("backbone.family=auto", "backbone.model=/nowhere/at/all")
     with pytest.raises(EpdRayError, match="modle"):
-        build("rewards={clip: {head: clip, options: {modle: shapes-clip}}}")
+        build("rewards={clip: {head: clip, replicas: 0, options: {modle: shapes-clip}}}")
 
 
 def test_no_room_is_said_in_time(small_ray):

@@ -181,7 +181,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     assert "expected a finite number" in read("weight_s", torch.full((4, 2), float("nan")))
     predictor = Predictor(4, 2, **SD15)
     del predictor.r_params
-    with pytest.raises(TableError, match="r_params is NoneType, expected a tensor"):
+    with pytest.raises(TableError, match=r"r_params.*NoneType"):
         read_reference(dump(tmp_path / "a.pkl", predictor))
 
 
@@ -190,7 +190,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     [({}, "holds NoneType"), ([1], "holds list"), ({"model": 3}, "holds int"), (None, "holds NoneType")],
 )
 def test_files_of_another_kind(tmp_path: Path, content: Any, said: str) -> None:
-    with pytest.raises(TableError, match=rf"{said}, expected the reference's EPD_predictor"):
+    with pytest.raises(TableError, match=rf"{said}.*EPD_predictor"):
         read_reference(dump(tmp_path / "a.pkl", content))
 
 
@@ -321,7 +321,7 @@ def test_a_storage_that_claims_more_than_it_has(tmp_path: Path) -> None:
 
 def test_sizes_and_absent_files(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(bytes(MAX_BYTES + 1))
-    with pytest.raises(TableError, match=rf"{MAX_BYTES + 1} bytes, expected at most {MAX_BYTES}"):
+    with pytest.raises(TableError, match=rf"{MAX_BYTES + 1} .*{MAX_BYTES}"):
         read_reference(tmp_path / "a.pkl")
     for path in (tmp_path / "absent.pkl", tmp_path):
         with pytest.raises(TableError, match=r"No such file|Is a directory"):

@@ -262,10 +262,10 @@ def test_unusable_files_are_named(full: RunDirectory, tmp_path: Path) -> None:
         contact_sheet(full.path, ["nothing"], rows=1)
     run = RunDirectory.create(tmp_path / "run", "seed: 0\n")
     run.evaluation.write_text('{"split": "test"}')
-    with pytest.raises(RunDirectoryError, match=r"evaluation\.json cannot be read: prompts: Field required"):
+    with pytest.raises(RunDirectoryError, match=r"evaluation\.json.*prompts"):
         write_report(run.path)
     write_evaluation(run)
     write_samples(run, ["one"])
     (run.samples / "rdpo" / "000.png").write_bytes(b"not a picture")
-    with pytest.raises(RunDirectoryError, match=r"000\.png cannot be read as a picture"):
+    with pytest.raises(RunDirectoryError, match=r"000\.png"):
         write_report(run.path)

@@ -383,7 +383,7 @@ def test_reads_solvers_without_a_schedulers_file(tmp_path: Path) -> None:
     assert EPDScheduler.from_pretrained(tmp_path).network.facts.prediction_type == "epsilon"
     solver.save_pretrained(tmp_path)
     Solver(solver.table, solver.sigmas, "ve").save_pretrained(tmp_path)  # the older configuration goes
-    with pytest.raises(TableError, match=r"does not say what its network predicts \(pass like=pipe.scheduler"):
+    with pytest.raises(TableError, match=r"like=pipe\.scheduler"):
         EPDScheduler.from_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(TableError, match="No such file"):
@@ -431,13 +431,13 @@ def test_facts_come_from_a_pipelines_scheduler_where_meta_has_none(load: Any) ->
     family = FAMILIES["sd-v"]
     full = make_solver(family)
     bare = Solver(full.table, full.sigmas, "ve")
-    with pytest.raises(TableError, match="does not say what its network predicts"):
+    with pytest.raises(TableError, match="predicts"):
         EPDScheduler.from_solver(bare)
     theirs = load("sd-v").scheduler
     expected = dict(EPDScheduler.from_solver(full).config)
     assert dict(EPDScheduler.from_solver(bare, like=theirs).config) == expected
     assert dict(EPDScheduler.from_solver(full, like=theirs).config) == expected
-    with pytest.raises(TableError, match="predicts 'v_prediction', but this pipeline's predicts 'epsilon'"):
+    with pytest.raises(TableError, match=r"'v_prediction'.*'epsilon'"):
         EPDScheduler.from_solver(full, like=load("sd").scheduler)
     zero_snr = EulerDiscreteScheduler(**BETAS, rescale_betas_zero_snr=True)
     with pytest.raises(TableError, match="infinite sigma"):
@@ -469,9 +469,9 @@ def test_equal_betas_in_other_words_are_the_same() -> None:
 def test_refuses_the_other_kind_of_scheduler() -> None:
     flow = FlowMatchEulerDiscreteScheduler()
     EPDScheduler.from_solver(make_solver(FAMILIES["sd3"]), like=flow)
-    with pytest.raises(TableError, match="no training betas, as those of flow models"):
+    with pytest.raises(TableError, match="training betas"):
         EPDScheduler.from_solver(make_solver(FAMILIES["sd"]), like=flow)
-    with pytest.raises(TableError, match="does not go with prediction_type 'epsilon'"):
+    with pytest.raises(TableError, match="prediction_type 'epsilon'"):
         EPDScheduler.from_solver(make_solver(FAMILIES["sd3"]), like=EulerDiscreteScheduler(**BETAS))
 
 
@@ -488,7 +488,7 @@ def test_unconditional_solvers_leave_no_scheduler(tmp_path: Path) -> None:
     pipe = DDPMPipeline.from_pretrained(save_ddpm(tmp_path / "ddpm"), low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = EPDScheduler.from_solver(solver)
-    with pytest.raises(TableError, match="does not scale its network's input, as DDPMPipeline"):
+    with pytest.raises(TableError, match="DDPMPipeline"):
         pipe()
 
 
@@ -497,27 +497,27 @@ def test_refuses_the_wrong_pipeline(load: Any) -> None:
     for name in ("sd", "sdxl"):
         pipe = load(name)
         pipe.scheduler = flow
-        with pytest.raises(TableError, match="solver for a flow model is in a pipeline whose network predicts noise"):
+        with pytest.raises(TableError, match=r"flow model.*noise"):
             call(pipe, FAMILIES[name])
     for name in ("sd3", "flux"):
         pipe = load(name)
         pipe.scheduler = ve
-        with pytest.raises(TableError, match="VE form is in a pipeline that does not scale"):
+        with pytest.raises(TableError, match="VE "):
             call(pipe, FAMILIES[name])
 
 
 def test_refuses_misuse(load: Any) -> None:
-    with pytest.raises(TableError, match="made from a solver, not from another scheduler's config"):
+    with pytest.raises(TableError, match="another scheduler"):
         EPDScheduler.from_config(load("sd").scheduler.config)
     scheduler = EPDScheduler.from_solver(make_solver(FAMILIES["sd3"]))
     x = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(TableError, match="all 9 calls are made, or none is due: call set_timesteps"):
+    with pytest.raises(TableError, match=r"\b9 calls.*set_timesteps"):
         scheduler.step(x, 0, x)
     hand_over(scheduler, x, lambda latents: latents)
     with pytest.raises(TableError, match="all 9 calls are made"):
         scheduler.step(x, 0, x)
     scheduler.set_timesteps()
-    with pytest.raises(TableError, match=r"model_output has shape \[2, 4, 2, 2\], expected \[1, 4, 2, 2\]"):
+    with pytest.raises(TableError, match=r"\[2, 4, 2, 2\].*\[1, 4, 2, 2\]"):
         scheduler.step(x.repeat(2, 1, 1, 1), 0, x)
     with pytest.raises(TableError, match="begin_index is 2, expected 0"):
         scheduler.set_begin_index(2)
@@ -697,7 +697,7 @@ def test_push_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception,
 
 def test_push_needs_a_token_and_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(TableError, match=r"no token here .have a write token: run `hf auth login`, set HF_TOKEN"):
+    with pytest.raises(TableError, match="HF_TOKEN"):
         rewarded().push_to_hub("me/fast")
     with pytest.raises(TableError, match="a hub id is 'owner/name'"):
         rewarded().push_to_hub("me/too/deep", token="secret")

@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from epd_ray.actors import RewardSpec
 from epd_ray.bench.cases import CASES
 from epd_ray.cli.score import _settings
 from epd_ray.config import RunConfig, load_config
-from epd_ray.errors import EpdRayError, PlacementError, RewardError, RunDirectoryError
+from epd_ray.errors import ConfigError, EpdRayError, PlacementError, RewardError, RunDirectoryError
 from epd_ray.score import output as score_output
 from epd_ray.score import pipeline as module
 from epd_ray.score.inputs import read_index
@@ -33,27 +32,8 @@ from tests.test_score_input import folder_of, parquet_of, png
 SIM = {"sim": {"head": "simulated", "backend": "native", "options": {}}}
 
 
-class Moody:
-    """Brightness; refuses a batch in which a prompt says so, and gives NaN where one says that."""
-
-    model_id = "moody-1"
-
-    def score(self, images, prompts):
-        if any("refuse" in prompt for prompt in prompts):
-            raise ValueError("no\nmood")
-        scores = images.mean(dim=(1, 2, 3))
-        return torch.where(torch.tensor(["nan" in prompt for prompt in prompts]), torch.nan, scores)
-
-
-class Dying(Moody):
-    """Takes its process with it."""
-
-    def score(self, images, prompts):
-        os._exit(1)
-
-
 def config_of(*overrides: str) -> RunConfig:
-    return load_config(None, ["rewards={moody: {head: 'tests.test_score:Moody'}}", *overrides])
+    return load_config(None, ["rewards={moody: {head: 'tests.fakes:Moody'}}", *overrides])
 
 
 def rows_of(out: Path) -> dict[str, dict[str, object]]:
@@ -160,7 +140,7 @@ def test_a_changed_prompt_is_scored_again_and_a_stranger_is_refused(tmp_path):
     out.add([scored_rows(a=None, b=None)], {})
     changed = index_of("a", "b").set_column(1, "prompt", pa.array(["prompt a", "another"]))
     assert out.missing(changed)["id"].to_pylist() == ["b"]
-    with pytest.raises(RunDirectoryError, match="holds 'b', which the source lacks: name another --out"):
+    with pytest.raises(RunDirectoryError, match=r"'b'.*--out"):
         out.missing(index_of("a"))
 
 
@@ -178,7 +158,7 @@ def test_directories_that_are_not_ours_are_refused(tmp_path):
         with pytest.raises(RunDirectoryError, match=said):
             ScoreDirectory(tmp_path / name, SIM)
     (tmp_path / "mine" / "part-000007.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunDirectoryError, match=r"part-000007.parquet is damaged .*: delete it"):
+    with pytest.raises(RunDirectoryError, match=r"part-000007\.parquet"):
         ScoreDirectory(tmp_path / "mine", SIM)
     parquet_of(tmp_path / "mine" / "part-000007.parquet", {"id": ["a"]})
     with pytest.raises(RunDirectoryError, match="holds no scores of this command"):
@@ -213,7 +193,7 @@ def test_a_file_that_the_disk_refuses_leaves_nothing_half_written(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(RunDirectoryError, match=r"cannot write .*part-000002.parquet: "):
+        with pytest.raises(RunDirectoryError, match=r"part-000002\.parquet"):
             out.add([many], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -245,12 +225,19 @@ def test_heads_by_name_and_by_configuration(tmp_path):
         (("clp", None, []), "unknown reward head 'clp'; did you mean 'clip'?"),
         ((None, None, []), "no heads: give --heads"),
         (("clip", None, ["rewards.clip.replicass=2"]), "did you mean 'replicas'"),
+        (("clip", None, ["rewards.clip.replicas=-1"]), "rewards.clip.replicas: is -1"),
         (("clip", None, ["rewards={mine: {head: clip}}"]), "no head 'clip' in the configuration"),
     ],
 )
 def test_wrong_heads_are_named(arguments, said):
     with pytest.raises(EpdRayError, match=said.replace("?", r"\?")):
         _settings(*arguments, None)
+
+
+def test_pictures_that_exist_are_scored_by_actors(tmp_path):
+    config = _settings("clip", None, ["rewards.clip.replicas=0"], None)
+    with pytest.raises(ConfigError, match=r"rewards\.clip\.replicas is 0"):
+        score(ScoreRequest(str(tmp_path), tmp_path / "scores"), config, Quiet())
 
 
 # -- the pipeline -----------------------------------------------------------------------------------------------------
@@ -302,9 +289,7 @@ def test_too_many_errors_end_it_and_what_was_scored_stays(small_ray, tmp_path):
     prompts = ["fine"] * 5 + ["refuse"] * 2
     file = parquet_of(tmp_path / "a.parquet", {"image": [png(i) for i in range(7)], "prompt": prompts})
     request = ScoreRequest(str(file), tmp_path / "scores", max_errors=0.2)
-    with pytest.raises(
-        TooManyErrors, match=r"^2 rows failed, at most 1 may \(such as a.parquet:5: moody: .*ValueError"
-    ):
+    with pytest.raises(TooManyErrors, match=r"^2 rows.* 1 .*a\.parquet:5: moody: .*ValueError"):
         score(request, config_of(), Quiet())
     assert sum(row["error"] is None for row in rows_of(tmp_path / "scores").values()) == 5
 
@@ -319,7 +304,7 @@ def test_missing_prompts_end_it_before_it_starts(tmp_path):
 def test_a_head_that_cannot_be_built_is_named(small_ray, tmp_path):
     source = folder_of(tmp_path / "images", ["a.png"])
     request = ScoreRequest(str(source), tmp_path / "scores")
-    with pytest.raises(EpdRayError, match=r"^model '/no/where' is no directory"):
+    with pytest.raises(EpdRayError, match="'/no/where'"):
         score(request, config_of("rewards={clip: {options: {model: /no/where}}}"), Quiet())
     assert not (tmp_path / "scores").exists()
 
@@ -337,7 +322,7 @@ def test_a_full_disk_is_named_and_earlier_parts_stay(small_ray, tmp_path, monkey
 
     monkeypatch.setattr(score_output.pq, "write_table", full)
     monkeypatch.setattr(module, "PART_ROWS", 1)
-    with pytest.raises(RunDirectoryError, match=r"part-000002.parquet: No space left on device"):
+    with pytest.raises(RunDirectoryError, match=r"part-000002\.parquet.*No space left on device"):
         score(ScoreRequest(str(file), tmp_path / "scores"), config_of(), Quiet())
     assert [p.name for p in (tmp_path / "scores").iterdir()] == ["part-000001.parquet"]
     assert set(rows_of(tmp_path / "scores"))
@@ -352,7 +337,7 @@ def test_actors_that_leave_no_cpu_for_reading_are_refused(small_ray, tmp_path):
 @pytest.mark.slow
 def test_a_head_in_an_environment_of_its_own(small_ray, tmp_path):
     index = read_index(str(folder_of(tmp_path, ["a.png", "b.png"])))
-    spec = RewardSpec("imagereward", target="tests.test_score:Moody", python=sys.executable)
+    spec = RewardSpec("imagereward", target="tests.fakes:Moody", python=sys.executable)
     (found,) = scored(index, {"moody": spec}, 4)
     assert sorted(found["score:moody"].to_pylist()) == pytest.approx([0, 10 / 255])
     assert found["model:moody"].to_pylist() == ["moody-1"] * 2
@@ -360,14 +345,16 @@ def test_a_head_in_an_environment_of_its_own(small_ray, tmp_path):
 
 @pytest.mark.slow
 def test_a_head_that_dies_over_every_batch_ends_it(small_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "STILL_SECONDS", 30.0)
+    monkeypatch.setattr(module, "STILL_SECONDS", 15.0)
     index = read_index(str(folder_of(tmp_path, ["a.png"])))
-    with pytest.raises(EpdRayError, match="no row was scored for 30 s: a head hangs, or its process dies"):
-        list(scored(index, {"dying": RewardSpec("tests.test_score:Dying")}, 4))
+    with pytest.raises(EpdRayError, match=r"\b15 s\b"):
+        list(scored(index, {"dying": RewardSpec("tests.fakes:DyingHead")}, 4))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)],
+)
 def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(tmp_path, number):
     rows = 800
     file = parquet_of(

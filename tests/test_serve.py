@@ -158,7 +158,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_its_error_comes_through_serve_which_then_ends() -> None:
+def test_its_error_comes_through_serve_which_then_ends(no_ray: None) -> None:
     for _ in range(2):
         with (
             pytest.raises(ModelError, match="weights\nare missing"),
@@ -201,14 +201,14 @@ def test_routes(url: str) -> None:
 
 
 def test_our_head_shows_the_servers_words(url: str) -> None:
-    with pytest.raises(RewardError, match=r'answered 400 \(\{"error":"images\[0\]: 3000 x 1 pixels, expected sides'):
+    with pytest.raises(RewardError, match=r"400 .*images\[0\].*3000 x 1"):
         HttpHead(url=url).score(torch.zeros(1, 3, 3000, 1), ["x"])
 
 
 def test_a_taken_port_is_named(url: str) -> None:
     port = int(url.split(":")[2].split("/")[0])
     with (
-        pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port} .*choose another"),
+        pytest.raises(ConfigError, match=f"127.0.0.1:{port} "),
         served("simulated", {}, port=port),
     ):
         pass
@@ -225,7 +225,7 @@ def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("epd_ray.serve.require_room", lambda bundles: real(bundles, timeout_s=0.5))
     monkeypatch.setattr("epd_ray.serve.serve.status", lambda: SimpleNamespace(proxies={}))
     with (
-        pytest.raises(PlacementError, match=r"GPU: 8000 asked, .*\(replicas: 2 x 1 CPU, 4000 GPU\)"),
+        pytest.raises(PlacementError, match=r"GPU: 8000 asked, .*2 x 1 CPU, 4000 GPU"),
         served("simulated", {}, port=free_port(), replicas=2, num_gpus=4000),
     ):
         pass

@@ -277,7 +277,7 @@ def test_two_step_solvers_refuse_zero(solve: Any) -> None:
 
 @pytest.mark.parametrize("solve", [euler, ipndm, heun, dpm2, lambda f, x, s: epd(f, x, s, dpm2_table(2))])
 def test_every_solver_refuses_sigmas_that_rise(solve: Any) -> None:
-    with pytest.raises(ScheduleError, match=r"sigmas\[2\] is 1.5, expected less than sigmas\[1\] = 1"):
+    with pytest.raises(ScheduleError, match=r"sigmas\[2\] is 1\.5.*sigmas\[1\] = 1"):
         solve(curved, latents(2, 2), tensor([2.0, 1.0, 1.5]))
 
 
@@ -299,7 +299,7 @@ def test_flow_refuses_times_beyond_one() -> None:
     half = tensor([[0.5, 0.5]] * 2)
     table = SolverTable(tensor([[0.01, 0.5]] * 2), half, scale_time=tensor([[1.04, 1.0], [1.0, 1.0]]))
     x, sigmas = latents(3, 2), tensor([1.0, 0.5, 0.2])
-    with pytest.raises(TableError, match=r"scale_time\[0, 0\] is 1.04, which evaluates at sigma 1.03282, expected at"):
+    with pytest.raises(TableError, match=r"scale_time\[0, 0\] is 1\.04.*1\.03282"):
         epd(curved, x, sigmas, table, form="flow")
     batched = torch.ones(3, 2, 2, dtype=torch.float64)
     batched[2, 1, 1] = 4

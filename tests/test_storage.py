@@ -29,8 +29,8 @@ from epd_ray.rollout_files import TIMINGS
 from epd_ray.run import evaluate, resume, train
 from epd_ray.storage import RemotePlace, inside, is_uri, place_of
 from epd_ray.store import write_text
+from tests.conftest import TINY
 from tests.fakes import Quiet
-from tests.test_run import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def test_an_upload_is_repeated_and_then_an_error(tmp_path, error):
     assert len(handler.taken) == 2
     write(folder, config_yaml="changed", checkpoints__a_pt="changed")
     handler.times = mirror.ATTEMPTS
-    with pytest.raises(StorageError, match=r"^cannot write to there: the bucket is on fire$"):
+    with pytest.raises(StorageError, match=r"there.*the bucket is on fire$"):
         copy.push()
     assert read(root, "checkpoints/a.pt") == b"1" and read(root, "config.yaml") == b"c"  # the state before, whole
     copy.push()
@@ -337,13 +337,13 @@ def test_a_place_that_is_not_free_is_refused(tmp_path, temporary):
     place = place_of(uri)
     assert not place.begun()
     place.require_new()
-    with pytest.raises(RunDirectoryError, match=r"run is not a run directory: config\.yaml missing"):
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml"):
         place.require_run()
     write(tmp_path / "run", notes_txt="mine")
-    with pytest.raises(RunDirectoryError, match=rf"^{uri} is not empty \(it holds 'notes.txt'\): name a new"):
+    with pytest.raises(RunDirectoryError, match=rf"^{uri} .*'notes\.txt'"):
         place.require_new()
     write(tmp_path / "run", config_yaml="")
-    with pytest.raises(RunDirectoryError, match=rf"^{uri} holds another run: resume it"):
+    with pytest.raises(RunDirectoryError, match=rf"^{uri} .*another run"):
         place.require_new()
     assert place.begun() and list(temporary.iterdir()) == []
 
@@ -548,19 +548,13 @@ def test_who_was_taken_over_writes_no_more(tmp_path, temporary, done, said):
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def local(small_ray, tmp_path_factory):
-    out = tmp_path_factory.mktemp("local") / "run"
-    return out, train(load_config(None, TINY), out, Quiet())
-
-
 def rollouts(run: Path):
     return pq.read_table(run / "rollouts").drop_columns(TIMINGS)
 
 
 @pytest.mark.slow
-def test_a_run_by_uri_is_the_same_as_a_local_one(local, tmp_path, temporary):
-    whole, lines = local
+def test_a_run_by_uri_is_the_same_as_a_local_one(finished, tmp_path, temporary):
+    whole, lines = finished
     there = tmp_path / "bucket" / "run"
     uri = f"file://{there}"
     with pytest.raises(KeyboardInterrupt):
@@ -589,8 +583,8 @@ def test_a_run_by_uri_is_the_same_as_a_local_one(local, tmp_path, temporary):
 
 
 @pytest.mark.slow
-def test_a_run_in_fsspecs_memory(local, temporary):
-    _, lines = local
+def test_a_run_in_fsspecs_memory(finished, temporary):
+    _, lines = finished
     uri = f"memory://bucket-{time.time_ns()}/runs/mine"
     assert train(load_config(None, TINY), uri, Quiet()) == lines
     memory = fsspec.filesystem("memory")

@@ -65,16 +65,14 @@ def test_tables_are_the_papers():
     assert [len(reward_table(name)) for name in REWARD_TABLES] == [13, 9, 9]
     assert fid_table("cifar10_32")["EPD-Solver"] == {3: 10.4, 5: 4.33, 7: 2.82, 9: 2.49}
     assert all(len(fid_table(name)) == 11 for name in FID_TABLES)
-    with pytest.raises(ConfigError, match="unknown table 'sd15_256'; did you mean 'sd15_512'"):
+    with pytest.raises(ConfigError, match=r"'sd15_256'.*'sd15_512'"):
         reward_table("sd15_256")
 
 
 def test_the_table_follows_from_family_and_resolution():
     assert pick_table(facts("sd", 512)) == "sd15_512"
     assert [pick_table(facts("sd3", size)) for size in (512, 1024)] == ["sd3_512", "sd3_1024"]
-    with pytest.raises(
-        ConfigError, match=r"no table for sd at 768 px: choose one with --table, of sd15_512 \(sd at 512"
-    ):
+    with pytest.raises(ConfigError, match=r"sd at 768 .*--table.*sd15_512"):
         pick_table(facts("sd", 768))
 
 
@@ -119,10 +117,10 @@ def test_fid_suite_runs_what_is_here_and_shows_the_rest():
         assert [(s.kind, s.parallel_nfe, s.ends_at_zero) for s in found] == [(kind, n, False) for n in (3, 5, 7, 9)]
         assert {s.schedule for s in found} == {"logsnr" if kind in ("unipc3", "dpmpp3m") else "polynomial"}
         assert (found[0].intervals, found[0].afs) == (intervals, intervals == 2)
-    with pytest.raises(ConfigError, match=r"parallel NFE 20, the FID table has 3, 5, 7, 9: distil one with solver.afs"):
+    with pytest.raises(ConfigError, match=r"NFE 20,.* 3, 5, 7, 9"):
         fid_suite("cifar10_32", [learned()])
     twice = [learned(2, afs=True, key="epd-3-a"), learned(2, afs=True, key="epd-3-b")]
-    with pytest.raises(ConfigError, match="both have parallel NFE 3, the FID table has room for one"):
+    with pytest.raises(ConfigError, match=r"NFE 3,"):
         fid_suite("cifar10_32", twice)
 
 
@@ -148,7 +146,7 @@ def test_solvers_are_known_by_what_they_are(tmp_path):
     found = open_solvers(sources_of([str(place) for place in places], tmp_path / "kept"), facts())
     assert [s.label for s in found] == ["EPD-Solver first", "EPD-Solver other", "EPD-Solver other/distilled"]
     assert len({s.key for s in found}) == 3
-    with pytest.raises(TableError, match="is for the backbone family sd3, the model is of the family sd"):
+    with pytest.raises(TableError, match=r"sd3, .* sd"):
         open_solvers({"sd3-512-rl": "sd3-512-rl"}, facts())
 
 
@@ -202,7 +200,7 @@ def test_settings_use_the_guidance_and_the_heads_of_the_suite(tmp_path):
     file.write_text("backbone: {model: a/b, guidance_scale: 3.5}\nrewards: {clip: {head: clip}}\n")
     assert load_settings("paper", file, []).backbone.guidance_scale == 3.5
     assert load_settings("paper-fid", None, ["backbone.model=a/b"]).rewards == {}
-    with pytest.raises(ConfigError, match=r"--suite embedded is for the embedded model, backbone.model is 'a/b'"):
+    with pytest.raises(ConfigError, match=r"--suite embedded.*backbone.model is 'a/b'"):
         load_settings("embedded", None, ["backbone.model=a/b"])
 
 
@@ -289,7 +287,7 @@ def test_samplers_may_be_added(tmp_path):
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunDirectoryError, match=r"holds other things \('thesis.tex'\): name another --out"):
+    with pytest.raises(RunDirectoryError, match=r"'thesis\.tex'.*--out"):
         ResultsDirectory(tmp_path).prepare()
     with pytest.raises(RunDirectoryError, match="is a file"):
         ResultsDirectory(tmp_path / "thesis.tex").prepare()
@@ -311,7 +309,7 @@ def test_shards_are_whole_or_not_there(tmp_path):
     (results.scores / "euler-6" / ".000000.parquet.tmp").write_bytes(b"half")
     assert not results.has("euler-6", 0)
     (results.scores / "euler-6" / "000002.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(RunDirectoryError, match=r"000002.parquet is damaged .*: delete it, and evaluate again"):
+    with pytest.raises(RunDirectoryError, match=r"000002\.parquet"):
         results.read("euler-6", [1, 2])
 
 

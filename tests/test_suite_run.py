@@ -41,7 +41,7 @@ IN_DRIVER = ["cluster.rollout_actors=0", "cluster.images_per_job=4"]
 SIMULATED = [
     *IN_DRIVER,
     "backbone.family=simulated",
-    "rewards={sim: {head: simulated, options: {target: 0.4}}}",
+    "rewards={sim: {head: simulated, replicas: 0, options: {target: 0.4}}}",
     "evaluation.baselines=[euler, dpm2]",
     "evaluation.pictures=3",
 ]
@@ -195,13 +195,13 @@ def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, 
     ):
         with pytest.raises(MetricError, match=said):
             measured(replace(request_of, features="shapes-clip", reference=reference))
-    with pytest.raises(ConfigError, match="--reference needs --features, for the Frechet distance: inception, or"):
+    with pytest.raises(ConfigError, match=r"--reference .*--features"):
         measured(replace(request_of, reference=statistics))
-    with pytest.raises(ConfigError, match="--images-per-prompt 4 needs --features, for diversity: inception, or"):
+    with pytest.raises(ConfigError, match=r"--images-per-prompt 4 .*--features"):
         measured(replace(request_of, images_per_prompt=4))
-    with pytest.raises(MetricError, match="at least 2049 pictures for 2048 features, 10 are asked"):
+    with pytest.raises(MetricError, match=r"2049 .*2048 .*\b10 "):
         measured(replace(request_of, features="inception", reference=statistics))
-    with pytest.raises(EnvironmentFailure, match="environment 'fid' is not built: run `epd-ray rewards install fid`"):
+    with pytest.raises(EnvironmentFailure, match=r"'fid'.*rewards install fid"):
         measured(replace(request_of, features="inception", images_per_prompt=2))
     assert not request_of.out.exists()
 
@@ -245,7 +245,7 @@ def test_an_index_tells_what_the_open_model_is(tmp_path, save):
 def test_no_room_for_the_extractor_is_said_before_the_model_is_up(small_ray, request_of, monkeypatch):
     monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
     request = replace(request_of, features="shapes-clip", images_per_prompt=2)
-    with pytest.raises(PlacementError, match=r"no room for the actors after 0 s \(GPU: 0.2 asked, 0 free\)"):
+    with pytest.raises(PlacementError, match=r"GPU: 0.2 asked, 0 free"):
         measured(request, "cluster.feature_gpus=0.2", "cluster.placement_timeout_s=0.2")
 
 
@@ -268,7 +268,7 @@ def test_results_of_something_else_are_refused_not_merged(small_ray, request_of,
 
 
 def test_more_prompts_than_there_are(request_of):
-    with pytest.raises(PromptError, match="11 prompts asked, 10 there: lower --count"):
+    with pytest.raises(PromptError, match=r"\b11 .*\b10 .*--count"):
         measured(replace(request_of, count=11))
 
 
@@ -284,7 +284,7 @@ def test_fewer_pictures_than_the_distance_needs(small_ray, request_of, tmp_path,
     clip, statistics = save_clip(tmp_path / "clip"), tmp_path / "reference.npz"
     np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
     request = replace(request_of, features=str(clip), reference=statistics)
-    with pytest.raises(MetricError, match=r"at least 33 pictures for 32 features, 10 are asked .*: raise --count"):
+    with pytest.raises(MetricError, match=r"\b33 .*\b32 .*\b10 .*--count"):
         measured(request)
 
 
@@ -302,13 +302,13 @@ def test_diversity_is_seen_by_the_models_own_clip_head(request_of, tmp_path):
 
 def test_a_heads_folder_with_another_model_is_refused(small_ray, request_of, tmp_path):
     clip = save_clip(tmp_path / "clip")
-    head = f"rewards={{clip: {{head: clip, options: {{model: {clip}}}}}}}"
+    head = f"rewards={{clip: {{head: clip, replicas: 0, options: {{model: {clip}}}}}}}"
     measured(request_of, head, "evaluation.baselines=[]")
     weights = next(clip.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(RunDirectoryError, match=r"holds other results: head_models.clip was"):
+    with pytest.raises(RunDirectoryError, match=r"head_models\.clip"):
         measured(request_of, head, "evaluation.baselines=[]")
 
 
@@ -351,9 +351,10 @@ def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     """A tiny random model: the layout and the samplers are the paper's, its figures are not."""
     model, clip = save_sd(tmp_path / "sd"), save_clip(tmp_path / "clip")
     config = load_settings("paper", None, [
-        *IN_DRIVER, f"backbone.model={model}", f"rewards={{clip: {{head: clip, options: {{model: {clip}}}}}}}",
+        *IN_DRIVER, f"backbone.model={model}",
+        f"rewards={{clip: {{head: clip, replicas: 0, options: {{model: {clip}}}}}}}",
     ])  # fmt: skip
-    with pytest.raises(ConfigError, match="no table for sd at 16 px: choose one with --table"):
+    with pytest.raises(ConfigError, match=r"sd at 16 px.*--table"):
         evaluate_suite(config, Request("paper", tmp_path / "out", count=2), Quiet())
     request = Request("paper", tmp_path / "out", table="sd15_512", count=2, images_per_prompt=2)
     lines = evaluate_suite(config, request, Quiet())
@@ -385,7 +386,7 @@ def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
 
 def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
     solver = save_solver(tmp_path / "mine", 2, family="sd3")
-    config = load_settings("embedded", None, [*IN_DRIVER, "evaluation.baselines=[euler]"])
+    config = load_settings("embedded", None, [*IN_DRIVER, "rewards.clip.replicas=0", "evaluation.baselines=[euler]"])
     request = Request("embedded", tmp_path / "out", (solver,), count=4, images_per_prompt=2)
     (headline,) = [line for line in evaluate_suite(config, request, Quiet()) if " against 50 " in line]
     assert "clip " in headline and "scene accuracy " in headline and " points [" in headline
@@ -394,5 +395,5 @@ def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
     means = json.loads((tmp_path / "out" / "results.json").read_text())["solvers"][0]["metrics"]
     assert {"clip", "scene_accuracy", "sharpness", "diversity"} == set(means)
     (tmp_path / "own.txt").write_text("a cat\n")
-    with pytest.raises(ConfigError, match="some prompt is none of the embedded model's"):
+    with pytest.raises(ConfigError, match="embedded model"):
         evaluate_suite(config, replace(request, count=None, prompts=tmp_path / "own.txt"), Quiet())

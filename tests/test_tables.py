@@ -64,7 +64,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TableError, match="is a file, expected a directory"):
         convert("sd15-rl", tmp_path / "file")
-    with pytest.raises(TableError, match=r"file/x cannot be written: Not a directory \(choose another --out"):
+    with pytest.raises(TableError, match=r"file/x .*--out"):
         convert("sd15-rl", tmp_path / "file" / "x")
     with pytest.raises(TableError, match=r"'sd15-rl' is no \.pkl file"):
         import_reference("sd15-rl", tmp_path / "new")

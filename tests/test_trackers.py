@@ -12,8 +12,8 @@ from epd_ray.run import train
 from epd_ray.sections import MlflowConfig, TrackingConfig, WandbConfig
 from epd_ray.store import RunDirectory, read_metrics
 from epd_ray.trackers import require_trackers, trackers, tune_callbacks
+from tests.conftest import TINY
 from tests.fakes import Quiet
-from tests.test_run import TINY
 
 CONFIG = {"seed": 3, "rdpo": {"lr": 0.002}}
 ROWS = [{"iteration": i, "images": 32, "reward/clip": 0.5 + i / 10} for i in range(4)]
@@ -161,7 +161,7 @@ def test_wandb_without_a_key_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     tracking = TrackingConfig(wandb=WandbConfig())
     with (
-        pytest.raises(ConfigError, match=r"^tracking.wandb: .*WANDB_API_KEY") as error,
+        pytest.raises(ConfigError, match=r"tracking.wandb: .*WANDB_API_KEY") as error,
         trackers(tracking, run, CONFIG),
     ):
         pass
@@ -180,7 +180,7 @@ def test_a_missing_package_is_named_before_anything_starts(monkeypatch, name):
     there = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda n: None if n == name else there(n))
     tracking = load_config(None, ["tracking.wandb={}", "tracking.mlflow={}"]).tracking
-    with pytest.raises(ConfigError, match=f"^tracking.{name}: the package {name} is not installed: pip install {name}"):
+    with pytest.raises(ConfigError, match=f"tracking.{name}: .*pip install {name}"):
         require_trackers(tracking)
     require_trackers(TrackingConfig())
 

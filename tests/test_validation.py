@@ -18,8 +18,9 @@ from epd_ray.solvers import Solver
 from epd_ray.statistics import paired_difference
 from epd_ray.store import read_metrics
 from epd_ray.validation import Curve, Validation, read_curve, write_curve
+from tests.conftest import TINY
 from tests.fakes import Quiet
-from tests.test_run import TINY, rollouts, table
+from tests.test_run import rollouts, table
 
 PROMPTS = 40
 SPREAD = np.random.default_rng(0).normal(0, 1, PROMPTS)  # of the prompts: far more than what a table changes
@@ -126,15 +127,22 @@ BRIGHT = [
     "rdpo.lr=1e-2",
     "rdpo.staleness=0",
 ]
-HACKED = "rewards={bright: {head: 'tests.fakes:BrightHead'}, dark: {head: 'tests.fakes:DarkHead', weight: 0}}"
-HEALTHY = "rewards={bright: {head: 'tests.fakes:BrightHead'}, too: {head: 'tests.fakes:BrightHead', weight: 0}}"
+
+
+def beside(name: str, head: str) -> str:
+    """Overrides: brightness is learned from, and another head is only watched."""
+    bright = "bright: {head: 'tests.fakes:BrightHead', replicas: 0}"
+    return f"rewards={{{bright}, {name}: {{head: 'tests.fakes:{head}', replicas: 0, weight: 0}}}}"
+
+
+HACKED, HEALTHY = beside("dark", "DarkHead"), beside("too", "BrightHead")
 
 
 @pytest.fixture(scope="module")
 def stalled(small_ray, tmp_path_factory):
     """A head that nothing changes: it never gets better."""
     out = tmp_path_factory.mktemp("stalled") / "run"
-    overrides = [*TINY, "rewards={flat: {head: 'tests.fakes:FlatHead'}}", "evaluation.patience=2"]
+    overrides = [*TINY, "rewards={flat: {head: 'tests.fakes:FlatHead', replicas: 0}}", "evaluation.patience=2"]
     train(load_config(None, overrides), out, Quiet())
     return out
 
@@ -195,7 +203,9 @@ def test_a_run_may_end_at_the_alarm(small_ray, tmp_path):
 def test_a_hacked_table_is_not_the_one_to_take_home(small_ray, tmp_path, monkeypatch, caplog, watched, best, kept):
     found = curve([0.0, 0.02, 0.04, 0.06], bad=watched).validations
     monkeypatch.setattr(trainer, "validate", lambda *args: replace(found[args[-1] // 2], iteration=args[-1]))
-    config = load_config(None, [*TINY, "rewards={good: {head: simulated}}", f"prompts.validation={PROMPTS}"])
+    config = load_config(
+        None, [*TINY, "rewards={good: {head: simulated, replicas: 0}}", f"prompts.validation={PROMPTS}"]
+    )
     train(config, tmp_path / "whole", Quiet())
     first = 2 * np.flatnonzero(np.array(watched) < 0)[0]
     (said,) = [r.message for r in caplog.records if "reward hacking?" in r.message]

@@ -171,7 +171,7 @@ def test_gaussians_are_solved(name: str, form: Form) -> None:
 @pytest.mark.parametrize("order", [0, 4])
 @pytest.mark.parametrize("solve", [dpmpp, unipc, deis])
 def test_orders_that_diffusers_lacks(solve: Any, order: int) -> None:
-    with pytest.raises(TableError, match=f"order is {order}, expected 1, 2 or 3"):
+    with pytest.raises(TableError, match=f"order is {order}, .*1, 2 or 3"):
         solve(curved, START, torch.tensor([1.0, 0.5]), form="ve", order=order)
 
 
@@ -299,7 +299,7 @@ def test_costs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "cost", "possible"), [("heun", 7, "6 or 8"), ("edm", 6, "5 or 7"), ("dpm2", 1, "2"), ("edm", 0, "1")]
 )
 def test_impossible_costs_are_explained(name: str, cost: int, possible: str) -> None:
-    with pytest.raises(ValueError, match=rf"parallel NFE {cost} is impossible \(take {possible}\)"):
+    with pytest.raises(ValueError, match=rf"{cost} .*{possible}"):
         baseline(name, cost)
 
 
@@ -327,9 +327,9 @@ def test_keys_and_labels() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UnknownNameError, match="unknown solver 'unipcc'; did you mean 'unipc'"):
+    with pytest.raises(UnknownNameError, match=r"'unipcc'.*'unipc'"):
         baseline("unipcc", 4)
-    with pytest.raises(UnknownNameError, match="unknown schedule 'logsnrr'; did you mean 'logsnr'"):
+    with pytest.raises(UnknownNameError, match=r"'logsnrr'.*'logsnr'"):
         baseline("euler@logsnrr", 4)
     with pytest.raises(UnknownNameError, match="cannot be imported"):
         baseline("no_such_module:solve", 4)
@@ -337,7 +337,7 @@ def test_unknown_names() -> None:
 
 def test_schedules_have_forms_too() -> None:
     zoo.require_form(["heun@logsnr", "euler@polynomial", "euler"], "ve")
-    with pytest.raises(ConfigError, match="solver 'heun@logsnr' follows the form ve, but this model's is flow"):
+    with pytest.raises(ConfigError, match=r"'heun@logsnr'.* ve, .* flow"):
         zoo.require_form(["heun", "heun@logsnr"], "flow")
 
 
@@ -397,7 +397,7 @@ def test_ones_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     conditioning, noise = ve.encode(PROMPTS, 1.0), noises(ve, SEEDS)
     assert torch.equal(twice.run(ve, conditioning, noise), baseline("heun", 6).run(ve, conditioning, noise))
     assert once.run(flow, conditioning, noise).isfinite().all()
-    with pytest.raises(ConfigError, match="'my_methods:TWICE' follows the form ve, but this model's is flow"):
+    with pytest.raises(ConfigError, match=r"'my_methods:TWICE'.* ve, .* flow"):
         twice.run(flow, conditioning, noise)
 
 
@@ -410,6 +410,6 @@ def test_schedules_belong_to_forms() -> None:
         assert torch.equal(scheduled(backbone, 4, own, final_zero=True), backbone.sigmas(4, final_zero=True))
     assert set(SCHEDULES.values()) == set(FORMS)
     for backbone, name in ((flow, "logsnr"), (ve, "uniform"), (ve, "shift"), (sd, "shift")):
-        with pytest.raises(ScheduleError, match=rf"schedule '{name}' is not for model .* take model"):
+        with pytest.raises(ScheduleError, match=rf"'{name}'.* model"):
             scheduled(backbone, 4, name, final_zero=False)
     assert scheduled(sd, 3, "logsnr", final_zero=True).tolist()[2:] == pytest.approx([sd.sigmas(1)[1].item(), 0.0])

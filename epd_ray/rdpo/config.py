@@ -233,6 +233,12 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             )
         if self.num_learners > 1:
             self._value_error(f"num_learners is {self.num_learners}: the policy is a few kilobytes, use 0 or 1")
+        for name, spec in self.reward_specs.items():
+            if spec.replicas < 1 and (spec.replicas < 0 or spec.python is not None or spec.max_replicas):
+                self._value_error(
+                    f"rewards() has replicas {spec.replicas} for {name!r}: 0 (in the driver) goes without python and "
+                    "max_replicas, else at least 1 is needed"
+                )
         if self.encoder_spec is not None and self.backbone_spec.family != "auto":
             self._value_error(f"encoder() is for family 'auto', this one is {self.backbone_spec.family!r}")
 

@@ -39,7 +39,7 @@ class Outcome:
         scores: head -> raw values [B], empty for tasks without scoring.
         images: [B, 3, H, W] uint8 when the task keeps them.
         generate_seconds: in the rollout actor.
-        head_seconds: head -> in its actor.
+        head_seconds: head -> in its actor, or in the driver.
     """
 
     value: Any
@@ -72,7 +72,7 @@ class RolloutPipeline:
 
     Args:
         runners: actors with TaskRunner's methods.
-        rewards: the heads' actors.
+        rewards: the heads.
         local: does the tasks in the driver, where there are no rollout actors.
     """
 
@@ -80,7 +80,7 @@ class RolloutPipeline:
         self._runners, self._local = runners, local
         runners.holds = self._holds
         self._rewards = rewards.pools
-        self._score = rewards.score
+        self._heads = rewards
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
         self._done: dict[str, Outcome] = {}
         self._breaks: Counter[str] = Counter()
@@ -210,10 +210,25 @@ class RolloutPipeline:
         if answer.memory is not None:
             self.memory["rollout"] = answer.memory
         if pending.task.score:
-            assert answer.images is not None
-            task = pending.task
-            pending.scoring = self._score(task.task_id, answer.images, task.prompts, task.rollout_ids)
+            self._begin_scoring(pending, answer.images)
         else:
+            self._finish(pending)
+
+    def _begin_scoring(self, pending: _Pending, images: "ray.ObjectRef[Any] | None") -> None:
+        """Score in the driver what is scored there, then hand the images on to the heads' actors."""
+        assert images is not None
+        task = pending.task
+        try:
+            pending.scores = self._heads.score_here(images, task.prompts, task.rollout_ids)
+        except LOST_IMAGES:
+            self._requeue(pending, "the images for the heads in the driver were lost")
+            return
+        self.memory |= {f"reward {head}": found.memory for head, found in pending.scores.items()}
+        pending.scoring = self._heads.score(task.task_id, images, task.prompts, task.rollout_ids)
+        self._finish_scored(pending)
+
+    def _finish_scored(self, pending: _Pending) -> None:
+        if len(pending.scores) == len(self._heads.specs):
             self._finish(pending)
 
     def _on_score(self, head: str, ended: Ended) -> None:
@@ -237,8 +252,7 @@ class RolloutPipeline:
             self._breaks.pop(f"actor {ended.number} of reward head {head!r}", None)
             pending.scores[head] = ended.value
             self.memory[f"reward {head}"] = ended.value.memory
-            if len(pending.scores) == len(pending.scoring):
-                self._finish(pending)
+            self._finish_scored(pending)
 
     def _count_break(self, actor: str, error: BrokenGpuError) -> None:
         """Another process of an actor may do better, unless so many in a row have done nothing."""
@@ -266,12 +280,13 @@ class RolloutPipeline:
             except LOST_IMAGES:
                 self._requeue(pending, "its images were lost")
                 return
+        scored = {name: pending.scores[name] for name in self._heads.specs if name in pending.scores}
         self._done[pending.task.task_id] = Outcome(
             answer.value,
-            {name: pending.scores[name].values for name in pending.scoring},
+            {name: found.values for name, found in scored.items()},
             images,
             answer.seconds,
-            {name: pending.scores[name].seconds for name in pending.scoring},
+            {name: found.seconds for name, found in scored.items()},
         )
         del self._pending[pending.task.task_id]
         if pending.lost_at is not None:

@@ -17,7 +17,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from epd_ray.actors import RewardSpec, unwrap
 from epd_ray.cluster import PLACEMENT_SECONDS, require_room, warn_of_idle_gpus
 from epd_ray.config import RunConfig
-from epd_ray.errors import EpdRayError, ModelError
+from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.pool import last_line
 from epd_ray.progress import Observer
 from epd_ray.score.inputs import read_index
@@ -69,6 +69,8 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
     Raises:
         EpdRayError: something that the user can mend; what was scored is kept, and the same call scores the rest.
     """
+    if here := [name for name, reward in config.rewards.items() if not reward.replicas]:
+        raise ConfigError([f"rewards.{here[0]}.replicas is 0, actors score pictures that exist: set it to at least 1"])
     index = read_index(request.source, request.prompts)
     told = {n: {"head": r.head, "backend": r.backend, "options": r.options} for n, r in config.rewards.items()}
     out = ScoreDirectory(request.out, told)

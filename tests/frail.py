@@ -1,0 +1,93 @@
+"""What dies or breaks its GPU in an actor; light, since every process of it imports this."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.rewards.simulated import SimulatedHead
+
+
+class Dying(SimulatedHead):
+    """A head that takes its process with it, where `when` says so; "once" leaves a file behind."""
+
+    def __init__(self, *, when: str, file: str = "") -> None:
+        super().__init__()
+        self.when = when
+        if when == "build" or (when == "once" and not Path(file).exists()):
+            Path(file or os.devnull).touch()
+            os._exit(1)
+
+    def score(self, images, prompts):  # type: ignore[no-untyped-def]
+        if self.when == "score":
+            os._exit(1)
+        return super().score(images, prompts)
+
+
+class DyingEncoders:
+    """In place of a backbone."""
+
+    def embeddings(self, prompts):  # type: ignore[no-untyped-def]
+        os._exit(1)
+
+
+def dying_encoders(*, parts: str, device: str, offload: str) -> DyingEncoders:
+    return DyingEncoders()
+
+
+def break_gpu(file: str, times: int) -> None:
+    """Fail the first few times as CUDA does, after which a process is of no use; the file tells in which it was."""
+    with Path(file).open("a") as processes:
+        processes.write(f"{os.getpid()}\n")
+    if len(Path(file).read_text().split()) <= times:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+
+class BreakingHead(SimulatedHead):
+    """A head on a GPU that breaks."""
+
+    def __init__(self, *, file: str, times: int) -> None:
+        super().__init__()
+        self.broken = file, times
+
+    def score(self, images, prompts):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return super().score(images, prompts)
+
+
+class BreakingBackbone(SimulatedBackbone):
+    """A model on a GPU that breaks."""
+
+    def __init__(self, *, file: str, times: int) -> None:
+        super().__init__()
+        self.broken = file, times
+
+    def decode(self, x):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return super().decode(x)
+
+
+class BreakingEncoders:
+    """In place of a backbone."""
+
+    def __init__(self, *, file: str, times: int, parts: str, device: str, offload: str) -> None:
+        self.broken = file, times
+
+    def embeddings(self, prompts):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return [(torch.ones(1),)]
+
+
+class BreakingExtractor:
+    """A feature extractor."""
+
+    model_id, revision, dimension = "breaking", "1", 1
+
+    def __init__(self, *, file: str, times: int) -> None:
+        self.broken = file, times
+
+    def features(self, images):  # type: ignore[no-untyped-def]
+        break_gpu(*self.broken)
+        return np.ones((len(images), 1), np.float32)
