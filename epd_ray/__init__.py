@@ -4,11 +4,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from epd_ray.parallel import parallelize
-    from epd_ray.scheduler import EPDScheduler
+    from epd_ray.deploy.parallelize import parallelize
+    from epd_ray.deploy.scheduler import EPDScheduler
     from epd_ray.solvers import Solver
 else:
-    _EXPORTS = {"EPDScheduler": "epd_ray.scheduler", "Solver": "epd_ray.solvers", "parallelize": "epd_ray.parallel"}
+    _EXPORTS = {
+        "EPDScheduler": "epd_ray.deploy.scheduler",
+        "Solver": "epd_ray.solvers",
+        "parallelize": "epd_ray.deploy.parallelize",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in _EXPORTS:

@@ -112,7 +112,7 @@ class Backbone(Protocol):
         family: a solver fits models of its own family alone.
         model_id: as the user names it.
         form: of the ODE.
-        schedule: the name in epd_ray.schedules.SCHEDULES of what `sigmas` gives.
+        schedule: the name in epd_ray.solvers.schedules.SCHEDULES of what `sigmas` gives.
         default_guidance: the guidance scale that its family is usually run with.
         facts: what a solver file keeps beside these, as JSON values: resolution, revision, scheduler.
     """

@@ -27,9 +27,9 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from epd_ray.shapes import scenes as world
-from epd_ray.shapes.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
-from epd_ray.shapes.release import release
+from epd_ray.embedded import scenes as world
+from epd_ray.embedded.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
+from epd_ray.embedded.release import release
 
 MAX_LATENTS = 100_000  # encoded once, before the transformer stage
 CHECKPOINT_SECONDS = 60.0

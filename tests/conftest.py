@@ -14,10 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes test at once; the actors co
 import pytest
 import ray
 
-from epd_ray.cluster import start_ray
-from epd_ray.config import load_config
-from epd_ray.run import train
-from epd_ray.session import rdpo_config
+from epd_ray.actors.cluster import start_ray
+from epd_ray.config.loading import load_config
+from epd_ray.rdpo.session import rdpo_config
+from epd_ray.runs.train import train
 from tests.fakes import Quiet
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, there by the children too

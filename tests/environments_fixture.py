@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from epd_ray.environments import NAMES, _identity
+from epd_ray.actors.environments import NAMES, _identity
 
 
 @pytest.fixture(scope="module")

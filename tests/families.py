@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epd_ray.backbones.auto import open_backbone
 from epd_ray.backbones.pipeline import PipelineBackbone
-from epd_ray.sampling import Sampler, noises
+from epd_ray.drawing.sampler import Sampler, noises
 from tests import tiny_models
 from tests.tiny_models import TOKENS
 

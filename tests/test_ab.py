@@ -13,11 +13,11 @@ from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner, Result
 
 from epd_ray import cli
-from epd_ray.ab.make import make_page
-from epd_ray.ab.records import Key, Pair, Vote, read_key, read_votes
-from epd_ray.ab.server import PageServer
-from epd_ray.ab.tally import Standing, results, tally
 from epd_ray.errors import ConfigError, EpdRayError, SideBySideError
+from epd_ray.evaluation.ab.make import make_page
+from epd_ray.evaluation.ab.records import Key, Pair, Vote, read_key, read_votes
+from epd_ray.evaluation.ab.server import PageServer
+from epd_ray.evaluation.ab.tally import Standing, results, tally
 from epd_ray.score.inputs import read_index
 
 PROMPTS = ["a red circle", 'two cats & a "dog" </script><b>', "Übergröße 🦊", "a star", "a cross"]

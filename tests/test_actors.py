@@ -13,13 +13,13 @@ import pytest
 import ray
 from PIL import Image
 
-from epd_ray import actors as module
-from epd_ray.actors import RewardPool, RewardSpec
-from epd_ray.cluster import BrokenGpuError, require_room
-from epd_ray.encoder import EncoderSpec, embed_with, start_encoder
+from epd_ray.actors import pipeline
+from epd_ray.actors import reward_pool as module
+from epd_ray.actors.cluster import BrokenGpuError, require_room
+from epd_ray.actors.encoder import EncoderSpec, embed_with, start_encoder
+from epd_ray.actors.reward_pool import RewardPool, RewardSpec
 from epd_ray.errors import ConfigError, ModelError, PlacementError, TaskError
-from epd_ray.feature_pool import FeaturePool, FeatureSpec
-from epd_ray.rdpo import pipeline
+from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.score.inputs import read_index
 from epd_ray.score.pipeline import scored
 
@@ -212,8 +212,8 @@ def test_what_is_asked_for_is_counted_by_kind(small_ray: None) -> None:
 LOCAL = """
 import os, ray
 from pathlib import Path
-from epd_ray.environments import runtime_env
-from epd_ray.session import ray_session
+from epd_ray.actors.environments import runtime_env
+from epd_ray.rdpo.session import ray_session
 with ray_session(None):
     @ray.remote(num_cpus=0)
     class Witness:

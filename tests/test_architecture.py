@@ -10,7 +10,7 @@ from epd_ray.backbones.auto import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
-PURE = ("epd_ray.rdpo.dirichlet", "epd_ray.rdpo.loss", "epd_ray.rdpo.minibatches")
+PURE = ("epd_ray.policy.dirichlet", "epd_ray.policy.loss", "epd_ray.policy.minibatches")
 RAY_ROOMS = (
     *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
     *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
@@ -82,7 +82,7 @@ def may_use_ray(module: str) -> bool:
 def test_imports_point_one_way() -> None:
     wrong = [f"{m} -> {i}" for m in MODULES for i in own_imports(m) if layer(i) > layer(m)]
     assert not wrong
-    assert layer("epd_ray.rdpo.loss") < layer("epd_ray.backbones.sd3") < layer("epd_ray.rdpo.learner")
+    assert layer("epd_ray.policy.loss") < layer("epd_ray.backbones.sd3") < layer("epd_ray.rdpo.learner")
 
 
 def test_no_cycles() -> None:
@@ -103,7 +103,7 @@ def test_solvers_know_nothing_of(package: str) -> None:
 def test_ray_stays_in_its_rooms() -> None:
     users = {m for m, tree in MODULES.items() if any(within(i, "ray") for i in imports(tree))}
     assert not {m for m in users if not may_use_ray(m)}
-    assert {"epd_ray.actors", "epd_ray.rdpo.policy"} <= users
+    assert {"epd_ray.actors.reward_pool", "epd_ray.policy.network"} <= users
 
 
 def test_backbone_names_stay_in_backbones() -> None:
@@ -174,7 +174,7 @@ def test_the_reader_of_pickles_only_subclasses_the_unpickler() -> None:
 
 def test_importing_the_plain_modules_imports_no_ray() -> None:
     plain = [m for m in MODULES if not may_use_ray(m) and m != "epd_ray.__main__"]
-    assert {"epd_ray.solvers", "epd_ray.rollout", "epd_ray.scoring", "epd_ray.rdpo.loss"} <= set(plain)
+    assert {"epd_ray.solvers", "epd_ray.drawing.worker", "epd_ray.rewards.scoring", "epd_ray.policy.loss"} <= set(plain)
     check = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"

@@ -16,10 +16,10 @@ from torch import Tensor
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.loading import read_index
-from epd_ray.devices import pick_dtype
+from epd_ray.bench.random_models import random_backbone
+from epd_ray.drawing.sampler import baseline, noises
 from epd_ray.errors import ConfigError, ModelError
-from epd_ray.random_models import random_backbone
-from epd_ray.sampling import baseline, noises
+from epd_ray.weights.devices import pick_dtype
 from tests.families import (
     FREE,
     MODELS,

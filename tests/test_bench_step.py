@@ -10,13 +10,13 @@ from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.plain_loop import STAGES, PlainLoop, one_after_another
 from epd_ray.bench.step import step
 from epd_ray.bench.throughput import throughput
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError
+from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
-from epd_ray.rdpo.policy import PolicyNetwork
+from epd_ray.rdpo.session import rdpo_config
+from epd_ray.rewards.scoring import Scorer
 from epd_ray.rewards.simulated import SimulatedHead
-from epd_ray.scoring import Scorer
-from epd_ray.session import rdpo_config
 from epd_ray.types import RolloutJob
 
 SMALL = ["rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch=4", "cluster.images_per_job=2"]

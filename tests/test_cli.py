@@ -8,12 +8,14 @@ from unittest.mock import Mock, create_autospec
 import pytest
 from typer.testing import CliRunner, Result
 
-from epd_ray import cli, doctor, report, run, sample
-from epd_ray.config import RunConfig
+from epd_ray import cli
+from epd_ray.config.loading import RunConfig
 from epd_ray.errors import PromptError, RewardError
-from epd_ray.progress import LineObserver
-from epd_ray.suite import run as suite
-from epd_ray.suite.settings import Request
+from epd_ray.evaluation.suites import evaluate as suite
+from epd_ray.evaluation.suites.settings import Request
+from epd_ray.runs import doctor, report, sample
+from epd_ray.runs import train as run
+from epd_ray.telemetry.progress import LineObserver
 
 
 def invoke(*arguments: object) -> Result:

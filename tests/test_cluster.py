@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from ray._private import services
 
-from epd_ray import cluster, join, session
-from epd_ray.cluster import BrokenGpuError, start_ray
-from epd_ray.config import load_config
+from epd_ray.actors import address as join
+from epd_ray.actors import cluster
+from epd_ray.actors.address import reachable
+from epd_ray.actors.cluster import BrokenGpuError, start_ray
+from epd_ray.config.loading import load_config
 from epd_ray.errors import ClusterError, ModelError
-from epd_ray.feature_pool import FeaturePool, FeatureSpec
-from epd_ray.join import reachable
+from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
+from epd_ray.rdpo import session
 from epd_ray.score.pipeline import ScoreRequest, score
 from tests.fakes import Quiet
 from tests.ray_head import Head, clean_env, free_ports, listening, processes_of, ray_head, token_env
@@ -31,7 +33,7 @@ TOKEN, OTHER = "a1" * 16, "b2" * 16
 REACH = """
 import sys
 from epd_ray.errors import ClusterError
-from epd_ray.join import reachable
+from epd_ray.actors.address import reachable
 try:
     print("reached", reachable(sys.argv[1] or None))
 except ClusterError as error:
@@ -193,7 +195,7 @@ def test_a_jobs_own_setup_hook_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatc
 LOCAL = """
 import sys
 import ray
-from epd_ray.session import ray_session
+from epd_ray.rdpo.session import ray_session
 with ray_session(None, dashboard=sys.argv[1] == "dashboard"):
     ray.get(ray.remote(lambda: 1).remote())
     print(ray._private.worker._global_node.webui_url or "none", flush=True)
@@ -242,7 +244,7 @@ def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
 SEEN = """
 import os, sys
 import ray
-from epd_ray.session import ray_session
+from epd_ray.rdpo.session import ray_session
 with ray_session(sys.argv[1]):
     print(ray.get(ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES")).remote()) == "")
 """
@@ -279,7 +281,7 @@ def test_a_job_has_its_own_word_on_hidden_gpus(monkeypatch: pytest.MonkeyPatch) 
 MINE = """
 import logging, ray
 from epd_ray import cluster
-from epd_ray.session import ray_session
+from epd_ray.rdpo.session import ray_session
 ray.init("local", num_gpus=2, num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
 with ray_session(None):
     cluster.warn_of_idle_gpus({"cluster.rollout_gpus": 0.0})

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.config import RunConfig, first_difference, load_config, to_yaml
+from epd_ray.config.loading import RunConfig, first_difference, load_config, to_yaml
+from epd_ray.config.sections import BackboneConfig
 from epd_ray.errors import ConfigError
-from epd_ray.sections import BackboneConfig
 
 
 def problems(*overrides: str) -> list[str]:

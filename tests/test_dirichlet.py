@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributions import Dirichlet, LogNormal, kl_divergence
 
 from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.errors import TableError
-from epd_ray.rdpo.dirichlet import (
+from epd_ray.policy.dirichlet import (
     LOG_STD_RANGE,
     SMALLEST_PART,
     TableDistribution,
@@ -21,12 +23,10 @@ from epd_ray.rdpo.dirichlet import (
     bound_concentration,
     clamp_scale_time,
 )
-from epd_ray.rdpo.policy import PolicyNetwork, PolicySpec, SolverTableModule, TableActions
-from epd_ray.rollout import RolloutWorker
-from epd_ray.sampling import Sampler
-from epd_ray.schedules import flow_shifted
+from epd_ray.policy.network import PolicyNetwork, PolicySpec, SolverTableModule, TableActions
 from epd_ray.solvers import SolverTable
 from epd_ray.solvers.epd import check_options
+from epd_ray.solvers.schedules import flow_shifted
 from epd_ray.types import RolloutJob, RolloutRequest
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "golden_policy.json").read_text())

@@ -8,20 +8,20 @@ import torch
 from scipy.optimize import minimize
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.distill import (
+from epd_ray.drawing.sampler import Sampler, baseline, noises
+from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.policy.dirichlet import TableDistribution, TableSpace, base_parameters
+from epd_ray.solvers import SolverTable, epd
+from epd_ray.solvers.table import dpm2_table
+from epd_ray.stage_one.fit import StageOne, fit_table
+from epd_ray.stage_one.least_squares import (
     best_points,
     normal_equations,
     position_grid,
     scaled_least_squares,
     simplex_least_squares,
 )
-from epd_ray.rdpo.dirichlet import TableDistribution, TableSpace, base_parameters
-from epd_ray.rollout import RolloutWorker
-from epd_ray.sampling import Sampler, baseline, noises
-from epd_ray.shard import Points, Shard, ShardStates, as_table, refine
-from epd_ray.solvers import SolverTable, epd
-from epd_ray.solvers.table import dpm2_table
-from epd_ray.stage_one import StageOne, fit_table
+from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, refine
 
 PROMPTS = tuple(f"prompt {i}" for i in range(8))
 SEEDS = tuple(range(8))
@@ -162,7 +162,7 @@ def test_states_are_remade_when_lost(monkeypatch):
     warm, grid = worker(backbone), position_grid(7)
     first = [warm.distill(s, grid) for s in shards]
     assert len(warm.states._kept) == 4
-    monkeypatch.setattr("epd_ray.shard.KEPT_BYTES", 0)
+    monkeypatch.setattr("epd_ray.stage_one.shard.KEPT_BYTES", 0)
     short = worker(backbone)
     for shard, before in zip([*shards, *shards], first * 2, strict=True):
         for again in (warm.distill(shard, grid), short.distill(shard, grid)):

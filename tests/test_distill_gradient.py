@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.config import load_config
-from epd_ray.distill_gradient import (
+from epd_ray.config.loading import load_config
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.errors import ConfigError, ModelError
+from epd_ray.policy.dirichlet import TableSpace, base_parameters
+from epd_ray.runs.trainer import descent_of, stage_one
+from epd_ray.solvers import epd
+from epd_ray.stage_one.fit import StageOne, fit_table, losses
+from epd_ray.stage_one.gradient import (
     Descent,
     descend,
     distill_loss,
@@ -16,14 +23,7 @@ from epd_ray.distill_gradient import (
     point_columns,
     raw_parameters,
 )
-from epd_ray.errors import ConfigError, ModelError
-from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
-from epd_ray.rollout import RolloutWorker
-from epd_ray.sampling import Sampler
-from epd_ray.shard import Points, Shard, ShardStates, as_table, table_of
-from epd_ray.solvers import epd
-from epd_ray.stage_one import StageOne, fit_table, losses
-from epd_ray.trainer import descent_of, stage_one
+from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, table_of
 from tests import families
 from tests.test_distill import PROMPTS, SEEDS, on
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from epd_ray.config import load_config
-from epd_ray.distill_run import distill, rms
+from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, RunDirectoryError
+from epd_ray.runs.distill import distill, rms
 from epd_ray.solvers import Solver
 from epd_ray.solvers.zoo import Method
 from tests.conftest import SIMULATED

@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from epd_ray import dry_run as module
-from epd_ray.config import load_config
-from epd_ray.dry_run import Costs, Estimate, dry_run, estimate
+from epd_ray.config.loading import load_config
 from epd_ray.errors import PlacementError
-from epd_ray.memory import Memory
-from epd_ray.prompts import load_prompts
+from epd_ray.prompts.splits import load_prompts
+from epd_ray.runs import dry_run as module
+from epd_ray.runs.dry_run import Costs, Estimate, dry_run, estimate
+from epd_ray.telemetry.memory import Memory
 from tests.conftest import SIMULATED
 from tests.fakes import Quiet
 

@@ -12,10 +12,10 @@ from scipy import stats
 from epd_ray.bench import cases, efficiency, search
 from epd_ray.bench.efficiency import Curve
 from epd_ray.bench.kept import kept
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
+from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import RunDirectoryError
-from epd_ray.sampling import Sampler
-from epd_ray.search import CmaSearch
+from epd_ray.policy.search import CmaSearch
 from epd_ray.solvers import SolverTable
 from tests.conftest import SIMULATED
 

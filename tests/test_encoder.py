@@ -10,15 +10,15 @@ import pytest
 import ray
 import torch
 
+from epd_ray.actors.cluster import _variables
+from epd_ray.actors.encoder import EncoderActor, EncoderSpec, embed_with
 from epd_ray.backbones import BACKBONES
-from epd_ray.cluster import _variables
-from epd_ray.config import load_config
-from epd_ray.encoder import EncoderActor, EncoderSpec, embed_with
+from epd_ray.config.loading import load_config
+from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError, ModelError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, placement
-from epd_ray.sampling import baseline
-from epd_ray.session import rdpo_config
+from epd_ray.rdpo.session import rdpo_config
 from tests.tiny_models import save_sd3
 
 PROMPTS, SEEDS = ["a red circle", "", "a blue star", "two stars"], [1, 2, 3, 4]
@@ -126,7 +126,7 @@ def test_values_in_place_of_names_are_refused_and_not_shown(wrong):
 def test_a_local_ray_listens_on_loopback_alone_whatever_the_environment():
     code = (
         "import ray\n"
-        "from epd_ray.session import ray_session\n"
+        "from epd_ray.rdpo.session import ray_session\n"
         "with ray_session(None):\n"
         "    print(ray.nodes()[0]['NodeManagerAddress'])\n"
     )

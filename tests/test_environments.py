@@ -14,12 +14,12 @@ import ray
 import torch
 from torch import Tensor
 
-from epd_ray import environments
-from epd_ray.actors import RewardPool, RewardSpec
-from epd_ray.environments import NAMES, EnvironmentFailure, install, interpreter, package_spec, requirements
+from epd_ray.actors import environments
+from epd_ray.actors.environments import NAMES, EnvironmentFailure, install, interpreter, package_spec, requirements
+from epd_ray.actors.reward_pool import RewardPool, RewardSpec
 from epd_ray.errors import ModelError, UnknownNameError
 from epd_ray.rewards import HEADS, package
-from epd_ray.scoring import Scorer
+from epd_ray.rewards.scoring import Scorer
 from tests.environments_fixture import real_home  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +157,7 @@ class Block:
         if name.split(".")[0] in sys.argv[1].split(","):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-import epd_ray.feature_pool, epd_ray.metrics.inception, epd_ray.rewards.package
+import epd_ray.evaluation.suites.feature_pool, epd_ray.evaluation.metrics.inception, epd_ray.rewards.package
 """
 
 

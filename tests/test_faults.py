@@ -17,7 +17,7 @@ from epd_ray.bench import fault_cluster
 from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault, StuckError, Trap, beside
 from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
 from epd_ray.bench.faults import EVENTS, PROMPTS, FaultBench, Trace, compare, failing_task, fault_bench
-from epd_ray.store import RunDirectory
+from epd_ray.storage.run_directory import RunDirectory
 
 
 def test_figures_tell_what_is_lost_learned_twice_or_different() -> None:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from epd_ray import feature_pool
-from epd_ray.environments import EnvironmentFailure, install
+from epd_ray.actors.environments import EnvironmentFailure, install
 from epd_ray.errors import EpdRayError, MetricError, ModelError, PlacementError
-from epd_ray.feature_pool import FeatureActor, FeaturePool, FeatureSpec
-from epd_ray.metrics import inception
-from epd_ray.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
-from epd_ray.metrics.inception import InceptionFeatures
-from epd_ray.metrics.pictures import picture_files
-from epd_ray.metrics.reference import read_statistics, reference_statistics, write_statistics
+from epd_ray.evaluation.metrics import inception
+from epd_ray.evaluation.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from epd_ray.evaluation.metrics.inception import InceptionFeatures
+from epd_ray.evaluation.metrics.pictures import picture_files
+from epd_ray.evaluation.metrics.reference import read_statistics, reference_statistics, write_statistics
+from epd_ray.evaluation.suites import feature_pool
+from epd_ray.evaluation.suites.feature_pool import FeatureActor, FeaturePool, FeatureSpec
 from tests.environments_fixture import real_home  # noqa: F401
 from tests.fakes import Colours
 
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_looked_at_once(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("epd_ray.metrics.reference.BATCH", 4)
+    monkeypatch.setattr("epd_ray.evaluation.metrics.reference.BATCH", 4)
     colours = Colours()
     found = reference_statistics(folder, colours, tmp_path / "cache")
     assert sorted(colours.looked_at) == [1, 1, 4, 4]

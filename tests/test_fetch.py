@@ -10,15 +10,15 @@ import ray
 from diffusers import DiffusionPipeline
 from ray.cluster_utils import Cluster
 
-from epd_ray import fetch as module
+from epd_ray.actors.environments import runtime_env
 from epd_ray.backbones import loading
 from epd_ray.backbones.loading import UNUSED
-from epd_ray.config import load_config
-from epd_ray.environments import runtime_env
+from epd_ray.config.loading import load_config
 from epd_ray.errors import ModelError
-from epd_ray.fetch import NOT_OPENED, FetchError, fetch, fetch_model
-from epd_ray.run import train
-from epd_ray.session import ray_session
+from epd_ray.rdpo.session import ray_session
+from epd_ray.runs import fetch as module
+from epd_ray.runs.fetch import NOT_OPENED, FetchError, fetch, fetch_model
+from epd_ray.runs.train import train
 from tests.conftest import TINY
 from tests.fakes import Quiet
 from tests.test_actors import PLANTED, assert_absent

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from epd_ray.environments import install
+from epd_ray.actors.environments import install
 from epd_ray.rewards import HEADS
 from epd_ray.rewards.preprocess import pil_pixels, tensor_pixels
 from epd_ray.rewards.text import PromptTokenizer

@@ -15,7 +15,7 @@ from PIL import Image
 
 from epd_ray.errors import ConfigError, RewardError
 from epd_ray.rewards.http import HttpHead
-from epd_ray.scoring import Scorer
+from epd_ray.rewards.scoring import Scorer
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 4, 6), np.uint8)).float() / 255
 PROMPTS = [f"prompt {i}" for i in range(5)]

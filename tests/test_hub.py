@@ -16,7 +16,7 @@ from huggingface_hub.utils import hf_raise_for_status, httpx
 
 from epd_ray.backbones.auto import FAMILIES, open_backbone
 from epd_ray.errors import ModelError
-from epd_ray.hub import opening
+from epd_ray.weights.hub import opening
 from tests.families import edit, folder, load
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

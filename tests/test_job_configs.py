@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from epd_ray.config import RunConfig, load_config
-from epd_ray.prompts import load_prompts
+from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.config import placement
-from epd_ray.session import rdpo_config
+from epd_ray.rdpo.session import rdpo_config
 from epd_ray.solvers import Solver
 
 FOLDER = Path(__file__).parent.parent / "jobs" / "configs"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from epd_ray.rdpo.loss import clipped_surrogate, leave_one_out
+from epd_ray.policy.loss import clipped_surrogate, leave_one_out
 
 REWARDS, GROUPS = torch.tensor([1.0, 3.0, 10.0, 4.0]), ["a", "a", "b", "b"]
 # Each reward minus its neighbour: -2, 2, 6, -6. Population std of these: sqrt((4 + 4 + 36 + 36) / 4) = sqrt(20).

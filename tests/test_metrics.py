@@ -7,12 +7,12 @@ from PIL import Image, ImageFilter
 from scipy import linalg
 
 from epd_ray.errors import MetricError, ModelError
-from epd_ray.metrics import EXTRACTORS
-from epd_ray.metrics.clip import ClipFeatures
-from epd_ray.metrics.diversity import diversity
-from epd_ray.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
-from epd_ray.metrics.sharpness import sharpness
-from epd_ray.metrics.weights import weights_checksum
+from epd_ray.evaluation.metrics import EXTRACTORS
+from epd_ray.evaluation.metrics.clip import ClipFeatures
+from epd_ray.evaluation.metrics.diversity import diversity
+from epd_ray.evaluation.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from epd_ray.evaluation.metrics.sharpness import sharpness
+from epd_ray.evaluation.metrics.weights import weights_checksum
 from epd_ray.rewards.clip import ClipHead
 
 RNG = np.random.default_rng(0)

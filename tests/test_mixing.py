@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from epd_ray.rdpo import mixing
-from epd_ray.rdpo.mixing import Mixer
+from epd_ray.rewards import mixing
+from epd_ray.rewards.mixing import Mixer
 
 RNG = np.random.default_rng(0)
 

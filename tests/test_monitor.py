@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from epd_ray import monitor as module
-from epd_ray.memory import Memory
-from epd_ray.monitor import EXPORTS, Monitor, exported, memory_metrics
-from epd_ray.store import read_metrics
+from epd_ray.storage.run_directory import read_metrics
+from epd_ray.telemetry import monitor as module
+from epd_ray.telemetry.memory import Memory
+from epd_ray.telemetry.monitor import EXPORTS, Monitor, exported, memory_metrics
 from tests.conftest import TINY
 from tests.ray_head import ray_head
 

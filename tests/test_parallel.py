@@ -10,9 +10,9 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from epd_ray.deploy.parallelize import DOORS, _move, _replica, parallelize, restore
+from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, TableError
-from epd_ray.parallel import DOORS, _move, _replica, parallelize, restore
-from epd_ray.scheduler import EPDScheduler
 from epd_ray.solvers import Solver
 from tests.test_scheduler import FAMILIES, PROMPTS, by_hand, call, difference, folders, load, make_solver
 from tests.tiny_models import save_ddpm

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from epd_ray import pool as module
+from epd_ray.actors import pool as module
+from epd_ray.actors.pool import Bounds, Call, Ended, Pool
 from epd_ray.errors import ModelError
-from epd_ray.pool import Bounds, Call, Ended, Pool
 
 SIM = "rewards={sim: {head: simulated, replicas: 1, max_replicas: 3, options: {latency: 0.4}}}"
 

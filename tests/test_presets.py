@@ -9,8 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from epd_ray.errors import TableError
-from epd_ray.presets import NAMES, PRESETS
 from epd_ray.solvers import Solver, SolverTable
+from epd_ray.solvers.presets import NAMES, PRESETS
 
 DATA = Path(__file__).parent / "data"
 TABLES: dict[str, Any] = json.loads((DATA / "official_tables.json").read_text())

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from epd_ray.progress import LineObserver, LiveObserver, console_observer, duration
+from epd_ray.telemetry.progress import LineObserver, LiveObserver, console_observer, duration
 
 
 class Clock:

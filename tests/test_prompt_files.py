@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from epd_ray.errors import PromptError
-from epd_ray.prompt_files import SUFFIXES, read_prompts
+from epd_ray.prompts.files import SUFFIXES, read_prompts
 
 
 def write(folder: Path, name: str, content: Any) -> Path:

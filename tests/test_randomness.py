@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
+from epd_ray.policy.minibatches import image_order, minibatch_problem
 from epd_ray.randomness import (
     Purpose,
     noise_seeds,
@@ -20,12 +21,11 @@ from epd_ray.randomness import (
     torch_generator,
 )
 from epd_ray.rdpo.batch import propose
-from epd_ray.rdpo.minibatches import image_order, minibatch_problem
-from epd_ray.session import rdpo_config
+from epd_ray.rdpo.session import rdpo_config
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2, 7)
-ELSEWHERE = {"epd_ray.rdpo.policy": "torch initialises the layers of a network from its global state"}
+ELSEWHERE = {"epd_ray.policy.network": "torch initialises the layers of a network from its global state"}
 SEEDING = {"default_rng", "SeedSequence", "RandomState", "PCG64", "manual_seed", "manual_seed_all", "seed_all"}
 GLOBAL = ("random", "np.random", "numpy.random", "torch.random")
 

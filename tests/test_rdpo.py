@@ -12,15 +12,15 @@ import pytest
 import ray
 import torch
 
-from epd_ray.actors import RewardSpec
-from epd_ray.checkpoint import load_newest, save_checkpoint
-from epd_ray.cluster import PLACEMENT_SECONDS, require_room
+from epd_ray.actors.cluster import PLACEMENT_SECONDS, require_room
+from epd_ray.actors.reward_pool import RewardSpec
+from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.learner import RDPOLearner
-from epd_ray.sampling import Sampler, baseline
-from epd_ray.stage_one import StageOne, fit_table
+from epd_ray.stage_one.fit import StageOne, fit_table
+from epd_ray.storage.checkpoint import load_newest, save_checkpoint
 
 ACTORS = (
     *("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1"),

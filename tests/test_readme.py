@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 
 from epd_ray.cli import app
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +68,9 @@ def test_command_parses(command):
 @pytest.mark.parametrize("command", [c for c in commands() if "--suite" in c], ids=" ".join)
 def test_suites_are_asked_for_what_there_is(command, monkeypatch):
     asked = []
-    monkeypatch.setattr("epd_ray.suite.run.evaluate_suite", lambda *request: asked.append(request) or [])
+    monkeypatch.setattr(
+        "epd_ray.evaluation.suites.evaluate.evaluate_suite", lambda *request: asked.append(request) or []
+    )
     monkeypatch.chdir(ROOT)
     typer.main.get_command(app)(command[1:], standalone_mode=False)
     assert len(asked) == 1  # the options go together, and every KEY=VALUE is a setting

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.report import contact_sheet, write_report
-from epd_ray.store import RunDirectory, read_metrics
-from epd_ray.validation import Curve, Validation, write_curve
+from epd_ray.evaluation.validation import Curve, Validation, write_curve
+from epd_ray.runs.report import contact_sheet, write_report
+from epd_ray.storage.run_directory import RunDirectory, read_metrics
 
 NASTY = '<b>&" a small red circle</b><script>alert(1)</script>'
 SOLVERS = [

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.machine import machine
-from epd_ray.provenance import MADE_BY, Provenance, sign, signed_by
-from epd_ray.results import read_sections, write_document
+from epd_ray.evaluation.results import read_sections, write_document
+from epd_ray.telemetry.machine import machine
+from epd_ray.telemetry.provenance import MADE_BY, Provenance, sign, signed_by
 
 
 @pytest.fixture

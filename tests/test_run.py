@@ -19,20 +19,21 @@ import torch
 from PIL import Image
 from typer import Exit
 
-from epd_ray import run as run_module
-from epd_ray import session, trainer
-from epd_ray.checkpoint import FORMAT, load_newest, save_best, save_checkpoint
 from epd_ray.cli.common import ending
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
+from epd_ray.rdpo import session
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.report import write_report
-from epd_ray.rollout_files import TIMINGS
-from epd_ray.run import describe, evaluate, given_solver, resume, train
-from epd_ray.sample import SampleOptions, sample
+from epd_ray.runs import train as run_module
+from epd_ray.runs import trainer
+from epd_ray.runs.report import write_report
+from epd_ray.runs.sample import SampleOptions, sample
+from epd_ray.runs.train import describe, evaluate, given_solver, resume, train
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.storage import place_of
-from epd_ray.store import RunDirectory, package_versions, read_metrics
+from epd_ray.storage.checkpoint import FORMAT, load_newest, save_best, save_checkpoint
+from epd_ray.storage.places import place_of
+from epd_ray.storage.rollouts import TIMINGS
+from epd_ray.storage.run_directory import RunDirectory, package_versions, read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
@@ -361,10 +362,10 @@ OUTGROWS = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from epd_ray.checkpoint import save_best, save_checkpoint
+from epd_ray.storage.checkpoint import save_best, save_checkpoint
 from epd_ray.errors import RunDirectoryError
-from epd_ray.rollout_files import rollout_table, write_rollouts
-from epd_ray.store import MetricsLog, RunDirectory, write_text
+from epd_ray.storage.rollouts import rollout_table, write_rollouts
+from epd_ray.storage.run_directory import MetricsLog, RunDirectory, write_text
 from tests.test_store import row
 
 rows = rollout_table([row(i) for i in range(200)])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.sampling import Sampler, alike, noises
+from epd_ray.drawing.sampler import Sampler, alike, noises
 from epd_ray.solvers import SolverTable
 
 PROMPTS = ["red", "blue", "red", "red", "blue"]

@@ -24,10 +24,9 @@ from diffusers import (
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from epd_ray import schedules
+from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.scheduler import EPDScheduler
-from epd_ray.solvers import Solver, SolverTable
+from epd_ray.solvers import Solver, SolverTable, schedules
 from epd_ray.types import Form
 from tests.tiny_models import SD_BETAS, save_ddpm, save_flux, save_sd, save_sd3, save_sdxl
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epd_ray import schedules
 from epd_ray.errors import ScheduleError
+from epd_ray.solvers import schedules
 
 DATA = Path(__file__).parent / "data"
 SOLVERS: dict[str, Any] = json.loads((DATA / "golden_solvers.json").read_text())

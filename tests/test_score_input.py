@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from epd_ray.errors import EpdRayError
-from epd_ray.metrics.pictures import picture_files
+from epd_ray.evaluation.metrics.pictures import picture_files
 from epd_ray.score.inputs import in_order, read_index
 from epd_ray.score.rows import ROWS_PER_TASK, decode, pieces
 

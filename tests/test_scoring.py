@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epd_ray import errors
 from epd_ray.errors import ConfigError, EpdRayError, RewardError
-from epd_ray.scoring import REFERENCE, Normalisation, Scorer, mix, standardise
+from epd_ray.rewards.scoring import REFERENCE, Normalisation, Scorer, mix, standardise
 
 IDS, PROMPTS = ["r1", "r2"], ["one", "two"]
 IMAGES = np.stack([np.zeros((3, 2, 2), np.uint8), np.full((3, 2, 2), 255, np.uint8)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epd_ray.errors import ConfigError, TableError
-from epd_ray.search import CmaSearch, RandomSearch, coordinates, space_of, tables_at
+from epd_ray.policy.search import CmaSearch, RandomSearch, coordinates, space_of, tables_at
 from epd_ray.solvers import SolverTable
 
 START = SolverTable(torch.tensor([[0.3, 0.6], [0.2, 0.7]]).double(), torch.tensor([[0.5, 0.5], [0.8, 0.2]]).double())

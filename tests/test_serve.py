@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epd_ray import cluster
+from epd_ray.actors import cluster
+from epd_ray.actors.serving import BadRequestError, Limits, Service, _run, read_request, served
 from epd_ray.errors import ConfigError, ModelError, PlacementError, RewardError, UnknownNameError
 from epd_ray.rewards.http import HttpHead
 from epd_ray.rewards.simulated import SimulatedHead
-from epd_ray.serve import BadRequestError, Limits, Service, _run, read_request, served
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 4), np.uint8)
 PROMPTS = ["a", "b", "c"]
@@ -222,8 +222,8 @@ def test_one_ray_serves_one_head(url: str) -> None:
 
 def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cluster.require_room
-    monkeypatch.setattr("epd_ray.serve.require_room", lambda bundles: real(bundles, timeout_s=0.5))
-    monkeypatch.setattr("epd_ray.serve.serve.status", lambda: SimpleNamespace(proxies={}))
+    monkeypatch.setattr("epd_ray.actors.serving.require_room", lambda bundles: real(bundles, timeout_s=0.5))
+    monkeypatch.setattr("epd_ray.actors.serving.serve.status", lambda: SimpleNamespace(proxies={}))
     with (
         pytest.raises(PlacementError, match=r"GPU: 8000 asked, .*2 x 1 CPU, 4000 GPU"),
         served("simulated", {}, port=free_port(), replicas=2, num_gpus=4000),
@@ -237,8 +237,8 @@ def test_gpus_that_a_server_does_not_ask_for_are_mentioned(
     def full(bundles: object) -> None:
         raise PlacementError("no room")
 
-    monkeypatch.setattr("epd_ray.serve.require_room", full)
-    monkeypatch.setattr("epd_ray.serve.serve.status", lambda: SimpleNamespace(proxies={}))
+    monkeypatch.setattr("epd_ray.actors.serving.require_room", full)
+    monkeypatch.setattr("epd_ray.actors.serving.serve.status", lambda: SimpleNamespace(proxies={}))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     for head, num_gpus in (("tests.test_serve:Broken", 0.0), ("tests.test_serve:Broken", 0.5), ("simulated", 0.0)):
         with pytest.raises(PlacementError), served(head, {}, port=free_port(), num_gpus=num_gpus):
@@ -255,7 +255,7 @@ def test_a_failed_deployment_is_one_line(monkeypatch: pytest.MonkeyPatch, error:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("epd_ray.serve.serve.run", fail)
+    monkeypatch.setattr("epd_ray.actors.serving.serve.run", fail)
     with pytest.raises(ModelError) as caught:
         _run(None, "mine")  # type: ignore[arg-type]
     assert str(caught.value) == f"reward head 'mine' cannot be served: {said}"

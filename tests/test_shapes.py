@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from epd_ray.shapes.judge import look, scene_accuracy
-from epd_ray.shapes.scenes import (
+from epd_ray.embedded.judge import look, scene_accuracy
+from epd_ray.embedded.scenes import (
     CANVAS,
     COLOURS,
     MIRRORED,

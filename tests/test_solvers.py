@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from epd_ray import schedules
 from epd_ray.backbones.gaussian import Mixture
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.solvers import Form, Solver, SolverTable, dpm2, dpm2_table, epd, euler, heun, heun_table, ipndm
+from epd_ray.solvers import Form, Solver, SolverTable, dpm2, dpm2_table, epd, euler, heun, heun_table, ipndm, schedules
 from epd_ray.types import Drift
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "golden_solvers.json").read_text())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from epd_ray.statistics import Interval, bootstrap_mean, median_interval, paired_difference, student_mean
+from epd_ray.evaluation.statistics import Interval, bootstrap_mean, median_interval, paired_difference, student_mean
 
 
 def test_interval_matches_the_normal_one_on_a_large_sample() -> None:

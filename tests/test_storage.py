@@ -19,16 +19,16 @@ import tenacity
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
-from epd_ray import lock, mirror
-from epd_ray.config import load_config, to_yaml
+from epd_ray.config.loading import load_config, to_yaml
 from epd_ray.errors import EpdRayError, ModelError, RunDirectoryError
-from epd_ray.lock import LEASE, Holder, Lease, held
-from epd_ray.mirror import Mirror, StorageError, open_filesystem
-from epd_ray.report import write_report
-from epd_ray.rollout_files import TIMINGS
-from epd_ray.run import evaluate, resume, train
-from epd_ray.storage import RemotePlace, inside, is_uri, place_of
-from epd_ray.store import write_text
+from epd_ray.runs.report import write_report
+from epd_ray.runs.train import evaluate, resume, train
+from epd_ray.storage import lock, mirror
+from epd_ray.storage.lock import LEASE, Holder, Lease, held
+from epd_ray.storage.mirror import Mirror, StorageError, open_filesystem
+from epd_ray.storage.places import RemotePlace, inside, is_uri, place_of
+from epd_ray.storage.rollouts import TIMINGS
+from epd_ray.storage.run_directory import write_text
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
@@ -389,7 +389,7 @@ def test_names_for_people():
 def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
     path = tmp_path / ".lock"
     code = (
-        "import sys, time; from pathlib import Path; from epd_ray.lock import held\n"
+        "import sys, time; from pathlib import Path; from epd_ray.storage.lock import held\n"
         "with held(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

@@ -18,11 +18,11 @@ import ray
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from epd_ray import rollout_files
 from epd_ray.errors import PromptError, RewardError, RunDirectoryError
-from epd_ray.prompt_files import read_prompts
-from epd_ray.rollout_files import drop_rollouts, rollout_table, write_rollouts
-from epd_ray.store import MetricsLog, RunDirectory, read_metrics, whole, write_text
+from epd_ray.prompts.files import read_prompts
+from epd_ray.storage import rollouts as rollout_files
+from epd_ray.storage.rollouts import drop_rollouts, rollout_table, write_rollouts
+from epd_ray.storage.run_directory import MetricsLog, RunDirectory, read_metrics, whole, write_text
 
 
 def row(index: int, **changes: Any) -> dict[str, Any]:

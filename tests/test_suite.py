@@ -10,13 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError, RunDirectoryError, TableError
-from epd_ray.rdpo.config import placement
-from epd_ray.rollout import BackboneFacts
-from epd_ray.sampling import Sampler
-from epd_ray.session import rdpo_config
-from epd_ray.solvers import Solver, SolverTable
-from epd_ray.suite.definition import (
+from epd_ray.evaluation.suites.definition import (
     FID_METRIC,
     Line,
     Suite,
@@ -25,15 +22,18 @@ from epd_ray.suite.definition import (
     paper_suite,
     pick_table,
 )
-from epd_ray.suite.layout import as_csv, differences, grid, markdown, tabulate
-from epd_ray.suite.measure import FEATURES, SHARPNESS, feature_rows, rows
-from epd_ray.suite.output import notes
-from epd_ray.suite.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
-from epd_ray.suite.pictures import Pictures
-from epd_ray.suite.results import Manifest, ResultsDirectory
-from epd_ray.suite.settings import Request, load_settings
-from epd_ray.suite.solvers import keep_solvers, open_solvers, sources_of
-from epd_ray.suite.summary import DIVERSITY, speed, summarise, verdicts
+from epd_ray.evaluation.suites.directory import Manifest, ResultsDirectory
+from epd_ray.evaluation.suites.layout import as_csv, differences, grid, markdown, tabulate
+from epd_ray.evaluation.suites.measure import FEATURES, SHARPNESS, feature_rows, rows
+from epd_ray.evaluation.suites.output import notes
+from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
+from epd_ray.evaluation.suites.pictures import Pictures
+from epd_ray.evaluation.suites.settings import Request, load_settings
+from epd_ray.evaluation.suites.solvers import keep_solvers, open_solvers, sources_of
+from epd_ray.evaluation.suites.summary import DIVERSITY, speed, summarise, verdicts
+from epd_ray.rdpo.config import placement
+from epd_ray.rdpo.session import rdpo_config
+from epd_ray.solvers import Solver, SolverTable
 
 SCENES = (
     "a large red circle in the center on a white background",
@@ -429,7 +429,7 @@ def test_differences_name_both(measured):
 
 
 def test_frechet_distance_is_to_the_reference(measured):
-    from epd_ray.metrics.frechet import FeatureStatistics
+    from epd_ray.evaluation.metrics.frechet import FeatureStatistics
 
     suite, results = measured
     reference = FeatureStatistics.of(feature_rows(results.read("euler-50", PICTURES.shards))).gaussian()

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from epd_ray.ab.make import make_page
+from epd_ray.actors.environments import EnvironmentFailure
 from epd_ray.backbones.auto import open_backbone
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.environments import EnvironmentFailure
+from epd_ray.config.sections import BackboneConfig
+from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.errors import (
     ConfigError,
     MetricError,
@@ -27,13 +28,12 @@ from epd_ray.errors import (
     RunDirectoryError,
     TableError,
 )
-from epd_ray.rollout import RolloutWorker
-from epd_ray.sections import BackboneConfig
+from epd_ray.evaluation.ab.make import make_page
+from epd_ray.evaluation.suites.evaluate import evaluate_suite
+from epd_ray.evaluation.suites.features import foresee_features
+from epd_ray.evaluation.suites.settings import Request, load_settings
+from epd_ray.evaluation.suites.solvers import foresee
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.suite.features import foresee_features
-from epd_ray.suite.run import evaluate_suite
-from epd_ray.suite.settings import Request, load_settings
-from epd_ray.suite.solvers import foresee
 from tests.fakes import Quiet
 from tests.tiny_models import save_clip, save_ddpm, save_flux, save_sd, save_sd3, save_sdxl
 
@@ -183,8 +183,8 @@ def test_a_solver_is_added_to_what_is_there(small_ray, request_of, calls, tmp_pa
 def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, monkeypatch):
     statistics = tmp_path / "reference.npz"
     np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
-    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
-    monkeypatch.setattr("epd_ray.suite.run.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.ray_session", lambda *_: pytest.fail("Ray was started"))
     monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path / "home"))
     with pytest.raises(TableError, match="'nowhere' is no directory"):
         measured(replace(request_of, solvers=("nowhere",)))
@@ -207,8 +207,8 @@ def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, 
 
 
 def test_what_the_model_is_not_for_is_said_before_an_actor_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr("epd_ray.suite.run.ray_session", lambda *_: pytest.fail("Ray was started"))
-    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
     sd, sdxl, sd3, ddpm = (save(tmp_path / save.__name__) for save in (save_sd, save_sdxl, save_sd3, save_ddpm))
     flow = save_solver(tmp_path / "flow", family="sd3")
     statistics = tmp_path / "reference.npz"
@@ -243,7 +243,7 @@ def test_an_index_tells_what_the_open_model_is(tmp_path, save):
 
 
 def test_no_room_for_the_extractor_is_said_before_the_model_is_up(small_ray, request_of, monkeypatch):
-    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
     request = replace(request_of, features="shapes-clip", images_per_prompt=2)
     with pytest.raises(PlacementError, match=r"GPU: 0.2 asked, 0 free"):
         measured(request, "cluster.feature_gpus=0.2", "cluster.placement_timeout_s=0.2")
@@ -280,7 +280,7 @@ def test_head_weights_that_are_missing_leave_nothing(small_ray, request_of, tmp_
 
 
 def test_fewer_pictures_than_the_distance_needs(small_ray, request_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("epd_ray.suite.run.algorithm", lambda *_: pytest.fail("actors were started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
     clip, statistics = save_clip(tmp_path / "clip"), tmp_path / "reference.npz"
     np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
     request = replace(request_of, features=str(clip), reference=statistics)

@@ -19,14 +19,14 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from typer.testing import CliRunner
 
 from epd_ray import cli
-from epd_ray.config import dump_yaml, load_config
+from epd_ray.config.loading import dump_yaml, load_config
 from epd_ray.errors import ConfigError, PlacementError, RunDirectoryError, TableError, TaskError
-from epd_ray.lock import held
-from epd_ray.prompts import load_prompts
+from epd_ray.prompts.splits import load_prompts
 from epd_ray.solvers import Solver
-from epd_ray.sweep.run import create, domain, resume, scheduler, sweep, within
+from epd_ray.storage.lock import held
 from epd_ray.sweep.space import KEYS, Distribution, load_plan
 from epd_ray.sweep.table import Result, as_csv, as_lines, ranking
+from epd_ray.sweep.tuner import create, domain, resume, scheduler, sweep, within
 from tests.fakes import Quiet
 
 TINY = {
@@ -210,9 +210,9 @@ def test_directories_that_are_taken(tmp_path):
 def stopped_early(monkeypatch):
     """No Ray, and Tune is stopped before it makes a trial; gives the arguments of what is faked."""
     asked = {}
-    monkeypatch.setattr("epd_ray.sweep.run.ray_session", lambda *of: asked.update(session=of) or nullcontext())
-    monkeypatch.setattr("epd_ray.sweep.run.require_room", lambda *of: asked.update(room=of))
-    monkeypatch.setattr("epd_ray.sweep.run._tune", lambda *of: [])
+    monkeypatch.setattr("epd_ray.sweep.tuner.ray_session", lambda *of: asked.update(session=of) or nullcontext())
+    monkeypatch.setattr("epd_ray.sweep.tuner.require_room", lambda *of: asked.update(room=of))
+    monkeypatch.setattr("epd_ray.sweep.tuner._tune", lambda *of: [])
     return asked
 
 
@@ -252,7 +252,7 @@ def test_one_process_makes_a_sweep(tmp_path, stopped_early):
 def test_what_no_trial_could_use_leaves_no_directory(tmp_path, stopped_early, monkeypatch):
     with pytest.raises(TableError, match="nowhere/at/all"):
         sweep(plan(tmp_path, "distill.table=nowhere/at/all"), tmp_path / "out", Quiet())
-    monkeypatch.setattr("epd_ray.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("epd_ray.runs.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="wandb is not installed"):
         sweep(plan(tmp_path, "tracking.wandb={}"), tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
@@ -362,7 +362,7 @@ def test_no_room_is_said_before_anything_starts(small_ray, tmp_path):
 @pytest.mark.slow
 def test_pbt_changes_what_the_learner_uses(small_ray, tmp_path, monkeypatch):
     # In step with each other, so that one takes over the other's policy however busy the machine is.
-    monkeypatch.setattr("epd_ray.sweep.run.PopulationBasedTraining", partial(PopulationBasedTraining, synch=True))
+    monkeypatch.setattr("epd_ray.sweep.tuner.PopulationBasedTraining", partial(PopulationBasedTraining, synch=True))
     space = f"sweep.space={{{LR}}}"
     pbt = ("sweep.scheduler=pbt", "sweep.trials=2", "sweep.grace=0.3", "rdpo.iterations=8")
     sweep(plan(tmp_path, space, *pbt), tmp_path / "out", Quiet())

@@ -6,9 +6,9 @@ import torch
 from rich.console import Console, RenderableType
 
 from epd_ray.errors import TableError
-from epd_ray.presets import NAMES
+from epd_ray.runs.tables import convert, import_reference, list_presets, load_solver, show, show_solver
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.tables import convert, import_reference, list_presets, load_solver, show, show_solver
+from epd_ray.solvers.presets import NAMES
 from tests.test_reference import SD3, Predictor, dump
 
 

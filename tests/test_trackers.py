@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from epd_ray import trackers as module
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.sections import MlflowConfig, TrackingConfig, WandbConfig
 from epd_ray.errors import ConfigError
-from epd_ray.run import train
-from epd_ray.sections import MlflowConfig, TrackingConfig, WandbConfig
-from epd_ray.store import RunDirectory, read_metrics
-from epd_ray.trackers import require_trackers, trackers, tune_callbacks
+from epd_ray.runs import trackers as module
+from epd_ray.runs.trackers import require_trackers, trackers, tune_callbacks
+from epd_ray.runs.train import train
+from epd_ray.storage.run_directory import RunDirectory, read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
 

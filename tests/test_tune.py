@@ -8,7 +8,7 @@ import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, RunConfig, Tuner
 
-from epd_ray.actors import RewardSpec
+from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
 

@@ -7,17 +7,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from epd_ray import trainer
-from epd_ray.checkpoint import load_newest
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
 from epd_ray.errors import RunDirectoryError
-from epd_ray.held_out import early_end, held_out
-from epd_ray.report import write_report
-from epd_ray.run import resume, train
+from epd_ray.evaluation.statistics import paired_difference
+from epd_ray.evaluation.validation import Curve, Validation, read_curve, write_curve
+from epd_ray.runs import trainer
+from epd_ray.runs.held_out import early_end, held_out
+from epd_ray.runs.report import write_report
+from epd_ray.runs.train import resume, train
 from epd_ray.solvers import Solver
-from epd_ray.statistics import paired_difference
-from epd_ray.store import read_metrics
-from epd_ray.validation import Curve, Validation, read_curve, write_curve
+from epd_ray.storage.checkpoint import load_newest
+from epd_ray.storage.run_directory import read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
 from tests.test_run import rollouts, table

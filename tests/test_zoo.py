@@ -18,9 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
-from epd_ray.evaluate import rivals
-from epd_ray.sampling import (
+from epd_ray.drawing.sampler import (
     Sampler,
     baseline,
     conditioned_drift,
@@ -29,9 +27,11 @@ from epd_ray.sampling import (
     scheduled,
     schedules_for,
 )
-from epd_ray.schedules import MODEL, SCHEDULES, check_sigmas, logsnr
+from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
+from epd_ray.evaluation.comparison import rivals
 from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
 from epd_ray.solvers.schedulers import deis, dpmpp, unipc
+from epd_ray.solvers.schedules import MODEL, SCHEDULES, check_sigmas, logsnr
 from tests.families import PROMPTS, SEEDS, backbones, folder
 from tests.tiny_models import TOKENS
 

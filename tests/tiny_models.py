@@ -33,7 +33,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from epd_ray.shapes.networks import make_tokenizer, text_config
+from epd_ray.embedded.networks import make_tokenizer, text_config
 
 TOKENS = 20
 WIDTH = 32

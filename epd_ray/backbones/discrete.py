@@ -7,8 +7,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import ModelError, ScheduleError
-from epd_ray.schedules import discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
 from epd_ray.solvers.network import ve_drift
+from epd_ray.solvers.schedules import discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

@@ -11,7 +11,7 @@ from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.backbones.pipeline import decode_latents
-from epd_ray.solvers.deploy import FLOW_FACTS
+from epd_ray.solvers.scheduler_config import FLOW_FACTS
 from epd_ray.types import Form
 
 T5_TOKENS = 512  # as in the pipeline's call

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epd_ray.errors import ModelError
 from epd_ray.randomness import torch_generator
-from epd_ray.schedules import flow_shifted, polynomial
+from epd_ray.solvers.schedules import flow_shifted, polynomial
 from epd_ray.types import Conditioning, Form
 
 

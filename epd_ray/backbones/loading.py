@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from epd_ray.assets import require_vocabulary, resolve_model
-from epd_ray.devices import pick_device, pick_dtype
+from epd_ray.embedded.models import require_vocabulary, resolve_model
 from epd_ray.errors import ModelError
-from epd_ray.hub import opening
+from epd_ray.weights.devices import pick_device, pick_dtype
+from epd_ray.weights.hub import opening
 
 Parts = Literal["all", "text", "image"]
 Offload = Literal["none", "model", "sequential"]

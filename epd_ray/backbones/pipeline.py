@@ -12,10 +12,10 @@ from torch import Tensor
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.conditioning import TextConditioning, guided_drift
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.devices import pick_dtype
 from epd_ray.errors import ModelError
 from epd_ray.randomness import torch_generator
 from epd_ray.types import Conditioning, Form
+from epd_ray.weights.devices import pick_dtype
 
 
 class Family(Protocol):

@@ -11,15 +11,15 @@ from epd_ray.bench.faults import faults
 from epd_ray.bench.iterations import overhead, overlap
 from epd_ray.bench.kept import FOLDER
 from epd_ray.bench.latency import latency
+from epd_ray.bench.random_models import Size
 from epd_ray.bench.scale import flat, scale
 from epd_ray.bench.scoring import scoring
 from epd_ray.bench.search import search
 from epd_ray.bench.step import step
 from epd_ray.bench.throughput import throughput
-from epd_ray.random_models import Size
 
 Record = dict[str, Any]
-"""Names of figures, some with slashes (see epd_ray.bench.show), to values."""
+"""Names of figures, some with slashes (see epd_ray.report.tables), to values."""
 
 CASES: dict[str, Callable[..., Record]] = {
     "overhead": overhead,

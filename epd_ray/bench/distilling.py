@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from epd_ray.config import RunConfig, load_config
-from epd_ray.prompts import load_prompts
+from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.prompts.splits import load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
+from epd_ray.rdpo.session import rdpo_config
 from epd_ray.rewards import HEADS
-from epd_ray.rollout import RolloutWorker
-from epd_ray.sampling import Sampler
-from epd_ray.scoring import Scorer
-from epd_ray.session import rdpo_config
-from epd_ray.shard import Fit, as_table
-from epd_ray.stage_one import fit_table, losses
-from epd_ray.trainer import descent_of, stage_one
+from epd_ray.rewards.scoring import Scorer
+from epd_ray.runs.trainer import descent_of, stage_one
+from epd_ray.stage_one.fit import fit_table, losses
+from epd_ray.stage_one.shard import Fit, as_table
 
 TWO, NO_SCALES = ("solver.points=2", "solver.start_point=false"), ("rdpo.scale_dir=false",)
 GRADIENT = ("distill.method=gradient", "distill.steps=16")

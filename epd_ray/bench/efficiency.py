@@ -8,12 +8,12 @@ from itertools import product
 from pathlib import Path
 
 from epd_ray.bench.kept import FOLDER, kept
-from epd_ray.config import RunConfig, load_config
-from epd_ray.prompts import load_prompts
-from epd_ray.session import algorithm
-from epd_ray.shard import as_table
-from epd_ray.statistics import median_interval
-from epd_ray.trainer import distil, held_out
+from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.evaluation.statistics import median_interval
+from epd_ray.prompts.splits import load_prompts
+from epd_ray.rdpo.session import algorithm
+from epd_ray.runs.trainer import distil, held_out
+from epd_ray.stage_one.shard import as_table
 
 PUBLISHED_SOLVER = ("solver.points=2", "solver.start_point=false", "rdpo.scale_dir=false")  # as many evaluations
 REFERENCE = (

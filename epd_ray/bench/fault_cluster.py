@@ -17,12 +17,12 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from torch import Tensor
 
+from epd_ray.actors.cluster import ONE_MACHINE
 from epd_ray.backbones.gaussian import GaussianConditioning
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.cluster import ONE_MACHINE
 from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rewards.simulated import SimulatedHead
-from epd_ray.store import write_text
+from epd_ray.storage.run_directory import write_text
 from epd_ray.types import Conditioning
 
 PATIENCE_SECONDS = 400.0

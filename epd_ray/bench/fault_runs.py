@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from epd_ray.bench.fault_cluster import Fault, Nodes, living_actors, wait_for
-from epd_ray.rollout_files import TIMINGS
+from epd_ray.storage.rollouts import TIMINGS
 
 HIT = 3  # the driver dies once this iteration is on the disk
 SETTINGS = (

@@ -32,12 +32,12 @@ from epd_ray.bench.fault_cluster import (
     wait_for,
 )
 from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
-from epd_ray.config import load_config
+from epd_ray.config.loading import load_config
+from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import EpdRayError, TaskError
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.sampling import Sampler
-from epd_ray.session import rdpo_config
-from epd_ray.stage_one import StageOne, fit_table
+from epd_ray.rdpo.session import rdpo_config
+from epd_ray.stage_one.fit import StageOne, fit_table
 
 KINDS = ("rollout", "rollout", "reward", "learner")
 ITERATIONS, HIT, LATER = 8, 3, 6  # the kill comes in the fourth iteration

@@ -4,8 +4,8 @@ import statistics
 import time
 
 from epd_ray.bench.timing import timed
-from epd_ray.config import load_config
-from epd_ray.session import algorithm
+from epd_ray.config.loading import load_config
+from epd_ray.rdpo.session import algorithm
 
 SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false")
 Record = dict[str, float | int | str | bool | None]

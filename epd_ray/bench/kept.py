@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from epd_ray.config import RunConfig, first_change
+from epd_ray.config.loading import RunConfig, first_change
 from epd_ray.errors import RunDirectoryError
-from epd_ray.store import write_text
+from epd_ray.storage.run_directory import write_text
 
 FOLDER = Path("bench")
 DECIDING = ("seed", "backbone", "solver", "prompts", "rewards", "distill", "rdpo")

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
+from epd_ray.actors.tasks import BackboneSpec
+from epd_ray.bench.random_models import ARCHITECTURES, Size
+from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError
-from epd_ray.random_models import ARCHITECTURES, Size
 from epd_ray.rdpo.config import EMBEDDED_BACKBONE
-from epd_ray.rdpo.tasks import BackboneSpec
 from epd_ray.registry import did_you_mean
-from epd_ray.shapes.scenes import distinct_scenes
 from epd_ray.types import Backbone
 
 EMBEDDED, RANDOM = "shapes", "-random"
 MODELS = (EMBEDDED, *(f"{name}{RANDOM}" for name in ARCHITECTURES))
-FACTORY = "epd_ray.random_models:random_backbone"
+FACTORY = "epd_ray.bench.random_models:random_backbone"
 
 
 @dataclass(frozen=True)

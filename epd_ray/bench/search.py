@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from epd_ray.bench.kept import FOLDER, kept
-from epd_ray.config import RunConfig, load_config
-from epd_ray.prompts import PromptSplits, load_prompts
+from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.evaluation.statistics import student_mean
+from epd_ray.policy.search import CmaSearch, RandomSearch, Search
+from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds, request_seeds, stream
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.sampling import Sampler
-from epd_ray.search import CmaSearch, RandomSearch, Search
-from epd_ray.session import algorithm
-from epd_ray.shard import as_table
+from epd_ray.rdpo.session import algorithm
+from epd_ray.runs.trainer import distil, validate
 from epd_ray.solvers import SolverTable
-from epd_ray.statistics import student_mean
-from epd_ray.trainer import distil, validate
+from epd_ray.stage_one.shard import as_table
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
     "n2": (),

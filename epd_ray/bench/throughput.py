@@ -10,16 +10,16 @@ from torch import Tensor
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import EMBEDDED, Subject, prompts
+from epd_ray.bench.random_models import Size
 from epd_ray.bench.timing import interleaved, medians
-from epd_ray.config import load_config
-from epd_ray.random_models import Size
+from epd_ray.config.loading import load_config
+from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.rdpo.policy import PolicyNetwork
+from epd_ray.rdpo.session import algorithm, rdpo_config
 from epd_ray.rewards import HEADS
-from epd_ray.rollout import RolloutWorker
-from epd_ray.scoring import Scorer
-from epd_ray.session import algorithm, rdpo_config
+from epd_ray.rewards.scoring import Scorer
 from epd_ray.types import Backbone, Conditioning, RolloutJob
 
 Record = dict[str, float | int | str | bool | None]

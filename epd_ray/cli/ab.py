@@ -26,7 +26,7 @@ def make(
 ) -> None:
     """Write a page that shows two folders of pictures side by side, blind."""
     with ending():
-        from epd_ray.ab.make import make_page
+        from epd_ray.evaluation.ab.make import make_page
 
         say(make_page(left, right, out, prompts, pairs, seed))
 
@@ -38,7 +38,7 @@ def serve(
 ) -> None:
     """Show a page, and save its votes beside it."""
     with ending():
-        from epd_ray.ab.server import serve_page
+        from epd_ray.evaluation.ab.server import serve_page
 
         serve_page(page, port, typer.echo)
 
@@ -53,6 +53,6 @@ def results(
 ) -> None:
     """Un-blind a page's votes: wins, ties and losses with a 95 % interval."""
     with ending():
-        from epd_ray.ab.tally import results as unblind
+        from epd_ray.evaluation.ab.tally import results as unblind
 
         say(unblind(page, files or []))

@@ -12,7 +12,7 @@ import typer
 from epd_ray.errors import EpdRayError
 
 if TYPE_CHECKING:
-    from epd_ray.progress import Observer
+    from epd_ray.telemetry.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
 FULL, REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, {errno.EACCES, errno.EROFS, errno.EPERM}
@@ -63,7 +63,7 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
 @contextmanager
 def observed() -> Iterator["Observer"]:
     """An observer that lets go of the terminal whatever happens."""
-    from epd_ray.progress import console_observer
+    from epd_ray.telemetry.progress import console_observer
 
     observer = console_observer()
     try:

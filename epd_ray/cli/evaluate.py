@@ -9,7 +9,7 @@ from epd_ray.cli.common import INTERRUPTED, ConfigOption, ending, local_path, ob
 from epd_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epd_ray.suite.settings import Request
+    from epd_ray.evaluation.suites.settings import Request
 
 
 def evaluate(
@@ -71,7 +71,7 @@ def evaluate(
                     ["give one RUN, with --count, --prompts and --split alone; or --suite for everything else "
                      "(epd-ray evaluate --help)"]
                 )  # fmt: skip
-            from epd_ray import run
+            from epd_ray.runs import train as run
 
             with observed() as observer:
                 headline = run.evaluate(place(given[0]), count, prompts, split or "test", observer)
@@ -87,7 +87,7 @@ def evaluate(
             raise ConfigError(
                 [f"--suite {suite} needs --out DIR: the results go there, and an interrupted one goes on"]
             )
-        from epd_ray.suite.settings import Request
+        from epd_ray.evaluation.suites.settings import Request
 
         request = Request(
             suite, out, tuple(solver or ()), table, count, Path(files[0]) if files else prompts, images_per_prompt,
@@ -97,8 +97,8 @@ def evaluate(
 
 
 def _measure(request: "Request", config: Path | None, overrides: list[str]) -> None:
-    from epd_ray.suite.run import evaluate_suite
-    from epd_ray.suite.settings import load_settings
+    from epd_ray.evaluation.suites.evaluate import evaluate_suite
+    from epd_ray.evaluation.suites.settings import load_settings
 
     settings = load_settings(request.suite, config, overrides)
     try:

@@ -29,7 +29,7 @@ def install(
 ) -> None:
     """Build the Python environment of a published package: a reward's for `backend: package`, or the FID's."""
     with ending():
-        from epd_ray.environments import install as build
+        from epd_ray.actors.environments import install as build
 
         typer.echo(f"python: {build(name, force=force, say=lambda line: typer.echo(line, err=True))}")
 
@@ -64,6 +64,6 @@ def serve(
             raise ConfigError([f"--options {options!r} is not JSON: {error}"]) from error
         if not isinstance(arguments, dict):
             raise ConfigError([f'--options {options!r} is no JSON object, such as {{"model": "shapes-clip"}}'])
-        from epd_ray.serve import serve_head
+        from epd_ray.actors.serving import serve_head
 
         serve_head(head, arguments, host=host, port=port, replicas=replicas, num_gpus=num_gpus, say=typer.echo)

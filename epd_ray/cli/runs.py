@@ -41,11 +41,11 @@ def train(
         if retry and (out is None or dry_run):
             raise ConfigError(["--retry continues the run in --out: give --out, and no --dry-run"])
         if resume is None:
-            from epd_ray.config import load_config
+            from epd_ray.config.loading import load_config
 
             settings = load_config(config, overrides or [])
             if dry_run:
-                from epd_ray.dry_run import dry_run as measure
+                from epd_ray.runs.dry_run import dry_run as measure
 
                 with observed() as observer:
                     lines = measure(settings, observer)
@@ -55,8 +55,8 @@ def train(
         else:
             path = place(resume)
     with ending(path):
-        from epd_ray import run
-        from epd_ray.storage import inside
+        from epd_ray.runs import train as run
+        from epd_ray.storage.places import inside
 
         if resume is None:
             say(run.describe(settings))
@@ -100,8 +100,8 @@ def sample(
         from diffusers.utils.logging import disable_progress_bar
         from transformers.utils.logging import disable_progress_bar as disable_too
 
-        from epd_ray.sample import SampleOptions
-        from epd_ray.sample import sample as draw
+        from epd_ray.runs.sample import SampleOptions
+        from epd_ray.runs.sample import sample as draw
 
         disable_progress_bar()
         disable_too()
@@ -112,8 +112,8 @@ def sample(
 def report(path: RunArgument) -> None:
     """Write a run's report.html again."""
     with ending():
-        from epd_ray.report import write_report
-        from epd_ray.storage import inside, place_of
+        from epd_ray.runs.report import write_report
+        from epd_ray.storage.places import inside, place_of
 
         with place_of(place(path)).visited() as folder:
             written = write_report(folder).relative_to(folder)
@@ -132,7 +132,7 @@ def results(
 ) -> None:
     """Join what suites and benchmarks measured into one document, each figure under its command."""
     with ending():
-        from epd_ray.results import write_document
+        from epd_ray.evaluation.results import write_document
 
         say(write_document(title, sources, out))
 
@@ -149,8 +149,8 @@ def distill(
 ) -> None:
     """Stage 1 alone, without rewards: a solver that follows a finer one, also for unconditional models."""
     with ending():
-        from epd_ray.config import load_config
-        from epd_ray.distill_run import distill as fit
+        from epd_ray.config.loading import load_config
+        from epd_ray.runs.distill import distill as fit
 
         settings = load_config(config, overrides or [])
         path = out or Path("solvers", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
@@ -162,8 +162,8 @@ def distill(
 def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> None:
     """Place a configuration's weights on every node, once."""
     with ending():
-        from epd_ray.config import load_config
-        from epd_ray.fetch import fetch as place
+        from epd_ray.config.loading import load_config
+        from epd_ray.runs.fetch import fetch as place
 
         with observed() as observer:
             lines = place(load_config(config, overrides or []), observer)
@@ -173,7 +173,7 @@ def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> N
 def doctor() -> None:
     """Say what is installed, which device is used, and what is missing."""
     with ending():
-        from epd_ray.doctor import examine, show
+        from epd_ray.runs.doctor import examine, show
 
         if not show(examine()):
             raise typer.Exit(1)
@@ -222,6 +222,6 @@ def bench(
     """Measure this system against something in the same run."""
     with ending():
         from epd_ray.bench.kept import FOLDER
-        from epd_ray.bench.run import Options, run
+        from epd_ray.bench.runner import Options, run
 
         run(cases or [], Options(model, size, compile, seeds, keep or FOLDER), out)

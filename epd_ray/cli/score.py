@@ -9,7 +9,7 @@ from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, end
 from epd_ray.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from epd_ray.config import RunConfig
+    from epd_ray.config.loading import RunConfig
 
 
 def score(
@@ -60,7 +60,7 @@ def _settings(heads: str | None, config: Path | None, overrides: list[str], addr
         ConfigError: no heads, or wrong settings.
         UnknownNameError: a head that is not there.
     """
-    from epd_ray.config import load_config
+    from epd_ray.config.loading import load_config
     from epd_ray.registry import did_you_mean
     from epd_ray.rewards import HEADS
 

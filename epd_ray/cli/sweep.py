@@ -26,7 +26,7 @@ def sweep(
     with ending():
         if resume and (config or out or overrides):
             raise ConfigError(["--resume goes on with the sweep's own configuration: leave out everything else"])
-        from epd_ray.sweep import run as runner
+        from epd_ray.sweep import tuner as runner
         from epd_ray.sweep.space import load_plan
 
         if resume is None:

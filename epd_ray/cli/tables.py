@@ -19,7 +19,7 @@ OutOption = Annotated[Path, typer.Option(metavar="DIR", help="New solver directo
 def list_() -> None:
     """The presets: what they are for and what they cost."""
     with ending():
-        from epd_ray.tables import list_presets, show
+        from epd_ray.runs.tables import list_presets, show
 
         show(list_presets())
 
@@ -28,8 +28,8 @@ def list_() -> None:
 def show(solver: SourceArgument) -> None:
     """Print a solver: costs, origin, and its table."""
     with ending():
-        from epd_ray.tables import show as print_it
-        from epd_ray.tables import show_solver
+        from epd_ray.runs.tables import show as print_it
+        from epd_ray.runs.tables import show_solver
 
         print_it(show_solver(solver))
 
@@ -41,7 +41,7 @@ def import_(
 ) -> None:
     """Read a solver file of the reference."""
     with ending():
-        from epd_ray.tables import import_reference
+        from epd_ray.runs.tables import import_reference
 
         typer.echo(f"solver: {import_reference(file, out)}")
 
@@ -50,6 +50,6 @@ def import_(
 def convert(solver: SourceArgument, out: OutOption) -> None:
     """Write any solver as a directory that EPDScheduler.from_pretrained opens."""
     with ending():
-        from epd_ray.tables import convert as convert_it
+        from epd_ray.runs.tables import convert as convert_it
 
         typer.echo(f"solver: {convert_it(solver, out)}")

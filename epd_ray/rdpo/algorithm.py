@@ -26,21 +26,21 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.actors import ATTEMPTS, RewardPool
-from epd_ray.cluster import require_room, require_started, start_ray
-from epd_ray.encoder import EncoderActor, start_encoder, wait_for_encoder
+from epd_ray.actors.cluster import require_room, require_started, start_ray
+from epd_ray.actors.encoder import EncoderActor, start_encoder, wait_for_encoder
+from epd_ray.actors.pipeline import Outcome, RolloutPipeline, runner_pool
+from epd_ray.actors.reward_pool import ATTEMPTS, RewardPool
+from epd_ray.actors.tasks import Method, Task, rollout_task, task_id
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError, ModelError
-from epd_ray.memory import Memory
+from epd_ray.policy.dirichlet import TableDistribution, base_parameters, clamp_scale_time
+from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import Row, join, learner_arguments, propose, summarise
 from epd_ray.rdpo.config import RDPOConfig, placement
-from epd_ray.rdpo.dirichlet import TableDistribution, base_parameters, clamp_scale_time
-from epd_ray.rdpo.pipeline import Outcome, RolloutPipeline, runner_pool
-from epd_ray.rdpo.policy import PolicyNetwork
-from epd_ray.rdpo.tasks import Method, Task, rollout_task, task_id
-from epd_ray.rollout import BackboneFacts
-from epd_ray.sampling import Sampler
-from epd_ray.shapes.scenes import distinct_scenes
 from epd_ray.solvers import SolverTable
+from epd_ray.telemetry.memory import Memory
 from epd_ray.types import FloatArray, RolloutJob, Sampled
 
 RDPO_RESULTS = "rdpo"

@@ -10,15 +10,15 @@ from ray.rllib.core import DEFAULT_MODULE_ID, Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from epd_ray.policy.loss import Advantages, leave_one_out
+from epd_ray.policy.minibatches import image_order
 from epd_ray.randomness import Purpose, request_seeds, stream
 from epd_ray.rdpo.learner import ADVANTAGES
-from epd_ray.rdpo.loss import Advantages, leave_one_out
-from epd_ray.rdpo.minibatches import image_order
 from epd_ray.types import FloatArray, RolloutJob, RolloutRequest
 
 if TYPE_CHECKING:
+    from epd_ray.actors.pipeline import Outcome
     from epd_ray.rdpo.config import RDPOConfig
-    from epd_ray.rdpo.pipeline import Outcome
 
 Row = dict[str, Any]
 """A rollout with its scores and advantage, as rollout_files.rollout_table takes it."""

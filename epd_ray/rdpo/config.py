@@ -9,18 +9,18 @@ import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from epd_ray.actors import RewardSpec
-from epd_ray.cluster import PLACEMENT_SECONDS
-from epd_ray.encoder import EncoderSpec
+from epd_ray.actors.cluster import PLACEMENT_SECONDS
+from epd_ray.actors.encoder import EncoderSpec
+from epd_ray.actors.reward_pool import RewardSpec
+from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.policy.dirichlet import TableSpace, base_parameters
+from epd_ray.policy.minibatches import minibatch_problem
+from epd_ray.policy.network import PolicySpec, SolverTableModule
 from epd_ray.randomness import Purpose, plain_seed
-from epd_ray.rdpo.dirichlet import TableSpace, base_parameters
 from epd_ray.rdpo.learner import RDPOLearner
-from epd_ray.rdpo.minibatches import minibatch_problem
-from epd_ray.rdpo.mixing import Mixer, Mode
-from epd_ray.rdpo.policy import PolicySpec, SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
-from epd_ray.rdpo.tasks import BackboneSpec, WorkerSpec
-from epd_ray.sampling import Sampler
+from epd_ray.rewards.mixing import Mixer, Mode
 from epd_ray.solvers import SolverTable
 
 Baseline = Literal["per_prompt", "mixed"]

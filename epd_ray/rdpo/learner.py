@@ -8,10 +8,10 @@ from ray.rllib.core import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
-from epd_ray.rdpo.dirichlet import TableDistribution
-from epd_ray.rdpo.loss import clipped_surrogate
-from epd_ray.rdpo.policy import PolicyNetwork
-from epd_ray.rollout import log_prob
+from epd_ray.drawing.worker import log_prob
+from epd_ray.policy.dirichlet import TableDistribution
+from epd_ray.policy.loss import clipped_surrogate
+from epd_ray.policy.network import PolicyNetwork
 
 ADVANTAGES = "advantages"
 RATIO_TOLERANCE = 1e-3  # log-probabilities travel in float32, and devices differ in their last bits

@@ -7,7 +7,7 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
 
-from epd_ray.rdpo.tasks import Answer, Task, TaskRunner
+from epd_ray.actors.tasks import Answer, Task, TaskRunner
 
 
 class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]

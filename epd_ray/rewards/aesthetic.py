@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from epd_ray.errors import ModelError
-from epd_ray.hub import opening
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import companion, find_file, linear_layers, read_tensors
 from epd_ray.rewards.preprocess import pil_pixels
 from epd_ray.rewards.towers import open_clip_model
+from epd_ray.weights.hub import opening
 
 CHECKPOINTS = (
     "sac+logos+ava1-l14-linearMSE.safetensors",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from epd_ray.devices import pick_device, pick_dtype
 from epd_ray.errors import ConfigError
+from epd_ray.weights.devices import pick_device, pick_dtype
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epd_ray.assets import resolve_model
+from epd_ray.embedded.models import resolve_model
 from epd_ray.errors import ModelError
 
 Tensors = dict[str, Tensor]

@@ -5,13 +5,13 @@ from functools import partial
 
 from torch import Tensor
 
-from epd_ray.hub import opening
 from epd_ray.rewards.batches import check_batch_size, place
 from epd_ray.rewards.checkpoints import TOKENIZER_FILES, companion, find_file, read_tensors
 from epd_ray.rewards.preprocess import tensor_pixels
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
 from epd_ray.rewards.towers import ClipTowers
 from epd_ray.rewards.vit_h import build_clip, from_open_clip
+from epd_ray.weights.hub import opening
 
 CHECKPOINTS = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import ModelError
-from epd_ray.hub import opening
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import (
     TOKENIZER_FILES,
@@ -24,6 +23,7 @@ from epd_ray.rewards.checkpoints import (
 )
 from epd_ray.rewards.preprocess import pil_pixels
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
+from epd_ray.weights.hub import opening
 
 CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw value over the training pictures

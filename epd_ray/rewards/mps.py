@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention, silu
 
 from epd_ray.errors import ModelError
-from epd_ray.hub import opening
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import (
     PROCESSOR_FILES,
@@ -25,6 +24,7 @@ from epd_ray.rewards.pickscore import LAION
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
 from epd_ray.rewards.towers import open_clip_processor
 from epd_ray.rewards.vit_h import build_clip
+from epd_ray.weights.hub import opening
 
 CHECKPOINTS = ("MPS_overall_checkpoint.safetensors", "model.safetensors", "MPS_overall_checkpoint.pth")
 CONDITION = (

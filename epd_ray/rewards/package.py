@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epd_ray.devices import pick_device
 from epd_ray.errors import ModelError
+from epd_ray.weights.devices import pick_device
 
 MISSING_OPERATORS = ("nms", "qnms")
 HEADS_FIX = "use `backend: package`, and run `epd-ray rewards install` on every node"

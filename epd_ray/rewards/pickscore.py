@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from epd_ray.assets import resolve_model
-from epd_ray.hub import opening
+from epd_ray.embedded.models import resolve_model
 from epd_ray.rewards.batches import check_batch_size, place
 from epd_ray.rewards.checkpoints import PROCESSOR_FILES, TOKENIZER_FILES, companion
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
 from epd_ray.rewards.towers import ClipTowers, open_clip_model, open_clip_processor
+from epd_ray.weights.hub import opening
 
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Whose tokenizer and image processor PickScore and MPS were trained and published with."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import ftfy
 
-from epd_ray.assets import require_vocabulary, resolve_model
-from epd_ray.hub import opening
+from epd_ray.embedded.models import require_vocabulary, resolve_model
 from epd_ray.rewards.checkpoints import TOKENIZER_FILES, find_file
+from epd_ray.weights.hub import opening
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from epd_ray.errors import EpdRayError, PromptError
-from epd_ray.prompt_files import COLUMNS, SUFFIXES, pick_column, read_prompts
+from epd_ray.prompts.files import COLUMNS, SUFFIXES, pick_column, read_prompts
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")

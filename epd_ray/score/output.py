@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from epd_ray.errors import RunDirectoryError
 from epd_ray.score.rows import score_column
-from epd_ray.store import unwritable, whole, write_text
+from epd_ray.storage.run_directory import unwritable, whole, write_text
 
 SUMMARY = "_summary.json"  # with the underscore, so that pandas and Arrow open the directory as a table
 PART = re.compile(r"part-(\d{6})\.parquet")

@@ -14,17 +14,17 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
-from epd_ray.actors import RewardSpec, unwrap
-from epd_ray.cluster import PLACEMENT_SECONDS, require_room, warn_of_idle_gpus
-from epd_ray.config import RunConfig
+from epd_ray.actors.cluster import PLACEMENT_SECONDS, require_room, warn_of_idle_gpus
+from epd_ray.actors.pool import last_line
+from epd_ray.actors.reward_pool import RewardSpec, unwrap
+from epd_ray.config.loading import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
-from epd_ray.pool import last_line
-from epd_ray.progress import Observer
+from epd_ray.rdpo.session import head_gpus, ray_session, reward_spec, stop_signals
 from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
 from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
 from epd_ray.score.stage import HeadStage, model_column
-from epd_ray.session import head_gpus, ray_session, reward_spec, stop_signals
+from epd_ray.telemetry.progress import Observer
 
 PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has as many, or is as old
 STORE_BYTES = 512 << 20  # of the object store per reward actor, and for reading

@@ -5,8 +5,8 @@ import os
 import pyarrow as pa
 import ray
 
-from epd_ray.actors import RewardActor, RewardSpec, TimedScores, insist, start_head
-from epd_ray.cluster import BrokenGpuError
+from epd_ray.actors.cluster import BrokenGpuError
+from epd_ray.actors.reward_pool import RewardActor, RewardSpec, TimedScores, insist, start_head
 from epd_ray.score.rows import score_rows
 from epd_ray.types import ImageArray
 

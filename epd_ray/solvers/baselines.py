@@ -6,8 +6,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.schedules import check_sigmas
 from epd_ray.solvers.epd import ADAMS_BASHFORTH, Callback, epd, multistep
+from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import dpm2_table
 from epd_ray.types import Drift
 

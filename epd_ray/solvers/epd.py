@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.schedules import check_sigmas
+from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Drift, Form
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import TableError
-from epd_ray.schedules import sigma_to_timestep
-from epd_ray.solvers.deploy import SchedulerFacts
 from epd_ray.solvers.epd import spread
+from epd_ray.solvers.scheduler_config import SchedulerFacts
+from epd_ray.solvers.schedules import sigma_to_timestep
 
 
 class Network:

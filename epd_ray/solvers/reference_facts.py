@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor
 
-from epd_ray import schedules
 from epd_ray.errors import TableError
-from epd_ray.solvers.deploy import FLOW_FACTS
+from epd_ray.solvers import schedules
+from epd_ray.solvers.scheduler_config import FLOW_FACTS
 from epd_ray.solvers.solver import Solver
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Form

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import TableError
-from epd_ray.schedules import check_sigmas
 from epd_ray.solvers.epd import Callback
+from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Drift, Form
 
 BELOW_ONE = 1 - 1e-6  # what a flow's first sigma counts as: at 1 the logSNR is infinite (as in diffusers' UniPC)

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from epd_ray.schedules import check_sigmas
 from epd_ray.solvers.epd import Callback
+from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Drift, Form
 
 Values = npt.NDArray[np.float64]

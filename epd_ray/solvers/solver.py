@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.presets import PRESETS
 from epd_ray.registry import did_you_mean
 from epd_ray.solvers.card import HUB_ID, UNCONDITIONAL, local_model, model_card
-from epd_ray.solvers.deploy import SCHEDULER_FILE, scheduler_config, upload
 from epd_ray.solvers.epd import Callback, check_options, epd
+from epd_ray.solvers.presets import PRESETS
+from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config, upload
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Drift, Form
 
@@ -273,7 +273,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         )
     import huggingface_hub
 
-    from epd_ray.hub import HUB_FAILURES, explain
+    from epd_ray.weights.hub import HUB_FAILURES, explain
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, FILE_NAME, revision=revision))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from epd_ray.errors import ConfigError
 from epd_ray.registry import Registry
-from epd_ray.schedules import MODEL, SCHEDULES, require_schedule
 from epd_ray.solvers.epd import Callback
+from epd_ray.solvers.schedules import MODEL, SCHEDULES, require_schedule
 from epd_ray.types import Drift, Form
 
 NATIVE, SCHEDULERS = "epd_ray.solvers.baselines", "epd_ray.solvers.schedulers"

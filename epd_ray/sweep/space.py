@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator, model_validator
 
-from epd_ray.config import RunConfig, apply_override, problems_of, read_yaml, resolve
+from epd_ray.config.loading import RunConfig, apply_override, problems_of, read_yaml, resolve
+from epd_ray.config.sections import Positive, Section
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import Purpose, stream
-from epd_ray.sections import Positive, Section
 
 COMBINATIONS = 1000  # of values that are checked before anything starts
 LISTED = 64  # whole numbers in a range that are all checked: a minibatch fits some batches and not others between

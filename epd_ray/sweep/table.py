@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from epd_ray.progress import duration
+from epd_ray.telemetry.progress import duration
 
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 SHOWN = 10

@@ -6,17 +6,17 @@ from typing import Any
 
 from ray.tune import PlacementGroupFactory
 
-from epd_ray.prompts import PromptSplits
+from epd_ray.evaluation.statistics import bootstrap_mean
+from epd_ray.evaluation.validation import Best
+from epd_ray.prompts.splits import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.run import given_solver
-from epd_ray.session import rdpo_config
-from epd_ray.shard import as_table
+from epd_ray.rdpo.session import rdpo_config
+from epd_ray.runs.train import given_solver
+from epd_ray.runs.trainer import distil, made_by, validate, weights_of
 from epd_ray.solvers import SolverTable
-from epd_ray.statistics import bootstrap_mean
+from epd_ray.stage_one.shard import as_table
 from epd_ray.sweep.space import Plan
-from epd_ray.trainer import distil, made_by, validate, weights_of
-from epd_ray.validation import Best
 
 PLAN, PROMPTS, STATE = "plan", "prompts", "sweep"
 SOLVER = "solver"

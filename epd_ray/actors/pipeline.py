@@ -1,0 +1,379 @@
+"""Tasks through generation and scoring, with retries: the images of one task are scored while others are made."""
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+from epd_ray.actors.cluster import BrokenGpuError
+from epd_ray.actors.pool import Bounds, Call, Ended, Pool
+from epd_ray.actors.reward_pool import RewardPool, TimedScores, unwrap
+from epd_ray.actors.tasks import Answer, Task
+from epd_ray.errors import EpdRayError, ModelError, TaskError
+from epd_ray.rdpo.runner import SolverEnvRunner
+from epd_ray.telemetry.memory import Memory
+from epd_ray.types import FloatArray, ImageArray
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 0.25  # for an answer, before the pools look around
+TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, few enough that images fit the object store
+MAX_ATTEMPTS = 3
+MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
+LOST_IMAGES = ray.exceptions.ObjectLostError  # also of an owner that died
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished task.
+
+    Attributes:
+        value: what the worker returned beside images.
+        scores: head -> raw values [B], empty for tasks without scoring.
+        images: [B, 3, H, W] uint8 when the task keeps them.
+        generate_seconds: in the rollout actor.
+        head_seconds: head -> in its actor, or in the driver.
+    """
+
+    value: Any
+    scores: dict[str, FloatArray]
+    images: ImageArray | None
+    generate_seconds: float
+    head_seconds: dict[str, float]
+
+    @property
+    def score_seconds(self) -> float:
+        """In the slowest head."""
+        return max(self.head_seconds.values(), default=0.0)
+
+
+@dataclass
+class _Pending:
+    task: Task
+    call: Call
+    attempts: int = 0
+    losses: int = 0
+    lost_at: float | None = None
+    answer: Answer | None = None
+    maker: int | None = None
+    scoring: dict[str, Call] = field(default_factory=dict)
+    scores: dict[str, TimedScores] = field(default_factory=dict)
+
+
+class RolloutPipeline:
+    """Hands tasks to free rollout actors and their images to the reward actors.
+
+    Args:
+        runners: actors with TaskRunner's methods.
+        rewards: the heads.
+        local: does the tasks in the driver, where there are no rollout actors.
+    """
+
+    def __init__(self, runners: Pool, rewards: RewardPool, local: SolverEnvRunner | None = None) -> None:
+        self._runners, self._local = runners, local
+        runners.holds = self._holds
+        self._rewards = rewards.pools
+        self._heads = rewards
+        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._done: dict[str, Outcome] = {}
+        self._breaks: Counter[str] = Counter()
+        self._next_tick = 0.0
+        self.retries = self.recoveries = 0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        self.memory: dict[str, Memory] = {}
+        """Peaks, as the actors that answered last told them: "rollout", "reward <head>"."""
+
+    def submit(self, tasks: Iterable[Task]) -> None:
+        """Queue tasks, first come first served."""
+        for task in tasks:
+            call = Call(task.task_id, _runs(task))
+            self._pending[task.task_id] = _Pending(task, call)
+            self._hand_out(call)
+
+    def _hand_out(self, call: Call) -> None:
+        if self._local is None:
+            self._runners.submit(call)
+
+    def discard(self) -> None:
+        """Forget all tasks; what the actors are at already comes to nothing."""
+        self._pending.clear()
+        self._done.clear()
+        for pool in (self._runners, *self._rewards.values()):
+            pool.forget()
+
+    @property
+    def runners(self) -> list[ActorHandle[Any]]:
+        """All rollout actors."""
+        return self._runners.actors
+
+    def stop(self) -> None:
+        """End the rollout actors, whatever they are at and also those that wait for room."""
+        self._runners.stop()
+
+    def collect(self, task_ids: Iterable[str]) -> list[Outcome]:
+        """Block until these tasks are done; their outcomes in the order asked.
+
+        Raises:
+            EpdRayError: a wrong reward, a model that cannot be used, or a task whose actors die over and over.
+            TaskError: a task failed three times, on different actors where there are several, or an actor broke its
+                GPU as often in a row; the cause is the error.
+        """
+        wanted = list(task_ids)
+        while missing := [i for i in wanted if i not in self._done]:
+            begin = time.perf_counter()
+            making = any(self._pending[i].answer is None for i in missing)
+            self.poll(0.0 if self._run_here() else WAIT_SECONDS)
+            if making:
+                self._for_rollouts += time.perf_counter() - begin
+            else:
+                self._for_rewards += time.perf_counter() - begin
+        return [self._done.pop(i) for i in wanted]
+
+    def stream(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Do any number of tasks, a few at a time; each with its outcome as it comes, in any order.
+
+        Args:
+            tasks: taken one by one, as there is room.
+
+        Raises:
+            EpdRayError: see `collect`.
+        """
+        source, waiting = iter(tasks), dict[str, Task]()
+        while True:
+            room = TASKS_AHEAD * max(1, len(self.runners)) - len(waiting)
+            more = list(islice(source, max(0, room)))
+            self.submit(more)
+            waiting |= {task.task_id: task for task in more}
+            if not waiting:
+                return
+            self.poll(0.0 if self._run_here() else WAIT_SECONDS)
+            for task_id in [i for i in waiting if i in self._done]:
+                yield waiting.pop(task_id), self._done.pop(task_id)
+
+    def _run_here(self) -> bool:
+        """Run one task in the driver, where there are no rollout actors; whether there was one."""
+        waiting = next((p for p in self._pending.values() if p.answer is None), None)
+        if self._local is None or waiting is None:
+            return False
+        self._on_answer(Ended(waiting.call, 0, self._local.run(waiting.task)))
+        return True
+
+    def _holds(self, number: int) -> bool:
+        """Whether a rollout actor's images are still to be scored: they would be lost with it."""
+        return any(p.maker == number and p.answer is not None for p in self._pending.values())
+
+    def poll(self, wait: float) -> None:
+        """Take in what is ready, waiting at most so many seconds for the first of it, and start what can be started."""
+        pools = [self._runners, *self._rewards.values()]
+        references = [reference for pool in pools for reference in pool.references()]
+        if references:
+            ray.wait(references, timeout=wait)
+            ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+            for ended in self._runners.take(ready):
+                self._on_answer(ended)
+            for head, pool in self._rewards.items():
+                for ended in pool.take(ready):
+                    self._on_score(head, ended)
+        elif self._local is None:
+            time.sleep(min(wait, 0.05))  # all actors are lost and on their way back
+        if time.monotonic() > self._next_tick:
+            self._next_tick = time.monotonic() + WAIT_SECONDS
+            for pool in pools:
+                pool.tick()
+
+    def _on_answer(self, ended: Ended) -> None:
+        pending = self._pending.get(ended.call.key)
+        if pending is None or pending.call is not ended.call:
+            return  # of a task that was discarded
+        if ended.lost:
+            self._requeue(pending, f"rollout actor {ended.number} was lost")
+            return
+        answer: Answer = ended.value
+        error = ended.error or answer.error
+        if error is not None:
+            if isinstance(error, BrokenGpuError) and self._local is None:
+                self._count_break(f"rollout actor {ended.number}", error)
+            elif isinstance(error, EpdRayError):
+                raise error
+            ended.call.avoid.add(ended.number)
+            self._requeue(pending, " ".join(f"{type(error).__name__}: {error}".split()), error)
+            return
+        self._breaks.pop(f"rollout actor {ended.number}", None)
+        pending.answer, pending.maker = answer, ended.number
+        if answer.memory is not None:
+            self.memory["rollout"] = answer.memory
+        if pending.task.score:
+            self._begin_scoring(pending, answer.images)
+        else:
+            self._finish(pending)
+
+    def _begin_scoring(self, pending: _Pending, images: "ray.ObjectRef[Any] | None") -> None:
+        """Score in the driver what is scored there, then hand the images on to the heads' actors."""
+        assert images is not None
+        task = pending.task
+        try:
+            pending.scores = self._heads.score_here(images, task.prompts, task.rollout_ids)
+        except LOST_IMAGES:
+            self._requeue(pending, "the images for the heads in the driver were lost")
+            return
+        self.memory |= {f"reward {head}": found.memory for head, found in pending.scores.items()}
+        pending.scoring = self._heads.score(task.task_id, images, task.prompts, task.rollout_ids)
+        self._finish_scored(pending)
+
+    def _finish_scored(self, pending: _Pending) -> None:
+        if len(pending.scores) == len(self._heads.specs):
+            self._finish(pending)
+
+    def _on_score(self, head: str, ended: Ended) -> None:
+        pending = self._pending.get(ended.call.key)
+        if pending is None or pending.scoring.get(head) is not ended.call:
+            return
+        if ended.lost:
+            self._lose(pending, f"reward head {head!r} lost actor {ended.number} over its scores")
+            ended.call.avoid.add(ended.number)
+            self._rewards[head].submit(ended.call)  # the images are still there
+        elif ended.error is not None:
+            cause = unwrap(ended.error) if isinstance(ended.error, ray.exceptions.RayTaskError) else ended.error
+            if isinstance(cause, BrokenGpuError):
+                self._count_break(f"actor {ended.number} of reward head {head!r}", cause)
+                self._rescore(pending, head, ended, cause)
+            elif isinstance(cause, LOST_IMAGES):
+                self._requeue(pending, f"the images for reward head {head!r} were lost")
+            else:
+                raise cause from None
+        else:
+            self._breaks.pop(f"actor {ended.number} of reward head {head!r}", None)
+            pending.scores[head] = ended.value
+            self.memory[f"reward {head}"] = ended.value.memory
+            self._finish_scored(pending)
+
+    def _count_break(self, actor: str, error: BrokenGpuError) -> None:
+        """Another process of an actor may do better, unless so many in a row have done nothing."""
+        self._breaks[actor] += 1
+        if self._breaks[actor] >= MAX_ATTEMPTS:
+            raise TaskError(f"{actor} failed in {MAX_ATTEMPTS} processes in a row, last with {error}") from error
+
+    def _rescore(self, pending: _Pending, head: str, ended: Ended, error: BrokenGpuError) -> None:
+        """Ask another of the head's actors, or this one's next process, unless the task's errors are too many."""
+        self.retries += 1
+        pending.attempts += 1
+        if pending.attempts >= MAX_ATTEMPTS:
+            raise error from None
+        log.warning("task %s is scored again: %s", pending.task.task_id, error)
+        ended.call.avoid.add(ended.number)
+        self._rewards[head].submit(ended.call)
+
+    def _finish(self, pending: _Pending) -> None:
+        answer = pending.answer
+        assert answer is not None
+        images = None
+        if pending.task.keep_images and answer.images is not None:
+            try:
+                images = ray.get(answer.images)
+            except LOST_IMAGES:
+                self._requeue(pending, "its images were lost")
+                return
+        scored = {name: pending.scores[name] for name in self._heads.specs if name in pending.scores}
+        self._done[pending.task.task_id] = Outcome(
+            answer.value,
+            {name: found.values for name, found in scored.items()},
+            images,
+            answer.seconds,
+            {name: found.seconds for name, found in scored.items()},
+        )
+        del self._pending[pending.task.task_id]
+        if pending.lost_at is not None:
+            self.recovered(time.monotonic() - pending.lost_at)
+
+    def recovered(self, seconds: float) -> None:
+        """Count work that was lost and is done again, so many seconds later."""
+        self.recoveries += 1
+        self._recover_seconds += seconds
+
+    def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None) -> None:
+        """Make the task's images again, unless its own errors or the actors lost with it are too many."""
+        pending.answer, pending.scoring, pending.scores = None, {}, {}
+        if error is None:
+            self._lose(pending, why)
+        else:
+            self.retries += 1
+            pending.attempts += 1
+            if pending.attempts >= MAX_ATTEMPTS:
+                actors = ", ".join(map(str, sorted(pending.call.avoid)))
+                where = "in the driver" if self._local is not None else f"on rollout actors {actors}"
+                message = f"task {pending.task.task_id} failed {pending.attempts} times, {where}, last with {why}"
+                raise TaskError(message) from error
+            log.warning("task %s runs again: %s", pending.task.task_id, why)
+        self._hand_out(pending.call)
+
+    def _lose(self, pending: _Pending, why: str) -> None:
+        self.retries += 1
+        pending.losses += 1
+        pending.lost_at = pending.lost_at or time.monotonic()
+        if pending.losses >= MAX_LOSSES:
+            message = f"task {pending.task.task_id} failed {pending.losses} times, last with {why}: out of memory?"
+            raise ModelError(message)
+        self.give_way()
+        log.warning("task %s runs again: %s", pending.task.task_id, why)
+
+    def give_way(self) -> None:
+        """Leave the room to what was lost: no actors are added for a while."""
+        for pool in (self._runners, *self._rewards.values()):
+            pool.give_way()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Queues and actors as they are; waits, recoveries and their seconds since the last call."""
+        found = {
+            "queue/waiting": self._runners.waiting,
+            "queue/generating": self._runners.working,
+            "queue/scoring": max((p.waiting + p.working for p in self._rewards.values()), default=0),
+            "actors/rollout": self._runners.present,
+            **{f"actors/reward/{head}": pool.present for head, pool in self._rewards.items()},
+            "wait/learner_for_rollouts": self._for_rollouts,
+            "wait/learner_for_rewards": self._for_rewards,
+            "wait/rollouts_for_learner": self._runners.idle_seconds,
+            **{f"wait/{head}_for_rollouts": pool.idle_seconds for head, pool in self._rewards.items()},
+            "retries": self.retries,
+            "recoveries": self.recoveries,
+            "time/recover": self._recover_seconds,
+        }
+        for pool in (self._runners, *self._rewards.values()):
+            pool.idle_seconds = 0.0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        return {name: float(value) for name, value in found.items()}
+
+
+def _runs(task: Task) -> Any:
+    def send(actor: ActorHandle[Any]) -> "ray.ObjectRef[Answer]":
+        reference: ray.ObjectRef[Answer] = actor.run.options(name=task.method).remote(task)
+        return reference
+
+    return send
+
+
+def runner_pool(group: EnvRunnerGroup, most: int) -> Pool:
+    """RLlib's rollout actors as a pool; RLlib makes them, and is told of those that are gone.
+
+    Args:
+        group: of SolverEnvRunners.
+        most: that there may be, as nodes join.
+    """
+    manager = group._worker_manager
+    start = list(manager.actors().items())
+    in_trial = ray.util.get_current_placement_group() is not None  # whose bundles are fixed
+    bounds = Bounds(len(start), len(start) if in_trial else max(most, len(start)))
+
+    def make() -> tuple[int, ActorHandle[Any]]:
+        group.add_workers(1)
+        number = max(manager.actor_ids())
+        return number, manager.actors()[number]
+
+    # The next batch waits at the actor already, so that it starts without asking the driver.
+    return Pool("rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, removed=manager.remove_actor)

@@ -1,0 +1,282 @@
+"""Latency mode: the points of an interval in one forward of a diffusers pipeline's network, or on several devices."""
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from epd_ray.deploy.scheduler import EPDScheduler
+from epd_ray.errors import ModelError
+from epd_ray.solvers import Solver
+from epd_ray.solvers.stepwise import PointInputs
+from epd_ray.types import Form
+
+Pipeline = TypeVar("Pipeline")
+
+SHARED = frozenset({"txt_ids", "img_ids"})
+"""Inputs that have no rows, whatever their first size."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """How a pipeline calls its network.
+
+    Attributes:
+        network: the pipeline's attribute.
+        hidden: the network's argument for the latents.
+        form: of the ODE.
+        family: of the backbone, as solvers name it.
+        time_unit: of the network's timestep, in the scheduler's.
+    """
+
+    network: str
+    hidden: str
+    form: Form
+    family: str
+    time_unit: float = 1.0
+
+
+DOORS = {
+    "StableDiffusionPipeline": Door("unet", "sample", "ve", "sd"),
+    "StableDiffusionXLPipeline": Door("unet", "sample", "ve", "sdxl"),
+    "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow", "sd3"),
+    "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / 1000),
+}
+
+
+def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.device] | None = None) -> Pipeline:
+    """Let a pipeline run a solver with the points of each interval at once; it is called as before.
+
+    The pipeline itself is changed: it gets a scheduler, and its network hooks that act while that scheduler is in
+    place. `restore` undoes it. Load adapters before: replicas on further devices are copies of the network as it is.
+
+    Args:
+        pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image.
+        solver: made for its model; what it does not say about the network is taken from the pipeline's scheduler.
+        devices: that share the points; the first is the network's own, and no more are used than there are points
+            to evaluate.
+
+    Returns:
+        pipe.
+
+    Raises:
+        ModelError: a pipeline of another kind, a solver that does not fit it, or a device that is not there.
+        TableError: see `EPDScheduler.from_solver`.
+    """
+    whole: Any = pipe
+    door = _door(whole)
+    if solver.form not in (None, door.form):
+        raise ModelError(
+            f"the solver is for a model of form {solver.form!r}, but {type(pipe).__name__} is of form {door.form!r}"
+        )
+    made_for = solver.meta.get("backbone", door.family)
+    if made_for != door.family:
+        raise ModelError(
+            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
+            f"{door.family} (take a solver of the same family)"
+        )
+    restore(pipe)
+    network: nn.Module = getattr(whole, door.network)
+    used = _devices(devices, network)[: solver.table.points - solver.table.start_point]
+    scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
+    scheduler.set_parallel(True)
+    replicas = [_replica(network, device) for device in used[1:]]
+    expansion = _Expansion(weakref.ref(whole), scheduler, door, replicas)
+    handles = (
+        network.register_forward_pre_hook(expansion.before, with_kwargs=True),
+        network.register_forward_hook(expansion.after),
+    )
+    _installed[whole] = _Installed(whole.scheduler, expansion, handles)
+    whole.scheduler = scheduler
+    return pipe
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo `parallelize`: the hooks go, and the scheduler from before comes back unless another one has taken over.
+
+    Args:
+        pipe: any pipeline.
+
+    Returns:
+        pipe.
+    """
+    whole: Any = pipe
+    installed = _installed.pop(whole, None)
+    if installed is not None:
+        for handle in installed.handles:
+            handle.remove()
+        installed.expansion.close()
+        if whole.scheduler is installed.expansion.scheduler:
+            whole.scheduler = installed.scheduler
+    return pipe
+
+
+class _Expansion:
+    """The hooks. Before the network: rows for each point, and all but the first device's share sent off. After it:
+    the shares joined."""
+
+    def __init__(
+        self, pipe: "weakref.ref[Any]", scheduler: EPDScheduler, door: Door, replicas: Sequence[nn.Module]
+    ) -> None:
+        self.scheduler = scheduler
+        self._pipe, self._door, self._replicas = pipe, door, replicas
+        self._pool = ThreadPoolExecutor(len(replicas), "epd-points") if replicas else None
+        self._pending: tuple[int, list[Future[Tensor]]] | None = None
+
+    def before(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._settle()
+        pipe = self._pipe()
+        if pipe is None or pipe.scheduler is not self.scheduler:
+            return None
+        names = (self._door.hidden, "timestep")  # what pipelines give by position, if anything
+        given = dict(zip(names, args, strict=False)) | kwargs
+        points = self.scheduler.point_inputs(given[self._door.hidden])
+        if points is None:
+            return None
+        shares = torch.arange(len(points.timesteps)).tensor_split(len(self._replicas) + 1)
+        own, *others = [self._inputs(given, points, share.tolist()) for share in shares]
+        if self._pool is not None:
+            mode = _Mode.here(points.hidden.device.type)
+            futures = [
+                self._pool.submit(_forward, replica, _move(inputs, _device(replica)), mode)
+                for replica, inputs in zip(self._replicas, others, strict=True)
+            ]
+            self._pending = len(points.hidden), futures
+        return (), own
+
+    def after(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._pending is None:
+            return None
+        (rows, futures), self._pending = self._pending, None
+        first: Tensor = output[0]
+        parts = [first, *(future.result().to(first.device) for future in futures)]
+        # each [R * k, ...] -> [R, k, ...], then [R * K, ...]
+        joined = torch.cat([part.unflatten(0, (rows, -1)) for part in parts], 1).flatten(0, 1)
+        return (joined, *output[1:]) if isinstance(output, tuple) else type(output)(joined)
+
+    def close(self) -> None:
+        self._settle()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _settle(self) -> None:
+        """A call that failed may have left the others at work."""
+        if self._pending is not None:
+            wait(self._pending[1])
+            self._pending = None
+
+    def _inputs(self, given: Mapping[str, Any], points: PointInputs, share: list[int]) -> dict[str, Any]:
+        """The network's arguments for some of the points, one row for each row of the pipeline and point."""
+        hidden = points.hidden[:, share]  # [R, k, ...]
+        rows = len(hidden)
+        timesteps = points.timesteps[share] * self._door.time_unit  # [k]
+        repeated = {
+            name: value if name in SHARED else _repeat(value, rows, len(share))
+            for name, value in given.items()
+            if name not in (self._door.hidden, "timestep")
+        }
+        return {self._door.hidden: hidden.flatten(0, 1), "timestep": timesteps.repeat(rows), **repeated}
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What torch keeps for each thread."""
+
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None
+
+    @classmethod
+    def here(cls, device_type: str) -> "_Mode":
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+
+@dataclass(frozen=True)
+class _Installed:
+    scheduler: Any
+    expansion: _Expansion
+    handles: tuple[Any, ...]
+
+
+_installed: "weakref.WeakKeyDictionary[Any, _Installed]" = weakref.WeakKeyDictionary()
+
+
+def _forward(network: nn.Module, inputs: dict[str, Any], mode: _Mode) -> Tensor:
+    device = _device(network)
+    with (
+        torch.inference_mode(mode.inference),
+        torch.set_grad_enabled(mode.grad),
+        torch.autocast(device.type, mode.autocast, enabled=mode.autocast is not None),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        output: Tensor = network(**inputs)[0]
+    return output
+
+
+def _repeat(value: Any, rows: int, times: int) -> Any:
+    """Each row of every tensor that has `rows` of them, `times` times in a row."""
+    return _map(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    # Towards the CPU such a copy would be read before it is complete.
+    return _map(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
+
+
+def _map(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _map(item, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(item, change) for item in value)
+    return value
+
+
+def _replica(network: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on a device, made there at once: one beside the network would need its memory twice."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(device, copy=True), p.requires_grad)
+        for p in network.parameters()
+        if type(p) is nn.Parameter  # quantised ones know by themselves how to be copied
+    }
+    memo |= {id(b): b.detach().to(device, copy=True) for b in network.buffers() if type(b) is Tensor}
+    return copy.deepcopy(network, memo).to(device)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _door(pipe: Any) -> Door:
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in DOORS:
+            return DOORS[kind.__name__]
+    raise ModelError(f"{type(pipe).__name__} cannot be parallelized, expected one of {', '.join(DOORS)}")
+
+
+def _devices(names: Sequence[str | torch.device] | None, network: nn.Module) -> list[torch.device]:
+    """The devices by full name, the network's own first."""
+    own = _device(network)
+    if names is None:
+        return [own]
+    if isinstance(names, str) or not names:
+        raise ModelError(f"devices is {names!r}, expected a list of at least one device")
+    found = []
+    for name in names:
+        try:
+            found.append(torch.empty(0, device=name).device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+            raise ModelError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from error
+    if found[0] != own:
+        raise ModelError(f"the pipeline's network is on {own}, but devices[0] is {found[0]} (move it: pipe.to(...))")
+    return found

@@ -1,0 +1,296 @@
+"""A learned solver as a diffusers scheduler, for pipelines as they are: `pipe.scheduler = EPDScheduler...`."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from epd_ray.errors import TableError
+from epd_ray.solvers import Solver, SolverTable
+from epd_ray.solvers.network import Network, check_same
+from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, facts_of, parse_facts, scheduler_config
+from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
+from epd_ray.types import Form
+from epd_ray.weights.hub import explain
+
+log = logging.getLogger(__name__)
+
+Rows = list[list[float]]
+
+
+class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships no types
+    """Runs a solver inside an unmodified diffusers pipeline, one evaluation per call of the network.
+
+    An interval takes `order` = K + 1 calls. The analytical first step saves the first of them, except for flow
+    models: their pipelines let no scheduler alter what the network sees first, so its answer is left unused.
+    The state is kept in float32 whatever dtype the pipeline's latents have. Pipelines that start from a noisy picture
+    are not supported. A saved pipeline opens again after `import epd_ray.deploy.scheduler`.
+
+    Args:
+        sigmas: [N+1], see `Solver`.
+        positions: [N, K], as are weights and scales, see `SolverTable`.
+        weights: see above.
+        scale_dir: see above.
+        scale_time: see above.
+        form: of the ODE, "ve" or "flow".
+        afs: see `Solver`.
+        solver_order: see `Solver`.
+        prediction_type: "epsilon", "v_prediction" or "sample" in VE form, "flow_prediction" in flow form.
+        num_train_timesteps: of the network.
+        beta_start: of its training schedule (VE form), as in diffusers' other schedulers.
+        beta_end: see above.
+        beta_schedule: see above.
+        trained_betas: see above.
+        use_flow_sigmas: derived from the form; tells pipelines to pass no sigmas of their own.
+
+    Raises:
+        TableError: values that are absent, wrong, or do not fit each other.
+        ScheduleError: sigmas that do not decrease or reach 0.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sigmas: list[float] | None = None,
+        positions: Rows | None = None,
+        weights: Rows | None = None,
+        scale_dir: Rows | None = None,
+        scale_time: Rows | None = None,
+        form: Form | None = None,
+        afs: bool = False,
+        solver_order: int = 1,
+        prediction_type: str | None = None,
+        num_train_timesteps: int = 1000,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        use_flow_sigmas: bool = False,
+    ) -> None:
+        if sigmas is None or positions is None or weights is None:
+            raise TableError(
+                "no sigmas, positions or weights: EPDScheduler is made from a solver, not from another scheduler's "
+                "config (use EPDScheduler.from_pretrained with a solver's directory)"
+            )
+        facts = {
+            "prediction_type": prediction_type, "num_train_timesteps": num_train_timesteps, "beta_start": beta_start,
+            "beta_end": beta_end, "beta_schedule": beta_schedule, "trained_betas": trained_betas,
+        }  # fmt: skip
+        self.network = Network(parse_facts(facts, form))
+        self.form = cast(Form, form)
+        columns = [
+            None if c is None else torch.tensor(c, dtype=torch.float64)
+            for c in (positions, weights, scale_dir, scale_time)
+        ]
+        table = SolverTable(*columns)  # type: ignore[arg-type]
+        self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, solver_order)
+        self.register_to_config(use_flow_sigmas=form == "flow")
+        self._warned = False
+        self.init_noise_sigma = sigmas[0] if form == "ve" else 1.0
+        self.set_parallel(False)
+
+    # -- made from and saved as ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_solver(cls, solver: Solver, *, like: Any = None) -> "EPDScheduler":
+        """The scheduler that runs a solver.
+
+        Args:
+            solver: with `meta["scheduler"]`, which solvers of this version have.
+            like: the scheduler of the pipeline it is for: tells what meta lacks, and is compared with what it has.
+
+        Returns:
+            A new scheduler.
+
+        Raises:
+            TableError: a network about which too little is known, or another one than the pipeline's.
+        """
+        theirs = None if like is None else facts_of(like.config, solver.form)
+        config = scheduler_config(solver, theirs if solver.meta.get("scheduler") is None else None)
+        if config is None:
+            raise TableError(
+                "the solver does not say what its network predicts "
+                "(pass like=pipe.scheduler, or set form and meta['scheduler'])"
+            )
+        scheduler: EPDScheduler = cls(**config)
+        if theirs is not None:
+            check_same(scheduler.network.facts, parse_facts(theirs, solver.form))
+        return scheduler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # diffusers' own: revision, token, cache_dir ...
+    ) -> Any:
+        """Read a scheduler from a solver's directory, a hub repository, or a preset of this package.
+
+        Args:
+            pretrained_model_name_or_path: a directory, a hub id "owner/name", or a preset ("sd3-1024-rl").
+            subfolder: that holds the files.
+            return_unused_kwargs: see diffusers' SchedulerMixin.
+
+        Returns:
+            The scheduler.
+
+        Raises:
+            TableError: a solver that is missing, or that does not say enough about its network.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        folder = Path(source, subfolder or "")
+        local = Path(source).is_dir()
+        revision = kwargs.get("revision")
+        if (folder / SCHEDULER_FILE).is_file() or (not Path(source).exists() and "/" in source):
+            try:
+                return super().from_pretrained(source, subfolder, return_unused_kwargs, **kwargs)
+            except OSError as error:
+                if local or subfolder is not None:
+                    raise TableError(f"{source!r} cannot be opened: {explain(error)}") from error
+        made: EPDScheduler = cls.from_solver(Solver.from_pretrained(folder if local else source, revision=revision))
+        return (made, kwargs) if return_unused_kwargs else made
+
+    # -- what pipelines ask for ---------------------------------------------------------------------------------------
+
+    @property
+    def parallel(self) -> bool:
+        """Whether an interval's points are one call, which needs `parallelize`."""
+        return self._plan.parallel
+
+    def set_parallel(self, parallel: bool) -> None:
+        """Choose so; ends a loop under way."""
+        self._plan = Plan(self.solver, self.network, parallel=parallel)
+        self.order = self._plan.order
+        self.set_timesteps()
+        self._loop: Loop | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a denoising loop.
+
+        Args:
+            num_inference_steps: not used, as the solver has its own N; another number is reported once.
+            device: of the timesteps.
+            sigmas: not used, as the solver has its own; reported once.
+            mu: not used.
+        """
+        intervals = self.solver.table.intervals
+        if not self._warned and (sigmas is not None or num_inference_steps not in (None, intervals)):
+            self._warned = True
+            given = "sigmas" if sigmas is not None else f"num_inference_steps={num_inference_steps}"
+            log.warning("%s is not used: this solver has %d intervals of its own", given, intervals)
+        evaluated = torch.stack([self._plan.sigma(call)[0] for call in self._plan.calls])
+        self.sigmas = torch.cat([evaluated, self.solver.sigmas[-1:]]).float()  # [calls + 1]
+        self.timesteps = self.network.timestep(evaluated).to(device)  # [calls]
+        self.num_inference_steps = intervals
+        self._loop, self._scaled, self._expanded = Loop(self._plan), False, False
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Loops begin at the first timestep.
+
+        Raises:
+            TableError: any other.
+        """
+        if begin_index:
+            raise TableError(f"begin_index is {begin_index}, expected 0: a learned solver starts from noise alone")
+
+    @property
+    def begin_index(self) -> int:
+        """Always 0."""
+        return 0
+
+    @property
+    def step_index(self) -> int | None:
+        """Calls made so far in this loop, None outside of one."""
+        return None if self._loop is None else self._loop.made
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """What the network of a VE model sees.
+
+        Args:
+            sample: [R, ...], the latents, once or twice.
+            timestep: not used: calls come in order.
+
+        Returns:
+            The evaluated point at unit variance, shape and dtype of sample; with `set_parallel`, points come later.
+
+        Raises:
+            TableError: a flow solver in such a pipeline, or no loop begun.
+        """
+        if self.form == "flow":
+            raise TableError(
+                "a solver for a flow model is in a pipeline whose network predicts noise (use a matching one)"
+            )
+        loop = self._current()
+        self._scaled = True
+        return sample if self.parallel and loop.call[1] is not None else loop.seen(sample)[:, 0]
+
+    def point_inputs(self, hidden: Tensor) -> PointInputs | None:
+        """The points of the interval, for the call that evaluates them all; `parallelize` asks for them.
+
+        Args:
+            hidden: [R, ...], what the pipeline gives its network: the latents, once or twice.
+
+        Returns:
+            The points in the dtype of hidden, or None where the call is not one of these.
+        """
+        loop = self._loop
+        if not self.parallel or loop is None or loop.call[1] is None:
+            return None
+        self._expanded = True
+        timesteps = self.network.timestep(self._plan.sigma(loop.call)).to(hidden.device)
+        return PointInputs(loop.seen(hidden), timesteps)
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True,
+        generator: Any = None,
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
+        """Take the network's answer and say where to look next.
+
+        Args:
+            model_output: [B, ...], or [B * K, ...] for the points of an interval in one call (row b * K + k).
+            timestep: not used: calls come in order.
+            sample: [B, ...], as returned by the call before; where it is another tensor, that one counts at the start
+                of an interval, and inside one for its own point alone.
+            return_dict: whether to return a SchedulerOutput.
+            generator: not used: nothing is drawn at random.
+
+        Returns:
+            The latents [B, ...] of the next call, in the dtype of sample.
+
+        Raises:
+            TableError: more calls than the solver makes, or a pipeline that it does not fit.
+
+        Source: EPD-Solver (arXiv 2507.14797).
+        """
+        loop = self._current()
+        if self.form == "ve" and not self._scaled:
+            raise TableError(
+                "a solver in VE form is in a pipeline that does not scale its network's input, as DDPMPipeline and "
+                "those of flow models (use one made for this model; by hand, call scale_model_input before the network)"
+            )
+        if self.parallel and loop.call[1] is not None and not self._expanded:
+            raise TableError("the network did not see the points (parallelize the pipeline that this scheduler is in)")
+        check_shapes(loop, model_output, sample)
+        latents = loop.advance(model_output, sample)
+        self._scaled = self._expanded = False
+        if loop.done:
+            self._loop = None
+        return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+
+    def _current(self) -> Loop:
+        if self._loop is None:
+            raise TableError(f"all {len(self._plan.calls)} calls are made, or none is due: call set_timesteps first")
+        return self._loop

@@ -1,0 +1,123 @@
+"""What a rollout actor does: draw tables, make pictures. Every answer is a function of the request alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import JsonValue
+
+from epd_ray.drawing.sampler import Sampler, alike, noises, to_uint8
+from epd_ray.errors import ModelError
+from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
+from epd_ray.solvers import SolverTable
+from epd_ray.stage_one.gradient import Loss, distill_loss
+from epd_ray.stage_one.least_squares import NormalEquations, normal_equations
+from epd_ray.stage_one.shard import Points, Shard, ShardStates
+from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob, RolloutRequest
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What the driver needs to know about a model that it does not load.
+
+    Attributes:
+        family: of the backbone.
+        model_id: as given.
+        form: of the ODE.
+        sigmas: [N+1], the schedule of the policy's solver.
+        guidance_scale: that the pictures are made with.
+        more: resolution, revision and scheduler, as JSON values.
+    """
+
+    family: str
+    model_id: str
+    form: Form
+    sigmas: tuple[float, ...]
+    guidance_scale: float
+    more: Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A job's rollouts and their images [B, 3, H, W], uint8, in the order of the requests."""
+
+    rollouts: tuple[Rollout, ...]
+    images: ImageArray
+
+
+class RolloutWorker:
+    """Makes pictures with one backbone.
+
+    Args:
+        backbone: the frozen model.
+        guidance_scale: for every picture.
+        space: what the policy draws.
+        sampler: N, AFS and order of the solver whose table is drawn.
+    """
+
+    def __init__(self, backbone: Backbone, guidance_scale: float, space: TableSpace, sampler: Sampler) -> None:
+        self.backbone, self.guidance_scale, self.space, self.sampler = backbone, guidance_scale, space, sampler
+
+        self.states = ShardStates(backbone, guidance_scale)
+
+    def describe(self, num_intervals: int) -> BackboneFacts:
+        """The model's name, form and schedule for N intervals."""
+        b = self.backbone
+        sigmas = tuple(b.sigmas(num_intervals).tolist())
+        return BackboneFacts(b.family, b.model_id, b.form, sigmas, self.guidance_scale, dict(b.facts))
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """See Backbone.truncated."""
+        return self.backbone.truncated(prompts)
+
+    def distill(self, shard: Shard, grid: Sequence[float]) -> NormalEquations:
+        """See epd_ray.stage_one.least_squares.normal_equations."""
+        return normal_equations(self.states.interval(shard), grid)
+
+    def distill_loss(self, shard: Shard, points: Points, gradient: bool) -> Loss:
+        """See epd_ray.stage_one.gradient.distill_loss."""
+        return distill_loss(self.states.interval(shard), points, gradient)
+
+    def generate(self, job: RolloutJob) -> Generated:
+        """Draw a table for each request and make its picture, the whole job in one batch."""
+        policy = TableDistribution(self.space, torch.from_numpy(job.parameters.copy()))  # Ray's arrays are read-only
+        actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
+        log_probs = log_prob(policy, actions)
+        sigmas = self.backbone.sigmas(self.sampler.intervals)
+        table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
+        sampler = self.sampler.with_table(table)
+        images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
+        rollouts = tuple(
+            _rollout(request, action, float(value), table, i)
+            for i, (request, action, value) in enumerate(zip(job.requests, actions, log_probs, strict=True))
+        )
+        return Generated(rollouts, images)
+
+    def sample(self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int]) -> ImageArray:
+        """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
+        conditioning = self.backbone.encode(prompts, self.guidance_scale)
+        starts = alike(self.backbone, prompts, noise_seeds, self.guidance_scale)
+        with torch.inference_mode():
+            latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds), starts)
+        pictures = self.backbone.decode(latents)
+        finite = pictures.flatten(1).isfinite().all(1).tolist()
+        broken = [i for i, whole in enumerate(finite) if not whole]
+        if broken:
+            named = "; ".join(f"{prompts[i]!r} with seed {noise_seeds[i]}" for i in broken[:3])
+            raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")
+        images: ImageArray = to_uint8(pictures).numpy()
+        return images
+
+
+def _rollout(request: RolloutRequest, action: torch.Tensor, value: float, table: SolverTable, index: int) -> Rollout:
+    """A request's answer, with its table [N, K] of the batch's."""
+    parts = (table.positions, table.weights, table.scale_dir, table.scale_time)
+    positions, weights, *scales = (None if part is None else part[index].float().numpy() for part in parts)
+    assert positions is not None and weights is not None
+    return Rollout(request.rollout_id, action.numpy(), value, positions, weights, *scales)
+
+
+def log_prob(policy: TableDistribution, actions: torch.Tensor) -> torch.Tensor:
+    """Log-density of actions [B, N, A] in float64, so that rollout and learner agree to 1e-5; [B]."""
+    exact = TableDistribution(policy.space, policy.parameters.double())
+    return exact.log_prob(actions.double())

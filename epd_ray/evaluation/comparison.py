@@ -1,0 +1,206 @@
+"""A comparison of samplers on the same prompts and seeds, with paired intervals."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from epd_ray.drawing.sampler import Sampler, nearest_baseline
+from epd_ray.embedded.judge import scene_accuracy
+from epd_ray.embedded.scenes import CANVAS, Scene, parse
+from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.storage.run_directory import RunDirectory, whole, write_text
+from epd_ray.types import FloatArray, ImageArray, Sampled
+
+SCENE_ACCURACY = "scene_accuracy"
+OURS = ("rdpo", "distilled")
+Draw = Callable[[Sampler, Sequence[str], Sequence[int], bool], Sampled]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler's results, per prompt."""
+
+    sampler: Sampler
+    values: dict[str, FloatArray]
+    seconds_per_image: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of two samplers, by their keys: `solver` minus `against`."""
+
+    metric: str
+    solver: str
+    against: str
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All samplers on one set of prompts and seeds.
+
+    Attributes:
+        split: "validation", "test", or where the prompts came from.
+        prompts: B prompts.
+        seeds: their noise seeds.
+        rows: per sampler.
+        ours: keys of the samplers that the others are compared with, the first before those that it came from.
+    """
+
+    split: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    ours: tuple[str, ...] = OURS
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, Interval]]:
+        """Sampler's key -> metric -> mean over the prompts."""
+        return {row.sampler.key: {m: bootstrap_mean(v) for m, v in row.values.items()} for row in self.rows}
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Ours minus each of the others, by metric."""
+        by_key = {row.sampler.key: row for row in self.rows}
+        ours = [key for key in self.ours if key in by_key]
+        pairs = [(a, b) for i, a in enumerate(ours) for b in by_key if b not in ours[: i + 1]]
+        return [
+            Difference(m, a, b, paired_difference(by_key[a].values[m], by_key[b].values[m]))
+            for m, (a, b) in product(self.rows[0].values, pairs)
+        ]
+
+    def summary(self) -> dict[str, object]:
+        """Means with intervals, and the paired differences of ours to each of the others; ready for JSON."""
+        solvers = [
+            {
+                "key": row.sampler.key,
+                "label": row.sampler.label,
+                "kind": row.sampler.kind,
+                "schedule": row.sampler.schedule,
+                "intervals": row.sampler.intervals,
+                "parallel_nfe": row.sampler.parallel_nfe,
+                "model_evals": row.sampler.model_evals,
+                "seconds_per_image": row.seconds_per_image,
+                "metrics": {m: asdict(interval) for m, interval in self.means[row.sampler.key].items()},
+            }
+            for row in self.rows
+        ]
+        differences = [
+            {"metric": d.metric, "solver": d.solver, "against": d.against} | asdict(d.interval)
+            for d in self.differences
+        ]
+        return {
+            "split": self.split,
+            "prompts": len(self.prompts),
+            "metrics": list(self.rows[0].values),
+            "solvers": solvers,
+            "differences": differences,
+        }
+
+    def table(self) -> pa.Table:
+        """One row per sampler and prompt."""
+        columns: dict[str, list[object]] = {"solver": [], "prompt": [], "noise_seed": []}
+        for row in self.rows:
+            columns["solver"] += [row.sampler.key] * len(self.prompts)
+            columns["prompt"] += self.prompts
+            columns["noise_seed"] += self.seeds
+            for metric, values in row.values.items():
+                columns.setdefault(metric, []).extend(values.tolist())
+        return pa.table(columns)
+
+
+def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
+    """Each method at our sequential depth and, with `equal_evals`, at our number of evaluations.
+
+    Where a method with several evaluations an interval cannot meet the number, it gets the next that it can.
+    """
+    costs = [ours.parallel_nfe, *([ours.model_evals] if equal_evals else [])]
+    found: dict[str, Sampler] = {}
+    for cost, name in product(costs, names):
+        sampler = nearest_baseline(name, cost)
+        found.setdefault(sampler.key, sampler)
+    return list(found.values())
+
+
+def compare(
+    draw: Draw,
+    samplers: Sequence[Sampler],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    split: str,
+    after_each: Callable[[Sampler, Row, ImageArray], None],
+) -> Comparison:
+    """Draw every sampler's pictures and score them.
+
+    Args:
+        draw: makes and scores pictures (RDPO.sample_scored).
+        samplers: with distinct keys.
+        prompts: B prompts.
+        seeds: B noise seeds, the same for all samplers.
+        split: for the record.
+        after_each: called with a sampler's results and pictures.
+    """
+    scenes = scenes_of(prompts)
+    rows = []
+    for sampler in samplers:
+        sampled = draw(sampler, prompts, seeds, True)
+        assert sampled.images is not None
+        values = dict(sampled.scores)
+        judged = None if scenes is None else accuracy(scenes, sampled.images)
+        if judged is not None:
+            values[SCENE_ACCURACY] = judged
+        rows.append(Row(sampler, values, sampled.seconds / len(prompts)))
+        after_each(sampler, rows[-1], sampled.images)
+    return Comparison(split, tuple(prompts), tuple(seeds), tuple(rows))
+
+
+def scenes_of(prompts: Sequence[str]) -> list[Scene] | None:
+    """What the prompts describe, where every one is a scene of the embedded model's world."""
+    scenes = [scene for prompt in prompts if (scene := parse(prompt)) is not None]
+    return scenes if len(scenes) == len(prompts) else None
+
+
+def accuracy(scenes: Sequence[Scene], images: ImageArray) -> FloatArray | None:
+    """1 for each picture that shows its scene, else 0, [B]; None for pictures [B, 3, H, W] of another size."""
+    if images.shape[-2:] != (CANVAS, CANVAS):
+        return None
+    pictures = np.asarray(images, np.float32) / np.float32(255)
+    return scene_accuracy(pictures, scenes).astype(np.float32)
+
+
+def save_pictures(folder: Path, images: Iterable[ImageArray], first: int = 0) -> None:
+    """<folder>/NNN.png, counted from `first`: the same number for the same prompt and seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images, first):
+        with whole(folder / f"{i:03d}.png") as partial:
+            Image.fromarray(image.transpose(1, 2, 0)).save(partial, "PNG")
+
+
+def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) -> None:
+    """evaluation.parquet, evaluation.json, and the prompts of the kept pictures."""
+    with whole(run.evaluation_rows) as partial:
+        pq.write_table(comparison.table(), partial)
+    run.samples.mkdir(parents=True, exist_ok=True)
+    write_text(run.samples / "prompts.json", json.dumps(comparison.prompts[:pictures], indent=2))
+    write_text(run.evaluation, json.dumps(comparison.summary(), indent=2))
+
+
+def headline(summary: dict[str, object]) -> list[str]:
+    """A few lines for the terminal: every sampler's scores, then our paired differences."""
+    lines = []
+    for s in summary["solvers"]:  # type: ignore[attr-defined]
+        scores = "  ".join(f"{m} {v['mean']:.4f}" for m, v in s["metrics"].items())
+        lines.append(f"{s['label']:<18} NFE {s['parallel_nfe']:>2} ({s['model_evals']:>2} evaluations)  {scores}")
+    for d in summary["differences"]:  # type: ignore[attr-defined]
+        if d["solver"] == OURS[0]:
+            low_high = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
+            lines.append(f"ours minus {d['against']:<10} {d['metric']:<15} {d['mean']:+.4f}  95 % {low_high}")
+    return lines

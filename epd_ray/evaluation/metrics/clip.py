@@ -1,0 +1,58 @@
+"""Image embeddings of any transformers CLIPModel."""
+
+import numpy as np
+import torch
+
+from epd_ray.embedded.models import resolve_model
+from epd_ray.evaluation.metrics.checks import checked_images
+from epd_ray.evaluation.metrics.weights import weights_checksum
+from epd_ray.rewards.batches import check_batch_size
+from epd_ray.rewards.towers import open_clip_model, open_clip_processor
+from epd_ray.types import FloatArray, ImageArray
+from epd_ray.weights.devices import pick_device
+from epd_ray.weights.hub import opening
+
+
+class ClipFeatures:
+    """What a CLIP model's image tower says of a picture, before it is normalised to unit length.
+
+    The network computes in float32 wherever it runs: features of one picture set may be compared with another's years
+    later.
+
+    Args:
+        model: a CLIPModel directory, a hub id, or the name of an embedded model.
+        revision: branch, tag or commit on the hub.
+        device: as everywhere.
+        batch_size: pictures per forward pass.
+
+    Attributes:
+        model_id: the model as given.
+        revision: checksum of its weights.
+        dimension: D, of the space that it shares with text.
+
+    Raises:
+        ModelError: the model is missing, damaged, or no CLIPModel.
+    """
+
+    def __init__(
+        self, *, model: str = "shapes-clip", revision: str | None = None, device: str = "auto", batch_size: int = 64
+    ) -> None:
+        self._device, self._batch_size = pick_device(device), check_batch_size(batch_size)
+        location = resolve_model(model)
+        with opening(model, "CLIP model"):
+            network = open_clip_model(location, revision, f"CLIP model {model!r}")
+            self._pixels = open_clip_processor(location, revision)
+        self.model_id, self.revision = model, weights_checksum(network)
+        self.dimension: int = network.config.projection_dim
+        self._network = network.to(self._device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def features(self, images: ImageArray) -> FloatArray:
+        """Embeddings [B, D], float32, of images [B, 3, H, W], uint8."""
+        found = np.empty((len(images), self.dimension), np.float32)
+        for start in range(0, len(checked_images(images)), self._batch_size):
+            batch = torch.from_numpy(np.array(images[start : start + self._batch_size]))
+            pixels = self._pixels(batch.float() / 255).to(self._device)
+            rows = self._network.get_image_features(pixel_values=pixels).pooler_output
+            found[start : start + len(batch)] = rows.float().cpu().numpy()
+        return found

@@ -1,0 +1,49 @@
+"""How different the pictures of one prompt are: what falls when a reward is hacked."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from epd_ray.errors import MetricError
+from epd_ray.evaluation.metrics.checks import checked_features
+
+
+def diversity(features: npt.NDArray[np.generic], prompts: Sequence[str]) -> dict[str, float]:
+    """Per prompt, the mean of 1 - cosine over all pairs of its pictures.
+
+    Args:
+        features: [B, D], of pictures that were drawn from different noise.
+        prompts: B prompts (or their ids), in any order.
+
+    Returns:
+        Prompt -> a number in [0, 2], 0 where its pictures are all alike; prompts as they first appear.
+
+    Raises:
+        MetricError: a prompt with one picture alone, another number of prompts than of rows, features that are not
+            finite, or all zero.
+    """
+    rows = checked_features(features)
+    if len(rows) != len(prompts):
+        raise MetricError(f"{len(rows)} rows of features and {len(prompts)} prompts, expected one prompt a row")
+    lengths = np.linalg.norm(rows, axis=1)
+    if not lengths.all():
+        raise MetricError(f"features[{int(lengths.argmin())}] are all 0, which has no direction: check the extractor")
+    rows /= lengths[:, None]
+    found: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        found.setdefault(prompt, []).append(index)
+    alone = [prompt for prompt, members in found.items() if len(members) < 2]
+    if alone:
+        raise MetricError(
+            f"diversity: prompt {alone[0]!r} has 1 picture, expected at least 2 of each prompt "
+            f"({len(alone)} prompts have 1: draw every prompt from several seeds)"
+        )
+    return {prompt: _mean_distance(rows[members]) for prompt, members in found.items()}
+
+
+def _mean_distance(rows: npt.NDArray[np.float64]) -> float:
+    """Of unit rows [n, D]: |sum of rows|^2 = n + 2 * (sum of the cosines over pairs)."""
+    n = len(rows)
+    cosines = (np.square(rows.sum(axis=0)).sum() - n) / (n * (n - 1))
+    return float(np.clip(1 - cosines, 0, 2))  # rounding leaves -1e-16 for equal pictures

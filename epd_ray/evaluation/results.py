@@ -1,0 +1,102 @@
+"""What several commands measured, as one document: every figure under the command that made it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluation.suites.layout import markdown
+from epd_ray.report.page import page_template
+from epd_ray.report.tables import figures_of, text
+from epd_ray.storage.run_directory import write_text
+from epd_ray.telemetry.provenance import Provenance, signed_by
+
+DOCUMENT, PAGE = "results.md", "results.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one command gave.
+
+    Attributes:
+        title: of the section.
+        body: Markdown without headings.
+        made_by: the commands, and what they ran on.
+    """
+
+    title: str
+    body: str
+    made_by: Provenance
+
+    def markdown(self) -> str:
+        """The section with its heading and its commands."""
+        commands = "\n".join(self.made_by.commands)
+        return f"## {self.title}\n\n{self.body}\n\n```bash\n{commands}\n```\n\n{self.made_by.where}.\n"
+
+
+def write_document(title: str, sources: Sequence[Path], out: Path) -> list[str]:
+    """Write results.md and results.html from what suites and benchmarks left.
+
+    Args:
+        title: of the document.
+        sources: directories of `evaluate --suite` and files of `bench --out`, in the order of the sections.
+        out: a directory, made where it is missing.
+
+    Returns:
+        Where the two files are, in lines.
+
+    Raises:
+        RunDirectoryError: a source that is neither or cannot be read, and then nothing is written; or the disk refuses.
+    """
+    sections = [section for source in sources for section in read_sections(source)]
+    document = "\n".join([f"# {title}", "", *(section.markdown() for section in sections)])
+    # CommonMark without raw HTML: a prompt or a file name stays text.
+    body = Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(document))
+    page = page_template("results.html.j2").render(title=title, body=body)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / DOCUMENT, document)
+    write_text(out / PAGE, page)
+    return [f"document: {out / DOCUMENT}", f"page: {out / PAGE}"]
+
+
+def read_sections(source: Path) -> list[Section]:
+    """One section for a suite, one for each case of a benchmark.
+
+    Raises:
+        RunDirectoryError: neither, or damaged.
+    """
+    if not (source / "results.md").is_file() and not (source.suffix == ".json" and source.is_file()):
+        raise RunDirectoryError(
+            f"{source} holds no results: name directories of epd-ray evaluate --suite, or files of epd-ray bench --out"
+        )
+    try:
+        return [_suite(source)] if source.is_dir() else list(_cases(json.loads(source.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunDirectoryError(f"{source} cannot be read ({error!r}): measure it again") from error
+
+
+def _suite(source: Path) -> Section:
+    first, _, body = (source / "results.md").read_text(encoding="utf-8").partition("\n")
+    return Section(first.removeprefix("# ").strip(), body.strip(), signed_by(source))
+
+
+def _cases(record: Mapping[str, Any]) -> Iterator[Section]:
+    made_by = Provenance.read(record["made_by"])
+    for case, found in record["cases"].items():
+        yield Section(f"Benchmark {case}", "\n".join(_tables(found)), made_by)
+
+
+def _tables(found: Mapping[str, Any]) -> list[str]:
+    """A benchmark's record in Markdown: its single figures, then a row for each name that has several."""
+    single, rows = figures_of(found)
+    lines = markdown([["figure", "value"], *([name, text(value)] for name, value in single.items())]) if single else []
+    if rows:
+        columns = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+        body = [[head, *(text(row[c]) if c in row else "" for c in columns)] for head, row in rows.items()]
+        lines += ["", *markdown([["", *columns], *body])]
+    return lines

@@ -1,0 +1,189 @@
+"""The suites: which samplers are compared, and what a paper says of each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from epd_ray.backbones.auto import takes_prompts
+from epd_ray.config.sections import AUTO, BackboneConfig
+from epd_ray.drawing.sampler import Sampler, baseline
+from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.errors import ConfigError
+from epd_ray.evaluation.comparison import rivals
+from epd_ray.evaluation.suites.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
+from epd_ray.evaluation.suites.settings import SuiteName
+from epd_ray.solvers import Solver
+from epd_ray.solvers.schedules import MODEL
+from epd_ray.solvers.zoo import find
+
+REFERENCE_STEPS = 50
+FID_METRIC = "frechet_distance"
+LEARNED, PLUGIN = "EPD-Solver", "EPD-Plugin"
+METHODS = {"DDIM": "euler", "iPNDM(3M)": "ipndm3", "Heun": "heun", "DPM-Solver-2": "dpm2"}
+"""Tables II to IV: their names -> ours. Their code leaves out the pipelines' step to 0, also for the rivals."""
+
+FID_METHODS = {"DDIM": "euler@polynomial", "EDM": "heun@polynomial", "DPM-Solver-2": "dpm2@polynomial"}
+FID_METHODS |= {"DPM-Solver++(3M)": "dpmpp3m@logsnr", "UniPC": "unipc3@logsnr", "iPNDM": "ipndm@polynomial"}
+"""The FID table's names -> ours, on the schedules of diff-sampler (arXiv 2312.00094), whose values it takes over: no
+step to 0, and an analytical first step where two evaluations an interval are to make an odd number. What is not here
+(AMED, ParaDiGMS) is shown with the paper's value alone."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a suite's table, or a cell of the FID table.
+
+    Attributes:
+        method: as the table calls it.
+        parallel_nfe: sequential depth.
+        sampler: that draws it; None: nothing here does.
+        steps: intervals of the solver.
+        schedule: of its sigmas; None: the model's own.
+        published: metric -> the paper's value.
+    """
+
+    method: str
+    parallel_nfe: int
+    sampler: Sampler | None
+    steps: int | None = None
+    schedule: str | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared.
+
+    Attributes:
+        name: of the suite.
+        table: of the paper, where there is one.
+        lines: in the order of the table.
+        ours: the learned samplers.
+        reference: that speed and quality of ours are set against; None: nothing is.
+    """
+
+    name: SuiteName
+    table: str | None
+    lines: tuple[Line, ...]
+    ours: tuple[Sampler, ...]
+    reference: Sampler | None
+
+    @property
+    def samplers(self) -> list[Sampler]:
+        """Each one once: ours, the reference, the others in the order of the table."""
+        everyone = [*self.ours, *([self.reference] if self.reference else []), *(line.sampler for line in self.lines)]
+        return list({sampler.key: sampler for sampler in everyone if sampler is not None}.values())
+
+
+def require_fit(name: SuiteName, backbone: BackboneConfig) -> None:
+    """Refuse a model that the suite is not for, before anything heavy is read.
+
+    Raises:
+        ConfigError: with the suite that is.
+        ModelError: no such model.
+    """
+    prompted = backbone.family != AUTO or takes_prompts(backbone.model, backbone.revision)
+    if name == "paper-fid" and prompted:
+        raise ConfigError(
+            [f"model {backbone.model} takes prompts, --suite paper-fid is for unconditional ones: use --suite paper"]
+        )
+    if name != "paper-fid" and not prompted:
+        raise ConfigError(
+            [f"model {backbone.model} takes no prompts, which --suite {name} is about: use --suite paper-fid"]
+        )
+
+
+def pick_table(facts: BackboneFacts) -> str:
+    """The table about a model of this family and resolution.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    about = {name: Solver.from_pretrained(preset).meta for name, preset in REWARD_TABLES.items()}
+    resolution = facts.more.get("resolution")
+    for name, meta in about.items():
+        if (meta["backbone"], meta["resolution"]) == (facts.family, resolution):
+            return name
+    there = ", ".join(f"{name} ({meta['backbone']} at {meta['resolution']} px)" for name, meta in about.items())
+    raise ConfigError(
+        [f"the paper has no table for {facts.family} at {resolution} px: choose one with --table, of {there}"]
+    )
+
+
+def paper_suite(table: str, ours: Sequence[Sampler]) -> Suite:
+    """Tables II to IV, with ours in the place of the paper's last line; the reference is DDIM with the most steps.
+
+    Args:
+        table: one of REWARD_TABLES.
+        ours: learned samplers; each has the paper's values beside it where its parallel NFE is the paper's.
+    """
+    lines = []
+    for row in reward_table(table):
+        if row.method != LEARNED:
+            sampler = baseline(f"{METHODS[row.method]}@{row.schedule}", row.parallel_nfe, final_zero=False)
+            lines.append(Line(row.method, row.parallel_nfe, sampler, row.steps, row.schedule, row.values))
+            continue
+        for s in ours:
+            same = s.parallel_nfe == row.parallel_nfe
+            lines.append(Line(s.label, s.parallel_nfe, s, s.intervals, "its own", row.values if same else {}))
+        if all(s.parallel_nfe != row.parallel_nfe for s in ours):
+            lines.append(Line(row.method, row.parallel_nfe, None, row.steps, row.schedule, row.values))
+    slow = max((line for line in lines if line.method == "DDIM"), key=lambda line: line.parallel_nfe)
+    return Suite("paper", table, tuple(lines), tuple(ours), slow.sampler)
+
+
+def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
+    """The first paper's FID table, with ours in its last lines.
+
+    Args:
+        table: one of FID_TABLES.
+        ours: learned samplers; one with a multistep slope is what the paper calls a plugin.
+
+    Raises:
+        ConfigError: a sampler with a parallel NFE that the table does not have, or two for one place in it.
+    """
+    if beyond := [s for s in ours if s.parallel_nfe not in FID_NFES]:
+        columns = ", ".join(map(str, FID_NFES))
+        raise ConfigError(
+            [f"{beyond[0].label} has parallel NFE {beyond[0].parallel_nfe}, the FID table has {columns}: distil "
+             "one with solver.afs=true and solver.intervals=2, 3, 4 or 5"]
+        )  # fmt: skip
+    placed: dict[tuple[str, int], Sampler] = {}
+    for s in ours:
+        place = (PLUGIN if s.order > 1 else LEARNED, s.parallel_nfe)
+        if placed.setdefault(place, s) is not s:
+            raise ConfigError(
+                [f"{placed[place].label} and {s.label} both have parallel NFE {s.parallel_nfe}, the FID table has room "
+                 "for one: give each an --out of its own"]
+            )  # fmt: skip
+    lines = []
+    for method, values in fid_table(table).items():
+        for nfe, value in values.items():
+            sampler = placed.get((method, nfe)) or _fid_baseline(method, nfe)
+            lines.append(Line(method, nfe, sampler, published={FID_METRIC: value}))
+    return Suite("paper-fid", table, tuple(lines), tuple(ours), None)
+
+
+def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampler]) -> Suite:
+    """Ours against every method at the same parallel NFE and at the same total evaluations, and 50 Euler steps.
+
+    Args:
+        name: "embedded" or "prompts".
+        kinds: the methods.
+        ours: learned samplers, at least one.
+    """
+    reference = baseline("euler", REFERENCE_STEPS)
+    found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), reference]
+    distinct = {sampler.key: sampler for sampler in found}
+    lines = [
+        Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == MODEL else s.schedule)
+        for s in distinct.values()
+    ]
+    return Suite(name, None, tuple(lines), tuple(ours), reference)
+
+
+def _fid_baseline(method: str, parallel_nfe: int) -> Sampler | None:
+    """None for what is not here."""
+    if method not in FID_METHODS:
+        return None
+    name = FID_METHODS[method]
+    return baseline(name, parallel_nfe, final_zero=False, afs=find(name).evals > 1)

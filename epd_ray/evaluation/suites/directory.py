@@ -1,0 +1,172 @@
+"""A directory of results: what they are of, and a Parquet file for each sampler and shard that is finished."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import JsonValue
+
+from epd_ray.errors import RunDirectoryError
+from epd_ray.storage.run_directory import unwritable, whole, write_text
+
+LOCK, CACHE = ".lock", "features"
+OWN = {LOCK, CACHE}
+"""What may be there before the manifest is."""
+FORMAT = 1
+Facts = Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What results are of. Only results of the same may lie in one directory.
+
+    Attributes:
+        sections: name ("model", "prompts", "heads", ...) -> facts, as JSON values.
+        samplers: key -> what it is, as JSON values, with a checksum "sha256"; more may come later.
+    """
+
+    sections: Mapping[str, Facts]
+    samplers: Mapping[str, Facts]
+
+    def difference(self, now: "Manifest") -> str | None:
+        """The first fact that is not the same: "model.resolution was 512, now 1024"."""
+        for name in [*self.sections, *now.sections]:
+            old, new = self.sections.get(name, {}), now.sections.get(name, {})
+            for key in [*old, *new]:
+                if old.get(key) != new.get(key):
+                    return f"{name}.{key} was {_short(old.get(key))}, now {_short(new.get(key))}"
+        for key in self.samplers.keys() & now.samplers.keys():
+            if self.samplers[key].get("sha256") != now.samplers[key].get("sha256"):
+                return f"sampler {key} was another one"
+        return None
+
+
+def _short(value: JsonValue) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class ResultsDirectory:
+    """Where results lie. The constructor only names the path.
+
+    Args:
+        path: absent, empty, or with results.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def solvers(self) -> Path:
+        return self.path / "solvers"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def prepare(self) -> None:
+        """Make the directory, or see that results may lie there.
+
+        Raises:
+            RunDirectoryError: it is a file, holds other things, or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file, expected a directory for the results: name another --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            other = sorted(p.name for p in self.path.iterdir() if p.name not in OWN and not p.name.endswith(".tmp"))
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        if other and not self.manifest.is_file():
+            raise RunDirectoryError(f"{self.path} holds other things ({other[0]!r}): name another --out")
+
+    def claim(self, manifest: Manifest) -> None:
+        """Say what the results are of; where there are some, they must be of the same, and samplers may be added.
+
+        Raises:
+            RunDirectoryError: results of something else, or a manifest that cannot be read.
+        """
+        samplers = dict(manifest.samplers)
+        if (before := self._read()) is not None:
+            if difference := before.difference(manifest):
+                raise RunDirectoryError(f"{self.path} holds other results: {difference} (name another --out)")
+            samplers = {**before.samplers, **samplers}
+        record = {"format": FORMAT, **manifest.sections, "samplers": samplers}
+        write_text(self.manifest, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def _read(self) -> Manifest | None:
+        if not self.manifest.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            found = record.pop("format")
+            samplers = record.pop("samplers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunDirectoryError(f"{self.manifest} cannot be read ({error}): name another --out") from error
+        if found != FORMAT:
+            raise RunDirectoryError(f"{self.manifest} has format {found}, expected {FORMAT}: name another --out")
+        return Manifest(record, samplers)
+
+    def _shard(self, sampler: str, shard: int) -> Path:
+        return self.scores / sampler / f"{shard:06d}.parquet"
+
+    def has(self, sampler: str, shard: int) -> bool:
+        """Whether these pictures are scored."""
+        return self._shard(sampler, shard).is_file()
+
+    def add(self, sampler: str, shard: int, rows: pa.Table) -> None:
+        """Write what came of a sampler's shard, whole.
+
+        Raises:
+            RunDirectoryError: the disk refuses.
+        """
+        path = self._shard(sampler, shard)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        with whole(path) as partial:
+            pq.write_table(rows, partial, compression="zstd")
+
+    def columns(self, sampler: str) -> list[str]:
+        """Of a sampler's rows; its first shard is there."""
+        return list(next(self.parts(sampler, [0])).column_names)
+
+    def read(self, sampler: str, shards: Iterable[int], columns: list[str] | None = None) -> pa.Table:
+        """A sampler's rows, in the order of the shards.
+
+        Args:
+            sampler: its key.
+            shards: that are all there, at least one.
+            columns: all when None.
+
+        Raises:
+            RunDirectoryError: a file that is damaged.
+        """
+        return pa.concat_tables(list(self.parts(sampler, shards, columns)))
+
+    def parts(self, sampler: str, shards: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """As `read`, one shard at a time."""
+        for shard in shards:
+            path = self._shard(sampler, shard)
+            try:
+                yield pq.ParquetFile(path).read(columns)
+            except (pa.ArrowException, OSError) as error:
+                problem = str(error).splitlines()[0]
+                raise RunDirectoryError(f"{path} is damaged ({problem}): delete it, and evaluate again") from error

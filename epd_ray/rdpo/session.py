@@ -1,0 +1,191 @@
+"""From a run's configuration to live actors."""
+
+import math
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+
+from epd_ray.actors.cluster import HANDED_ON, start_ray, warn_of_idle_gpus
+from epd_ray.actors.encoder import EncoderSpec
+from epd_ray.actors.environments import package_spec
+from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
+from epd_ray.config.loading import RunConfig
+from epd_ray.config.sections import SHAPES, ClusterConfig, RDPOSection, RewardConfig
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rdpo.config import RDPOConfig, uniform_table
+from epd_ray.solvers import SolverTable
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "inverse": lambda done: min(1.0, 0.1 / done) if done else 1.0,
+}
+"""Share of a run that is done, in [0, 1] -> share of the learning rate. Source of "inverse": Robbins, Monro 1951."""
+
+
+@contextmanager
+def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
+    """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
+
+    Args:
+        address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
+        env: names of the environment variables that actors get.
+        dashboard: of a Ray that is started here.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    start_ray(address, env, dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
+    """The algorithm's configuration of a run, starting from `table` (evenly spaced points when None)."""
+    rdpo = config.rdpo
+    heads = {name: reward_spec(reward) for name, reward in config.rewards.items()}
+    built: RDPOConfig = (
+        RDPOConfig()
+        .solver(
+            table=table or uniform_table(config.solver.intervals, config.solver.points, config.solver.start_point),
+            concentration=rdpo.concentration,
+            concentration_bound=rdpo.concentration_bound,
+            scale_dir=rdpo.scale_dir,
+            scale_time=rdpo.scale_time,
+            afs=config.solver.afs,
+            order=config.solver.order,
+            hidden_width=rdpo.hidden_width,
+            hidden_depth=rdpo.hidden_depth,
+        )
+        .backbone(
+            family=config.backbone.family,
+            options=config.backbone.arguments,
+            guidance_scale=config.backbone.guidance_scale,
+        )
+        .rollouts(
+            prompts=prompts,
+            prompts_per_iteration=rdpo.prompts_per_iteration,
+            group_size=rdpo.group_size,
+            images_per_job=config.cluster.images_per_job,
+            same_latent=rdpo.same_latent,
+            baseline=rdpo.baseline,
+            max_staleness=rdpo.staleness,
+            keep_images=config.store.images,
+            max_env_runners=config.cluster.max_rollout_actors or 0,
+        )
+        .rewards(heads, normalisation=rdpo.normalisation)
+        .training(
+            lr=learning_rate(rdpo),
+            weight_decay=rdpo.weight_decay,
+            clip_param=rdpo.clip,
+            num_epochs=rdpo.epochs,
+            minibatch_size=rdpo.minibatch,
+            grad_clip=rdpo.grad_clip,
+            kl_coeff=rdpo.kl_coeff,
+            entropy_coeff=rdpo.entropy_coeff,
+        )
+        .debugging(seed=config.seed, log_level="ERROR")
+    )
+    return _placed(built, config.cluster)
+
+
+def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:
+    """What RLlib takes as lr: a number, or [images drawn before, rate] for each iteration and the end."""
+    if rdpo.lr_schedule == "constant" or not rdpo.iterations:
+        return rdpo.lr
+    images = rdpo.prompts_per_iteration * rdpo.group_size
+    share = FALLS[rdpo.lr_schedule]
+    return [[i * images, rdpo.lr * share(i / rdpo.iterations)] for i in range(rdpo.iterations + 1)]
+
+
+def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
+    """With the actors that a cluster section asks for."""
+    encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
+    placed: RDPOConfig = (
+        built.encoder(encoder if cluster.encoder_actors else None)
+        .env_runners(
+            num_env_runners=cluster.rollout_actors,
+            num_cpus_per_env_runner=cluster.rollout_cpus,
+            num_gpus_per_env_runner=cluster.rollout_gpus,
+            custom_resources_per_env_runner=dict(cluster.rollout_resources),
+        )
+        .learners(
+            num_learners=cluster.learner_actors,
+            num_cpus_per_learner=cluster.learner_cpus,
+            num_gpus_per_learner=cluster.learner_gpus,
+        )
+        .placing(cluster.placement_timeout_s)
+    )
+    return placed
+
+
+def reward_spec(reward: RewardConfig) -> RewardSpec:
+    """What an actor of a configured head needs.
+
+    Raises:
+        EpdRayError: the package backend has no environment.
+    """
+    target, python = package_spec(reward.head) if reward.backend == "package" else (None, None)
+    return RewardSpec(
+        head=reward.head,
+        target=target,
+        options=reward.options,
+        weight=reward.weight,
+        replicas=reward.replicas,
+        min_replicas=reward.min_replicas,
+        max_replicas=reward.max_replicas,
+        num_cpus=reward.num_cpus,
+        num_gpus=reward.num_gpus,
+        resources=reward.resources,
+        python=None if python is None else str(python),
+    )
+
+
+def _warn_of_idle_gpus(config: RunConfig) -> None:
+    """Of a run's actors; a driver that draws sees every GPU."""
+    cluster = config.cluster
+    asked: dict[str, float] = {}
+    if ":" in config.backbone.family or config.backbone.model != SHAPES:
+        asked |= {"cluster.rollout_gpus": cluster.rollout_gpus} if cluster.rollout_actors else {}
+        asked |= {"cluster.encoder_gpus": cluster.encoder_gpus} if cluster.encoder_actors else {}
+    warn_of_idle_gpus(asked | head_gpus(config))
+
+
+def head_gpus(config: RunConfig) -> dict[str, float]:
+    """Key -> what the actors of a head that could use a GPU ask for."""
+    heads = {n: r for n, r in config.rewards.items() if r.replicas and wants_gpu(r.head, r.options)}
+    return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}
+
+
+@contextmanager
+def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
+    """A built RDPO on a Ray session, both ended afterwards."""
+    cluster = config.cluster
+    with ray_session(cluster.address, cluster.env, cluster.dashboard):
+        _warn_of_idle_gpus(config)
+        algo: RDPO = rdpo_config(config, prompts, table).build_algo()
+        try:
+            yield algo
+        finally:
+            algo.stop()
+            shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,85 @@
+"""Stage 1 alone: a solver that follows a finer one, for any model, also one that no reward can judge."""
+
+from pathlib import Path
+
+import numpy as np
+
+from epd_ray.config.loading import RunConfig, resolve
+from epd_ray.drawing.sampler import Sampler, learned
+from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluation.comparison import rivals
+from epd_ray.prompts.splits import load_prompts
+from epd_ray.randomness import Purpose, noise_seeds
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rdpo.session import algorithm
+from epd_ray.runs.trainer import distil, made_by, warn_of_long_prompts
+from epd_ray.solvers.zoo import require_form, require_installed
+from epd_ray.stage_one.shard import as_table, refine
+from epd_ray.telemetry.progress import Observer
+from epd_ray.types import FloatArray, ImageArray
+
+
+def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
+    """Fit a table, save it, and say how far its held-out pictures are from the teacher's.
+
+    Args:
+        config: of a run; its rewards are left out, and stage 1 runs also where the run would leave it out.
+        out: a directory that is empty or not there yet.
+        observer: sees the progress.
+
+    Returns:
+        A line per solver: root mean square distance of its pictures to the teacher's, in [0, 1].
+
+    Raises:
+        RunDirectoryError: there is something in `out` already.
+        EpdRayError: something else that the user can mend.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunDirectoryError(f"{out} is there and not empty: choose another --out")
+    config = resolve(config.model_dump(mode="json"), ["distill.enabled=true", "distill.table=null"])
+    require_installed(config.evaluation.baselines)
+    prompts = load_prompts(config.prompts, config.seed)
+    observer.stage("starting actors", 1)
+    with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:
+        observer.advance()
+        require_form(config.evaluation.baselines, algo.facts.form)
+        warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
+        observer.stage("distilling", 1)
+        fits = distil(config, prompts, algo)
+        observer.advance()
+        residuals = [fit.residual for fit in fits]
+        solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
+        solver.save_pretrained(out)
+        held_out = prompts.validation
+        seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(held_out))
+        ours = learned(solver, "distilled", "EPD distilled")
+        others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+        observer.stage("comparing", 2 + len(others))
+        fine = tuple(refine(solver.sigmas, config.distill.teacher_steps).tolist())
+        teacher = Sampler("dpm2", len(fine) - 1, "teacher", "teacher", sigmas=fine)
+        target = _pictures(algo, teacher, held_out, seeds)
+        observer.advance()
+        lines = []
+        for sampler in (ours, *others):
+            distance = float(rms(_pictures(algo, sampler, held_out, seeds), target).mean())
+            cost = f"NFE {sampler.parallel_nfe:>2} ({sampler.model_evals:>2} evaluations)"
+            lines.append(f"{sampler.label:<18} {cost}  from the teacher's pictures {distance:.4f}")
+            observer.advance()
+    return [*lines, f"solver: {out}"]
+
+
+def _pictures(algo: RDPO, sampler: Sampler, prompts: list[str], seeds: list[int]) -> ImageArray:
+    images = algo.sample_scored(sampler, prompts, seeds, keep_images=True).images
+    assert images is not None
+    return images
+
+
+def rms(images: ImageArray, target: ImageArray) -> FloatArray:
+    """Root mean square difference per picture, [B], in units of the full range.
+
+    Args:
+        images: [B, 3, H, W], uint8.
+        target: the same shape.
+    """
+    difference = (images.astype(np.float32) - target.astype(np.float32)) / 255
+    return np.asarray(np.sqrt((difference**2).mean(axis=(1, 2, 3))), np.float32)

@@ -1,0 +1,262 @@
+"""A run as one self-contained page: what was gained, at which cost, and how it looks."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluation.statistics import Interval
+from epd_ray.evaluation.validation import read_curve
+from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
+from epd_ray.report.page import data_uri, digits, open_picture, page_template, signed
+from epd_ray.runs.held_out import early_end, held_out
+from epd_ray.solvers import Solver
+from epd_ray.storage.run_directory import RunDirectory, read_metrics, write_text
+
+OURS, BASE = "rdpo", "distilled"
+SHEET_ROWS = 8
+SHEET_COLUMNS = 8
+
+
+class SolverRow(BaseModel):
+    """One solver's line in evaluation.json."""
+
+    key: str
+    label: str
+    kind: str
+    intervals: int
+    parallel_nfe: int
+    model_evals: int
+    seconds_per_image: float | None = None
+    metrics: dict[str, Interval]
+
+
+class Difference(BaseModel):
+    """A paired difference, solver minus against, with its 95 % interval."""
+
+    metric: str
+    solver: str
+    against: str
+    mean: float
+    low: float
+    high: float
+
+
+class Evaluation(BaseModel):
+    """evaluation.json: every solver on the same prompts and seeds."""
+
+    split: str
+    prompts: int
+    metrics: list[str]
+    solvers: list[SolverRow]
+    differences: list[Difference] = []
+
+    def solver(self, key: str) -> SolverRow | None:
+        return next((row for row in self.solvers if row.key == key), None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A solver across the contact sheet; `row` is None before the evaluation is there."""
+
+    key: str
+    row: SolverRow | None
+
+    @property
+    def label(self) -> str:
+        return self.row.label if self.row else self.key
+
+    @property
+    def costs(self) -> str:
+        return f"parallel NFE {self.row.parallel_nfe} · {self.row.model_evals} evals" if self.row else ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The result in one sentence, and how to read it."""
+
+    sentence: str
+    note: str
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html and its pictures from what the run has so far.
+
+    Args:
+        run: a run directory, finished or not; a part that is missing becomes a sentence saying so.
+
+    Returns:
+        The page: one file, no network.
+
+    Raises:
+        RunDirectoryError: no run there, or a file in it that cannot be read.
+        TableError: a solver.json that is not a solver.
+    """
+    files = RunDirectory(run)
+    if not (files.config.is_file() or files.metrics.is_file() or files.evaluation.is_file()):
+        raise RunDirectoryError(f"{run} holds no run: config.yaml, metrics.jsonl and evaluation.json are all missing")
+    rows, evaluation = read_metrics(files.metrics), _load(Evaluation, files.evaluation)
+    tables = {
+        key: Solver.from_pretrained(folder)
+        for key, folder in ((BASE, files.distilled), (OURS, files.solver))
+        if (folder / "solver.json").is_file()
+    }
+    prompts = (_load(list[str], files.samples / "prompts.json") or [])[:SHEET_ROWS]
+    columns = _columns(files, evaluation) if prompts else []
+    try:
+        files.images.mkdir(exist_ok=True)
+        if columns:
+            contact_sheet(run, [column.key for column in columns], SHEET_ROWS).save(files.images / "contact_sheet.png")
+        with rc_context(STYLE):
+            curve = publish(reward_curve(rows), files.images / "reward_curve.png") if rows else None
+            drawing = publish(solver_drawing(tables, OURS), files.images / "solver_table.png") if tables else None
+        page = page_template("report.html.j2").render(
+            name=run.resolve().name,
+            headline=_headline(evaluation, rows),
+            facts=_facts(rows),
+            evaluation=evaluation,
+            decimals={metric: _decimals(evaluation, metric) for metric in evaluation.metrics} if evaluation else {},
+            solvers={row.key: row for row in evaluation.solvers} if evaluation else {},
+            ours=[OURS],
+            columns=columns,
+            sheet=[
+                (prompt, [data_uri(files.samples / column.key / f"{index:03d}.png") for column in columns])
+                for index, prompt in enumerate(prompts)
+            ],
+            curve=curve,
+            held_out=held_out(read_curve(files.validation), rows),
+            ended=early_end(rows),
+            has_validation=any("validation/reward" in row for row in rows),
+            drawing=drawing,
+            timings=_timings(rows),
+            stages=_load(dict[str, float], files.stages) or {},
+            config=files.config.read_text(encoding="utf-8") if files.config.is_file() else None,
+            versions=_load(dict[str, str], files.versions),
+        )
+        write_text(files.report, page)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write the report of {run}: {error.strerror or error}") from error
+    return files.report
+
+
+def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
+    """The same prompts and seeds (down) through several solvers (across).
+
+    Args:
+        run: a run directory with images/samples.
+        columns: solver keys, folders of images/samples.
+        rows: how many prompts, from the first; fewer where there are fewer.
+
+    Returns:
+        RGB, captions left of the pictures, labels with both costs above them; an absent picture stays blank.
+
+    Raises:
+        RunDirectoryError: no prompts.json, no such column, or a damaged picture.
+    """
+    files = RunDirectory(run)
+    prompts = (_load(list[str], files.samples / "prompts.json") or [])[:rows]
+    if not prompts or not columns:
+        raise RunDirectoryError(f"{files.samples} has no prompts.json with prompts, or no columns were asked for")
+    if missing := [key for key in columns if not (files.samples / key).is_dir()]:
+        raise RunDirectoryError(f"{files.samples} has no folder {missing[0]!r}")
+    known = _load(Evaluation, files.evaluation)
+    side, gap, caption, head = 192, 12, 264, 92
+    width, height = caption + len(columns) * (side + gap) + gap, head + len(prompts) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    label_font, small_font, text_font = (ImageFont.load_default(size) for size in (17, 14, 17))
+    for index, column in enumerate(Column(key, known.solver(key) if known else None) for key in columns):
+        x = caption + gap + index * (side + gap)
+        label = "\n".join(textwrap.wrap(column.label, 20, max_lines=2))
+        draw.multiline_text((x, head - 34), label, ACCENT if column.key == OURS else INK, label_font, anchor="ld")
+        draw.text((x, head - 14), column.costs, MUTED, small_font, anchor="ls")
+        for row in range(len(prompts)):
+            if picture := open_picture(files.samples / column.key / f"{row:03d}.png"):
+                sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, head + row * (side + gap)))
+    for row, prompt in enumerate(prompts):
+        text = "\n".join(textwrap.wrap(prompt, 26, max_lines=7, placeholder=" ..."))
+        middle = head + row * (side + gap) + side // 2
+        draw.multiline_text((2 * gap, middle), text, INK, text_font, anchor="lm", spacing=7)
+    return sheet
+
+
+def _load(kind: Any, path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise RunDirectoryError(f"{path} cannot be read: {where}{first['msg']}") from error
+
+
+def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:
+    """The solvers that have pictures: in the evaluation's order, then by name."""
+    folders = sorted(folder.name for folder in files.samples.iterdir() if folder.is_dir())
+    known = [row.key for row in evaluation.solvers] if evaluation else []
+    keys = [key for key in known if key in folders] + [key for key in folders if key not in known]
+    return [Column(key, evaluation.solver(key) if evaluation else None) for key in keys[:SHEET_COLUMNS]]
+
+
+def _headline(evaluation: Evaluation | None, rows: Sequence[Mapping[str, float]]) -> Headline:
+    if evaluation is None or not evaluation.metrics:
+        best = next((row for row in reversed(rows) if row.get("validation/best")), None)
+        if best is None:
+            return Headline("There is no result yet.", "The comparison with other solvers comes at the end of a run.")
+        so_far = f"Best validation reward so far: {best['validation/reward']:.4f}, at iteration {best['iteration']}."
+        return Headline(so_far, "The comparison on held-out prompts comes at the end of a run.")
+    metric = evaluation.metrics[0]
+    digits = _decimals(evaluation, metric)
+    ours, base = evaluation.solver(OURS), evaluation.solver(BASE)
+    found = [d for d in evaluation.differences if (d.metric, d.solver, d.against) == (metric, OURS, BASE)]
+    if not (ours and base and found):
+        return Headline(
+            f"{len(evaluation.solvers)} solvers, compared on {evaluation.prompts} prompts.", f"In {metric}."
+        )
+    gain, scores = (
+        found[0],
+        f"{ours.metrics[metric].mean:.{digits}f} vs distilled {base.metrics[metric].mean:.{digits}f}",
+    )
+    held_out = "held-out prompts" if evaluation.split == "test" else f"prompts of the {evaluation.split} split"
+    mean, low, high = (signed(value, digits) for value in (gain.mean, gain.low, gain.high))
+    where = f"{evaluation.prompts} {held_out} at parallel NFE {ours.parallel_nfe}"
+    sentence = f"EPD + RDPO {scores}: {mean} [{low},\N{NO-BREAK SPACE}{high}] on {where}"
+    if gain.low > 0:
+        verdict = "RDPO improved the table it started from."
+    elif gain.high < 0:
+        verdict = "RDPO made the table it started from worse."
+    else:
+        verdict = "The interval contains 0: this evaluation does not show a difference."
+    return Headline(sentence, f"{verdict} Metric: {metric}; 95 % interval of the paired difference.")
+
+
+def _facts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """What fine-tuning amounts to, validation included, as (value, name)."""
+    if not rows:
+        return []
+    images, seconds = sum(row.get("images", 0) for row in rows), sum(row.get("time/total", 0) for row in rows)
+    facts = [(f"{rows[-1]['iteration']:.0f}", "iterations"), (f"{images:,.0f}", "images")]
+    if seconds > 0:
+        facts += [(f"{images / seconds:.1f}", "images per second"), (f"{seconds / 60:,.1f}", "minutes of fine-tuning")]
+    return facts
+
+
+def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
+    """Median seconds per iteration of each phase, the whole training step first."""
+    phases = [f"time/{phase}" for phase in ("iteration", "generate", "score", "learn", "wait")]
+    phases += sorted({name for row in rows for name in row if name.startswith("time/")} - {"time/total", *phases})
+    found = {phase: [row[phase] for row in rows if phase in row] for phase in phases}
+    return [(phase.removeprefix("time/"), float(np.median(values))) for phase, values in found.items() if values]
+
+
+def _decimals(evaluation: Evaluation, metric: str) -> int:
+    """Of a metric, by its differences."""
+    return digits([d.high - d.low for d in evaluation.differences if d.metric == metric])

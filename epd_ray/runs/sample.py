@@ -1,0 +1,129 @@
+"""Pictures from a saved solver, on the model that its file names or on another."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from epd_ray.backbones import BACKBONES
+from epd_ray.config.sections import AUTO
+from epd_ray.drawing.sampler import learned, noises, to_uint8
+from epd_ray.errors import ConfigError, TableError
+from epd_ray.runs.trainer import TRUNCATED
+from epd_ray.solvers import Solver, check_fit
+from epd_ray.types import Backbone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `sample` may do otherwise than the solver's own file says.
+
+    Attributes:
+        model: pipeline directory or hub id; the solver's own when None.
+        guidance_scale: the solver's own when None.
+        resolution: pixels per side; the solver's own when None.
+        device: as everywhere.
+        dtype: of the network.
+        family: one's own backbone class, "module:Class".
+    """
+
+    model: str | None = None
+    guidance_scale: float | None = None
+    resolution: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    family: str | None = None
+
+
+class _MadeWith(BaseModel):
+    """What of a solver's meta decides how its model is opened."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    backbone: str
+    model_id: str | None = None
+    revision: str | None = None
+    resolution: int | None = None
+    guidance_scale: float | None = None
+    registry: str = AUTO
+    options: dict[str, JsonValue] = {}
+
+
+def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, options: SampleOptions) -> Path:
+    """Draw one picture per prompt with a saved solver, side by side into one file.
+
+    Args:
+        solver_name: directory, preset or hub id.
+        prompts: at least one.
+        seed: of the noise; prompt i uses seed + i.
+        out: an image file, by its suffix.
+        options: see SampleOptions.
+
+    Raises:
+        ConfigError: an `out` that is no image file, or options that the backbone does not have.
+        TableError: a solver that cannot be read, or that is for another kind of model.
+        ModelError: a model that cannot be opened.
+    """
+    if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError([f"--out {out} is no image file: give a name that ends in .png"])
+    solver = Solver.from_pretrained(solver_name)
+    try:
+        made = _MadeWith.model_validate(dict(solver.meta))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        problem = f"solver {solver_name}: meta.{key}: {first['msg']} (take the solver of a run, or a preset)"
+        raise TableError(problem) from error
+    backbone = _open(made, solver_name, options)
+    guidance = next(
+        g for g in (options.guidance_scale, made.guidance_scale, backbone.default_guidance) if g is not None
+    )
+    for warning in check_fit(solver, solver_name, backbone.family, backbone.form, guidance, backbone.facts):
+        log.warning(warning)
+    if cut := backbone.truncated(prompts):
+        log.warning(TRUNCATED, cut, len(prompts))
+    conditioning = backbone.encode(list(prompts), guidance)
+    noise = noises(backbone, [seed + i for i in range(len(prompts))])
+    with torch.inference_mode():
+        latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
+    images = to_uint8(backbone.decode(latents)).permute(0, 2, 3, 1).numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(out)
+    return out
+
+
+def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
+    """The model that a solver's file names, or the one asked for instead."""
+    registry = options.family or made.registry
+    if options.family is None and registry not in BACKBONES.names():  # a file from elsewhere must not choose what runs
+        raise TableError(
+            f"solver {name} was made with the backbone {registry!r}, which is code of somebody's own: "
+            f"to run it, pass --family {registry}"
+        )
+    model = options.model or made.model_id
+    if registry != AUTO:
+        if (options.device, options.dtype, options.resolution) != ("auto", "auto", None):
+            raise ConfigError([f"backbone {registry!r} takes no --device, --dtype or --resolution: leave them out"])
+        arguments: dict[str, Any] = dict(made.options)
+        return BACKBONES.build(registry, arguments | ({"model": options.model} if options.model else {}))
+    if model is None:
+        raise TableError(f"solver {name} does not say which model it is for: pass --model")
+    return BACKBONES.build(
+        registry,
+        {
+            "model": model,
+            "revision": made.revision if options.model is None else None,
+            "resolution": options.resolution or made.resolution,
+            "max_sequence_length": made.options.get("max_sequence_length"),
+            "device": options.device,
+            "dtype": options.dtype,
+        },
+    )

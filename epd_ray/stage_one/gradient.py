@@ -1,0 +1,251 @@
+"""Stage 1 by back-propagation: the table's own step against the teacher's, down the gradient through the network.
+
+Interval by interval from the student's own state, as the reference does it. What an interval's parameters p, q, u and
+v stand for:
+
+    r = m + (1 - 2m) sigmoid(p),  w = f + (1 - K f) softmax(q),  o, c = 2 S sigmoid(u/2 or v/2) + 1 - S
+
+with m the margin that a Dirichlet needs, f the smallest weight and S the range of the scales; a start point keeps
+r = 0. A shard sends back the
+loss and its derivatives by r, w, o and c; the driver, which alone knows p to v, sums them and makes the step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from epd_ray.errors import ModelError
+from epd_ray.solvers import SolverTable, epd
+from epd_ray.stage_one.least_squares import END_MARGIN, Matrix
+from epd_ray.stage_one.shard import Fit, Interval, Points
+from epd_ray.types import Drift
+
+MARGIN = END_MARGIN / 2  # so that the grid's ends lie inside
+LOGIT_BOUND = 6.0  # of a start on the border, which no sigmoid reaches
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a shard adds.
+
+    Attributes:
+        distance: squared distance of the student's next state to the teacher's.
+        step: squared length of the teacher's step from the student's state; distance / step is the residual.
+        gradient: of the distance, a row for each column of the points, [2 to 4, K]; zeros where it was not asked for.
+        size: latent values that the distance sums over.
+    """
+
+    distance: float
+    step: float
+    gradient: Matrix
+    size: int
+
+    @property
+    def residual(self) -> float:
+        return self.distance / self.step
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(
+            self.distance + other.distance,
+            self.step + other.step,
+            self.gradient + other.gradient,
+            self.size + other.size,
+        )
+
+
+def distill_loss(interval: Interval, points: Points, gradient: bool, checkpointed: bool = True) -> Loss:
+    """How far the points lead from the teacher's state, and down where it gets less.
+
+    Args:
+        interval: B prompts.
+        points: in any order.
+        gradient: whether to differentiate; without it this is inference.
+        checkpointed: run the network again on the way back, so that memory is that of one forward of B rows.
+
+    Raises:
+        TableError: points that make no table.
+    """
+    columns = [column.requires_grad_(gradient) for column in points.columns()]
+    with torch.set_grad_enabled(gradient):
+        distance = step_distance(interval, SolverTable.from_unsorted(*columns), checkpointed)
+    found = torch.autograd.grad(distance, columns) if gradient else [torch.zeros_like(c) for c in columns]
+    step = _squared(interval.target - interval.x)
+    return Loss(float(distance.detach()), float(step), torch.cat(list(found)).numpy(), interval.x.numel())
+
+
+def step_distance(interval: Interval, table: SolverTable, checkpointed: bool = True) -> Tensor:
+    """Squared distance between where `epd` leads with a table [1, K] and the teacher's state; differentiable in it.
+
+    Args:
+        interval: B prompts.
+        table: whose tensors may require a gradient.
+        checkpointed: see `distill_loss`.
+
+    Returns:
+        A float64 number on the CPU.
+    """
+    drift = _in_turn(interval, checkpointed and torch.is_grad_enabled())
+    return _squared(epd(drift, interval.x, interval.sigmas, table) - interval.target)
+
+
+def _in_turn(interval: Interval, checkpointed: bool) -> Drift:
+    """A drift for one step of `epd`: the slope is known, and the K points are K calls of B rows."""
+    known = [interval.slope]
+
+    def drift(x: Tensor, sigma: Tensor) -> Tensor:
+        if known:
+            return known.pop()
+        states, levels = (v.unflatten(0, (len(interval.x), -1)).unbind(1) for v in (x, sigma))
+        found = []
+        for x_k, sigma_k in zip(states, levels, strict=True):
+            if checkpointed:
+                d_k = checkpoint(interval.drift, x_k, sigma_k, use_reentrant=False, preserve_rng_state=False)
+            else:
+                d_k = interval.drift(x_k, sigma_k)
+            if x_k.requires_grad and not d_k.requires_grad:
+                raise ModelError("the backbone's drift gives no gradient: set distill.method=least_squares")
+            found.append(d_k)
+        return torch.stack(found, 1).flatten(0, 1)  # [B * K, ...]
+
+    return drift
+
+
+def _squared(x: Tensor) -> Tensor:
+    """Squared norm in float64, on the CPU: not every device has it."""
+    return x.cpu().double().square().sum()
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How an interval's points are looked for.
+
+    Attributes:
+        steps: of Adam.
+        lr: at the first step; falls to 0 along half a cosine.
+        batch: shards a step, at least 1.
+        min_weight: f.
+        scale_range: S in [0, 1), of direction scales; 0 trains no scales.
+        scale_time: time scales too.
+        start_point: the first point stays at 0.
+        max_sigma: the largest sigma that the model knows, which no time scale exceeds; None: no such bound.
+    """
+
+    steps: int
+    lr: float
+    batch: int
+    min_weight: float
+    scale_range: float = 0.0
+    scale_time: bool = False
+    start_point: bool = False
+    max_sigma: float | None = None
+
+
+Evaluate = Callable[[Points, Sequence[int], bool], list[Loss]]
+"""evaluate(points, shards, gradient): the losses of these shards, in order."""
+
+
+def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start: Points, options: Descent) -> Fit:
+    """Adam on one interval's points; the better of start and end by the residual over all shards.
+
+    Args:
+        evaluate: runs shards, anywhere.
+        shards: how many there are.
+        sigmas: where the interval begins and ends.
+        start: in order of position; scales that it lacks begin at 1.
+        options: see Descent.
+    """
+    start = _with_scales(start, options)
+    raw = raw_parameters(start, options).requires_grad_()
+    optimizer = torch.optim.Adam([raw], options.lr)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    batches = _batches(shards, options.batch)
+    for _ in range(options.steps):
+        columns = point_columns(raw, sigmas, options)
+        loss = total(evaluate(_points(columns), next(batches), True))
+        optimizer.zero_grad()
+        columns.backward(torch.from_numpy(loss.gradient / loss.step))
+        optimizer.step()
+        decay.step()
+    ends = [drawable(p, sigmas, options) for p in (start, _points(point_columns(raw, sigmas, options)))]
+    fits = [Fit(p, total(evaluate(p, range(shards), False)).residual) for p in ends]
+    return min(fits, key=lambda fit: fit.residual)
+
+
+def _with_scales(points: Points, options: Descent) -> Points:
+    """Points with the scales that are trained, and no others."""
+    if not options.scale_range:
+        return Points(points.positions, points.weights)
+    ones = (1.0,) * len(points.weights)
+    scale_time = (points.scale_time or ones) if options.scale_time else None
+    return Points(points.positions, points.weights, points.scale_dir or ones, scale_time)
+
+
+def _batches(shards: int, size: int) -> Iterator[list[int]]:
+    """Groups of shards in turn, for ever."""
+    size, first = min(size, shards), 0
+    while True:
+        yield [(first + i) % shards for i in range(size)]
+        first = (first + size) % shards
+
+
+def total(losses: Sequence[Loss]) -> Loss:
+    """Their sum, in order."""
+    return reduce(add, losses)
+
+
+def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) -> Tensor:
+    """r, w and, where they are trained, o and c, [2 to 4, K], of parameters p, q, u, v of that shape."""
+    p, q, *scales = raw
+    r = MARGIN + (1 - 2 * MARGIN) * p.sigmoid()
+    if options.start_point:
+        r = torch.cat([torch.zeros_like(r[:1]), r[1:]])
+    w = options.min_weight + (1 - len(q) * options.min_weight) * q.softmax(0)
+    factors = [2 * options.scale_range * (u / 2).sigmoid() + 1 - options.scale_range for u in scales]
+    if len(factors) == 2 and options.max_sigma is not None:
+        factors[1] = factors[1].minimum(options.max_sigma / _inner(r, sigmas))
+    return torch.stack([r, w, *factors])
+
+
+def raw_parameters(points: Points, options: Descent) -> Tensor:
+    """The parameters p, q, u, v of points, [2 to 4, K], float64; as many as the points have columns."""
+    positions, weights = (torch.tensor(v, dtype=torch.float64) for v in (points.positions, points.weights))
+    r = (positions - MARGIN) / (1 - 2 * MARGIN)
+    w = (weights - options.min_weight) / (1 - len(weights) * options.min_weight)
+    p = r.logit(eps=1e-9).clamp(-LOGIT_BOUND, LOGIT_BOUND)
+    q = w.clamp_min(1e-9).log()
+    q = (q - q.max()).clamp_min(-LOGIT_BOUND)
+    scales = [torch.tensor(v, dtype=torch.float64) for v in (points.scale_dir, points.scale_time) if v is not None]
+    shares = [(scale - 1 + options.scale_range) / (2 * options.scale_range) for scale in scales]
+    return torch.stack([p, q, *(2 * share.logit(eps=1e-9).clamp(-LOGIT_BOUND, LOGIT_BOUND) for share in shares)])
+
+
+def _points(columns: Tensor) -> Points:
+    return Points(*(tuple(row) for row in columns.tolist()))
+
+
+def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
+    """The points in order of position and apart, since a Dirichlet draws the segments between them."""
+    rows = np.array([row for row in (points.positions, points.weights, points.scale_dir, points.scale_time) if row])
+    rows = rows[:, rows[0].argsort(kind="stable")]
+    r, k = rows[0], len(rows[0])
+    gap = min(MARGIN, (1 - 2 * MARGIN) / k)
+    for i in range(1, k):
+        r[i] = max(r[i], r[i - 1] + gap)
+    for i in range(k):  # what was pushed beyond the end comes back
+        r[i] = min(r[i], 1 - MARGIN - (k - 1 - i) * gap)
+    if len(rows) == 4 and options.max_sigma is not None:
+        rows[3] = np.minimum(rows[3], options.max_sigma / _inner(torch.from_numpy(r), sigmas).numpy())
+    return Points(*(tuple(row) for row in rows.tolist()))
+
+
+def _inner(positions: Tensor, sigmas: tuple[float, float]) -> Tensor:
+    """The sigmas at positions inside an interval."""
+    a, b = sigmas
+    inner: Tensor = b**positions * a ** (1 - positions)
+    return inner

@@ -1,0 +1,137 @@
+"""Checkpoints of a run: whole or not there; the newest few and the best are kept, the newest readable one wins."""
+
+import io
+import logging
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+
+from epd_ray.errors import RunDirectoryError
+from epd_ray.storage.run_directory import unwritable, whole
+
+log = logging.getLogger(__name__)
+
+FORMAT = 3  # 1 had no held-out curve; 2 other streams of random numbers, and medians of scales
+PATTERN = "iteration-{:06d}.pt"
+BEST = "best.pt"
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError),
+    *(UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What zipfile and torch.load make of bytes that are no checkpoint."""
+
+
+def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Write iteration-NNNNNN.pt and drop all but it and the `keep` - 1 before; the best one stays.
+
+    Args:
+        folder: of the run's checkpoints.
+        iteration: number of updates done.
+        state: nested dicts and lists of numbers, strings and arrays; nothing that needs unpickling.
+        keep: at least 1.
+
+    Raises:
+        RunDirectoryError: the disk refuses; what was there still is.
+    """
+    path = _write(folder / PATTERN.format(iteration), iteration, state)
+    found = _numbered(folder)
+    later = [other for other in found if other > path]  # damaged, or of updates that are being done again
+    for other in [*found[: len(found) - len(later)][:-keep], *later]:
+        other.unlink()
+    return path
+
+
+def save_best(folder: Path, iteration: int, state: Mapping[str, Any]) -> Path:
+    """Write best.pt, which `keep` does not count: the state that scored best on the held-out prompts.
+
+    Raises:
+        RunDirectoryError: the disk refuses; what was there still is.
+    """
+    return _write(folder / BEST, iteration, state)
+
+
+def _write(path: Path, iteration: int, state: Mapping[str, Any]) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    data = io.BytesIO()  # torch hides what a disk says
+    torch.save({"format": FORMAT, "iteration": iteration, **_as_tensors(state)}, data)
+    with whole(path) as partial:
+        partial.write_bytes(data.getbuffer())
+    return path
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("iteration-*.pt") if path.is_file())
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, the best one if no other can; None where there is none yet.
+
+    A damaged one is passed over with a warning.
+
+    Raises:
+        RunDirectoryError: all are damaged, or the newest is of a newer format.
+    """
+    paths = [*sorted(folder.glob("iteration-*.pt"), reverse=True), *folder.glob(BEST)]
+    for path in paths:
+        try:
+            return _read(path)
+        except DAMAGE as error:
+            log.warning("checkpoint %s is damaged (%s): using the one before", path.name, type(error).__name__)
+    if paths:
+        raise RunDirectoryError(
+            f"all {len(paths)} checkpoints in {folder} are damaged: put one back from a copy, or delete the folder to "
+            "begin this run anew"
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if (broken := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(broken)
+    state: dict[str, Any] = _as_arrays(torch.load(path, weights_only=True))
+    if state["format"] > FORMAT:
+        raise RunDirectoryError(
+            f"{path} was written by a newer epd_ray (checkpoint format {state['format']}, this one reads up to "
+            f"{FORMAT}): update epd_ray"
+        )
+    if state["format"] < FORMAT:
+        raise RunDirectoryError(
+            f"{path} was written by an older epd_ray (checkpoint format {state['format']}, this one goes on from "
+            f"{FORMAT}): finish the run with the versions in its versions.json, or begin it anew"
+        )
+    return state
+
+
+def changed_versions(saved: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What differs, in a few words: "torch 2.12 before, 2.13 now"; None where nothing does."""
+    changed = [name for name in now if now[name] != saved.get(name)]
+    return ", ".join(f"{name} {saved.get(name, 'absent')} before, {now[name]} now" for name in changed) or None
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _as_tensors(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_tensors(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _as_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _as_arrays(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_as_arrays(v) for v in value]
+    return value.numpy() if isinstance(value, torch.Tensor) else value

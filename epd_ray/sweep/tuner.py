@@ -1,0 +1,310 @@
+"""A sweep: trials of a run with other values, on Ray Tune; its table, its best solver, and how it goes on."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback, CheckpointConfig
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from epd_ray.actors.cluster import require_room
+from epd_ray.config.loading import dump_yaml, to_yaml
+from epd_ray.errors import RunDirectoryError, TaskError
+from epd_ray.prompts.splits import PromptSplits, load_prompts
+from epd_ray.randomness import Purpose, plain_seed
+from epd_ray.rdpo.session import ray_session
+from epd_ray.runs.trackers import require_trackers, tune_callbacks
+from epd_ray.runs.train import given_solver
+from epd_ray.solvers import Solver
+from epd_ray.storage.places import LocalPlace
+from epd_ray.storage.run_directory import write_text
+from epd_ray.sweep.space import MUTABLE, Distribution, Plan, load_plan
+from epd_ray.sweep.table import Result, Status, as_csv, as_lines, ranking
+from epd_ray.sweep.trial import IMAGES, OBJECTIVE, PLAN, PROMPTS, SOLVER, SweepTrial
+from epd_ray.telemetry.progress import Observer
+
+PLAN_FILE, PROMPTS_FILE, TABLE, TRIALS, BEST = "sweep.yaml", "prompts.json", "results.csv", "trials", "best"
+CHECKPOINTS = 3  # PBT may still want one that is not the newest
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the old one says nothing, the new one something
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a configuration are relative to the working directory
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # what a killed driver forgets
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def sweep(plan: Plan, out: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -> list[str]:
+    """Run a sweep into a new directory.
+
+    Args:
+        plan: what is tried.
+        out: a directory that does not exist yet, or an empty one.
+        observer: sees the progress.
+        callbacks: of Tune, beside those of the trackers that the plan asks for.
+
+    Returns:
+        The best trials, a line each.
+
+    Raises:
+        EpdRayError: something that the user can mend, such as that every trial failed.
+        KeyboardInterrupt: stopped by a signal; the sweep can be resumed.
+    """
+    _require_new(out)
+    prompts = load_prompts(plan.config.prompts, plan.config.seed)
+    given_solver(plan.config)
+    require_trackers(plan.config.tracking)
+    with LocalPlace(out).claimed():
+        create(out, plan, prompts)
+        return _go_on(plan, prompts, out, observer, callbacks)
+
+
+def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -> list[str]:
+    """Go on with a sweep: unfinished and failed trials from their checkpoints; the same otherwise as `sweep`."""
+    if not (path / PLAN_FILE).is_file():
+        raise RunDirectoryError(f"{path} is no sweep: it has no {PLAN_FILE} (epd-ray sweep makes one)")
+    try:
+        prompts = PromptSplits(**json.loads((path / PROMPTS_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{path / PROMPTS_FILE} cannot be read ({error}): the sweep cannot go on") from error
+    with LocalPlace(path).claimed():
+        return _go_on(load_plan(path / PLAN_FILE), prompts, path, observer, callbacks)
+
+
+def _require_new(out: Path) -> None:
+    if (out / PLAN_FILE).exists():
+        raise RunDirectoryError(f"{out} holds another sweep: resume it, or name a new directory")
+    LocalPlace(out).require_new()
+
+
+def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
+    """Write what a sweep goes on from; what one that was killed here has left is written again.
+
+    Raises:
+        RunDirectoryError: the directory holds something else already, or cannot be written.
+    """
+    _require_new(out)
+    write_text(out / PROMPTS_FILE, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
+    varied = plan.sweep.model_dump(mode="json", exclude_none=True)
+    write_text(out / PLAN_FILE, to_yaml(plan.config) + dump_yaml({"sweep": varied}))  # last: its presence marks a sweep
+
+
+def _go_on(
+    plan: Plan, prompts: PromptSplits, path: Path, observer: Observer, callbacks: Sequence[Callback]
+) -> list[str]:
+    cluster = plan.config.cluster
+    with _quiet(), ray_session(cluster.address, cluster.env, cluster.dashboard), _sigterm():
+        observer.stage("starting actors", 1)
+        bundles = SweepTrial.default_resource_request({PLAN: plan}).bundles
+        require_room({"a trial": bundles}, cluster.placement_timeout_s)
+        observer.advance()
+        progress = Progress(observer, plan.sweep.trials)
+        trials = _tune(plan, prompts, path, [progress, *tune_callbacks(plan.config.tracking), *callbacks])
+    if not trials:  # stopped before the first
+        raise KeyboardInterrupt
+    results = ranking([_result(trial, plan, path, progress.has_ended(trial)) for trial in trials])
+    write_text(path / TABLE, as_csv(results))
+    observer.done()
+    if any(result.status == "unfinished" for result in results) or len(results) < plan.sweep.trials:
+        raise KeyboardInterrupt
+    best = results[0]
+    if not best.ranked:
+        raise TaskError(f"every trial failed (see {path / TABLE}), the first with: {best.error}")
+    _take_home(plan, next(trial for trial in trials if str(trial) == best.trial), path)
+    return [
+        *as_lines(results),
+        f"table: {path / TABLE}",
+        f"solver: {path / BEST}",
+        f"configuration: {path / BEST}.yaml",
+    ]
+
+
+def _tune(plan: Plan, prompts: PromptSplits, path: Path, callbacks: list[Callback]) -> list[Trial]:
+    """Start or resume the experiment: `tune.run`, because a restored Tuner takes no new callbacks."""
+    varied = plan.sweep
+    random_state = plain_seed(Purpose.SWEEP, plan.config.seed) % 2**32
+    concurrent = 0 if varied.scheduler == "pbt" else varied.concurrent or 2
+    found = tune.run(
+        SweepTrial,
+        name=TRIALS,
+        storage_path=str(path.resolve()),
+        config={PLAN: plan, PROMPTS: vars(prompts), **{key: domain(of) for key, of in varied.space.items()}},
+        num_samples=varied.trials,
+        search_alg=BasicVariantGenerator(max_concurrent=concurrent, random_state=random_state),
+        scheduler=scheduler(plan),
+        metric=OBJECTIVE,
+        mode="max",
+        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS, checkpoint_frequency=1, checkpoint_at_end=True),
+        callbacks=callbacks,
+        trial_name_creator=trial_name,
+        trial_dirname_creator=trial_name,
+        resume="AUTO+ERRORED" if list(path.glob(f"{TRIALS}/experiment_state-*.json")) else None,
+        verbose=0,
+        raise_on_failed_trial=False,
+    )
+    return list(found.trials)
+
+
+def trial_name(trial: Trial) -> str:
+    """trial-00003 and the like."""
+    return f"trial-{trial.trial_id.rpartition('_')[2]}"
+
+
+def domain(values: Distribution) -> Any:
+    """Tune's word for a distribution."""
+    if values.choice is not None:
+        return tune.choice(values.choice)
+    if values.integers is not None:
+        low, high = values.integers
+        return tune.randint(low, high + 1)
+    if values.loguniform is not None:
+        return tune.loguniform(*values.loguniform)
+    return tune.uniform(*(values.uniform or ()))
+
+
+def scheduler(plan: Plan) -> TrialScheduler:
+    """Who may go on; time is counted in images, so that trials with larger groups get no more of them."""
+    share = max(1, round(plan.sweep.grace * plan.images))
+    if plan.sweep.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr=IMAGES, max_t=plan.images, grace_period=share, reduction_factor=plan.sweep.reduction
+        )
+    if plan.sweep.scheduler == "pbt":
+        mutable = {key: of for key, of in plan.sweep.space.items() if key in MUTABLE}
+        mutations = {key: of.choice if of.choice is not None else domain(of) for key, of in mutable.items()}
+        ends = {key: (of.ends[0], of.ends[-1]) for key, of in mutable.items() if of.choice is None}
+        return PopulationBasedTraining(
+            time_attr=IMAGES,
+            perturbation_interval=share,
+            hyperparam_mutations=mutations,
+            custom_explore_fn=partial(within, ends),
+        )
+    return FIFOScheduler()
+
+
+def within(ends: dict[str, tuple[Any, Any]], config: dict[str, Any]) -> dict[str, Any]:
+    """PBT multiplies values, but they stay in their ranges."""
+    return {**config, **{key: min(max(config[key], low), high) for key, (low, high) in ends.items()}}
+
+
+class Progress(Callback):  # type: ignore[misc]
+    """Tells an observer of the trials.
+
+    Args:
+        observer: is told.
+        total: number of trials.
+    """
+
+    def __init__(self, observer: Observer, total: int) -> None:
+        self._observer, self._total, self._ended = observer, total, set[str]()
+        self._stepped = False
+        self._best: dict[str, float] = {}
+
+    def setup(self, **info: Any) -> None:
+        self._observer.stage("trials", self._total)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        ended = {str(trial) for trial in trials if trial.is_finished()}
+        if len(ended) > len(self._ended):  # also those of before, in a resumed sweep
+            self._observer.advance(len(ended) - len(self._ended), **self._best)
+        self._ended, self._stepped = ended, True
+
+    def has_ended(self, trial: Trial) -> bool:
+        """Whether a trial came to its end; Tune calls those that Ctrl-C ended terminated too."""
+        return bool(trial.is_finished()) and (not self._stepped or str(trial) in self._ended)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        best = max(result["held_out"]["best"], self._best.get("best", float("-inf")))
+        running = sum(other.status == Trial.RUNNING for other in trials)
+        self._best = {"best": best}
+        self._observer.advance(0, running=running, **self._best)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._observer.note(f"{trial} failed: {_why(Path(trial.local_path))}")
+
+
+def _result(trial: Trial, plan: Plan, path: Path, ended: bool) -> Result:
+    values = {key: trial.config[key] for key in plan.sweep.space}
+    last = trial.last_result or {}
+    reward = last.get("held_out", {})
+    complete = bool(reward) and last[IMAGES] >= _planned_images(plan, values)
+    status: dict[str, Status] = {Trial.ERROR: "failed", Trial.TERMINATED: "finished" if complete else "stopped"}
+    return Result(
+        trial=str(trial),
+        status=status[trial.status] if ended else "unfinished",
+        values=values,
+        images=last.get(IMAGES, 0),
+        seconds=round(last.get("time_total_s", 0.0), 1),
+        start=reward.get("start"),
+        reward=reward.get("best"),
+        low=reward.get("low"),
+        high=reward.get("high"),
+        error=_why(path / TRIALS / str(trial)) if trial.status == Trial.ERROR else "",
+    )
+
+
+def _planned_images(plan: Plan, values: dict[str, Any]) -> int:
+    rdpo = plan.trial(values).rdpo
+    return rdpo.iterations * rdpo.prompts_per_iteration * rdpo.group_size
+
+
+def _why(folder: Path) -> str:
+    """The last line of a trial's error, which names it."""
+    found = folder / "error.txt"
+    lines = found.read_text(errors="replace").split("\n") if found.is_file() else []
+    said = [line.strip() for line in lines if line.strip()] or ["its process died"]
+    return re.sub(r"^epd_ray\.errors\.\w+: ", "", said[-1])
+
+
+def _take_home(plan: Plan, trial: Trial, path: Path) -> None:
+    """The best trial's solver, and its configuration for a whole run."""
+    checkpoint = trial.checkpoint
+    assert checkpoint is not None  # there is one per evaluation
+    shutil.rmtree(path / BEST, ignore_errors=True)
+    Solver.from_pretrained(Path(checkpoint.path) / SOLVER).save_pretrained(path / BEST)
+    values = {key: trial.config[key] for key in plan.sweep.space}
+    write_text(path / f"{BEST}.yaml", to_yaml(plan.trial(values)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune says nothing by itself; its errors are in the table."""
+    os.environ.update(QUIET)
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="ray.tune")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a sweep as Ctrl-C does, which Tune takes as the word to save and stop."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
