@@ -3,7 +3,7 @@
     python jobs/build_shapes.py vae --out build/shapes            # AutoencoderKL on random crops
     python jobs/build_shapes.py clip --out build/shapes           # shapes-clip, the reward model
     python jobs/build_shapes.py transformer --out build/shapes    # SD3 transformer and its two text encoders
-    python jobs/build_shapes.py export --out build/shapes         # epd_ray/assets/{shapes,shapes-clip} and their cards
+    python jobs/build_shapes.py export --out build/shapes         # epd_ray/embedded/shapes*, and their cards
 
 Every stage resumes from its checkpoint (batches are a function of seed and step), shows its progress, and runs
 data-parallel over `--processes` with one torch thread each; on a GPU one process is enough.
@@ -307,8 +307,8 @@ def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int 
 
 
 @app.command()
-def export(out: OutOption, assets: Path = Path("epd_ray/assets"), prompts: int = 512, steps: int = 50) -> None:
-    """Write epd_ray/assets/{shapes,shapes-clip} with their measured figures."""
+def export(out: OutOption, assets: Path = Path("epd_ray/embedded"), prompts: int = 512, steps: int = 50) -> None:
+    """Write epd_ray/embedded/{shapes,shapes-clip} with their measured figures."""
     typer.echo(json.dumps(release(out, assets, prompts, steps), indent=2))
 
 

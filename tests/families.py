@@ -12,7 +12,8 @@ from torch import Tensor
 
 from epd_ray.backbones.auto import open_backbone
 from epd_ray.backbones.pipeline import PipelineBackbone
-from epd_ray.drawing.sampler import Sampler, noises
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.solvers.conditioned import noises
 from tests import tiny_models
 from tests.tiny_models import TOKENS
 

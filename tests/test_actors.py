@@ -213,7 +213,7 @@ LOCAL = """
 import os, ray
 from pathlib import Path
 from epd_ray.actors.environments import runtime_env
-from epd_ray.rdpo.session import ray_session
+from epd_ray.actors.cluster import ray_session
 with ray_session(None):
     @ray.remote(num_cpus=0)
     class Witness:

@@ -9,11 +9,12 @@ from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPModel
 
 from epd_ray.backbones.auto import open_backbone
-from epd_ray.drawing.sampler import baseline, noises
+from epd_ray.drawing.sampler import baseline
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.embedded.release import measure_clip, measure_pipeline
 from epd_ray.embedded.scenes import distinct_scenes, render
 from epd_ray.rewards.clip import ClipHead
+from epd_ray.solvers.conditioned import noises
 
 ASSETS = Path(next(iter(EMBEDDED.values()))).parent
 

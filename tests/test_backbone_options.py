@@ -17,8 +17,9 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.loading import read_index
 from epd_ray.bench.random_models import random_backbone
-from epd_ray.drawing.sampler import baseline, noises
+from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError, ModelError
+from epd_ray.solvers.conditioned import noises
 from epd_ray.weights.devices import pick_dtype
 from tests.families import (
     FREE,

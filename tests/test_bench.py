@@ -11,9 +11,10 @@ from epd_ray.bench.flops import peak_tflops
 from epd_ray.bench.models import MODELS, Subject
 from epd_ray.bench.random_models import ARCHITECTURES, random_backbone
 from epd_ray.bench.runner import Options, run
-from epd_ray.drawing.sampler import baseline, noises
+from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError
 from epd_ray.report.tables import show
+from epd_ray.solvers.conditioned import noises
 from tests.conftest import SIMULATED
 
 TINY = [o for o in SIMULATED if "intervals" not in o]

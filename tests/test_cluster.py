@@ -195,7 +195,7 @@ def test_a_jobs_own_setup_hook_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatc
 LOCAL = """
 import sys
 import ray
-from epd_ray.rdpo.session import ray_session
+from epd_ray.actors.cluster import ray_session
 with ray_session(None, dashboard=sys.argv[1] == "dashboard"):
     ray.get(ray.remote(lambda: 1).remote())
     print(ray._private.worker._global_node.webui_url or "none", flush=True)
@@ -244,7 +244,7 @@ def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
 SEEN = """
 import os, sys
 import ray
-from epd_ray.rdpo.session import ray_session
+from epd_ray.actors.cluster import ray_session
 with ray_session(sys.argv[1]):
     print(ray.get(ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES")).remote()) == "")
 """
@@ -281,7 +281,7 @@ def test_a_job_has_its_own_word_on_hidden_gpus(monkeypatch: pytest.MonkeyPatch) 
 MINE = """
 import logging, ray
 from epd_ray import cluster
-from epd_ray.rdpo.session import ray_session
+from epd_ray.actors.cluster import ray_session
 ray.init("local", num_gpus=2, num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
 with ray_session(None):
     cluster.warn_of_idle_gpus({"cluster.rollout_gpus": 0.0})

@@ -16,10 +16,11 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from typer.main import get_command
 
+from epd_ray.actors.cluster import ray_session
 from epd_ray.cli import app
 from epd_ray.config.loading import RunConfig, load_config
 from epd_ray.rdpo.config import placement
-from epd_ray.rdpo.session import ray_session, rdpo_config
+from epd_ray.rdpo.session import rdpo_config
 from tests.ray_head import free_ports
 
 ROOT = Path(__file__).parent.parent

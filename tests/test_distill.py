@@ -8,10 +8,11 @@ import torch
 from scipy.optimize import minimize
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.drawing.sampler import Sampler, baseline, noises
+from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, base_parameters
 from epd_ray.solvers import SolverTable, epd
+from epd_ray.solvers.conditioned import noises
 from epd_ray.solvers.table import dpm2_table
 from epd_ray.stage_one.fit import StageOne, fit_table
 from epd_ray.stage_one.least_squares import (

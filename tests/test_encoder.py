@@ -126,7 +126,7 @@ def test_values_in_place_of_names_are_refused_and_not_shown(wrong):
 def test_a_local_ray_listens_on_loopback_alone_whatever_the_environment():
     code = (
         "import ray\n"
-        "from epd_ray.rdpo.session import ray_session\n"
+        "from epd_ray.actors.cluster import ray_session\n"
         "with ray_session(None):\n"
         "    print(ray.nodes()[0]['NodeManagerAddress'])\n"
     )

@@ -10,12 +10,12 @@ import ray
 from diffusers import DiffusionPipeline
 from ray.cluster_utils import Cluster
 
+from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.environments import runtime_env
 from epd_ray.backbones import loading
 from epd_ray.backbones.loading import UNUSED
 from epd_ray.config.loading import load_config
 from epd_ray.errors import ModelError
-from epd_ray.rdpo.session import ray_session
 from epd_ray.runs import fetch as module
 from epd_ray.runs.fetch import NOT_OPENED, FetchError, fetch, fetch_model
 from epd_ray.runs.train import train

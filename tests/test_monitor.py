@@ -21,7 +21,7 @@ from tests.conftest import TINY
 from tests.ray_head import ray_head
 
 ROOT = Path(__file__).parent.parent
-DASHBOARD = json.loads((ROOT / "epd_ray" / "assets" / "grafana" / "epd_ray_dashboard.json").read_text())
+DASHBOARD = json.loads((ROOT / "epd_ray" / "telemetry" / "grafana" / "epd_ray_dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TARGETS = [(panel["title"], target["expr"], target["legendFormat"]) for panel in PANELS for target in panel["targets"]]
 RAYS_OWN = {"ray_node_gram_used"}  # Ray's gauge of its nodes' GPUs

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.drawing.sampler import Sampler, alike, noises
+from epd_ray.drawing.sampler import Sampler, alike
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.conditioned import noises
 
 PROMPTS = ["red", "blue", "red", "red", "blue"]
 SEEDS = [1, 1, 1, 2, 1]  # rows 0 and 2 begin alike, and rows 1 and 4

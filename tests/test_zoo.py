@@ -18,18 +18,11 @@ from diffusers import (
 from torch import Tensor
 
 from epd_ray.backbones.gaussian import GaussianBackbone
-from epd_ray.drawing.sampler import (
-    Sampler,
-    baseline,
-    conditioned_drift,
-    nearest_baseline,
-    noises,
-    scheduled,
-    schedules_for,
-)
+from epd_ray.drawing.sampler import Sampler, baseline, nearest_baseline, scheduled, schedules_for
 from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
 from epd_ray.evaluation.comparison import rivals
 from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.solvers.schedulers import deis, dpmpp, unipc
 from epd_ray.solvers.schedules import MODEL, SCHEDULES, check_sigmas, logsnr
 from tests.families import PROMPTS, SEEDS, backbones, folder

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -15,6 +17,7 @@ import torch
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
+import epd_ray
 from epd_ray.errors import ClusterError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
 
@@ -69,7 +72,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from where the driver has it, installed or not.
-    here = str(Path(__file__).parent.parent)
+    here = str(Path(epd_ray.__file__).parent.parent)
     paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
     several = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported, before it was set here
@@ -94,6 +97,39 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
     if dashboard:
         url = started.dashboard_url
         log.warning("dashboard: http://%s (it asks for the token that `ray get-auth-token` prints)", url)
+
+
+@contextmanager
+def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
+    """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
+
+    Args:
+        address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
+        env: names of the environment variables that actors get.
+        dashboard: of a Ray that is started here.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    start_ray(address, env, dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _submitted() -> dict[str, Any]:

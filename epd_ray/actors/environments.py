@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import epd_ray
 from epd_ray.errors import EpdRayError, UnknownNameError
 from epd_ray.registry import did_you_mean
 
@@ -30,7 +31,8 @@ EXTRACTORS = {"inception": "fid"}
 """Feature extractor -> the environment that it runs in."""
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(epd_ray.__file__).parent
+REQUIREMENTS = Path(__file__).parent / "requirements"
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def requirements(name: str) -> list[str]:
     """
     if name not in NAMES:
         raise UnknownNameError(f"unknown environment {name!r}{did_you_mean(name, NAMES)}")
-    lines = (PACKAGE / "requirements" / f"{name}.txt").read_text().splitlines()
+    lines = (REQUIREMENTS / f"{name}.txt").read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -137,8 +139,8 @@ def _build(name: str, folder: Path, say: Callable[[str], None]) -> None:
     _link(folder)
     say(f"{name}: trying it")
     # Imports what an actor will, which also leaves the compiled files that make its start fast.
-    trial = f"import epd_ray.evaluation.suites.feature_pool; from epd_ray.rewards import package; package.PACKAGES[{name!r}]()"
-    _run(name, [python, "-W", "ignore", "-c", trial], say)
+    needed = "import epd_ray.evaluation.suites.feature_pool; from epd_ray.rewards import package"
+    _run(name, [python, "-W", "ignore", "-c", f"{needed}; package.PACKAGES[{name!r}]()"], say)
     say(f"{name}: built")
 
 

@@ -11,7 +11,7 @@ from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import MODELS, Subject, prompts
 from epd_ray.bench.random_models import Size
 from epd_ray.bench.timing import medians
-from epd_ray.drawing.sampler import conditioned_drift, noises
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Drift
 
 POINTS = 2

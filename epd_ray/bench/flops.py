@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from epd_ray.bench.models import prompts
-from epd_ray.drawing.sampler import conditioned_drift, noises
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Backbone, Drift
 
 PEAK_TFLOPS = {

@@ -15,11 +15,12 @@ from epd_ray.bench.plain_loop import one_after_another
 from epd_ray.bench.random_models import Size
 from epd_ray.bench.timing import medians
 from epd_ray.deploy.parallelize import parallelize, restore
-from epd_ray.drawing.sampler import baseline, conditioned_drift, noises
+from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import torch_generator
 from epd_ray.rdpo.config import uniform_table
 from epd_ray.solvers import Solver, epd, zoo
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Backbone, Conditioning
 
 EULER = "euler"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.bench.timing import now
-from epd_ray.drawing.sampler import conditioned_drift, noises, to_uint8
+from epd_ray.drawing.sampler import to_uint8
 from epd_ray.drawing.worker import RolloutWorker, log_prob
 from epd_ray.policy.dirichlet import TableDistribution, clamp_scale_time
 from epd_ray.policy.loss import clipped_surrogate, leave_one_out
@@ -19,6 +19,7 @@ from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rewards.scoring import Scorer
 from epd_ray.solvers import epd
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Drift, FloatArray, ImageArray, RolloutRequest
 
 STAGES = ("draw", "encode", "solve", "decode", "score", "update")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import psutil
 import ray
 
+from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.pipeline import RolloutPipeline
 from epd_ray.actors.pool import Bounds, Pool
 from epd_ray.actors.reward_pool import RewardPool
@@ -15,7 +16,7 @@ from epd_ray.config.loading import RunConfig, load_config
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.rdpo.session import algorithm, ray_session, rdpo_config
+from epd_ray.rdpo.session import algorithm, rdpo_config
 from epd_ray.types import RolloutJob
 
 SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated, num_cpus: 0.1}}", "distill.enabled=false")

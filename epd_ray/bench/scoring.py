@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
+from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.reward_pool import RewardActor, RewardSpec
 from epd_ray.embedded.scenes import distinct_scenes, render
 from epd_ray.randomness import Purpose, stream
-from epd_ray.rdpo.session import ray_session
 from epd_ray.score.inputs import read_index
 from epd_ray.score.pipeline import scored
 from epd_ray.score.rows import decode, pieces, score_rows

@@ -2,13 +2,14 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from epd_ray.cli import ab, evaluate, rewards, runs, score, sweep, tables
+from epd_ray.cli.common import SHOWN
 
 app = typer.Typer(
-    help="Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray.",
     epilog="Start with `epd-ray train`: no arguments, no GPU, no download.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,6 +34,16 @@ app.add_typer(tables.app, name="tables")
 app.add_typer(rewards.app, name="rewards")
 
 
+@app.callback()
+def common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback behind a one-line error. It may stand anywhere.")
+    ] = False,
+) -> None:
+    """Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray."""
+    SHOWN.tracebacks = debug
+
+
 def main(*command: str) -> None:
     """The console script; jobs/*.py are its commands, one each.
 
@@ -42,4 +53,7 @@ def main(*command: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
     sys.argv[1:1] = command  # so that results can say how they were made
+    if "--debug" in sys.argv[1:]:  # an option of every command: people add it at the end of the line that failed
+        sys.argv.remove("--debug")
+        sys.argv.insert(1, "--debug")
     app(prog_name="epd-ray")

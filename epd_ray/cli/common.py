@@ -2,8 +2,10 @@
 
 import errno
 import shlex
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,22 @@ if TYPE_CHECKING:
     from epd_ray.telemetry.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass
+class Shown:
+    """What the command line prints beside its results.
+
+    Attributes:
+        tracebacks: whether the traceback behind a one-line error is printed too (`--debug`).
+    """
+
+    tracebacks: bool = False
+
+
+SHOWN = Shown()
+"""Of this process; set anew by each command."""
+
 FULL, REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, {errno.EACCES, errno.EROFS, errno.EPERM}
 
 RunArgument = Annotated[
@@ -44,12 +62,14 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
     try:
         yield
     except EpdRayError as error:
+        show_traceback()
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(USER_ERROR) from None
     except OSError as error:
         if error.errno not in FULL | REFUSED:
             raise
+        show_traceback()
         where, fix = error.filename or "the disk", "make room" if error.errno in FULL else "see to its permissions"
         typer.echo(f"error: {where}: {error.strerror} ({fix}, or use another place)", err=True)
         raise typer.Exit(USER_ERROR) from None
@@ -58,6 +78,12 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
         hint = f"; continue with: epd-ray train --resume {shlex.quote(str(run))}" if begun else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def show_traceback() -> None:
+    """Print the traceback of the error that is being handled, where --debug asks for it."""
+    if SHOWN.tracebacks:
+        typer.echo(traceback.format_exc(), err=True)
 
 
 @contextmanager

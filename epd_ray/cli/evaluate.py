@@ -1,106 +1,156 @@
-"""`epd-ray evaluate`: a run's solver again, or a suite on any model."""
+"""`epd-ray evaluate`: a run's solver on other prompts, or a suite of solvers on any model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from epd_ray.cli.common import INTERRUPTED, ConfigOption, ending, local_path, observed, place, say
+from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from epd_ray.config.loading import RunConfig
     from epd_ray.evaluation.suites.settings import Request
 
 
-def evaluate(
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `epd-ray evaluate` is asked for; without `suite` only `count`, `prompts` and `split` go with a run."""
+
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[RUN] [KEY=VALUE]...",
-            help="A run directory or URI; with --suite configuration changes, and for prompts the FILE.",
+            help="Without --suite, a run directory or URI. With --suite, settings such as backbone.guidance_scale=4, "
+            "and for the suite `prompts` the file of prompts.",
         ),
-    ] = None,
+    ] = None
     suite: Annotated[
         Literal["paper", "paper-fid", "embedded", "prompts"] | None,
-        typer.Option(help="Compare samplers on a model: the paper's tables, its FID table, or all rivals of a solver."),
-    ] = None,
+        typer.Option(
+            help="Compare solvers on a model. paper: the solvers of the papers' tables; paper-fid: those of the FID "
+            "table; embedded and prompts: a learned solver and every rival at the same cost."
+        ),
+    ] = None
     solver: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOLVER", help="RUN/solver, a preset or a hub id; give it again for more."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="The same as backbone.model=MODEL.")] = None,
-    config: ConfigOption = None,
+        typer.Option(
+            metavar="SOLVER", help="A learned solver: RUN/solver, a preset, or a hub id. Repeat the option for more."
+        ),
+    ] = None
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Short for backbone.model=MODEL.")] = None
+    config: ConfigOption = None
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where a suite's results go; what is there is kept.", parser=local_path),
-    ] = None,
+        typer.Option(
+            metavar="DIR",
+            help="The directory of a suite's results. A suite that was interrupted goes on there.",
+            parser=local_path,
+        ),
+    ] = None
     table: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the paper.", show_default="by the model's family and size")
-    ] = None,
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The papers' table to compare with.",
+            show_default="by the model's family and resolution",
+        ),
+    ] = None
     count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Held-out prompts, or pictures without prompts.")
-    ] = None,
+        int | None,
+        typer.Option(min=1, metavar="N", help="The number of held-out prompts; without prompts, of pictures."),
+    ] = None
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, one a line.", show_default="the run's or the suite's own"),
-    ] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1, metavar="N", help="For diversity: at least 2.")] = 1,
+        typer.Option(
+            metavar="FILE", help="A file with one prompt a line.", show_default="the prompts of the run or the suite"
+        ),
+    ] = None
+    images_per_prompt: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures for each prompt; diversity needs at least 2.")
+    ] = 1
     features: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What diversity and Frechet distance see: inception, or a CLIP model."),
-    ] = None,
+        typer.Option(
+            metavar="NAME",
+            help="The network whose features diversity and the Frechet distance compare: inception, or a CLIP model.",
+        ),
+    ] = None
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Pictures, or .npz statistics, that the Frechet distance is taken to."),
-    ] = None,
+        typer.Option(
+            metavar="PATH", help="Pictures, or statistics in an .npz file, that the Frechet distance is measured to."
+        ),
+    ] = None
     split: Annotated[
         Literal["validation", "test"] | None,
-        typer.Option(help="Which of a RUN's held-out prompts.", show_default="test"),
-    ] = None,
-) -> None:
-    """Compare a run's solver with the baselines on held-out prompts, or measure a suite on any model."""
-    given = arguments or []
+        typer.Option(help="Which held-out prompts of a run are drawn.", show_default="test"),
+    ] = None
+
+
+@taking(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
+    """Compare a run's solver with rivals on held-out prompts, or compare solvers on any model by a suite."""
     with ending():
-        if suite is None:
-            if (
-                len(given) != 1
-                or any((solver, model, config, out, table, features, reference))
-                or images_per_prompt > 1
-            ):
-                raise ConfigError(
-                    ["give one RUN, with --count, --prompts and --split alone; or --suite for everything else "
-                     "(epd-ray evaluate --help)"]
-                )  # fmt: skip
-            from epd_ray.runs import train as run
-
-            with observed() as observer:
-                headline = run.evaluate(place(given[0]), count, prompts, split or "test", observer)
-            say(headline)
-            return
-        overrides = [*([f"backbone.model={model}"] if model else []), *(text for text in given if "=" in text)]
-        files = [text for text in given if "=" not in text]
-        if len(files) > (suite == "prompts" and prompts is None):
-            raise ConfigError([f"{files[-1]!r}: with --suite {suite} expected KEY=VALUE, such as backbone.model=..."])
-        if split is not None:
-            raise ConfigError(["--split is of a RUN's prompts: leave it out with --suite"])
-        if out is None:
-            raise ConfigError(
-                [f"--suite {suite} needs --out DIR: the results go there, and an interrupted one goes on"]
-            )
-        from epd_ray.evaluation.suites.settings import Request
-
-        request = Request(
-            suite, out, tuple(solver or ()), table, count, Path(files[0]) if files else prompts, images_per_prompt,
-            features, reference,
-        )  # fmt: skip
-        _measure(request, config, overrides)
+        if options.suite is None:
+            _run_again(options)
+        else:
+            _measure(*_suite_of(options), options.config)
 
 
-def _measure(request: "Request", config: Path | None, overrides: list[str]) -> None:
+def _run_again(options: EvaluateOptions) -> None:
+    """Without --suite: a run's solver and its rivals, on other prompts than at the end of the run."""
+    given = options.arguments or []
+    of_suites = (options.solver, options.model, options.config, options.out, options.table)
+    if len(given) != 1 or any((*of_suites, options.features, options.reference)) or options.images_per_prompt > 1:
+        raise ConfigError(
+            [
+                "give one RUN, which takes --count, --prompts and --split; everything else needs --suite "
+                "(epd-ray evaluate --help)"
+            ]
+        )
+    from epd_ray.runs import train as run
+
+    with observed() as observer:
+        headline = run.evaluate(place(given[0]), options.count, options.prompts, options.split or "test", observer)
+    say(headline)
+
+
+def _suite_of(options: EvaluateOptions) -> tuple["Request", list[str]]:
+    """The request of a suite, and the settings that were given with it."""
+    from epd_ray.evaluation.suites.settings import Request
+
+    suite, given = options.suite, options.arguments or []
+    assert suite is not None
+    settings = [*([f"backbone.model={options.model}"] if options.model else []), *(t for t in given if "=" in t)]
+    files = [text for text in given if "=" not in text]
+    if len(files) > (suite == "prompts" and options.prompts is None):
+        raise ConfigError([f"{files[-1]!r}: with --suite {suite} expected KEY=VALUE, such as backbone.model=..."])
+    if options.split is not None:
+        raise ConfigError(["--split is for the prompts of a RUN: leave it out with --suite"])
+    if options.out is None:
+        raise ConfigError([f"--suite {suite} needs --out DIR: the results go there, and an interrupted one goes on"])
+    request = Request(
+        suite=suite,
+        out=options.out,
+        solvers=tuple(options.solver or ()),
+        table=options.table,
+        count=options.count,
+        prompts=Path(files[0]) if files else options.prompts,
+        images_per_prompt=options.images_per_prompt,
+        features=options.features,
+        reference=options.reference,
+    )
+    return request, settings
+
+
+def _measure(request: "Request", given: list[str], config: Path | None) -> None:
     from epd_ray.evaluation.suites.evaluate import evaluate_suite
     from epd_ray.evaluation.suites.settings import load_settings
 
-    settings = load_settings(request.suite, config, overrides)
+    settings: RunConfig = load_settings(request.suite, config, given)
     try:
         with observed() as observer:
             lines = evaluate_suite(settings, request, observer)

@@ -1,6 +1,7 @@
 """Commands on runs and solvers, and those that look at the machine."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from epd_ray.cli.common import (
     place,
     say,
 )
+from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError
 
 
@@ -69,33 +71,43 @@ def train(
         say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
 
 
-def sample(
+@dataclass(frozen=True)
+class SampleCommand:
+    """What `epd-ray sample` is asked for."""
+
     solver: Annotated[
         str,
-        typer.Option(metavar="SOLVER", help="RUN/solver, a preset (epd-ray tables list), or a hub id."),
-    ],
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; give it again for more pictures.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the noise.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes.", parser=local_path)] = Path(
-        "sample.png"
-    ),
+        typer.Option(metavar="SOLVER", help="RUN/solver, a preset (see epd-ray tables list), or a hub id."),
+    ]
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw. Repeat the option for more.")]
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise of the first picture.")] = 0
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture file.", parser=local_path)] = Path("sample.png")
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Directory, hub id or embedded name.", show_default="the solver's own"),
-    ] = None,
+        typer.Option(
+            metavar="MODEL",
+            help="A pipeline directory, a hub id, or an embedded model's name.",
+            show_default="the model that the solver was made for",
+        ),
+    ] = None
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Weight of the prompt.", show_default="the solver's own")
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=8, help="Pixels per side.", show_default="the solver's own")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+        float | None,
+        typer.Option(min=0, help="Scale of classifier-free guidance.", show_default="the solver's own"),
+    ] = None
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels per side.", show_default="the solver's own")] = (
+        None
+    )
+    device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu), or a torch device.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="Precision of the network: auto, float32, bfloat16 or float16.")] = "auto"
     family: Annotated[
-        str | None, typer.Option(metavar="MODULE:CLASS", help="Your own backbone.", show_default="the solver's own")
-    ] = None,
-) -> None:
-    """Draw prompts with a learned solver."""
+        str | None,
+        typer.Option(metavar="MODULE:CLASS", help="A backbone class of your own.", show_default="the solver's own"),
+    ] = None
+
+
+@taking(SampleCommand)
+def sample(command: SampleCommand) -> None:
+    """Draw prompts with a learned solver, side by side in one picture."""
     with ending():
         from diffusers.utils.logging import disable_progress_bar
         from transformers.utils.logging import disable_progress_bar as disable_too
@@ -105,8 +117,10 @@ def sample(
 
         disable_progress_bar()
         disable_too()
-        draw(solver, prompt, seed, out, SampleOptions(model, guidance_scale, resolution, device, dtype, family))
-        typer.echo(f"picture: {out}")
+        c = command
+        options = SampleOptions(c.model, c.guidance_scale, c.resolution, c.device, c.dtype, c.family)
+        draw(c.solver, c.prompt, c.seed, c.out, options)
+        typer.echo(f"picture: {c.out}")
 
 
 def report(path: RunArgument) -> None:

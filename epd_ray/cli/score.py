@@ -1,54 +1,71 @@
 """`epd-ray score`: rewards of pictures that are there already."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, local_path, observed, say
+from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from epd_ray.config.loading import RunConfig
 
 
-def score(
+@dataclass(frozen=True)
+class ScoreCommand:
+    """What `epd-ray score` is asked for."""
+
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Folder of images, .tar or .parquet files, or a pattern of such files."),
-    ],
+        typer.Argument(metavar="SOURCE", help="A folder of pictures, .tar or .parquet files, or a pattern of them."),
+    ]
     out: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Where the scores go; what is there already is kept.", parser=local_path),
-    ],
-    overrides: OverridesArgument = None,
+        typer.Option(
+            metavar="DIR", help="The directory of the scores. What is there already is kept.", parser=local_path
+        ),
+    ]
+    overrides: OverridesArgument = None
     heads: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Heads, such as clip,hpsv2 (epd-ray rewards list).")
-    ] = None,
-    config: ConfigOption = None,
+        str | None,
+        typer.Option(metavar="NAMES", help="Reward heads, such as clip,hpsv2 (see epd-ray rewards list)."),
+    ] = None
+    config: ConfigOption = None
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Of a folder: file names and prompts, or a prompt a line.",
+            help="The prompts of a folder: a table of file names and prompts, or one prompt a line.",
             show_default="x.txt beside x.png",
         ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per call of a head.")] = 32,
-    max_errors: Annotated[float, typer.Option(min=0, max=1, help="Share of all rows that may fail.")] = 0.01,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster.", show_default="a local Ray")] = None,
-) -> None:
-    """Score a folder, tars or Parquet; run it again to score what is missing."""
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call of a head.")] = 32
+    max_errors: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of all rows that may fail before the command does.")
+    ] = 0.01
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster.", show_default="a Ray of the command's own")
+    ] = None
+
+
+@taking(ScoreCommand)
+def score(command: ScoreCommand) -> None:
+    """Score the pictures of a folder, of tars or of Parquet files. Run it again to score what is missing or failed."""
     with ending():
-        settings = _settings(heads, config, list(overrides or []), address)
+        c = command
+        settings = _settings(c.heads, c.config, list(c.overrides or []), c.address)
         from epd_ray.score.pipeline import ScoreRequest
         from epd_ray.score.pipeline import score as score_all
 
+        request = ScoreRequest(c.source, c.out, c.prompts, c.batch_size, c.max_errors)
         try:
             with observed() as observer:
-                lines = score_all(ScoreRequest(source, out, prompts, batch_size, max_errors), settings, observer)
+                lines = score_all(request, settings, observer)
         except KeyboardInterrupt:
-            typer.echo(f"stopped: what was scored is in {out}; the same command scores the rest", err=True)
+            typer.echo(f"stopped: what was scored is in {c.out}; the same command scores the rest", err=True)
             raise typer.Exit(INTERRUPTED) from None
         say(lines)
 

@@ -14,9 +14,7 @@ from pydantic_core import ErrorDetails
 
 from epd_ray.config.sections import (
     AUTO,
-    BUILTIN,
     RESERVED_HEADS,
-    SHAPES,
     BackboneConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -32,6 +30,7 @@ from epd_ray.config.sections import (
     TrackingConfig,
 )
 from epd_ray.errors import ConfigError
+from epd_ray.prompts.splits import BUILTIN, SHAPES
 from epd_ray.registry import did_you_mean
 from epd_ray.rewards.scoring import REFERENCE
 

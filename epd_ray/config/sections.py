@@ -22,11 +22,12 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.errors import UnknownNameError
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.prompts.files import SUFFIXES
+from epd_ray.prompts.splits import BUILTIN, SHAPES
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
 from epd_ray.solvers.zoo import SOLVERS, split
 
-SHAPES, BUILTIN, AUTO = "shapes", "builtin", "auto"
+AUTO = "auto"
 RESERVED_HEADS = {
     *("mean", "group_std", "silent_groups", "solver", "prompt", "noise_seed", "scene_accuracy", "iteration", "reward"),
     *("low", "high", "gain", "gain_low", "gain_high", "best", "stalled"),

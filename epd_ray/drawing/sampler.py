@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epd_ray.errors import ScheduleError
 from epd_ray.solvers import Solver, SolverTable, epd, zoo
+from epd_ray.solvers.conditioned import conditioned_drift
 from epd_ray.solvers.epd import analytic_drift
 from epd_ray.solvers.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
 from epd_ray.types import Backbone, Conditioning, Drift
@@ -177,19 +178,6 @@ def learned(solver: Solver, key: str, label: str) -> Sampler:
     return Sampler(EPD, solver.table.intervals, key, label, solver.table, solver.afs, solver.order, sigmas)
 
 
-def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
-    """The backbone's drift for fixed prompts; K points a sample come as B*K rows."""
-    repeated: dict[int, Conditioning] = {1: conditioning}
-
-    def drift(x: Tensor, sigma: Tensor) -> Tensor:
-        copies = len(x) // len(conditioning)
-        if copies not in repeated:
-            repeated[copies] = conditioning.repeat(copies)
-        return backbone.drift(x, sigma, repeated[copies])
-
-    return drift
-
-
 def beginning_with(first: Drift, then: Drift) -> Drift:
     """A drift whose first call is another's."""
     calls = 0
@@ -242,8 +230,3 @@ def alike(
 def to_uint8(images: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] -> uint8, rounded, on the CPU; rounded where the images are, which is less to copy."""
     return (images * 255).round().to(torch.uint8).cpu()
-
-
-def noises(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
-    """Unit noise [B, ...], each row from its own seed."""
-    return torch.stack([backbone.noise(seed) for seed in seeds])

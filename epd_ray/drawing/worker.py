@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from pydantic import JsonValue
 
-from epd_ray.drawing.sampler import Sampler, alike, noises, to_uint8
+from epd_ray.drawing.sampler import Sampler, alike, to_uint8
 from epd_ray.errors import ModelError
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
 from epd_ray.stage_one.least_squares import NormalEquations, normal_equations
 from epd_ray.stage_one.shard import Points, Shard, ShardStates

@@ -122,8 +122,9 @@ prompt = "a small red circle left of a large blue star on a white background"
 pipe(prompt, guidance_scale=4, max_sequence_length=20).images[0]
 ```
 
-**Data.** Scenes drawn by `epd_ray/embedded/scenes.py`: 6 colours, 5 shapes, 2 sizes, 3 grounds; one object in 9 places or
-two in 4 relations; 60 % with two. A fifth of all scenes, fixed by a hash of the caption, was never trained on.
+**Data.** Scenes drawn by `epd_ray/embedded/scenes.py`: 6 colours, 5 shapes, 2 sizes, 3 grounds; one object in
+9 places or two in 4 relations; 60 % with two. A fifth of all scenes, fixed by a hash of the caption, was never trained
+on.
 
 **Training** (`jobs/build_shapes.py`, CPU, one thread per process): autoencoder {vae_minutes} minutes ({vae_steps}
 steps) on {vae_processes} core; transformer and text encoders together {transformer_minutes} minutes

@@ -2,19 +2,15 @@
 
 import math
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-import ray
-
-from epd_ray.actors.cluster import HANDED_ON, start_ray, warn_of_idle_gpus
+from epd_ray.actors.cluster import ray_session, warn_of_idle_gpus
+from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.encoder import EncoderSpec
-from epd_ray.actors.environments import package_spec
-from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
 from epd_ray.config.loading import RunConfig
-from epd_ray.config.sections import SHAPES, ClusterConfig, RDPOSection, RewardConfig
+from epd_ray.config.sections import ClusterConfig, RDPOSection
+from epd_ray.prompts.splits import SHAPES
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, uniform_table
 from epd_ray.solvers import SolverTable
@@ -25,25 +21,6 @@ FALLS: dict[str, Callable[[float], float]] = {
     "inverse": lambda done: min(1.0, 0.1 / done) if done else 1.0,
 }
 """Share of a run that is done, in [0, 1] -> share of the learning rate. Source of "inverse": Robbins, Monro 1951."""
-
-
-@contextmanager
-def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
-    """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
-
-    Args:
-        address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
-        env: names of the environment variables that actors get.
-        dashboard: of a Ray that is started here.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    start_ray(address, env, dashboard)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
@@ -125,28 +102,6 @@ def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
     return placed
 
 
-def reward_spec(reward: RewardConfig) -> RewardSpec:
-    """What an actor of a configured head needs.
-
-    Raises:
-        EpdRayError: the package backend has no environment.
-    """
-    target, python = package_spec(reward.head) if reward.backend == "package" else (None, None)
-    return RewardSpec(
-        head=reward.head,
-        target=target,
-        options=reward.options,
-        weight=reward.weight,
-        replicas=reward.replicas,
-        min_replicas=reward.min_replicas,
-        max_replicas=reward.max_replicas,
-        num_cpus=reward.num_cpus,
-        num_gpus=reward.num_gpus,
-        resources=reward.resources,
-        python=None if python is None else str(python),
-    )
-
-
 def _warn_of_idle_gpus(config: RunConfig) -> None:
     """Of a run's actors; a driver that draws sees every GPU."""
     cluster = config.cluster
@@ -155,12 +110,6 @@ def _warn_of_idle_gpus(config: RunConfig) -> None:
         asked |= {"cluster.rollout_gpus": cluster.rollout_gpus} if cluster.rollout_actors else {}
         asked |= {"cluster.encoder_gpus": cluster.encoder_gpus} if cluster.encoder_actors else {}
     warn_of_idle_gpus(asked | head_gpus(config))
-
-
-def head_gpus(config: RunConfig) -> dict[str, float]:
-    """Key -> what the actors of a head that could use a GPU ask for."""
-    heads = {n: r for n, r in config.rewards.items() if r.replicas and wants_gpu(r.head, r.options)}
-    return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}
 
 
 @contextmanager
@@ -175,17 +124,3 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
         finally:
             algo.stop()
             shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

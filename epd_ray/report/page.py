@@ -15,7 +15,7 @@ from epd_ray.errors import RunDirectoryError
 def page_template(name: str) -> Template:
     """A template of the package; templates/style.css is the look of them all."""
     environment = Environment(
-        loader=PackageLoader("epd_ray"),
+        loader=PackageLoader("epd_ray.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

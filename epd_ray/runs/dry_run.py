@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import ray
 
-from epd_ray.actors.cluster import Resources, require_room
+from epd_ray.actors.cluster import Resources, ray_session, require_room
 from epd_ray.config.loading import RunConfig
 from epd_ray.config.sections import RewardConfig
 from epd_ray.drawing.sampler import Sampler
@@ -15,7 +15,7 @@ from epd_ray.errors import PlacementError
 from epd_ray.evaluation.comparison import rivals
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.rdpo.config import placement, uniform_table
-from epd_ray.rdpo.session import algorithm, ray_session, rdpo_config
+from epd_ray.rdpo.session import algorithm, rdpo_config
 from epd_ray.runs.train import given_solver
 from epd_ray.telemetry.memory import Memory
 from epd_ray.telemetry.progress import Observer, duration

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
 from epd_ray.config.loading import RunConfig
 from epd_ray.config.sections import AUTO
@@ -63,8 +64,6 @@ def fetch(config: RunConfig, observer: Observer) -> list[str]:
     Raises:
         FetchError: a line for everything that is missing, with its node.
     """
-    from epd_ray.rdpo.session import ray_session  # RLlib comes with it, which the tasks on the nodes do without
-
     items = _items(config)
     with ray_session(config.cluster.address, config.cluster.env):
         nodes = [Node(n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]]

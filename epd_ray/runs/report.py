@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.evaluation.statistics import Interval
+from epd_ray.evaluation.records import SHEET_COLUMNS, Column, Evaluation
 from epd_ray.evaluation.validation import read_curve
 from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
 from epd_ray.report.page import data_uri, digits, open_picture, page_template, signed
@@ -22,60 +22,6 @@ from epd_ray.storage.run_directory import RunDirectory, read_metrics, write_text
 
 OURS, BASE = "rdpo", "distilled"
 SHEET_ROWS = 8
-SHEET_COLUMNS = 8
-
-
-class SolverRow(BaseModel):
-    """One solver's line in evaluation.json."""
-
-    key: str
-    label: str
-    kind: str
-    intervals: int
-    parallel_nfe: int
-    model_evals: int
-    seconds_per_image: float | None = None
-    metrics: dict[str, Interval]
-
-
-class Difference(BaseModel):
-    """A paired difference, solver minus against, with its 95 % interval."""
-
-    metric: str
-    solver: str
-    against: str
-    mean: float
-    low: float
-    high: float
-
-
-class Evaluation(BaseModel):
-    """evaluation.json: every solver on the same prompts and seeds."""
-
-    split: str
-    prompts: int
-    metrics: list[str]
-    solvers: list[SolverRow]
-    differences: list[Difference] = []
-
-    def solver(self, key: str) -> SolverRow | None:
-        return next((row for row in self.solvers if row.key == key), None)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A solver across the contact sheet; `row` is None before the evaluation is there."""
-
-    key: str
-    row: SolverRow | None
-
-    @property
-    def label(self) -> str:
-        return self.row.label if self.row else self.key
-
-    @property
-    def costs(self) -> str:
-        return f"parallel NFE {self.row.parallel_nfe} · {self.row.model_evals} evals" if self.row else ""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
-from epd_ray.drawing.sampler import learned, noises, to_uint8
+from epd_ray.drawing.sampler import learned, to_uint8
 from epd_ray.errors import ConfigError, TableError
 from epd_ray.runs.trainer import TRUNCATED
 from epd_ray.solvers import Solver, check_fit
+from epd_ray.solvers.conditioned import noises
 from epd_ray.types import Backbone
 
 log = logging.getLogger(__name__)

@@ -11,16 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from epd_ray.actors.cluster import stop_signals
 from epd_ray.config.loading import RunConfig, first_difference, load_config, to_yaml
-from epd_ray.config.sections import BUILTIN, SHAPES
 from epd_ray.drawing.sampler import learned
 from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
 from epd_ray.evaluation.comparison import Comparison, headline, rivals
 from epd_ray.prompts.files import read_prompts
-from epd_ray.prompts.splits import PromptSplits, load_prompts
+from epd_ray.prompts.splits import BUILTIN, SHAPES, PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.config import uniform_table
-from epd_ray.rdpo.session import algorithm, stop_signals
+from epd_ray.rdpo.session import algorithm
 from epd_ray.runs.report import write_report
 from epd_ray.runs.trackers import require_trackers, trackers
 from epd_ray.runs.trainer import Trainer, comparison, warn_of_long_prompts

@@ -14,12 +14,12 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
-from epd_ray.actors.cluster import PLACEMENT_SECONDS, require_room, warn_of_idle_gpus
+from epd_ray.actors.cluster import PLACEMENT_SECONDS, ray_session, require_room, stop_signals, warn_of_idle_gpus
+from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.pool import last_line
 from epd_ray.actors.reward_pool import RewardSpec, unwrap
 from epd_ray.config.loading import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
-from epd_ray.rdpo.session import head_gpus, ray_session, reward_spec, stop_signals
 from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
 from epd_ray.score.rows import BLOCK_BYTES, decode, pieces

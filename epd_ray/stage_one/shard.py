@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epd_ray.drawing.sampler import conditioned_drift, noises
 from epd_ray.solvers import SolverTable, dpm2, epd
+from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.solvers.epd import analytic_drift, multistep
 from epd_ray.types import Backbone, Drift
 

@@ -21,12 +21,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from epd_ray.actors.cluster import require_room
+from epd_ray.actors.cluster import ray_session, require_room
 from epd_ray.config.loading import dump_yaml, to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, plain_seed
-from epd_ray.rdpo.session import ray_session
 from epd_ray.runs.trackers import require_trackers, tune_callbacks
 from epd_ray.runs.train import given_solver
 from epd_ray.solvers import Solver

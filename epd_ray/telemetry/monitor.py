@@ -1,4 +1,4 @@
-"""A run's metrics in Ray's own, which Prometheus collects and Grafana draws (assets/grafana/epd_ray_dashboard.json)."""
+"""A run's metrics in Ray's own, which Prometheus collects and Grafana draws (telemetry/grafana)."""
 
 import re
 from collections.abc import Iterator, Mapping

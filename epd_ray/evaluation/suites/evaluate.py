@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack
 
+from epd_ray.actors.cluster import ray_session, stop_signals
 from epd_ray.actors.pipeline import Outcome
 from epd_ray.config.loading import RunConfig
-from epd_ray.config.sections import SHAPES
 from epd_ray.errors import ConfigError, PromptError
 from epd_ray.evaluation.comparison import save_pictures
 from epd_ray.evaluation.suites.definition import require_fit
@@ -28,10 +28,10 @@ from epd_ray.evaluation.suites.solvers import (
 )
 from epd_ray.evaluation.suites.subject import Subject
 from epd_ray.prompts.files import read_prompts
-from epd_ray.prompts.splits import load_prompts
+from epd_ray.prompts.splits import SHAPES, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.session import algorithm, ray_session, stop_signals
+from epd_ray.rdpo.session import algorithm
 from epd_ray.runs.trainer import warn_of_long_prompts
 from epd_ray.storage.lock import held
 from epd_ray.storage.run_directory import named_when_full

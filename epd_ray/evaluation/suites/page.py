@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from epd_ray.evaluation.records import SHEET_COLUMNS, Column, Evaluation
 from epd_ray.evaluation.suites.definition import FID_METRIC
 from epd_ray.evaluation.suites.directory import ResultsDirectory
 from epd_ray.evaluation.suites.layout import NOTHING, Cell, Table, TableRow, decimals, fid_lines, number
 from epd_ray.evaluation.suites.summary import Summary, Verdict, duration
 from epd_ray.report.page import data_uri, page_template
-from epd_ray.runs.report import SHEET_COLUMNS, Column, Evaluation
 from epd_ray.storage.run_directory import write_text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from epd_ray.errors import ConfigError
 from epd_ray.registry import did_you_mean
 
-FILE = Path(__file__).parent.parent / "assets" / "paper_tables.json"
+FILE = Path(__file__).parent / "paper_tables.json"
 REWARD_TABLES = {"sd15_512": "sd15-rl", "sd3_512": "sd3-512-rl", "sd3_1024": "sd3-1024-rl"}
 """Table -> the published solver of its last line, whose file says which model the table is about."""
 

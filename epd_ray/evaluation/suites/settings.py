@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from epd_ray.config.loading import RunConfig, apply_override, load_config, read_yaml
-from epd_ray.config.sections import AUTO, SHAPES
+from epd_ray.config.sections import AUTO
 from epd_ray.errors import ConfigError
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, TITLES
+from epd_ray.prompts.splits import SHAPES
 from epd_ray.solvers.zoo import applicable
 
 SuiteName = Literal["paper", "paper-fid", "embedded", "prompts"]

@@ -7,13 +7,14 @@ from pydantic import JsonValue
 
 from epd_ray.backbones.loading import fingerprint
 from epd_ray.config.loading import RunConfig
-from epd_ray.config.sections import BUILTIN, SHAPES, RewardConfig
+from epd_ray.config.sections import RewardConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.evaluation.suites.definition import Suite
 from epd_ray.evaluation.suites.directory import Facts, Manifest
 from epd_ray.evaluation.suites.pictures import Pictures
 from epd_ray.evaluation.suites.solvers import digest
+from epd_ray.prompts.splits import BUILTIN, SHAPES
 from epd_ray.types import FeatureExtractor
 
 SOURCES = {SHAPES: "held-out scenes of the embedded model", BUILTIN: "held-out prompts of the package"}
