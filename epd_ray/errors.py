@@ -1,5 +1,7 @@
 """One class per kind of failure. Messages name the value, the bound and the fix, in one line."""
 
+import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -72,3 +74,19 @@ class PlacementError(EpdRayError):
 
 class ClusterError(EpdRayError):
     """A Ray cluster that cannot be joined, or that ran out of room for objects."""
+
+
+PROGRAMMING = (TypeError, AttributeError, LookupError, NameError, AssertionError)
+"""What a mistake in a program raises; libraries raise the first three for damaged files, too."""
+
+
+def is_own_bug(error: BaseException) -> bool:
+    """Whether an error is a mistake in this package's own code, which must be seen with its traceback.
+
+    It is one where the traceback ends here, or in the standard library called from here. Where it ends in another
+    library, a file or an argument of the user's may be what is wrong.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    outside = [room for room in rooms if room not in sys.stdlib_module_names]
+    return isinstance(error, PROGRAMMING) and outside[-1:] == [__name__.partition(".")[0]]

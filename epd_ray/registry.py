@@ -63,11 +63,16 @@ class Registry(Generic[T]):
         if ":" not in target:
             raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
         module, _, attribute = target.partition(":")
+        wrong = f"{self.kind} {name!r} cannot be imported"
+        if not module or module.startswith("."):
+            raise UnknownNameError(f"{wrong}: expected module:attribute")
         try:
-            found: Any = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError, ValueError) as error:  # ValueError: an empty module name
-            raise UnknownNameError(f"{self.kind} {name!r} cannot be imported: {error}") from error
-        return cast(Callable[..., T], found)
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UnknownNameError(f"{wrong}: {error}") from error
+        if not hasattr(found, attribute):
+            raise UnknownNameError(f"{wrong}: module {module!r} has no attribute {attribute!r}")
+        return cast(Callable[..., T], getattr(found, attribute))
 
     def build(self, name: str, options: Mapping[str, Any]) -> T:
         """Make the thing behind a name from keyword arguments.

@@ -114,7 +114,8 @@ class Backbone(Protocol):
         form: of the ODE.
         schedule: the name in epd_ray.solvers.schedules.SCHEDULES of what `sigmas` gives.
         default_guidance: the guidance scale that its family is usually run with.
-        facts: what a solver file keeps beside these, as JSON values: resolution, revision, scheduler.
+        facts: what a solver file keeps beside these, as JSON values: resolution, revision, scheduler, and
+            `prompted` where that is false.
     """
 
     family: str

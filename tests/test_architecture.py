@@ -115,6 +115,23 @@ def test_backbone_names_stay_in_backbones() -> None:
             assert not targets, f"{module} imports {targets}"
 
 
+WORDS_OF_OTHERS = {"epd_ray.solvers.reference_facts"}  # which reads files of another project, in that project's words
+
+
+def literals(tree: ast.AST) -> set[str]:
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_no_module_outside_backbones_names_one() -> None:
+    names = {*FAMILIES.names(), *(FAMILIES.get(name).name for name in FAMILIES.names())}  # type: ignore[attr-defined]
+    assert {"sd", "sdxl", "sd3", "flux", "ddpm", "FluxPipeline"} <= names
+    assert literals(ast.parse("x = {'sd3': f(y == 'a')}  # flux")) == {"sd3", "a"}
+    found = {
+        module: names & literals(tree) for module, tree in MODULES.items() if not within(module, "epd_ray.backbones")
+    }
+    assert {module for module, named in found.items() if named} == WORDS_OF_OTHERS
+
+
 def test_the_package_needs_neither_jobs_nor_tests() -> None:
     assert not [(m, i) for m, t in MODULES.items() for i in imports(t) if i.split(".")[0] in ("jobs", "tests")]
 

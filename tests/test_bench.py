@@ -6,10 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from epd_ray.backbones.architectures import ARCHITECTURES
 from epd_ray.bench import batching, cases, distilling
 from epd_ray.bench.flops import peak_tflops
 from epd_ray.bench.models import MODELS, Subject
-from epd_ray.bench.random_models import ARCHITECTURES, random_backbone
+from epd_ray.bench.random_models import random_backbone
 from epd_ray.bench.runner import Options, run
 from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError

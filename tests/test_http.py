@@ -1,5 +1,6 @@
 import base64
 import contextlib
+import gc
 import io
 import json
 import threading
@@ -111,6 +112,37 @@ def test_scorer_takes_it(serve: Callable[[Answer], Server]) -> None:
     head = HttpHead(url=serve(by_prompt).url)
     values = Scorer("remote", head).score(np.zeros((1, 3, 2, 2), np.uint8), ["prompt 7"], ["r1"])
     assert values.tolist() == [7000.0]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_one_connection_serves_all_requests_and_is_closed_in_the_end(
+    serve: Callable[[Answer], Server], closed: bool
+) -> None:
+    server, connections, ended = serve(failing(1)), set(), threading.Event()
+
+    class Lasting(server.http.RequestHandlerClass):  # type: ignore[name-defined, misc]
+        protocol_version = "HTTP/1.1"
+
+        def handle(self) -> None:
+            connections.add(self.client_address)
+            super().handle()
+            ended.set()
+
+    server.http.RequestHandlerClass = Lasting
+    before = threading.active_count()
+    head = HttpHead(url=server.url, concurrency=1, batch_size=2)
+    for _ in range(2):
+        assert head.score(IMAGES, PROMPTS).tolist() == [1.5] * 5
+    assert len(server.asked) == 7 and len(connections) == 1 and not ended.is_set()
+    if closed:
+        head.close()
+    del head
+    gc.collect()
+    assert ended.wait(5.0)
+    end = time.monotonic() + 5
+    while threading.active_count() > before:
+        assert time.monotonic() < end, threading.enumerate()
+        time.sleep(0.01)
 
 
 def failing(times: int, status: int = 500, headers: dict[str, str] | None = None) -> Answer:

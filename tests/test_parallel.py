@@ -10,7 +10,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from epd_ray.deploy.parallelize import DOORS, _move, _replica, parallelize, restore
+from epd_ray.backbones.doors import DOORS
+from epd_ray.deploy.parallelize import _move, _replica, parallelize, restore
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, TableError
 from epd_ray.solvers import Solver

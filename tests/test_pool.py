@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 import ray
 
+from epd_ray.actors import pipeline
 from epd_ray.actors import pool as module
-from epd_ray.actors.pool import Bounds, Call, Ended, Pool
+from epd_ray.actors.pool import TASK_SECONDS, Bounds, Call, Ended, Pool
+from epd_ray.actors.tasks import Task
+from epd_ray.config.loading import load_config
+from epd_ray.config.sections import ClusterConfig
 from epd_ray.errors import ModelError
+from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.rdpo.session import rdpo_config
 
 SIM = "rewards={sim: {head: simulated, replicas: 1, max_replicas: 3, options: {latency: 0.4}}}"
 
@@ -54,10 +60,11 @@ def make(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(module, "SHRINK_SECONDS", 0.5)
     pools = []
 
-    def build(low: int, high: int, **factory: Any) -> Pool:
+    def build(low: int, high: int, timeout_s: float | None = None, **factory: Any) -> Pool:
         workers = Factory(**factory)
         start = [workers() for _ in range(low)]
-        pools.append(Pool("workers", start, workers, lambda a: a.ready.remote(), Bounds(low, high)))
+        bounds = Bounds(low, high)
+        pools.append(Pool("workers", start, workers, lambda a: a.ready.remote(), bounds, timeout_s=timeout_s))
         return pools[-1]
 
     yield build
@@ -125,6 +132,192 @@ def test_a_lost_actor_comes_back_and_its_call_is_told_of(make: Callable[..., Poo
     until(pool, lambda e: pool.present == 2)
     pool.submit(lost[0].call)
     assert until(pool, lambda e: len(e) == 1)[0].error is None
+
+
+def test_an_actor_that_is_stopped_counts_as_lost_after_a_while(
+    make: Callable[..., Pool], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST", 100)
+    pool = make(1, 1, timeout_s=0.5)
+    victim = ray.get(pool.actors[0].pid.remote())
+    first, second = calls(2, 0.0)
+    pool.submit(first)
+    assert until(pool, lambda e: bool(e))[0].value == 1
+    os.kill(victim, signal.SIGSTOP)
+    pool.submit(second)
+    (ended,) = until(pool, lambda e: bool(e))
+    assert ended.lost and ended.late and ended.how_lost == "gave no answer in time"
+    assert "workers: actor 1 has not answered for 1 s: its process is ended" in caplog.messages
+    pool.submit(second)
+    assert until(pool, lambda e: bool(e))[0].value == 1 and pool.present == 1
+
+
+class Silent:
+    """Stands for ray, and for the clock: nothing is ever ready but what `answers` says."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self) -> None:
+        self.now, self.killed, self.answers = 0.0, [], {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def kill(self, actor: Any, no_restart: bool = True) -> None:
+        self.killed.append((actor, no_restart))
+
+    def get(self, reference: Any) -> Any:
+        answer = self.answers[reference]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def wait(self, references: list[Any], num_returns: int = 1, timeout: float = 0) -> tuple[list[Any], list[Any]]:
+        self.now += timeout
+        return [r for r in references if r in self.answers], []
+
+
+class Asked:
+    """An actor as far as a pool asks for one."""
+
+    def __init__(self) -> None:
+        self.__ray_ready__ = self
+        self.asked = 0
+
+    def remote(self) -> str:
+        self.asked += 1
+        return f"ready {self.asked}"
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
+    made = Silent()
+    for part in (module, pipeline):
+        monkeypatch.setattr(part, "ray", made)
+        monkeypatch.setattr(part, "time", made)
+    return made
+
+
+def alone(actor: Any, timeout_s: float | None) -> Pool:
+    def make() -> tuple[int, Any]:
+        raise AssertionError
+
+    return Pool("workers", [(7, actor)], make, lambda a: "loaded", Bounds(1, 1), 2, timeout_s)
+
+
+def named(*keys: str) -> list[Call]:
+    return [Call(key, lambda actor, key=key: key) for key in keys]  # type: ignore[misc]
+
+
+def test_the_first_answer_of_a_process_may_take_longer(silent: Silent) -> None:
+    actor = Asked()
+    pool = alone(actor, 100.0)
+    first, second, third = named("a", "b", "c")
+    silent.now = 1000.0  # nothing to do is no silence
+    pool.tick()
+    pool.submit(first)
+    pool.submit(second)
+    silent.now += 100.0 * module.FIRST
+    pool.tick()
+    assert silent.killed == []
+    silent.answers["a"] = 1
+    assert [ended.value for ended in pool.take({"a"})] == [1]  # type: ignore[arg-type]
+    silent.now += 100.0
+    pool.tick()
+    assert silent.killed == [] and pool.busy() == "workers: actor 7 (task b)"
+    silent.now += 1.0
+    pool.tick()
+    pool.tick()
+    assert silent.killed == [(actor, False)] and pool.present == 0
+    silent.answers["b"] = ray.exceptions.ActorUnavailableError("restarted", None)
+    (ended,) = pool.take({"b"})  # type: ignore[arg-type]
+    assert ended.lost and ended.late
+    silent.now += module.CHECK_SECONDS
+    pool.tick()
+    silent.answers |= {"ready 1": None, "loaded": None}
+    pool.take({"ready 1"})  # type: ignore[arg-type]
+    assert pool.busy() == "workers: actor 7 (loading)"
+    pool.take({"loaded"})  # type: ignore[arg-type]
+    pool.submit(third)
+    silent.now += 100.0 * module.FIRST  # as for every new process
+    pool.tick()
+    assert len(silent.killed) == 1 and pool.present == 1
+    silent.now += 1.0
+    pool.tick()
+    assert len(silent.killed) == 2
+
+
+def test_one_default_and_a_way_to_set_it() -> None:
+    assert ClusterConfig().task_timeout_s == RDPOConfig().task_timeout_s == TASK_SECONDS
+    for text, seconds in (("7", 7.0), ("null", None)):
+        config = load_config(None, [f"cluster.task_timeout_s={text}"])
+        assert rdpo_config(config, ["a"]).task_timeout_s == seconds
+
+
+def test_without_a_bound_it_waits_for_ever(silent: Silent) -> None:
+    pool = alone(Asked(), None)
+    pool.submit(named("a")[0])
+    silent.now = 1e9
+    pool.tick()
+    assert silent.killed == [] and pool.present == 1
+
+
+class Heads:
+    """No reward actors."""
+
+    pools: dict[str, Pool] = {}  # noqa: RUF012
+
+    def score(self, *_: Any) -> dict[str, Call]:
+        return {}
+
+
+class Runner(Asked):
+    """A rollout actor that is asked and never answers."""
+
+    run = property(lambda self: self)
+
+    def options(self, **_: Any) -> "Runner":
+        return self
+
+    def remote(self, *task: Any) -> str:
+        return f"{super().remote()} {'task' if task else ''}"
+
+
+def test_it_is_said_who_is_waited_for(silent: Silent, caplog: pytest.LogCaptureFixture) -> None:
+    line = pipeline.RolloutPipeline(alone(Runner(), None), Heads())  # type: ignore[arg-type]
+    silent.now = 500.0  # the driver was busy: that is no waiting
+    line.submit([Task("rollout-3-1", "generate", ())])
+    while silent.now < 500.0 + 250.0:
+        line.poll(0.25)
+    who = "for workers: actor 7 (task rollout-3-1)"
+    assert caplog.messages == [f"waiting {seconds} s {who}" for seconds in (30, 60, 120, 240)]
+
+
+def test_a_run_ends_when_nobody_ever_answers(silent: Silent, caplog: pytest.LogCaptureFixture) -> None:
+    line = pipeline.RolloutPipeline(alone(Runner(), 100.0), Heads())  # type: ignore[arg-type]
+
+    def wait(references: list[Any], num_returns: int = 1, timeout: float = 0) -> tuple[list[Any], list[Any]]:
+        """Processes come back and load; their tasks end with them alone."""
+        silent.now += timeout
+        for reference in references:
+            if "task" not in reference or len(silent.killed) > tasks.setdefault(reference, len(silent.killed)):
+                lost = ray.exceptions.ActorUnavailableError("restarted", None)
+                silent.answers[reference] = lost if "task" in reference else None
+        return [r for r in references if r in silent.answers], []
+
+    tasks: dict[Any, int] = {}
+    silent.wait = wait  # type: ignore[method-assign]
+    line.submit([Task("rollout-3-1", "generate", ())])
+    said = "task rollout-3-1 failed 10 times, last with rollout actor 7 gave no answer in time: does it hang, or is "
+    with pytest.raises(ModelError, match=said):
+        line.collect(["rollout-3-1"])
+    assert len(silent.killed) == pipeline.MAX_LOSSES and silent.now > 10 * 400
 
 
 def test_one_that_is_gone_for_good_is_replaced(make: Callable[..., Pool]) -> None:

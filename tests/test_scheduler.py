@@ -476,7 +476,7 @@ def test_refuses_the_other_kind_of_scheduler() -> None:
 
 def test_unconditional_solvers_leave_no_scheduler(tmp_path: Path) -> None:
     made = make_solver(FAMILIES["sd"])
-    solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "backbone": "ddpm"})
+    solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "backbone": "ddpm", "prompted": False})
     solver.save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "solver.json"]
     card = (tmp_path / "README.md").read_text()

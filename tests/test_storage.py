@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -38,6 +39,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(mirror, "WAIT", tenacity.wait_none())
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -424,6 +426,50 @@ def test_a_claim_that_is_refused_leaves_the_lock_of_another(tmp_path):
         assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
+def test_a_lock_whose_file_was_removed_while_it_was_opened_locks_nothing(tmp_path, monkeypatch):
+    path, locked = tmp_path / ".lock", lock._locked
+    removed = []
+
+    def remove(descriptor: int, name: str) -> bool:
+        """As the holder before does at its end, between this one's opening and locking the file."""
+        if not removed:
+            removed.append(path.unlink())
+        return locked(descriptor, name)
+
+    monkeypatch.setattr(lock, "_locked", remove)
+    with held(path, "runs/x"):
+        assert removed and path.is_file()
+        with pytest.raises(RunDirectoryError, match="in use by"), held(path, "runs/x"):
+            pass
+
+
+def test_two_claims_of_which_one_ends_with_the_others_beginning(tmp_path, monkeypatch):
+    place, other, locked = place_of(tmp_path / "a"), place_of(tmp_path / "a"), lock._locked
+    first = place.claimed()
+    first.__enter__()
+
+    def end_first(descriptor: int, name: str) -> bool:
+        monkeypatch.setattr(lock, "_locked", locked)
+        first.__exit__(None, None, None)
+        assert not (tmp_path / "a").exists()
+        return locked(descriptor, name)
+
+    monkeypatch.setattr(lock, "_locked", end_first)
+    with other.claimed(), pytest.raises(RunDirectoryError, match="in use by"), place_of(tmp_path / "a").claimed():
+        pass
+
+
+def test_what_is_removed_in_the_end_is_ones_own_lock(tmp_path):
+    place = place_of(tmp_path / "a")
+    with place.claimed() as folder:
+        shutil.rmtree(folder)
+        with place_of(folder).claimed():
+            pass
+        folder.mkdir()
+        (folder / ".lock").touch()  # of another by now
+    assert (folder / ".lock").is_file()
+
+
 def test_a_disk_that_cannot_sync_directories_will_do(tmp_path, monkeypatch):
     sync = os.fsync
 
@@ -454,71 +500,132 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_a_lease_is_held_by_one(root):
-    with Lease(root, "s3://b/x").held(wait=False):
+class Clock:
+    """The clocks of this machine: `monotonic` goes on with `sleep`, then calls `hook`; `time` is wrong."""
+
+    def __init__(self, skew: float) -> None:
+        self.now, self.skew, self.hook = 0.0, skew, lambda: None
+        self.strftime, self.gmtime = time.strftime, time.gmtime
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return time.time() + self.skew
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.hook()
+
+
+@pytest.fixture(params=[0.0, 1e6, -1e6], ids=["right", "ahead", "behind"])  # seconds
+def clock(request, monkeypatch):
+    for name in ("SETTLE_SECONDS", "POLL_SECONDS", "WATCH_SECONDS"):
+        monkeypatch.setattr(lock, name, {"SETTLE": 1.0, "POLL": 5.0, "WATCH": 70.0}[name.partition("_")[0]])
+    made = Clock(request.param)
+    monkeypatch.setattr(lock, "time", made)
+    return made
+
+
+def test_a_lease_is_held_by_one(root, monkeypatch):
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 60.0)
+    with Lease(root, "s3://b/x").held():
         mine = json.loads(read(root, LEASE))
         assert (mine["host"], mine["pid"]) == (socket.gethostname(), os.getpid())
-        with pytest.raises(RunDirectoryError) as said, Lease(root, "s3://b/x").held(wait=False):
+        with pytest.raises(RunDirectoryError) as said, Lease(root, "s3://b/x").held():
             pass
         assert str(said.value).startswith(
             f"s3://b/x is in use by process {os.getpid()} on {socket.gethostname()} since "
         )
-        assert "wait 1" in str(said.value) and "or delete lease.json there" in str(said.value)
-        assert json.loads(read(root, LEASE)) == mine
+        assert json.loads(read(root, LEASE) or b"{}").get("token", mine["token"]) == mine["token"]
     assert names(root) == []
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_dead_holders_lease_is_taken_over(root, dead_process, silent):
-    put(root, holder(renewed=0.0) if silent else holder(machine=lock._machine(), pid=dead_process))
-    with Lease(root, "x").held(wait=False):
+@pytest.mark.parametrize("renewal", [20.0, 60.0])  # the latter after two that failed
+def test_a_live_holder_is_refused_whatever_the_clocks_say(root, clock, renewal, caplog):
+    first = holder()
+    put(root, first)
+    clock.hook = lambda: put(root, replace(first, renewed=first.renewed + clock.now // renewal))
+    with (
+        pytest.raises(RunDirectoryError, match=r"^x is in use by process 7 on elsewhere since"),
+        Lease(root, "x").held(),
+    ):
+        pass
+    assert renewal <= clock.now <= renewal + 5
+    said = "x is leased to process 7 on elsewhere since .*: it is watched for 70 s, and taken over if no sign of life"
+    assert len(caplog.messages) == 1 and re.match(said, caplog.messages[0])
+
+
+def test_a_silent_holder_is_taken_over_whatever_the_clocks_say(root, clock):
+    put(root, holder())
+    with Lease(root, "x").held():
         assert json.loads(read(root, LEASE))["pid"] == os.getpid()
+        assert 70 <= clock.now <= 80
 
 
-def test_a_process_of_another_machine_with_the_same_name_is_not_dead(root, dead_process):
-    put(root, holder(host=socket.gethostname(), pid=dead_process))
-    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held(wait=False):
+def test_an_answer_that_takes_long_is_no_sign_of_death(root, clock, monkeypatch):
+    first = holder()
+    put(root, first)
+    answer = Lease._read
+
+    def slow(self: Lease) -> Holder | None:
+        found = answer(self)
+        clock.now += 100
+        put(root, replace(first, renewed=first.renewed + clock.now))
+        return found
+
+    monkeypatch.setattr(Lease, "_read", slow)
+    with pytest.raises(RunDirectoryError, match="in use by process 7"), Lease(root, "x").held():
         pass
 
 
-def test_a_lease_that_is_half_written_is_one(root, monkeypatch):
+def test_who_is_taken_over_meanwhile_is_refused_too(root, clock):
+    put(root, holder())
+    clock.hook = lambda: put(root, holder(token="a third", pid=8))
+    with pytest.raises(RunDirectoryError, match="in use by process 8 on elsewhere"), Lease(root, "x").held():
+        pass
+
+
+def test_a_lease_that_is_given_up_meanwhile_is_free(root, clock):
+    put(root, holder())
+    clock.hook = lambda: root.delete_file(LEASE) if names(root) and clock.now == 5 else None
+    with Lease(root, "x").held():
+        assert clock.now == 6
+
+
+def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(root, dead_process, clock):
+    put(root, holder(machine=lock._machine(), pid=dead_process))
+    with Lease(root, "x").held():
+        assert clock.now == 1
+
+
+def test_a_process_of_another_machine_with_the_same_name_is_not_dead(root, dead_process, clock):
+    first = holder(host=socket.gethostname(), pid=dead_process)
+    put(root, first)
+    clock.hook = lambda: put(root, replace(first, renewed=first.renewed + 20))
+    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held():
+        pass
+
+
+def test_a_lease_that_is_half_written_is_one(root, clock):
     with root.open_output_stream(LEASE) as stream:
         stream.write(json.dumps(asdict(holder())).encode()[:20])
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: put(root, holder()))
-    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held(wait=False):
+    clock.hook = lambda: put(root, holder(renewed=clock.now))
+    with pytest.raises(RunDirectoryError, match="is in use by"), Lease(root, "x").held():
         pass
 
 
 def test_a_lease_that_is_none_is_taken_over(root):
     with root.open_output_stream(LEASE) as stream:
         stream.write(b"hello")
-    with Lease(root, "x").held(wait=False):
-        pass
-
-
-@pytest.mark.parametrize("ahead", [0.0, 1e6])  # seconds
-def test_waiting_for_a_silent_holder(root, monkeypatch, ahead):
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
-    put(root, holder(renewed=time.time() + ahead))
-    with Lease(root, "x").held(wait=True):
-        assert json.loads(read(root, LEASE))["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("behind", [0.0, 1e6])  # seconds
-def test_waiting_ends_with_a_sign_of_life(root, monkeypatch, behind):
-    put(root, holder(renewed=time.time() - behind))
-
-    def sign_of_life(seconds: float) -> None:
-        put(root, holder(renewed=time.time() - behind))
-
-    monkeypatch.setattr(lock.time, "sleep", sign_of_life)
-    with pytest.raises(RunDirectoryError, match="in use by process 7 on elsewhere"), Lease(root, "x").held(wait=True):
+    with Lease(root, "x").held():
         pass
 
 
 def test_a_lease_is_renewed_until_it_ends(root, monkeypatch, request):
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.01)
-    with Lease(root, "x").held(wait=False):
+    with Lease(root, "x").held():
         first = json.loads(read(root, LEASE))["renewed"]
         deadline = time.monotonic() + 60
         renewed = first

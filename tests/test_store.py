@@ -334,3 +334,12 @@ def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture
     run.metrics.write_text('{"iteration": 1}\nbroken\n{"iteration": 2}\n')
     with pytest.raises(RunDirectoryError, match="line 2: not JSON"):
         read_metrics(run.metrics)
+
+
+def test_a_run_that_is_cleared_keeps_its_lock(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", "seed: 1\n", "{}")
+    run.lock.touch()
+    run.checkpoints.mkdir()
+    (run.checkpoints / "a.pt").touch()
+    run.clear()
+    assert [path.name for path in run.path.iterdir()] == [".lock"]

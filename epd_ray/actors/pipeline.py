@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors.cluster import BrokenGpuError
-from epd_ray.actors.pool import Bounds, Call, Ended, Pool
+from epd_ray.actors.pool import TASK_SECONDS, Bounds, Call, Ended, Pool
 from epd_ray.actors.reward_pool import RewardPool, TimedScores, unwrap
 from epd_ray.actors.tasks import Answer, Task
 from epd_ray.errors import EpdRayError, ModelError, TaskError
@@ -24,6 +24,7 @@ from epd_ray.types import FloatArray, ImageArray
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.25  # for an answer, before the pools look around
+SILENT_SECONDS = 30.0  # of waiting without an answer, before it is said who is waited for; then twice as many
 TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, few enough that images fit the object store
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
@@ -85,6 +86,7 @@ class RolloutPipeline:
         self._done: dict[str, Outcome] = {}
         self._breaks: Counter[str] = Counter()
         self._next_tick = 0.0
+        self._silent, self._next_word = 0.0, SILENT_SECONDS
         self.retries = self.recoveries = 0
         self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
         self.memory: dict[str, Memory] = {}
@@ -172,28 +174,42 @@ class RolloutPipeline:
     def poll(self, wait: float) -> None:
         """Take in what is ready, waiting at most so many seconds for the first of it, and start what can be started."""
         pools = [self._runners, *self._rewards.values()]
+        begin, answers = time.monotonic(), 0
         references = [reference for pool in pools for reference in pool.references()]
         if references:
             ray.wait(references, timeout=wait)
             ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
             for ended in self._runners.take(ready):
                 self._on_answer(ended)
+                answers += not ended.lost
             for head, pool in self._rewards.items():
                 for ended in pool.take(ready):
                     self._on_score(head, ended)
+                    answers += not ended.lost
         elif self._local is None:
             time.sleep(min(wait, 0.05))  # all actors are lost and on their way back
         if time.monotonic() > self._next_tick:
             self._next_tick = time.monotonic() + WAIT_SECONDS
             for pool in pools:
                 pool.tick()
+        self._count_silence(0.0 if answers else self._silent + time.monotonic() - begin)
+
+    def _count_silence(self, seconds: float) -> None:
+        """Say who is waited for, where nobody has answered for so many seconds of waiting."""
+        self._silent = seconds
+        if not seconds:
+            self._next_word = SILENT_SECONDS
+        elif seconds >= self._next_word:
+            self._next_word *= 2
+            if who := [said for pool in (self._runners, *self._rewards.values()) if (said := pool.busy())]:
+                log.warning("waiting %.0f s for %s", seconds, "; ".join(who))
 
     def _on_answer(self, ended: Ended) -> None:
         pending = self._pending.get(ended.call.key)
         if pending is None or pending.call is not ended.call:
             return  # of a task that was discarded
         if ended.lost:
-            self._requeue(pending, f"rollout actor {ended.number} was lost")
+            self._requeue(pending, f"rollout actor {ended.number} {ended.how_lost}", late=ended.late)
             return
         answer: Answer = ended.value
         error = ended.error or answer.error
@@ -236,7 +252,8 @@ class RolloutPipeline:
         if pending is None or pending.scoring.get(head) is not ended.call:
             return
         if ended.lost:
-            self._lose(pending, f"reward head {head!r} lost actor {ended.number} over its scores")
+            what = f"actor {ended.number} of reward head {head!r}"
+            self._lose(pending, f"{what} {ended.how_lost} over its scores", ended.late)
             ended.call.avoid.add(ended.number)
             self._rewards[head].submit(ended.call)  # the images are still there
         elif ended.error is not None:
@@ -297,11 +314,11 @@ class RolloutPipeline:
         self.recoveries += 1
         self._recover_seconds += seconds
 
-    def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None) -> None:
+    def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None, *, late: bool = False) -> None:
         """Make the task's images again, unless its own errors or the actors lost with it are too many."""
         pending.answer, pending.scoring, pending.scores = None, {}, {}
         if error is None:
-            self._lose(pending, why)
+            self._lose(pending, why, late)
         else:
             self.retries += 1
             pending.attempts += 1
@@ -313,13 +330,13 @@ class RolloutPipeline:
             log.warning("task %s runs again: %s", pending.task.task_id, why)
         self._hand_out(pending.call)
 
-    def _lose(self, pending: _Pending, why: str) -> None:
+    def _lose(self, pending: _Pending, why: str, late: bool = False) -> None:
         self.retries += 1
         pending.losses += 1
         pending.lost_at = pending.lost_at or time.monotonic()
         if pending.losses >= MAX_LOSSES:
-            message = f"task {pending.task.task_id} failed {pending.losses} times, last with {why}: out of memory?"
-            raise ModelError(message)
+            guess = "does it hang, or is cluster.task_timeout_s too short?" if late else "out of memory?"
+            raise ModelError(f"task {pending.task.task_id} failed {pending.losses} times, last with {why}: {guess}")
         self.give_way()
         log.warning("task %s runs again: %s", pending.task.task_id, why)
 
@@ -358,12 +375,13 @@ def _runs(task: Task) -> Any:
     return send
 
 
-def runner_pool(group: EnvRunnerGroup, most: int) -> Pool:
+def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None = TASK_SECONDS) -> Pool:
     """RLlib's rollout actors as a pool; RLlib makes them, and is told of those that are gone.
 
     Args:
         group: of SolverEnvRunners.
         most: that there may be, as nodes join.
+        timeout_s: see Pool.
     """
     manager = group._worker_manager
     start = list(manager.actors().items())
@@ -376,4 +394,6 @@ def runner_pool(group: EnvRunnerGroup, most: int) -> Pool:
         return number, manager.actors()[number]
 
     # The next batch waits at the actor already, so that it starts without asking the driver.
-    return Pool("rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, removed=manager.remove_actor)
+    return Pool(
+        "rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, timeout_s, manager.remove_actor
+    )  # fmt: skip

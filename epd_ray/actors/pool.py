@@ -21,6 +21,9 @@ CHECK_SECONDS = 0.5  # between questions to an actor that is away
 DEATHS = 3  # of one actor in a row while it loads
 LOOK_BACK_SECONDS = 5.0  # over which the load is averaged
 SHRINK_SECONDS = 60.0  # that the load must have been low
+TASK_SECONDS = 1800.0  # without an answer, before an actor counts as lost
+FIRST = 4  # times as long may the first answer of a process take, which loads a model, or compiles it
+SHOWN = 4  # actors of a pool that a message names
 CALM_SECONDS = 30.0  # without growth after a loss: what was lost comes back first
 
 
@@ -56,13 +59,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a call: a value, or the error; `lost` when the actor was lost with it."""
+    """What came of a call: a value, or the error; `lost` when the actor was lost with it, `late` when it was ended
+    because it gave no answer in time."""
 
     call: Call
     number: int
     value: Any = None
     error: BaseException | None = None
     lost: bool = False
+    late: bool = False
+
+    @property
+    def how_lost(self) -> str:
+        """What became of the actor, for people."""
+        return "gave no answer in time" if self.late else "was lost"
 
 
 @dataclass(eq=False)
@@ -74,6 +84,9 @@ class _Member:
     check: "ray.ObjectRef[Any] | None" = None
     next_check: float = 0.0
     deaths: int = 0
+    since: float | None = None  # when it last answered, or was asked with nothing to do; None: it may wait for room
+    answered: bool = False  # a call, in this process
+    late: bool = False
     calls: "dict[ray.ObjectRef[Any], Call]" = field(default_factory=dict)
 
 
@@ -90,6 +103,8 @@ class Pool:
         load: asks an actor to load what it works with; the answer's error is its own.
         bounds: of the number of actors.
         depth: calls that one actor may have; a second is fetched while the first is worked on.
+        timeout_s: without an answer, before an actor counts as lost: its process is ended, and another takes its place.
+            The first answer of a process may take FIRST times as long. None: no bound.
         removed: told the number of an actor that is gone for good.
     """
 
@@ -101,10 +116,12 @@ class Pool:
         load: "Callable[[ActorHandle[Any]], ray.ObjectRef[Any]]",
         bounds: Bounds,
         depth: int = 1,
+        timeout_s: float | None = TASK_SECONDS,
         removed: Callable[[int], None] = lambda number: None,
     ) -> None:
         self.what, self.bounds = what, bounds
         self._make, self._load, self._depth, self._removed = make, load, depth, removed
+        self._timeout_s = math.inf if timeout_s is None else timeout_s
         self.holds: Callable[[int], bool] = lambda number: False
         """Whether the actor of this number has what others still need, so that it must not end."""
         self._members = [_Member(number, actor, "there") for number, actor in actors]
@@ -142,6 +159,7 @@ class Pool:
         for member in list(self._members):
             for reference in [r for r in member.calls if r in ready]:
                 call = member.calls.pop(reference, None)
+                member.since = time.monotonic()
                 if call is not None:  # else the loss of another has queued it again
                     ended.append(self._end(member, call, reference))
         for member in list(self._members):
@@ -152,7 +170,7 @@ class Pool:
 
     def _end(self, member: _Member, call: Call, reference: "ray.ObjectRef[Any]") -> Ended:
         try:
-            return Ended(call, member.number, ray.get(reference))
+            value = ray.get(reference)
         except ray.exceptions.RayTaskError as error:  # first: it may also be of the class of its cause
             return Ended(call, member.number, error=error)
         except LOST_ACTOR as error:
@@ -160,9 +178,11 @@ class Pool:
                 log.warning("%s: actor %d was lost", self.what, member.number)
                 self._away(member)
                 self.give_way()
-            return Ended(call, member.number, error=error, lost=True)
+            return Ended(call, member.number, error=error, lost=True, late=member.late)
         except ray.exceptions.RayError as error:
             return Ended(call, member.number, error=error)
+        member.answered = True
+        return Ended(call, member.number, value)
 
     def _dispatch(self) -> None:
         kept: deque[Call] = deque()
@@ -172,6 +192,8 @@ class Pool:
             if member is None:
                 kept.append(call)
             else:
+                if not member.calls:
+                    member.since = time.monotonic()
                 member.calls[call.send(member.actor)] = call
         self._waiting = kept
 
@@ -185,14 +207,30 @@ class Pool:
     # -- actors that come and go --------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Ask after those that are away, follow the load; to be called every few tenths of a second."""
+        """End those that are late, ask after those that are away, follow the load; to be called every few tenths of a
+        second."""
         self._count_idle()
         now = time.monotonic()
+        for member in list(self._members):
+            self._end_if_late(member, now)
         for member in self._members:
             if member.state == "away" and member.check is None and now >= member.next_check:
                 member.check = member.actor.__ray_ready__.remote()
         self._follow(now)
         self._dispatch()
+
+    def _end_if_late(self, member: _Member, now: float) -> None:
+        """End the process of an actor that has not answered for too long: it counts as lost from then on."""
+        asked = member.calls or member.state == "loading"
+        if not asked or member.since is None or member.late or member.state == "away":
+            return
+        seconds = now - member.since
+        if seconds > self._timeout_s * (1 if member.answered else FIRST):
+            said = "%s: actor %d has not answered for %.0f s: its process is ended"
+            log.warning(said, self.what, member.number, seconds)
+            member.late = True
+            ray.kill(member.actor, no_restart=False)
+            self._away(member)
 
     def _checked(self, member: _Member) -> None:
         reference, member.check = member.check, None
@@ -212,6 +250,7 @@ class Pool:
         """The process is there: let it load, then give it work."""
         if member.state == "away":
             member.state, member.check = "loading", self._load(member.actor)
+            member.since, member.answered, member.late = time.monotonic(), False, False
         else:
             member.state, member.deaths, self._died_loading = "there", 0, 0
 
@@ -294,6 +333,13 @@ class Pool:
     def actors(self) -> "list[ActorHandle[Any]]":
         """All that the pool has, there or not."""
         return [m.actor for m in self._members]
+
+    def busy(self) -> str:
+        """The actors that have something to do, or are not there, and what it is; empty where there are none."""
+        what = {m.number: ", ".join(f"task {c.key}" for c in m.calls.values()) or m.state for m in self._members}
+        said = [f"actor {number} ({doing})" for number, doing in what.items() if doing != "there"]
+        more = [f"{len(said) - SHOWN} more"] if len(said) > SHOWN else []
+        return f"{self.what}: {', '.join([*said[:SHOWN], *more])}" if said else ""
 
     @property
     def present(self) -> int:

@@ -11,9 +11,9 @@ from ray.actor import ActorHandle
 
 from epd_ray.actors.cluster import BrokenGpuError, Resources, end_if_broken, resources
 from epd_ray.actors.environments import runtime_env
-from epd_ray.actors.pool import DEAD, Bounds, Call, Pool, last_line
+from epd_ray.actors.pool import DEAD, TASK_SECONDS, Bounds, Call, Pool, last_line
 from epd_ray.embedded.models import EMBEDDED
-from epd_ray.errors import EpdRayError, ModelError
+from epd_ray.errors import EpdRayError, ModelError, is_own_bug
 from epd_ray.rewards import HEADS
 from epd_ray.rewards.scoring import Scorer
 from epd_ray.telemetry.memory import Memory, peak_memory
@@ -105,6 +105,8 @@ class RewardActor:
             except EpdRayError:
                 raise
             except Exception as error:  # anybody's class may stand here; its own words go to the user
+                if is_own_bug(error):
+                    raise
                 why = f"{type(error).__name__}: {error}"
                 raise ModelError(f"reward head {self._name!r} cannot be built: {why}") from None
         return self._scorer
@@ -128,10 +130,11 @@ class RewardPool:
     Args:
         specs: head name in this run -> its spec.
         tag: makes actor names unique on the cluster.
+        timeout_s: see Pool.
     """
 
-    def __init__(self, specs: Mapping[str, RewardSpec], tag: str) -> None:
-        self.specs, self._tag, self._made = dict(specs), tag, 0
+    def __init__(self, specs: Mapping[str, RewardSpec], tag: str, timeout_s: float | None = TASK_SECONDS) -> None:
+        self.specs, self._tag, self._made, self._timeout_s = dict(specs), tag, 0, timeout_s
         self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items() if spec.replicas}
         self._here = {
             name: RewardActor(name, spec.target or spec.head, spec.options)
@@ -145,7 +148,8 @@ class RewardPool:
             low = high = spec.replicas
         start = [self._make(name) for _ in range(spec.replicas)]
         bounds = Bounds(low, max(high, spec.replicas), CALLS_PER_ACTOR)
-        return Pool(f"reward head {name!r}", start, partial(self._make, name), _load, bounds, CALLS_PER_ACTOR)
+        what, make = f"reward head {name!r}", partial(self._make, name)
+        return Pool(what, start, make, _load, bounds, CALLS_PER_ACTOR, self._timeout_s)
 
     def _make(self, name: str) -> tuple[int, ActorHandle[RewardActor]]:
         spec = self.specs[name]

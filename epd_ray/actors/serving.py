@@ -26,7 +26,7 @@ from torch import Tensor
 
 from epd_ray.actors.cluster import require_room, resources, start_ray, warn_of_idle_gpus
 from epd_ray.actors.reward_pool import unwrap, wants_gpu
-from epd_ray.errors import ConfigError, EpdRayError, ModelError
+from epd_ray.errors import ConfigError, EpdRayError, ModelError, is_own_bug
 from epd_ray.rewards import HEADS
 from epd_ray.types import FloatArray, RewardHead
 
@@ -91,14 +91,23 @@ def read_request(body: bytes, limits: Limits) -> ScoreRequest:
     images: list[FloatArray] = []
     for i, file in enumerate(files):
         try:
-            images.append(read(base64.b64decode(file, validate=True), limits.side))
-        except (BadRequestError, TypeError, ValueError) as error:  # the latter two: no base64
+            images.append(read(_decode(file), limits.side))
+        except BadRequestError as error:
             raise BadRequestError(f"images[{i}]: {error}") from None
         if images[i].shape != images[0].shape:
             raise BadRequestError(f"images[{i}] has shape {images[i].shape}, images[0] {images[0].shape}")
         if sum(image[0].size for image in images) > limits.pixels:
             raise BadRequestError(f"the images have more than {limits.pixels} pixels together")
     return ScoreRequest(torch.from_numpy(np.stack(images)), prompts)
+
+
+def _decode(file: object) -> bytes:
+    if not isinstance(file, str):
+        raise BadRequestError(f"is a {type(file).__name__}, expected a text in base64")
+    try:
+        return base64.b64decode(file, validate=True)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def _read_png(file: bytes, side: int) -> FloatArray:
@@ -155,6 +164,8 @@ class Service:
         except EpdRayError as error:
             self._error = error
         except Exception as error:  # anybody's class may stand here; its own words go to the user
+            if is_own_bug(error):
+                raise
             self._error = ModelError(f"reward head {name!r} cannot be built: {type(error).__name__}: {error}")
 
     def ready(self) -> str:

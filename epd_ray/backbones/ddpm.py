@@ -29,6 +29,7 @@ class DDPMFamily:
     form: Form = "ve"
     schedule = "uniform"
     default_guidance = 1.0
+    prompted = False
     classifier_free = False
     text_limits: Sequence[tuple[Any, int]] = ()
 

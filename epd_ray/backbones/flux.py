@@ -32,6 +32,7 @@ class FluxFamily:
     form: Form = "flow"
     schedule = "shift"
     default_guidance = 3.5
+    prompted = True
     classifier_free = False  # the guidance scale is an input of the network
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:

@@ -26,6 +26,7 @@ class Family(Protocol):
         form: of its ODE.
         schedule: the name of its own schedule.
         default_guidance: the guidance scale that the family is usually run with.
+        prompted: whether it draws what a prompt says.
         classifier_free: whether guidance takes a second pass for the empty prompt.
         pixel_step: what the resolution has to be a multiple of.
         default_resolution: pixels per side.
@@ -37,6 +38,7 @@ class Family(Protocol):
     form: Form
     schedule: str
     default_guidance: float
+    prompted: bool
     classifier_free: bool
 
     @property
@@ -117,6 +119,7 @@ class PipelineBackbone:
             **({} if fingerprint is None else {"fingerprint": fingerprint}),
             "dtype": str(self._dtype).removeprefix("torch."),
             "scheduler": family.scheduler_facts,
+            **({} if family.prompted else {"prompted": False}),
         }
         self.embeddings = EmbeddingCache(self._embed, options.embedding_cache_mib << 20)
 

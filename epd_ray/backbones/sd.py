@@ -29,6 +29,7 @@ class SDFamily:
     form: Form = "ve"
     schedule = "uniform"
     default_guidance = 7.5
+    prompted = True
     classifier_free = True
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:

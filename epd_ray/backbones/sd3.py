@@ -33,6 +33,7 @@ class SD3Family:
     form: Form = "flow"
     schedule = "shift"
     default_guidance = 4.5
+    prompted = True
     classifier_free = True
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:

@@ -36,12 +36,12 @@ def kept(
         try:
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             run = RunConfig.model_validate(_deciding(held["settings"]["run"]))
-            change = first_change(held["settings"] | {"run": _deciding(run.model_dump(mode="json"))}, settings)
             measured = kind(**held["measured"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # of what the file holds, in any shape
             raise RunDirectoryError(
                 f"{path} holds no measurement of this version: move it away, or name a new folder"
             ) from error
+        change = first_change(held["settings"] | {"run": _deciding(run.model_dump(mode="json"))}, settings)
         if change is not None:
             raise RunDirectoryError(f"{path} was measured with other settings ({change}): name a new folder")
         return measured

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from epd_ray.actors.tasks import BackboneSpec
-from epd_ray.bench.random_models import ARCHITECTURES, Size
+from epd_ray.backbones.architectures import ARCHITECTURES
+from epd_ray.bench.random_models import Size
 from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError
 from epd_ray.rdpo.config import EMBEDDED_BACKBONE

@@ -313,6 +313,12 @@ class ClusterConfig(Section):
     placement_timeout_s: float = Field(
         default=30.0, gt=0, description="for room to turn up; more where an autoscaler adds nodes, such as 1200"
     )
+    task_timeout_s: float | None = Field(
+        default=1800.0,
+        gt=0,
+        description="for an answer, before a rollout or reward actor is replaced; the first of a process, which loads "
+        "the model, may take four times as long; null: no bound",
+    )
     rollout_actors: int = Field(default=2, ge=0, description="0: in the driver")
     max_rollout_actors: int | None = Field(
         default=None, ge=1, description="as nodes join; null: rollout_actors, however many nodes there are"

@@ -11,43 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from epd_ray.backbones.doors import DOORS, Door
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError
 from epd_ray.solvers import Solver
 from epd_ray.solvers.stepwise import PointInputs
-from epd_ray.types import Form
 
 Pipeline = TypeVar("Pipeline")
 
 SHARED = frozenset({"txt_ids", "img_ids"})
 """Inputs that have no rows, whatever their first size."""
-
-
-@dataclass(frozen=True)
-class Door:
-    """How a pipeline calls its network.
-
-    Attributes:
-        network: the pipeline's attribute.
-        hidden: the network's argument for the latents.
-        form: of the ODE.
-        family: of the backbone, as solvers name it.
-        time_unit: of the network's timestep, in the scheduler's.
-    """
-
-    network: str
-    hidden: str
-    form: Form
-    family: str
-    time_unit: float = 1.0
-
-
-DOORS = {
-    "StableDiffusionPipeline": Door("unet", "sample", "ve", "sd"),
-    "StableDiffusionXLPipeline": Door("unet", "sample", "ve", "sdxl"),
-    "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow", "sd3"),
-    "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / 1000),
-}
 
 
 def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.device] | None = None) -> Pipeline:

@@ -1,7 +1,7 @@
 """What several commands measured, as one document: every figure under the command that made it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,12 @@ def read_sections(source: Path) -> list[Section]:
             f"{source} holds no results: name directories of epd-ray evaluate --suite, or files of epd-ray bench --out"
         )
     try:
-        return [_suite(source)] if source.is_dir() else list(_cases(json.loads(source.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if source.is_dir():
+            return [_suite(source)]
+        cases, made_by = _record(source)
+    except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{source} cannot be read ({error!r}): measure it again") from error
+    return [Section(f"Benchmark {case}", "\n".join(_tables(found)), made_by) for case, found in cases.items()]
 
 
 def _suite(source: Path) -> Section:
@@ -85,10 +88,17 @@ def _suite(source: Path) -> Section:
     return Section(first.removeprefix("# ").strip(), body.strip(), signed_by(source))
 
 
-def _cases(record: Mapping[str, Any]) -> Iterator[Section]:
-    made_by = Provenance.read(record["made_by"])
-    for case, found in record["cases"].items():
-        yield Section(f"Benchmark {case}", "\n".join(_tables(found)), made_by)
+def _record(source: Path) -> tuple[dict[str, dict[str, Any]], Provenance]:
+    """Figures by case, and who made them.
+
+    Raises:
+        OSError, ValueError: none, or damaged.
+    """
+    record = json.loads(source.read_text(encoding="utf-8"))
+    cases = record.get("cases") if isinstance(record, dict) else None
+    if not isinstance(cases, dict) or not all(isinstance(found, dict) for found in cases.values()):
+        raise ValueError("cases is no mapping of mappings")
+    return cases, Provenance.read(record.get("made_by"))
 
 
 def _tables(found: Mapping[str, Any]) -> list[str]:

@@ -235,20 +235,19 @@ def read_curve(path: Path) -> Curve | None:
         return None
     try:
         table = pq.read_table(path)
-        trained: Sequence[str] = json.loads(table.schema.metadata[b"trained"])
+        trained: Sequence[str] = json.loads((table.schema.metadata or {})[b"trained"])
         iterations = np.asarray(table["iteration"])
         heads = [name for name in table.column_names if name not in ("iteration", "prompt", "noise_seed", "reward")]
         arrays = {name: np.asarray(table[name], np.float32) for name in ("reward", *heads)}
-        first = iterations == iterations[0]
-        curve = Curve(
-            prompts=tuple(np.asarray(table["prompt"])[first].tolist()),
-            seeds=tuple(np.asarray(table["noise_seed"])[first].tolist()),
-            trained=tuple(trained),
-        )
-        for iteration in dict.fromkeys(iterations.tolist()):
-            rows = iterations == iteration
-            scores = {head: arrays[head][rows] for head in heads}
-            curve = curve.extended(Validation(iteration, arrays["reward"][rows], scores))
-    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+        prompts, seeds = np.asarray(table["prompt"]), np.asarray(table["noise_seed"])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not len(iterations):
+        raise RunDirectoryError(f"{path} cannot be read: it has no rows")
+    first = iterations == iterations[0]
+    curve = Curve(tuple(prompts[first].tolist()), tuple(seeds[first].tolist()), tuple(trained))
+    for iteration in dict.fromkeys(iterations.tolist()):
+        rows = iterations == iteration
+        scores = {head: arrays[head][rows] for head in heads}
+        curve = curve.extended(Validation(iteration, arrays["reward"][rows], scores))
     return curve

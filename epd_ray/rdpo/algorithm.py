@@ -34,7 +34,7 @@ from epd_ray.actors.tasks import Method, Task, rollout_task, task_id
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.embedded.scenes import distinct_scenes
-from epd_ray.errors import ConfigError, ModelError
+from epd_ray.errors import ConfigError, ModelError, is_own_bug
 from epd_ray.policy.dirichlet import TableDistribution, base_parameters, clamp_scale_time
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import Row, join, learner_arguments, propose, summarise
@@ -111,10 +111,10 @@ class RDPO(Algorithm):  # type: ignore[misc]
         own: RDPOConfig = self.config
         super().setup(config)
         self._prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
-        self._rewards = RewardPool(own.reward_specs, tag)
+        self._rewards = RewardPool(own.reward_specs, tag, own.task_timeout_s)
         self._closing.callback(self._rewards.stop)
         self._pipeline = RolloutPipeline(
-            runner_pool(self.env_runner_group, own.max_env_runners),
+            runner_pool(self.env_runner_group, own.max_env_runners, own.task_timeout_s),
             self._rewards,
             self.env_runner_group.local_env_runner,
         )
@@ -285,7 +285,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
                 answer = ask()
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, IndexError) as error:
                 # IndexError is RLlib's, where its only learner is dead; from within the learner it is a task's error.
-                if self.learner_group.is_local or isinstance(error, ray.exceptions.RayTaskError):
+                if self.learner_group.is_local or isinstance(error, ray.exceptions.RayTaskError) or is_own_bug(error):
                     raise
                 lost = lost or time.monotonic()
                 self._pipeline.give_way()

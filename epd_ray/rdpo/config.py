@@ -11,6 +11,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from epd_ray.actors.cluster import PLACEMENT_SECONDS
 from epd_ray.actors.encoder import EncoderSpec
+from epd_ray.actors.pool import TASK_SECONDS
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
 from epd_ray.drawing.sampler import Sampler
@@ -69,6 +70,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
         self.placement_timeout_s = PLACEMENT_SECONDS
+        self.task_timeout_s: float | None = TASK_SECONDS
         self.prompts: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size, self.images_per_job = 8, 4, 8
         self.same_latent, self.baseline, self.max_staleness = True, "per_prompt", 1
@@ -120,6 +122,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def placing(self, timeout_s: float) -> "RDPOConfig":
         """How long actors may wait for room on the cluster; more than 30 s where an autoscaler adds nodes."""
         return self._assign({"placement_timeout_s": timeout_s})
+
+    def answering(self, timeout_s: float | None) -> "RDPOConfig":
+        """How long a rollout or reward actor may take over an answer (its first: four times) before it is replaced."""
+        return self._assign({"task_timeout_s": timeout_s})
 
     def encoder(self, spec: EncoderSpec | None) -> "RDPOConfig":
         """An actor for the text encoders, which rollout actors then do without; None: each has its own."""

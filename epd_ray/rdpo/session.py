@@ -98,6 +98,7 @@ def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
             num_gpus_per_learner=cluster.learner_gpus,
         )
         .placing(cluster.placement_timeout_s)
+        .answering(cluster.task_timeout_s)
     )
     return placed
 

@@ -5,6 +5,8 @@ import base64
 import io
 import json
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -28,8 +30,9 @@ class HttpHead:
     The protocol: POST of JSON {"images": [text, ...], "format": "png" or "npy", "prompts": [text, ...]} to the URL, as
     many prompts as images. An image is the base64 of a file: png, 8-bit RGB; npy, NumPy's float32 [3, H, W] in [0, 1],
     which keeps what PNG rounds to 8 bits. The answer is status 200 and JSON {"scores": [number, ...]}, a finite number
-    per image, in order. 429 and 5xx, lost connections and time-outs are tried again, after a growing pause or the
-    answer's Retry-After. Redirects are not followed. Whatever else comes is an error, never a score.
+    per image, in order. Connections are kept for further requests. 429 and 5xx, lost connections and time-outs are
+    tried again, after a growing pause or the answer's Retry-After. Redirects are not followed. Whatever else comes is
+    an error, never a score.
 
     Args:
         url: where to post. It is saved with the run: no password goes into it.
@@ -74,8 +77,18 @@ class HttpHead:
             raise ConfigError(problems)
         self.timeout, self.retries, self.concurrency, self.batch_size = timeout, retries, concurrency, batch_size
         self.format, self.max_request_bytes, self.max_response_bytes = format, max_request_bytes, max_response_bytes
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | _authorization(token_env)
-        self._tls = httpx2.create_ssl_context()
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | _authorization(token_env)
+        self._client = httpx2.AsyncClient(
+            timeout=None, follow_redirects=False, headers=headers, limits=httpx2.Limits(max_connections=concurrency)
+        )
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="http reward head", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end, self._loop, thread, self._client)  # at the process's end, too
+
+    def close(self) -> None:
+        """Give up the connections; nothing can be scored any more."""
+        self._end()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         starts = range(0, len(images), self.batch_size)
@@ -111,7 +124,7 @@ class HttpHead:
             RewardError: not worth one.
         """
         try:
-            response, answer = asyncio.run(self._exchange(body))
+            response, answer = asyncio.run_coroutine_threadsafe(self._exchange(body), self._loop).result()
         except TimeoutError:
             raise _PassingError(f"took longer than {self.timeout:g} s") from None
         except httpx2.TransportError as error:
@@ -137,8 +150,7 @@ class HttpHead:
         answer = b""
         async with (
             asyncio.timeout(self.timeout),
-            httpx2.AsyncClient(timeout=None, follow_redirects=False, headers=self._headers, verify=self._tls) as client,
-            client.stream("POST", self._url, content=body) as response,
+            self._client.stream("POST", self._url, content=body) as response,
         ):
             async for piece in response.aiter_raw():
                 answer += piece
@@ -160,6 +172,13 @@ class HttpHead:
             if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 3.4e38:
                 raise RewardError(self.model_id, f"gave {_line(repr(score))}, which is no finite float32")
         return np.array(scores, np.float32)
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
+    asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 class _PassingError(Exception):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from epd_ray.errors import RewardError
+from epd_ray.errors import RewardError, is_own_bug
 from epd_ray.types import FloatArray, ImageArray, RewardHead
 
 
@@ -33,6 +33,8 @@ class Scorer:
         except RewardError as error:  # a head that says itself what is wrong
             raise RewardError(self.name, _line(error.problem), rollout_ids) from error
         except Exception as error:
+            if is_own_bug(error):
+                raise
             said = _line(f"failed with {type(error).__name__}: {error}")
             raise RewardError(self.name, said, rollout_ids) from error
         if values.shape != (len(rollout_ids),):

@@ -16,7 +16,7 @@ from epd_ray.embedded.models import EMBEDDED
 PACKAGES = {
     "torch": "Tensor",
     "ray": "init",
-    "diffusers": "StableDiffusion3Pipeline",
+    "diffusers": "AutoPipelineForText2Image",
     "transformers": "CLIPModel",
     "pyarrow": "Table",
     "numpy": "ndarray",

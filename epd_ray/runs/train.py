@@ -93,7 +93,7 @@ def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = 
     prompts = load_prompts(config.prompts, config.seed)
     start = given_solver(config)
     require_trackers(config.tracking)
-    with place.claimed(wait=again) as folder:
+    with place.claimed() as folder:
         saved = json.dumps(asdict(prompts), indent=1, ensure_ascii=False)
         run = RunDirectory.create(folder, to_yaml(config), saved)
         place.save()
@@ -101,7 +101,7 @@ def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = 
             return _go_on(config, run, prompts, start, None, observer, place.save)
         except EpdRayError:
             if not run.distilled.exists():  # it never got as far as a result: leave nothing in the way of the next try
-                shutil.rmtree(run.path)
+                run.clear()
             raise
 
 
@@ -121,7 +121,7 @@ def _opened(place: Place, folder: Path) -> tuple[RunDirectory, RunConfig]:
 
 
 def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
-    with place.claimed(wait=True) as folder:
+    with place.claimed() as folder:
         run, begun = _opened(place, folder)
         if changed := first_difference(begun, config):
             raise RunDirectoryError(f"{place.name} holds another run: {changed} (name a new directory)")

@@ -12,6 +12,7 @@ import torch
 from epd_ray.config.loading import RunConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.errors import is_own_bug
 from epd_ray.evaluation.comparison import (
     SCENE_ACCURACY,
     Comparison,
@@ -291,7 +292,9 @@ class Trainer:
     def _memory(self) -> dict[str, float]:
         try:
             return memory_metrics(self.algo.memory())
-        except (IndexError, ray.exceptions.RayError):  # an actor is on its way back: no reason to end a run
+        except (IndexError, ray.exceptions.RayError) as error:  # RLlib's, of an actor on its way back: no reason to end
+            if is_own_bug(error):
+                raise
             return {}
 
     def _save_best(self, **rewards: Any) -> None:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from epd_ray.solvers.solver import Solver
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-UNCONDITIONAL = frozenset({"ddpm"})
-"""Families of backbones without prompts; no scheduler fits into their pipelines, which scale no inputs."""
-
-_SHOWN = ("rewards_before", "rewards_after", "scheduler")  # in tables of their own, or in the scheduler's file
+_SHOWN = (
+    "rewards_before",
+    "rewards_after",
+    "scheduler",
+    "prompted",
+)  # in tables of their own, or in the scheduler's file
 
 
 def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
@@ -34,7 +36,7 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
     """
     meta = solver.meta
     base = _base_model(meta)
-    prompted = meta.get("backbone") not in UNCONDITIONAL
+    prompted = takes_prompts(meta)
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
     spans = pairwise(solver.sigmas.tolist())
     columns = solver.table.columns()
@@ -57,6 +59,11 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         rules="---|" * len(columns),
         steps=steps,
     )
+
+
+def takes_prompts(meta: Mapping[str, JsonValue]) -> bool:
+    """Whether a solver's model draws what it is told: unless its backbone said otherwise when the solver was made."""
+    return meta.get("prompted") is not False
 
 
 def local_model(meta: Mapping[str, JsonValue]) -> str | None:

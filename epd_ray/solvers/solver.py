@@ -15,7 +15,7 @@ from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
 from epd_ray.registry import did_you_mean
-from epd_ray.solvers.card import HUB_ID, UNCONDITIONAL, local_model, model_card
+from epd_ray.solvers.card import HUB_ID, local_model, model_card, takes_prompts
 from epd_ray.solvers.epd import Callback, check_options, epd
 from epd_ray.solvers.presets import PRESETS
 from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config, upload
@@ -132,10 +132,11 @@ class Solver:
     def _save(self, path: Path, source: str) -> Path:
         """Write the files; the card tells people to load from `source`."""
         config = scheduler_config(self)
-        if self.meta.get("backbone") in UNCONDITIONAL:
+        if not takes_prompts(self.meta):  # no scheduler fits into their pipelines, which scale no inputs
             config = None
+        record = self._record()
         try:
-            text = json.dumps(self._record(), indent=2, allow_nan=False, ensure_ascii=False)
+            text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise TableError(f"meta cannot be written as JSON: {error}") from error
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,8 @@
-"""One writer a run: on local disks a lock that the kernel gives up with the process, elsewhere a lease that expires."""
+"""One writer a run: on local disks a lock that the kernel gives up with the process, elsewhere a lease.
+
+Its holder renews it. The clocks of two machines are never compared: whoever finds a lease watches, by the clock of its
+own machine, whether it changes.
+"""
 
 import fcntl
 import json
@@ -16,22 +20,24 @@ from typing import TextIO
 
 from pyarrow import fs
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, is_own_bug
 from epd_ray.storage.run_directory import unwritable
 
 log = logging.getLogger(__name__)
 
 LEASE = "lease.json"
-LEASE_SECONDS = 180.0
-"""Without a renewal for so long a lease's holder counts as dead."""
-RENEW_SECONDS = 30.0
+RENEW_SECONDS = 20.0
+WATCH_SECONDS = 3.5 * RENEW_SECONDS
+"""A lease that does not change while it is watched for so long is of a dead holder; one whose renewal failed once or
+twice is alive."""
 SETTLE_SECONDS = 1.0  # the later of two who take a lease at the same time is seen by both
 POLL_SECONDS = 5.0
+OPENINGS = 100  # of a lock file that others remove again and again
 
 
 @contextmanager
-def held(lock: Path, name: str) -> Iterator[None]:
-    """Hold a lock file until the block ends, or the process does, however it ends.
+def held(lock: Path, name: str) -> Iterator[TextIO]:
+    """Hold a lock file, which is yielded, until the block ends, or the process does, however it ends.
 
     Args:
         lock: made where it is missing; it stays.
@@ -40,19 +46,44 @@ def held(lock: Path, name: str) -> Iterator[None]:
     Raises:
         RunDirectoryError: another process holds it, or it cannot be written.
     """
-    try:
-        file = lock.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(lock, error) from error
-    with file:
-        if not _locked(file.fileno(), name):
-            file.seek(0)
-            raise RunDirectoryError(
-                f"{name} is in use by {file.read().strip() or 'another process'}: wait for it, stop it, or name "
-                "another directory"
-            )
+    with _opened(lock, name) as file:
         _sign(lock, file)
-        yield
+        yield file
+
+
+def _opened(lock: Path, name: str) -> TextIO:
+    """The lock file, locked.
+
+    A holder may remove the file when it is done. Who had opened it before then holds a lock on a file that no longer
+    has this name, while another process may lock a new one: so the name must still lead to what was locked.
+    """
+    for _ in range(OPENINGS):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)  # its folder may have gone with it
+            file = lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(lock, error) from error
+        if not _locked(file.fileno(), name):
+            with file:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+            raise _in_use(name, who)
+        if is_at(file, lock):
+            return file
+        file.close()
+    raise _in_use(name, "other processes")
+
+
+def _in_use(name: str, who: str) -> RunDirectoryError:
+    return RunDirectoryError(f"{name} is in use by {who}: wait for it, stop it, or name another directory")
+
+
+def is_at(file: TextIO, path: Path) -> bool:
+    """Whether a path still leads to an open file, not to nothing or to another of the same name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sign(lock: Path, file: TextIO) -> None:
@@ -89,7 +120,16 @@ def _who(host: str, pid: int, since: float) -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease; times are in seconds since 1970."""
+    """Who holds a lease.
+
+    Attributes:
+        host: its machine, for people.
+        machine: what its process id counts in.
+        pid: of its process.
+        since: when it took the lease, in seconds since 1970 by its own clock: for people alone.
+        renewed: when it last renewed the lease, by the same clock: compared with nothing but what it was before.
+        token: that no other holder has.
+    """
 
     host: str
     machine: str
@@ -97,10 +137,6 @@ class Holder:
     since: float
     renewed: float
     token: str
-
-    def age(self) -> float:
-        """Seconds since the last sign of life."""
-        return time.time() - self.renewed
 
     def gone(self) -> bool:
         """Whether it was a process of this machine that is no more."""
@@ -130,20 +166,19 @@ class Lease:
         self._ended, self._renewing = threading.Event(), threading.Lock()
 
     @contextmanager
-    def held(self, wait: bool) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Take the lease, renew it in the background, and give it up in the end.
-
-        Args:
-            wait: for a holder that shows no sign of life to count as dead.
 
         Raises:
             RunDirectoryError: somebody else holds it, or the folder cannot be written.
         """
         try:
-            self._take(wait)
+            self._take()
         except RunDirectoryError:
             raise
         except Exception as error:  # fsspec's filesystems raise what they like
+            if is_own_bug(error):
+                raise
             raise RunDirectoryError(f"cannot write to {self._name}: {' '.join(str(error).split())}") from error
         renewal = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
         renewal.start()
@@ -152,7 +187,7 @@ class Lease:
         finally:
             self._ended.set()
             renewal.join()
-            with suppress(Exception):  # else it expires
+            with suppress(Exception):  # else the next run watches it in vain
                 if self._is_mine(self._read()):
                     self._root.delete_file(LEASE)
 
@@ -166,36 +201,39 @@ class Lease:
         with self._renewing:
             holder = self._read()
         if not self._is_mine(holder):
-            by = f"by {self._describe(holder)}" if holder else f"(its {LEASE} is gone)"
+            by = f"by {_who(holder.host, holder.pid, holder.since)}" if holder else f"(its {LEASE} is gone)"
             raise RunDirectoryError(f"{self._name} was taken over {by}: this run ends")
 
-    def _take(self, wait: bool) -> None:
+    def _take(self) -> None:
         holder = self._read()
         if holder is not None and not holder.gone():
-            if wait:
-                self._watch(holder)
-            elif holder.age() <= LEASE_SECONDS:
-                raise self._in_use(holder)
-        self._write(replace(self._mine, renewed=time.time()))
+            self._watch(holder)
+        self._write(self._mine)
         time.sleep(SETTLE_SECONDS)
         self.require()
 
     def _watch(self, first: Holder) -> None:
-        """Wait until a holder was silent for long enough by the clock of this machine; the holder's may be wrong."""
-        log.warning("%s was in use by %s: waiting for a sign of life", self._name, self._describe(first))
-        end = time.monotonic() + LEASE_SECONDS
-        while (holder := self._read()) is not None and not holder.gone():
+        """Wait until a lease has not changed for long enough by the clock of this machine.
+
+        Raises:
+            RunDirectoryError: it has changed.
+        """
+        who = _who(first.host, first.pid, first.since)
+        log.warning(
+            "%s is leased to %s: it is watched for %g s, and taken over if no sign of life comes",
+            *(self._name, who, WATCH_SECONDS),
+        )
+        start = time.monotonic()
+        while True:
+            asked = time.monotonic()  # before, since an answer that takes long may be as old as the question
+            holder = self._read()
+            if holder is None or holder.gone():
+                return
             if holder != first:
-                raise self._in_use(holder)
-            if time.monotonic() > end:
+                raise _in_use(self._name, _who(holder.host, holder.pid, holder.since))
+            if asked - start >= WATCH_SECONDS:
                 return
             time.sleep(POLL_SECONDS)
-
-    def _in_use(self, holder: Holder) -> RunDirectoryError:
-        return RunDirectoryError(
-            f"{self._name} is in use by {self._describe(holder)}: if it is dead, wait "
-            f"{max(1, LEASE_SECONDS - holder.age()):.0f} s, or delete {LEASE} there"
-        )
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
@@ -208,10 +246,6 @@ class Lease:
 
     def _is_mine(self, holder: Holder | None) -> bool:
         return holder is not None and holder.token == self._mine.token
-
-    def _describe(self, holder: Holder) -> str:
-        who = _who(holder.host, holder.pid, holder.since)
-        return f"{who} (last sign of life {max(0, holder.age()):.0f} s ago)"
 
     def _read(self) -> Holder | None:
         for pause in (POLL_SECONDS, 0.0):  # what makes no sense may be half written

@@ -15,18 +15,19 @@ from pyarrow import fs
 from tenacity import (
     RetryError,
     Retrying,
-    retry_if_exception_type,
-    retry_if_not_exception_type,
+    retry_if_exception,
     stop_after_attempt,
     wait_exponential,
 )
 
-from epd_ray.errors import EpdRayError
+from epd_ray.errors import EpdRayError, is_own_bug
 from epd_ray.storage.lock import LEASE
 
 ATTEMPTS, WAIT = 4, wait_exponential(multiplier=1, max=8)
 TRANSFERS, CHUNK = 8, 2**24  # at the same time; bytes
-TROUBLE = retry_if_exception_type(Exception) & retry_if_not_exception_type(EpdRayError)
+TROUBLE = retry_if_exception(
+    lambda error: isinstance(error, Exception) and not isinstance(error, EpdRayError) and not is_own_bug(error)
+)
 """What may pass; fsspec's filesystems raise what they like."""
 SECRET = re.compile(r"://[^@/]*:[^@]*@|[?&](sig|[^=&]*(secret|password|token|key))=", re.IGNORECASE)
 LAST = {"config.yaml": 2, "stages.json": 3}

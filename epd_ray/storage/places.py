@@ -17,7 +17,7 @@ from typing import Protocol
 from pyarrow import fs
 
 from epd_ray.errors import EpdRayError, RunDirectoryError
-from epd_ray.storage.lock import LEASE, Lease, held
+from epd_ray.storage.lock import LEASE, Lease, held, is_at
 from epd_ray.storage.mirror import Mirror, StorageError, one_line, open_filesystem
 from epd_ray.storage.run_directory import RunDirectory, refuse_others, unwritable
 
@@ -48,11 +48,10 @@ class Place(Protocol):
         """Raises RunDirectoryError where there is no run."""
         ...
 
-    def claimed(self, wait: bool = False) -> AbstractContextManager[Path]:
+    def claimed(self) -> AbstractContextManager[Path]:
         """A local folder with all that a run needs to go on, for this process alone; saved in the end.
 
-        Args:
-            wait: for a silent holder on another machine to count as dead.
+        Where a run may be going on elsewhere, it is watched for a minute: without a sign of life it counts as dead.
 
         Raises:
             RunDirectoryError: another run holds it.
@@ -115,19 +114,19 @@ class LocalPlace:
         RunDirectory.open(self.path)
 
     @contextmanager
-    def claimed(self, wait: bool = False) -> Iterator[Path]:
+    def claimed(self) -> Iterator[Path]:
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from error
         lock = RunDirectory(self.path).lock
-        with held(lock, self.name):
+        with held(lock, self.name) as file:
             try:
                 yield self.path
             finally:
                 with suppress(OSError):  # a run that came to nothing leaves nothing
-                    if [path.name for path in self.path.iterdir()] == [lock.name]:
+                    if is_at(file, lock) and [path.name for path in self.path.iterdir()] == [lock.name]:
                         lock.unlink()
                         for folder in made:
                             folder.rmdir()
@@ -172,13 +171,13 @@ class RemotePlace:
         return [name for info in found if (name := PurePosixPath(info.path).name) != LEASE]
 
     @contextmanager
-    def claimed(self, wait: bool = False) -> Iterator[Path]:
+    def claimed(self) -> Iterator[Path]:
         try:
             self._filesystem.create_dir(self._path, recursive=True)
         except Exception as error:
             raise StorageError(f"cannot write to {self.name}: {one_line(error)}") from error
         lease = Lease(self._root, self.name)
-        with lease.held(wait), self._mirrored(NOT_TO_RESUME, lease.require) as folder:
+        with lease.held(), self._mirrored(NOT_TO_RESUME, lease.require) as folder:
             yield folder
 
     @contextmanager

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -175,6 +176,14 @@ class RunDirectory:
         if not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file, expected a new or empty directory")
         refuse_others(str(self.path), [path.name for path in self.path.iterdir()])
+
+    def clear(self) -> None:
+        """Remove all but the lock, which others could not see any more; whoever holds it ends with it."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != HELD:
+                path.unlink()
 
     def _write_new(self, config_text: str, prompts_text: str | None) -> None:
         try:

@@ -42,11 +42,11 @@ class Provenance:
         """From `record`.
 
         Raises:
-            KeyError, TypeError: no such record.
+            ValueError: no such record.
         """
-        commands, about = record["commands"], record["machine"]
+        commands, about = (record.get(name) if isinstance(record, dict) else None for name in ("commands", "machine"))
         if not isinstance(commands, list) or not isinstance(about, dict):
-            raise TypeError("commands is no list, or machine no mapping")
+            raise ValueError("commands is no list, or machine no mapping")
         return cls(tuple(map(str, commands)), about)
 
     @property
@@ -77,6 +77,6 @@ def signed_by(folder: Path) -> Provenance:
     """What `sign` left.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: nothing, or damaged.
+        OSError, ValueError: nothing, or damaged.
     """
     return Provenance.read(json.loads((folder / MADE_BY).read_text(encoding="utf-8")))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it is built on, whatever its name
 from safetensors import SafetensorError
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, is_own_bug
 
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, EOFError, httpx.HTTPError,
@@ -36,7 +36,7 @@ _STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
 
 @contextmanager
 def opening(model: str, kind: str = "model") -> Iterator[None]:
-    """Turn whatever a loader raises into one line.
+    """Turn whatever a loader raises into one line; mistakes of this package's own code pass as they are.
 
     Args:
         model: directory or hub id, as the user gave it.
@@ -51,7 +51,7 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(_causes(error))
-        if not _unpickling(chain) and not any(isinstance(e, UNREADABLE) for e in chain):
+        if is_own_bug(error) or (not _unpickling(chain) and not any(isinstance(e, UNREADABLE) for e in chain)):
             raise
         raise ModelError(f"{kind} {model!r} cannot be opened: {explain(error)}") from error
 

@@ -65,13 +65,16 @@ def read_statistics(path: Path) -> Gaussian:
         MetricError: no such file, a damaged one, or one without these arrays.
     """
     try:
-        with np.load(path) as file:
+        file = np.load(path)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise MetricError(f"{path} is one array: give an .npz with mu and sigma")
+        with file:
             if missing := {MEAN, COVARIANCE} - set(file.files):
                 has = ", ".join(sorted(file.files))
                 raise MetricError(f"{path} has no {min(missing)} (it has {has}): give an .npz with mu and sigma")
             mean, covariance = (np.asarray(file[name], np.float64) for name in (MEAN, COVARIANCE))
-            count = (int(file[COUNT]) if COUNT in file.files else 0) or None
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            counts = np.asarray(file[COUNT], np.int64).ravel() if COUNT in file.files else np.zeros(0, np.int64)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         said = str(error).splitlines()[0]
         raise MetricError(f"{path} cannot be read as statistics ({said}): give an .npz with mu and sigma") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
@@ -79,7 +82,7 @@ def read_statistics(path: Path) -> Gaussian:
         raise MetricError(f"{path} has {shapes}, expected [D] and [D, D]")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise MetricError(f"{path} holds a number that is not finite: fetch or compute it again")
-    return Gaussian(mean, covariance, count)
+    return Gaussian(mean, covariance, int(counts[0]) or None if counts.size else None)
 
 
 def write_statistics(path: Path, statistics: Gaussian) -> None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,11 +113,12 @@ class ResultsDirectory:
         if not self.manifest.is_file():
             return None
         try:
-            record: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
-            found = record.pop("format")
-            samplers = record.pop("samplers")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            record = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{self.manifest} cannot be read ({error}): name another --out") from error
+        if not isinstance(record, dict) or not {"format", "samplers"} <= record.keys():
+            raise RunDirectoryError(f"{self.manifest} cannot be read (no format or samplers): name another --out")
+        found, samplers = record.pop("format"), record.pop("samplers")
         if found != FORMAT:
             raise RunDirectoryError(f"{self.manifest} has format {found}, expected {FORMAT}: name another --out")
         return Manifest(record, samplers)

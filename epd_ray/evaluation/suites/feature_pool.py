@@ -21,7 +21,7 @@ from epd_ray.actors.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.actors.environments import interpreter, runtime_env
 from epd_ray.actors.reward_pool import LOST, insist, unwrap
 from epd_ray.embedded.models import EMBEDDED
-from epd_ray.errors import EpdRayError, ModelError
+from epd_ray.errors import EpdRayError, ModelError, is_own_bug
 from epd_ray.evaluation.metrics import EXTRACTORS
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
 
@@ -76,6 +76,8 @@ class FeatureActor:
             except EpdRayError:
                 raise
             except Exception as error:  # anybody's class may stand here; its own words go to the user
+                if is_own_bug(error):
+                    raise
                 why = f"{type(error).__name__}: {error}"
                 raise ModelError(f"feature extractor {self._name!r} cannot be built: {why}") from None
         return self._extractor
