@@ -10,7 +10,10 @@ from epd_ray.backbones.auto import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
-PURE = ("epd_ray.policy.dirichlet", "epd_ray.policy.loss", "epd_ray.policy.minibatches")
+PURE = (
+    *("epd_ray.policy.dirichlet", "epd_ray.policy.loss", "epd_ray.policy.minibatches"),
+    "epd_ray.policy.network",
+)
 RAY_ROOMS = (
     *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
     *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
@@ -103,7 +106,7 @@ def test_solvers_know_nothing_of(package: str) -> None:
 def test_ray_stays_in_its_rooms() -> None:
     users = {m for m, tree in MODULES.items() if any(within(i, "ray") for i in imports(tree))}
     assert not {m for m in users if not may_use_ray(m)}
-    assert {"epd_ray.actors.reward_pool", "epd_ray.policy.network"} <= users
+    assert {"epd_ray.actors.reward_pool", "epd_ray.rdpo.module"} <= users
 
 
 def test_backbone_names_stay_in_backbones() -> None:

@@ -131,6 +131,11 @@ def test_resolved_yaml_reads_back(tmp_path):
             "evaluation.baselines.0: unknown schedule 'logsnrr'; did you mean 'logsnr'?",
         ),
         ("distill.grid=1", "distill: grid is 1, at least solver.points = 3 is needed"),
+        (
+            "distill.grid=1000",
+            "distill: grid is 1000: least squares would fit 499,500 combinations of 2 positions per interval, at most "
+            "200,000 are possible (set distill.grid to 632 or less, or lower solver.points)",
+        ),
         ("distill.min_weight=0.5", "distill: min_weight is 0.5, less than 1 / solver.points = 0.333333 is needed"),
         ("cluster.learner_actors=2", "cluster.learner_actors: is 2, at most 1 is possible"),
         ("cluster=3", "cluster: is 3, expected a mapping of keys"),

@@ -23,7 +23,8 @@ from epd_ray.policy.dirichlet import (
     bound_concentration,
     clamp_scale_time,
 )
-from epd_ray.policy.network import PolicyNetwork, PolicySpec, SolverTableModule, TableActions
+from epd_ray.policy.network import PolicyNetwork, PolicySpec
+from epd_ray.rdpo.module import SolverTableModule, TableActions
 from epd_ray.solvers import SolverTable
 from epd_ray.solvers.epd import check_options
 from epd_ray.solvers.schedules import flow_shifted

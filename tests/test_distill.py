@@ -1,6 +1,7 @@
 """Stage 1 by least squares: the small problem exactly, shards, and the table against what it replaces."""
 
 from dataclasses import replace
+from math import comb
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from scipy.optimize import minimize
 from epd_ray.backbones.gaussian import GaussianBackbone
 from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.errors import ConfigError
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, base_parameters
 from epd_ray.solvers import SolverTable, epd
-from epd_ray.solvers.conditioned import noises
+from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.epd import analytic_drift, multistep
 from epd_ray.solvers.table import dpm2_table
+from epd_ray.stage_one.combinations import MAX_COMBINATIONS
 from epd_ray.stage_one.fit import StageOne, fit_table
 from epd_ray.stage_one.least_squares import (
     best_points,
@@ -22,7 +26,7 @@ from epd_ray.stage_one.least_squares import (
     scaled_least_squares,
     simplex_least_squares,
 )
-from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, refine
+from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, refine, table_of
 
 PROMPTS = tuple(f"prompt {i}" for i in range(8))
 SEEDS = tuple(range(8))
@@ -172,15 +176,20 @@ def test_states_are_remade_when_lost(monkeypatch):
     assert len(short.states._kept) == 1
 
 
-def test_states_are_made_once():
-    calls = []
+def counting(calls):
+    """A backbone that notes the rows of each call of its drift."""
 
     class Counting(GaussianBackbone):
         def drift(self, x, sigma, conditioning):
             calls.append(len(x))
             return super().drift(x, sigma, conditioning)
 
-    counted, grid = worker(Counting()), position_grid(7)
+    return Counting()
+
+
+def test_states_are_made_once():
+    calls = []
+    counted, grid = worker(counting(calls)), position_grid(7)
     shards = [Shard(PROMPTS[i : i + 4], SEEDS[i : i + 4], 3, TWO[:1], 4) for i in (0, 4)]
     for shard in shards:
         counted.distill(shard, grid)
@@ -189,6 +198,79 @@ def test_states_are_made_once():
     for shard in shards:
         counted.distill(shard, grid)
     assert len(calls) == 2 * (2 * 12 + 3 + 7) + 2 * 7
+
+
+MANY = tuple(Points((0.1 + 0.02 * i, 0.6 + 0.03 * i), (0.3 + 0.04 * i, 0.7 - 0.04 * i)) for i in range(9))
+FROM_THE_START = tuple(replace(p, positions=(0.0, p.positions[1]), scale_dir=(0.9, 0.9)) for p in MANY)
+
+
+def replayed(backbone, shard):
+    """Where the deployed solver is after the fitted intervals, all of them from the start, and its slope there."""
+    drift = conditioned_drift(backbone, backbone.encode(shard.prompts, 1.0))
+    sigmas, states = backbone.sigmas(shard.intervals), [backbone.initial(noises(backbone, shard.noise_seeds))]
+    if shard.fitted:
+        epd(drift, states[0], sigmas[: len(shard.fitted) + 1], table_of(shard.fitted), afs=shard.afs, order=shard.order,
+            form=backbone.form, callback=lambda _, sigma, x: states.append(x))  # fmt: skip
+    starts = zip(states, sigmas.float(), strict=False)
+    drifts = [drift(x, sigma.expand(len(x))) for x, sigma in starts]
+    if shard.afs:
+        drifts[0] = analytic_drift(states[0], float(sigmas[0]), backbone.form)
+    return states[-1], multistep(drifts[::-1][: shard.order])
+
+
+@pytest.mark.parametrize("points", [MANY, FROM_THE_START], ids=["inside", "start point"])
+@pytest.mark.parametrize(("afs", "order"), [(False, 1), (True, 1), (False, 2), (True, 2), (False, 4), (True, 4)])
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 0], ids=["kept", "dropped"])
+def test_a_state_goes_on_from_the_kept_one_to_the_bit(monkeypatch, points, afs, order, kept_bytes):
+    """Also when it was dropped, and when two other workers had the intervals in turn."""
+    monkeypatch.setattr("epd_ray.stage_one.shard.KEPT_BYTES", kept_bytes)
+    backbone = GaussianBackbone(components=2)
+    workers = [ShardStates(backbone, 1.0) for _ in range(3)]
+    for i in range(len(points) + 1):
+        shard = Shard(PROMPTS[:3], SEEDS[:3], 10, points[:i], 2, afs, order)
+        x, slope = replayed(backbone, shard)
+        for states in (workers[0], workers[1 + i % 2]):
+            for _ in range(2):
+                found = states.interval(shard)
+                assert torch.equal(found.x, x) and torch.equal(found.slope, slope)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_drift_calls_grow_in_proportion_to_the_intervals(order):
+    counts = []
+    for intervals in (4, 8, 16):
+        calls = []
+        own = on(worker(counting(calls)))
+        stage = replace(STAGE, intervals=intervals, teacher_steps=1, grid=5, order=order)
+        fit_table(own, stage, [0.0] * (intervals + 1))
+        counts.append(len(calls))
+    # An interval: two of the teacher, the grid, the slope; and the student's points in all but the last.
+    assert counts == [n * (2 + 5 + 1) + n - 1 for n in (4, 8, 16)]
+
+
+def test_one_place_is_kept_for_each_shard():
+    states = ShardStates(GaussianBackbone(components=2), 1.0)
+    for i in range(len(MANY) + 1):
+        states.interval(Shard(PROMPTS[:3], SEEDS[:3], 10, MANY[:i], 2, order=2))
+    assert sorted(map(len, states._kept.values())) == [3, 10]  # the state and two drifts; the teacher's
+
+
+def test_each_interval_is_told_of():
+    backbone, seen = GaussianBackbone(components=2), []
+    fits = fit_table(on(worker(backbone)), STAGE, backbone.sigmas(3).tolist(), after_each=seen.append)
+    assert seen == fits and len(seen) == 3
+
+
+def test_too_many_combinations_are_refused_before_anything_is_fitted():
+    said = (
+        r"grid is 41: least squares would fit 22,481,940 combinations of 7 positions per interval, at most 200,000 are "
+        r"possible \(set distill.grid to 22 or less, or lower solver.points\)"
+    )
+    with pytest.raises(ConfigError, match=said):
+        replace(STAGE, points=8, grid=41, start_point=True)
+    most = replace(STAGE, points=8, grid=22, start_point=True)
+    assert comb(most.grid, 7) <= MAX_COMBINATIONS < comb(23, 7)
+    assert replace(STAGE, points=64, grid=64).points == 64
 
 
 def test_fit_keeps_the_weights_that_a_dirichlet_can_draw():

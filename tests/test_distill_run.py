@@ -21,11 +21,28 @@ def test_rms_by_hand():
     assert rms(images, target).tolist() == pytest.approx([0, 0.2 * (2 / 3) ** 0.5])
 
 
+class Counting(Quiet):
+    """Counts the steps of each stage: those promised and those done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, list[int]] = {}
+
+    def stage(self, name: str, total: int) -> None:
+        super().stage(name, total)
+        self.shown[name] = [total, 0]
+
+    def advance(self, steps: int = 1, /, **numbers: float) -> None:
+        self.shown[self.stages[-1]][1] += steps
+
+
 def test_an_unconditional_model_gets_a_solver_without_any_reward(small_ray, tmp_path):
     model = save_ddpm(tmp_path / "ddpm")
     size = ["solver.intervals=2", "distill.prompts=4", "distill.grid=5", "distill.teacher_steps=2"]
     config = load_config(None, [f"backbone.model={model}", "backbone.dtype=float32", *size, *HERE])
-    lines = distill(config, tmp_path / "out", Quiet())
+    quiet = Counting()
+    lines = distill(config, tmp_path / "out", quiet)
+    assert quiet.shown["distilling"] == [2, 2]  # a step for each interval
     solver = Solver.from_pretrained(tmp_path / "out")
     assert solver.meta["backbone"] == "ddpm" and solver.form == "ve" and len(solver.meta["residuals"]) == 2
     assert solver.meta["resolution"] == 16 and "rewards" not in solver.meta

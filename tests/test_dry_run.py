@@ -85,7 +85,7 @@ def test_baselines_cost_their_evaluations():
 def test_distilling_counts_teacher_grid_and_student():
     config = config_of("cluster.rollout_actors=1", "distill={enabled: true, prompts: 16, grid: 5, teacher_steps: 4}")
     evaluation = 3.0 / 6
-    passes = 3 * (2 * 4 + 5 + 1) + 2 * (0 + 1 + 2)
+    passes = 3 * (2 * 4 + 5 + 1) + 2 * 1
     assert estimated(config).stages["distilling"] == pytest.approx(2 * passes * evaluation)
     more = config_of("cluster.rollout_actors=1", "distill={prompts: 16, grid: 5, teacher_steps: 4, method: gradient}")
     assert estimated(more).stages["distilling"] > estimated(config).stages["distilling"]

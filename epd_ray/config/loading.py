@@ -33,6 +33,7 @@ from epd_ray.errors import ConfigError
 from epd_ray.prompts.splits import BUILTIN, SHAPES
 from epd_ray.registry import did_you_mean
 from epd_ray.rewards.scoring import REFERENCE
+from epd_ray.stage_one.combinations import too_many_combinations
 
 FORMAT = 1
 
@@ -134,6 +135,8 @@ class RunConfig(Section):
         points = solver.points
         if distill.grid < points:
             raise ValueError(f"grid is {distill.grid}, at least solver.points = {points} is needed")
+        if problem := too_many_combinations(distill.grid, points, solver.start_point):
+            raise ValueError(problem)
         if distill.min_weight * points >= 1:
             raise ValueError(
                 f"min_weight is {distill.min_weight:g}, less than 1 / solver.points = {1 / points:g} is needed"

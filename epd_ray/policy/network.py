@@ -1,18 +1,12 @@
-"""The policy as an RLlib module: interval index -> residual on the base table's log-concentrations."""
+"""The policy network: interval index -> residual on the base table's log-concentrations. Ray is not imported here."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from ray.rllib.core import Columns
-from ray.rllib.core.distribution.distribution import Distribution
-from ray.rllib.core.rl_module.torch import TorchRLModule
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from epd_ray.policy.dirichlet import TableDistribution, TableSpace, bound_concentration
+from epd_ray.policy.dirichlet import TableSpace, bound_concentration
 from epd_ray.types import FloatArray
 
 
@@ -37,6 +31,13 @@ class PolicySpec:
     seed: int = 0
 
 
+class _Linear(nn.Linear):
+    """Without initial weights of its own, which would come from the global random state."""
+
+    def reset_parameters(self) -> None:
+        """Left to whoever holds the generator."""
+
+
 class PolicyNetwork(nn.Module):
     """Interval index -> embedding -> residual MLP -> zero-initialised output: it starts as the base table."""
 
@@ -48,14 +49,16 @@ class PolicyNetwork(nn.Module):
         self.spec = spec
         self.register_buffer("base", torch.tensor(spec.base, dtype=torch.float32))  # [N, W]
         self.register_buffer("units", spec.space.residual_units, persistent=False)  # [W]
-        with torch.random.fork_rng():
-            torch.manual_seed(spec.seed)
-            self.embedding = nn.Embedding(len(spec.base), spec.width)
-            self.layers = nn.ModuleList(
-                nn.Sequential(nn.LayerNorm(spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
-                for _ in range(spec.depth)
-            )
-            self.out = nn.Linear(spec.width, self.base.shape[1])
+        generator = Generator().manual_seed(spec.seed)
+        embedded = torch.randn(len(spec.base), spec.width, generator=generator)
+        self.embedding = nn.Embedding.from_pretrained(embedded, freeze=False)
+        linears = [_Linear(spec.width, spec.width) for _ in range(spec.depth)]
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(spec.width), nn.SiLU(), linear) for linear in linears)
+        self.out = _Linear(spec.width, self.base.shape[1])
+        bound = spec.width**-0.5  # the usual one of nn.Linear
+        for linear in linears:
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -71,50 +74,3 @@ class PolicyNetwork(nn.Module):
     def parameters_array(self) -> FloatArray:
         """`forward()` as numpy, for the rollout jobs."""
         return np.array(self().numpy(), np.float32)
-
-
-class TableActions(Distribution):  # type: ignore[misc]
-    """RLlib's view of TableDistribution; `space` is bound by get_partial_dist_cls."""
-
-    def __init__(self, parameters: Tensor, space: TableSpace) -> None:
-        super().__init__()
-        self.table = TableDistribution(space, parameters)
-
-    @classmethod
-    def from_logits(cls, logits: Tensor, *, space: TableSpace) -> "TableActions":
-        return cls(logits, space)
-
-    @staticmethod
-    def required_input_dim(space: gym.Space[Any], **kwargs: Any) -> int:
-        return int(np.prod(space.shape or ()))
-
-    def sample(self, *, sample_shape: Any = None, **kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape=sample_shape)
-
-    def rsample(self, *, sample_shape: Any = None, **kwargs: Any) -> Tensor:
-        shape = sample_shape or torch.Size()
-        parts = (self.table.segments, self.table.weights, *self.table.scales)
-        return torch.cat([part.rsample(shape) for part in parts], dim=-1)
-
-    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:
-        return self.table.log_prob(value)
-
-    def entropy(self, **kwargs: Any) -> Tensor:
-        return self.table.entropy_per_interval().sum(-1)
-
-    def kl(self, other: Distribution, **kwargs: Any) -> Tensor:
-        assert isinstance(other, TableActions)
-        return self.table.kl_per_interval(other.table).sum(-1)
-
-
-class SolverTableModule(TorchRLModule):  # type: ignore[misc]
-    """RLModule around PolicyNetwork; `model_config["policy"]` is a PolicySpec. Observations are ignored."""
-
-    def setup(self) -> None:
-        spec: PolicySpec = self.model_config["policy"]
-        self.policy = PolicyNetwork(spec)
-        self.action_dist_cls = TableActions.get_partial_dist_cls(space=spec.space)
-
-    def _forward(self, batch: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
-        return {Columns.ACTION_DIST_INPUTS: self.policy().expand(len(batch[Columns.OBS]), -1, -1)}

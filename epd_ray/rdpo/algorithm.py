@@ -130,6 +130,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._window: OrderedDict[int, FloatArray] = OrderedDict()
         self._ahead: dict[int, list[RolloutJob]] = {}  # submitted, not learned from yet
         self._sample_calls = self._work_calls = 0
+        self._network = PolicyNetwork(own.policy_spec)  # on the CPU, for the parameters after each update
         self.last_iteration: int | None = None  # nothing is drawn beyond it
         self._remember(self._fetch_learner_state())
 
@@ -173,11 +174,11 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def _remember(self, state: dict[str, Any]) -> None:
         """Keep the learner's small state: it feeds the rollouts, the checkpoints, and a learner that must be remade."""
         self._learner_state = state
-        network = PolicyNetwork(self.config.policy_spec)
         module = state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-        network.load_state_dict({k.removeprefix("policy."): torch.as_tensor(np.array(v)) for k, v in module.items()})
+        weights = {k.removeprefix("policy."): torch.as_tensor(np.array(v)) for k, v in module.items()}
+        self._network.load_state_dict(weights)
         self._base = torch.as_tensor(np.array(module["policy.base"]))
-        self._window[self._iteration_done] = network.parameters_array()
+        self._window[self._iteration_done] = self._network.parameters_array()
         while len(self._window) > self.config.max_staleness + 1:
             self._window.popitem(last=False)
 

@@ -17,9 +17,10 @@ from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem
-from epd_ray.policy.network import PolicySpec, SolverTableModule
+from epd_ray.policy.network import PolicySpec
 from epd_ray.randomness import Purpose, plain_seed
 from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rewards.mixing import Mixer, Mode
 from epd_ray.solvers import SolverTable

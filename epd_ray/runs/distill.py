@@ -44,9 +44,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         observer.advance()
         require_form(config.evaluation.baselines, algo.facts.form)
         warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
-        observer.stage("distilling", 1)
-        fits = distil(config, prompts, algo)
-        observer.advance()
+        fits = distil(config, prompts, algo, observer)
         residuals = [fit.residual for fit in fits]
         solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
         solver.save_pretrained(out)

@@ -168,9 +168,9 @@ def _distilling(config: RunConfig, prompts: PromptSplits, costs: Costs) -> float
         return 0.0
     evaluation = costs.generate / _ours(config).model_evals
     shards = _batches(config, min(d.prompts, len(prompts.train)))
-    # Per interval: the teacher, the grid, the slope; and the student from the start to there.
+    # Per interval: the teacher, the grid, the slope; and the student's points in all but the last.
     start, n = int(s.start_point), s.intervals
-    passes = n * (2 * d.teacher_steps + d.grid + start + 1) + (1 + s.points - start) * n * (n - 1) // 2
+    passes = n * (2 * d.teacher_steps + d.grid + start + 1) + (n - 1) * (s.points - start)
     seconds = passes * math.ceil(shards / _actors(config)) * evaluation
     if d.method == "gradient":
         batch = math.ceil(max(1, round(d.batch / config.cluster.images_per_job)) / _actors(config))

@@ -47,11 +47,18 @@ TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cu
 RATE_ITERATIONS = 10  # that images per second are averaged over: what a validation delays comes out at once afterwards
 
 
-def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> list[Fit]:
-    """Stage 1 on the first training prompts."""
+def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO, observer: Observer | None = None) -> list[Fit]:
+    """Stage 1 on the first training prompts; the observer sees a step for each interval."""
     chosen = prompts.train[: config.distill.prompts]
     stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
-    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts))
+    if observer is not None:
+        observer.stage("distilling", stage.intervals)
+
+    def show(fit: Fit) -> None:
+        if observer is not None:
+            observer.advance(1, residual=fit.residual)
+
+    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts), after_each=show)
 
 
 def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -> StageOne:
@@ -176,9 +183,7 @@ class Trainer:
         table = None if start is None else start.table
         residuals: list[float] = []
         if table is None and self.config.distill.enabled:
-            self.observer.stage("distilling", 1)
-            fits = distil(self.config, self.prompts, self.algo)
-            self.observer.advance()
+            fits = distil(self.config, self.prompts, self.algo, self.observer)
             table, residuals = as_table(fits), [f.residual for f in fits]
             self.algo.rebase(table)
         table = table or self.algo.mean_table()

@@ -1,7 +1,7 @@
 """Ensemble Parallel Directions: one drift at each interval's start, then K drifts inside it, all at once."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -61,23 +61,41 @@ def epd(
     batch = x.shape[0]
     if table.batch not in (None, batch):
         raise TableError(f"the table is for {table.batch} samples, but x has {batch} (pass one row per sample)")
-    inner, offsets, gains = (values.to(x) for values in stages(table, sigmas))  # each [B or 1, N, K]
+    columns = [values.to(x) for values in stages(table, sigmas)]  # each [B or 1, N, K]
     history: deque[Tensor] = deque(maxlen=order)
     for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
-        d = analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a))
-        history.appendleft(d)
-        slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
-        known = table.known_points(i, afs)
-        parts = [d.unsqueeze(1)] if known else []
-        if known < table.points:
-            x_k = x.unsqueeze(1) + spread(offsets[:, i, known:], slope) * slope  # [B, K - known, ...]
-            sigma_k = inner[:, i, known:].expand(batch, -1)  # [B, K - known]
-            parts.append(drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape))
-        d_k = torch.cat(parts, 1)  # [B, K, ...]
-        x = x + (b - a) * (spread(gains[:, i], d_k) * d_k).sum(1)
+        history.appendleft(analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a)))
+        x = epd_step(drift, x, history, b - a, tuple(c[:, i] for c in columns), table.known_points(i, afs))
         if callback is not None:
             callback(i, b, x)
     return x
+
+
+def epd_step(
+    drift: Drift, x: Tensor, history: Sequence[Tensor], width: float, points: tuple[Tensor, ...], known: int
+) -> Tensor:
+    """One interval of `epd`; the drift is called once, for all points that are not known.
+
+    Args:
+        drift: see `epd`.
+        x: [B, ...], the state at the interval's start.
+        history: the drifts there and at the starts before it, newest first, as many as the slope's order.
+        width: sigma at its end minus sigma at its start.
+        points: the interval's rows of `stages`, each [B or 1, K], dtype of x.
+        known: see SolverTable.known_points.
+
+    Returns:
+        The state at the interval's end, [B, ...].
+    """
+    inner, offsets, gains = points
+    slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
+    parts = [history[0].unsqueeze(1)] if known else []
+    if known < inner.shape[-1]:
+        x_k = x.unsqueeze(1) + spread(offsets[:, known:], slope) * slope  # [B, K - known, ...]
+        sigma_k = inner[:, known:].expand(len(x), -1)  # [B, K - known]
+        parts.append(drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape))
+    d_k = torch.cat(parts, 1)  # [B, K, ...]
+    return x + width * (spread(gains, d_k) * d_k).sum(1)
 
 
 def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, form: Form | None) -> None:
@@ -134,7 +152,7 @@ def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
     return x / (1 + sigma**2) ** 0.5 if form == "ve" else x / sigma
 
 
-def multistep(history: deque[Tensor]) -> Tensor:
+def multistep(history: Sequence[Tensor]) -> Tensor:
     """Adams-Bashforth slope of the stored drifts, of order len(history).
 
     Args:

@@ -6,6 +6,8 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+from epd_ray.errors import ConfigError
+from epd_ray.stage_one.combinations import too_many_combinations
 from epd_ray.stage_one.gradient import Descent, Loss, descend
 from epd_ray.stage_one.least_squares import best_points, position_grid
 from epd_ray.stage_one.shard import Fit, Points, Shard
@@ -31,6 +33,9 @@ class StageOne:
         order: of the student's multistep slope.
         start_point: whether the first point is the interval's start.
         scale_range: of the direction scales; 0: none.
+
+    Raises:
+        ConfigError: a grid of more combinations than an interval's fit can try.
     """
 
     intervals: int
@@ -45,6 +50,10 @@ class StageOne:
     order: int = 1
     start_point: bool = False
     scale_range: float = 0.0
+
+    def __post_init__(self) -> None:
+        if problem := too_many_combinations(self.grid, self.points, self.start_point):
+            raise ConfigError([problem])
 
     def shards(self, fitted: Sequence[Fit]) -> list[Shard]:
         """The tasks of the next interval."""
@@ -70,6 +79,7 @@ def fit_table(
     descent: Descent | None = None,
     *,
     from_least_squares: bool = True,
+    after_each: Callable[[Fit], None] = lambda fit: None,
 ) -> list[Fit]:
     """One fit per interval, each from where the earlier ones lead.
 
@@ -79,6 +89,7 @@ def fit_table(
         sigmas: N+1.
         descent: go on by gradient; None leaves it at least squares.
         from_least_squares: where the descent starts; else at evenly spaced points of equal weight.
+        after_each: called with each interval's fit, as it is found.
     """
     fits: list[Fit] = []
     for i in range(stage.intervals):
@@ -89,6 +100,7 @@ def fit_table(
         if descent is not None:
             fit = descend(_evaluate(work, shards), len(shards), (sigmas[i], sigmas[i + 1]), fit.points, descent)
         fits.append(fit)
+        after_each(fit)
     return fits
 
 

@@ -1,16 +1,16 @@
 """What both ways of stage 1 start from: a shard of prompts, the student's own state and the teacher's next one."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from epd_ray.solvers import SolverTable, dpm2, epd
+from epd_ray.solvers import SolverTable, dpm2
 from epd_ray.solvers.conditioned import conditioned_drift, noises
-from epd_ray.solvers.epd import analytic_drift, multistep
-from epd_ray.types import Backbone, Drift
+from epd_ray.solvers.epd import analytic_drift, check_options, epd_step, multistep, stages
+from epd_ray.types import Backbone, Drift, Form
 
 KEPT_BYTES = 1 << 30  # of states in a worker; what is dropped is made again
 
@@ -98,8 +98,42 @@ class Interval:
     target: Tensor
 
 
+@dataclass(frozen=True)
+class _Student:
+    """The solver that is being fitted, an interval at a time.
+
+    What it needs to go on from an interval's start: the state x there, then the drifts there and at the starts before
+    it, newest first, as many as its slope is made of; each [B, ...].
+    """
+
+    shard: Shard
+    drift: Drift
+    sigmas: Tensor
+    form: Form
+
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x, self._first_drift(0, x)
+
+    def step(self, i: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Over interval i, with the points that it was fitted with."""
+        x, *history = states
+        shard, sigmas, table = self.shard, self.sigmas[i : i + 2], table_of(self.shard.fitted[i : i + 1])
+        check_options(table, sigmas, afs=shard.afs, order=shard.order, form=self.form)
+        a, b = sigmas.tolist()
+        points = tuple(values[:, 0].to(x) for values in stages(table, sigmas))
+        x = epd_step(self.drift, x, history, b - a, points, table.known_points(i, shard.afs))
+        return x, *[self._first_drift(i + 1, x), *history][: shard.order]
+
+    def _first_drift(self, i: int, x: Tensor) -> Tensor:
+        """At the start of interval i."""
+        sigma = float(self.sigmas[i])
+        if self.shard.afs and i == 0:
+            return analytic_drift(x, sigma, self.form)
+        return self.drift(x, x.new_full(x.shape[:1], sigma))
+
+
 class ShardStates:
-    """A worker's states, kept on the CPU between calls.
+    """A worker's states, kept on the CPU between calls: those of the teacher, and where the student is.
 
     Args:
         backbone: the frozen model.
@@ -117,36 +151,39 @@ class ShardStates:
         drift = conditioned_drift(self.backbone, self.backbone.encode(shard.prompts, self.guidance_scale))
         sigmas = self.backbone.sigmas(shard.intervals)
         start = self.backbone.initial(noises(self.backbone, shard.noise_seeds))
-        x, slope = self._recall(shard, lambda: self._student(shard, drift, start, sigmas))
+        self._advance(_Student(shard, drift, sigmas, self.backbone.form), start)
+        x, *history = (state.to(start) for state in self._kept[shard])
         key = (shard.prompts, shard.noise_seeds, shard.intervals, shard.teacher_steps)
-        teacher = self._recall(key, lambda: teacher_states(drift, start, sigmas, shard.teacher_steps))
-        return Interval(drift, sigmas[i : i + 2], x.to(start), slope.to(start), teacher[i].to(start))
-
-    def _student(self, shard: Shard, drift: Drift, start: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-        """The state after the fitted intervals, and the slope there."""
-        states = [start]
-        if i := len(shard.fitted):
-            table, form = table_of(shard.fitted), self.backbone.form
-            epd(
-                drift, start, sigmas[: i + 1], table, afs=shard.afs, order=shard.order, form=form,
-                callback=lambda _, sigma, x: states.append(x),
-            )  # fmt: skip
-        history: deque[Tensor] = deque()
-        for j in range(max(0, i + 1 - shard.order), i + 1):
-            x, sigma = states[j], float(sigmas[j])
-            analytic = shard.afs and j == 0
-            d = analytic_drift(x, sigma, self.backbone.form) if analytic else drift(x, x.new_full(x.shape[:1], sigma))
-            history.appendleft(d)
-        return states[-1], multistep(history)
-
-    def _recall(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What was kept under the key, or is made now; where room is short, what was not used for longest goes."""
         if key not in self._kept:
-            self._kept[key] = tuple(state.cpu() for state in make())
-            while len(self._kept) > 1 and sum(s.nbytes for kept in self._kept.values() for s in kept) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            self._keep(key, teacher_states(drift, start, sigmas, shard.teacher_steps))
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return Interval(drift, sigmas[i : i + 2], x, multistep(history), self._kept[key][i].to(start))
+
+    def _advance(self, student: _Student, start: Tensor) -> None:
+        """Keep the student's states after the fitted intervals, made from those after as many of them as are kept.
+
+        The ones that it goes on from are not needed again; the start is what remains where none are kept.
+        """
+        shard, goal = student.shard, len(student.shard.fitted)
+        if shard in self._kept:
+            self._kept.move_to_end(shard)
+            return
+        done = 0
+        states: tuple[Tensor, ...] = ()
+        for i in reversed(range(goal)):
+            if (earlier := replace(shard, fitted=shard.fitted[:i])) in self._kept:
+                done, states = i, tuple(state.to(start) for state in self._kept.pop(earlier))
+                break
+        states = states or student.begin(start)
+        for i in range(done, goal):
+            states = student.step(i, states)
+        self._keep(shard, states)
+
+    def _keep(self, key: Hashable, states: tuple[Tensor, ...]) -> None:
+        """Where room is short, what was not used for longest goes."""
+        self._kept[key] = tuple(state.cpu() for state in states)
+        while len(self._kept) > 1 and sum(s.nbytes for kept in self._kept.values() for s in kept) > KEPT_BYTES:
+            self._kept.popitem(last=False)
 
 
 def teacher_states(drift: Drift, start: Tensor, sigmas: Tensor, steps: int) -> tuple[Tensor, ...]:
