@@ -18,6 +18,12 @@ Form = Literal["ve", "flow"]
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 
+OnImages = Callable[[int, ImageArray], None]
+"""on_images(first, images): a batch of pictures [b, 3, H, W], those of the prompts from number `first` on.
+
+It is called once for each batch, as the batches come, in any order.
+"""
+
 
 @dataclass(frozen=True)
 class RolloutRequest:
@@ -80,18 +86,16 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Pictures drawn for evaluation.
+    """What came of pictures that were drawn for evaluation.
 
     Attributes:
         scores: head -> raw values, one per prompt, in order.
         reward: the mix of them.
-        images: [B, 3, H, W] uint8, when they were asked for.
         seconds: that the rollout actors worked, summed.
     """
 
     scores: dict[str, FloatArray]
     reward: FloatArray
-    images: ImageArray | None
     seconds: float
 
 

@@ -110,6 +110,13 @@ class Colours:
         return images.mean(axis=(2, 3)).astype(np.float32)
 
 
+def drawn(algo, sampler, prompts, seeds):
+    """What sample_scored gives, and all of its pictures in the order of the prompts."""
+    parts = {}
+    sampled = algo.sample_scored(sampler, prompts, seeds, parts.__setitem__)
+    return sampled, np.concatenate([images for _, images in sorted(parts.items())])
+
+
 class Quiet:
     """An observer that counts, and that can press Ctrl-C."""
 

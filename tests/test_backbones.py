@@ -417,7 +417,7 @@ def test_one_iteration(name: str, opened: Callable[[str], Any]) -> None:
     algo = opened(name)
     before = algo.checksum()
     algo.train()
-    rows = algo.last.rows
+    rows = [rollout.record() for rollout in algo.last.rollouts]
     assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 2
     assert all(np.isfinite(row["reward"]) for row in rows) and len({row["reward"] for row in rows}) == 4
     assert algo.checksum() != before  # it learned something

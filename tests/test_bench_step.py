@@ -40,7 +40,7 @@ def test_the_loop_draws_the_pictures_of_the_pipeline():
     worker = config.worker_spec.build()
     loop = PlainLoop(config, worker, Scorer("sim", SimulatedHead()), chosen)
     parameters = PolicyNetwork(config.policy_spec).parameters_array()
-    jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(propose(config, chosen, 0))]
+    jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(propose(config.batch_plan, chosen, 0))]
     expected = np.concatenate([worker.generate(job).images for job in jobs])
     found = np.concatenate(loop.iterate(0, at_once=2))
     assert found.shape == expected.shape == (4, 3, 64, 64)

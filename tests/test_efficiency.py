@@ -18,6 +18,7 @@ from epd_ray.errors import RunDirectoryError
 from epd_ray.policy.search import CmaSearch
 from epd_ray.solvers import SolverTable
 from tests.conftest import SIMULATED
+from tests.fakes import drawn
 
 TINY = (
     *(o for o in SIMULATED if "distill" not in o and "intervals" not in o),
@@ -226,8 +227,8 @@ def test_pictures_may_have_tables_of_their_own(build):
     tables.positions[9] *= 0.5
     sampler = Sampler("epd", 3, "x", "x", tables)
     prompts, seeds = ["prompt"] * 10, list(range(10))
-    images = trained.sample_scored(sampler, prompts, seeds, keep_images=True).images
-    same = trained.sample_scored(sampler.with_table(one), prompts, seeds, keep_images=True).images
+    _, images = drawn(trained, sampler, prompts, seeds)
+    _, same = drawn(trained, sampler.with_table(one), prompts, seeds)
     assert [np.array_equal(a, b) for a, b in zip(images, same, strict=True)] == [True] * 9 + [False]
 
 

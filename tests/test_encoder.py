@@ -19,6 +19,7 @@ from epd_ray.errors import ConfigError, ModelError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.session import rdpo_config
+from tests.fakes import drawn
 from tests.tiny_models import save_sd3
 
 PROMPTS, SEEDS = ["a red circle", "", "a blue star", "two stars"], [1, 2, 3, 4]
@@ -38,8 +39,10 @@ def tiny(build, model):
     return lambda *overrides: build(*own, "prompts.train=shapes", "rdpo.group_size=2", *overrides)
 
 
-def drawn(algo, prompts=PROMPTS):
-    return algo.sample_scored(baseline("euler", 2), prompts, SEEDS[: len(prompts)], keep_images=True)
+def pictures(algo, prompts=PROMPTS):
+    """With their rewards."""
+    sampled, images = drawn(algo, baseline("euler", 2), prompts, SEEDS[: len(prompts)])
+    return images, sampled.reward
 
 
 def held(runner):
@@ -50,8 +53,7 @@ def held(runner):
 @pytest.mark.slow
 def test_an_encoder_actor_changes_no_bit_and_survives_its_death(tiny):
     whole, apart = tiny(), tiny(*APART, *ONE_ACTOR)
-    ours, theirs = drawn(apart), drawn(whole)
-    assert np.array_equal(ours.images, theirs.images) and np.array_equal(ours.reward, theirs.reward)
+    assert all(map(np.array_equal, pictures(apart), pictures(whole)))
     assert apart.env_runner_group.foreach_env_runner(held, local_env_runner=False) == [["transformer", "vae"]]
     assert len(held(whole.env_runner_group.local_env_runner)) == 5
     apart.train(), whole.train()
@@ -61,13 +63,13 @@ def test_an_encoder_actor_changes_no_bit_and_survives_its_death(tiny):
     pid = ray.get(apart._encoder.__ray_call__.remote(lambda actor: os.getpid()))
     os.kill(pid, signal.SIGKILL)
     unseen = ["a green square", "nothing yet"]
-    assert np.array_equal(drawn(apart, unseen).images, drawn(whole, unseen).images)
+    assert np.array_equal(pictures(apart, unseen)[0], pictures(whole, unseen)[0])
     assert ray.get(apart._encoder.__ray_call__.remote(lambda actor: os.getpid())) != pid
 
 
 def test_without_rollout_actors_and_ended_with_the_algorithm(tiny):
     apart = tiny(*APART)
-    assert np.array_equal(drawn(apart).images, drawn(tiny()).images)
+    assert np.array_equal(pictures(apart)[0], pictures(tiny())[0])
     assert held(apart.env_runner_group.local_env_runner) == ["transformer", "vae"]
     assert {"rollout", "encoder", "reward sim"} == set(apart.memory())
     name = apart.config.backbone_spec.encoder

@@ -47,7 +47,7 @@ def test_no_picture_that_is_judged_has_noise_of_training(same_latent: bool) -> N
         run = load_config(None, [f"seed={seed}", f"rdpo.same_latent={str(same_latent).lower()}"])
         config = rdpo_config(run, prompts)
         found = {p: set(noise_seeds(p, seed, 256)) for p in (Purpose.STAGE_ONE, Purpose.VALIDATION, Purpose.TEST)}
-        rollouts = [[r for job in propose(config, prompts, i) for r in job] for i in range(20)]
+        rollouts = [[r for job in propose(config.batch_plan, prompts, i) for r in job] for i in range(20)]
         noise = {i: {r.noise_seed for r in requests} for i, requests in enumerate(rollouts)}
         actions = {f"actions {i}": {r.action_seed for r in requests} for i, requests in enumerate(rollouts)}
         assert {len(s) for s in noise.values()} == {8 if same_latent else 32}

@@ -21,11 +21,17 @@ from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.stage_one.fit import StageOne, fit_table
 from epd_ray.storage.checkpoint import load_newest, save_checkpoint
+from tests.fakes import drawn
 
 ACTORS = (
     *("cluster.rollout_actors=2", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1"),
     "rewards.sim.replicas=1",
 )
+
+
+def records(algo):
+    """The pictures of the last iteration, each as one flat row."""
+    return [rollout.record() for rollout in algo.last.rollouts]
 
 
 def run(algo, iterations):
@@ -37,15 +43,15 @@ def run(algo, iterations):
 def test_iteration_reports_rows_and_metrics(build):
     algo = build()
     result = algo.train()
-    last = algo.last
-    assert last.number == 1 and len(last.rows) == 32
-    assert len({r["rollout_id"] for r in last.rows}) == 32
-    groups = {r["group_id"]: {q["prompt"] for q in last.rows if q["group_id"] == r["group_id"]} for r in last.rows}
+    last, rows = algo.last, records(algo)
+    assert last.number == 1 and len(rows) == 32
+    assert len({r["rollout_id"] for r in rows}) == 32
+    groups = {r["group_id"]: {q["prompt"] for q in rows if q["group_id"] == r["group_id"]} for r in rows}
     assert len(groups) == 8 and all(len(prompts) == 1 for prompts in groups.values())
-    for r in last.rows:  # one latent a group
-        assert {q["noise_seed"] for q in last.rows if q["group_id"] == r["group_id"]} == {r["noise_seed"]}
-    assert len({r["action_seed"] for r in last.rows}) == 32
-    assert abs(np.mean([r["advantage"] for r in last.rows])) < 1e-6
+    for r in rows:  # one latent a group
+        assert {q["noise_seed"] for q in rows if q["group_id"] == r["group_id"]} == {r["noise_seed"]}
+    assert len({r["action_seed"] for r in rows}) == 32
+    assert abs(np.mean([r["advantage"] for r in rows])) < 1e-6
     assert last.metrics["losses/behaviour_kl"] == pytest.approx(0, abs=1e-9)  # first iteration: nothing is stale
     assert result["env_runners"]["episode_return_mean"] == pytest.approx(last.metrics["reward/mean"])
 
@@ -107,7 +113,7 @@ def test_staleness_is_exact_and_logged(build, staleness):
     algo = build(f"rdpo.staleness={staleness}")
     seen = [(algo.train(), algo.last.metrics["staleness"])[1] for _ in range(4)]
     assert seen == [min(i, staleness) for i in range(4)]
-    versions = {r["policy_version"] for r in algo.last.rows}
+    versions = {r["policy_version"] for r in records(algo)}
     assert versions == {3 - staleness}
     if staleness:
         assert algo.last.metrics["losses/behaviour_kl"] > 0
@@ -152,7 +158,7 @@ def test_another_seed_is_another_run(build):
 def test_mixed_baseline_and_own_noise_are_the_references(build):
     algo = build("rdpo.baseline=mixed", "rdpo.same_latent=false")
     algo.train()
-    rows = algo.last.rows
+    rows = records(algo)
     group = [r for r in rows if r["group_id"] == rows[0]["group_id"]]
     assert len(group) == 4 and len({r["prompt"] for r in group}) == 4
     assert len({r["noise_seed"] for r in rows}) == 32
@@ -281,7 +287,7 @@ def test_each_epoch_uses_each_image_once_and_no_global_randomness(build, monkeyp
     algo.train()
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert len(seen) == steps
-    drawn, each = sorted(round(row["log_prob"], 9) for row in algo.last.rows), steps // epochs
+    drawn, each = sorted(round(row["log_prob"], 9) for row in records(algo)), steps // epochs
     passes = [list(chain(*seen[i : i + each])) for i in range(0, steps, each)]
     assert all(sorted(one) == pytest.approx(drawn) for one in passes)
     assert len({tuple(one) for one in passes}) == epochs  # each in another order
@@ -299,27 +305,27 @@ def test_an_earlier_state_is_taken_whole(build):
 def test_an_iteration_is_proposed_once(build, monkeypatch):
     proposed = []
 
-    def counted(config, prompts, iteration):
+    def counted(plan, prompts, iteration):
         proposed.append(iteration)
-        return propose(config, prompts, iteration)
+        return propose(plan, prompts, iteration)
 
-    monkeypatch.setattr("epd_ray.rdpo.algorithm.propose", counted)
+    monkeypatch.setattr("epd_ray.rdpo.ahead.propose", counted)
     algo = build("rdpo.staleness=1")
     run(algo, 3)
-    assert proposed == [0, 1, 2, 3, 4] and list(algo._ahead) == [3, 4]
+    assert proposed == [0, 1, 2, 3, 4] and list(algo._ahead.submitted) == [3, 4]
     state, other = algo.export_state(), build("rdpo.staleness=1", "seed=1")
     other.train()
     other.import_state(state)  # what it had ahead belongs to another past
     proposed.clear()
     other.train()
-    assert proposed == [3, 4, 5] and other.last.rows[0]["iteration"] == 4 and list(other._ahead) == [4, 5]
+    assert proposed == [3, 4, 5] and other.last.rollouts[0].iteration == 4 and list(other._ahead.submitted) == [4, 5]
 
 
 def test_baselines_run_on_the_same_actors(build):
     algo = build()
     for kind in ("euler", "heun", "dpm2", "ipndm"):
-        sampled = algo.sample_scored(baseline(kind, 6), ["a", "b", "c"], [1, 2, 3], keep_images=True)
-        assert sampled.images.shape == (3, 3, 8, 8) and sampled.images.dtype == np.uint8
+        sampled, images = drawn(algo, baseline(kind, 6), ["a", "b", "c"], [1, 2, 3])
+        assert images.shape == (3, 3, 8, 8) and images.dtype == np.uint8
         assert sampled.reward.shape == (3,)
 
 
@@ -346,9 +352,9 @@ def test_policy_options_reach_the_learner(build):
 
 def test_nothing_is_drawn_beyond_the_last_iteration(build):
     algo = build("rdpo.staleness=1")
-    algo.last_iteration = 2
+    algo.stop_after(2)
     submitted = []
     for _ in range(3):  # the third is asked for all the same
         algo.train()
-        submitted.append(algo._submitted)
+        submitted.append(algo.policy_version + len(algo._ahead.submitted))
     assert submitted == [2, 2, 3]

@@ -6,18 +6,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from epd_ray.actors.cluster import BrokenGpuError
-from epd_ray.actors.pool import TASK_SECONDS, Bounds, Call, Ended, Pool
+from epd_ray.actors.pool import Call, Ended, Pool
 from epd_ray.actors.reward_pool import RewardPool, TimedScores, unwrap
 from epd_ray.actors.tasks import Answer, Task
 from epd_ray.errors import EpdRayError, ModelError, TaskError
-from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.telemetry.memory import Memory
 from epd_ray.types import FloatArray, ImageArray
 
@@ -29,6 +27,12 @@ TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, few e
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
 LOST_IMAGES = ray.exceptions.ObjectLostError  # also of an owner that died
+
+
+class LocalRunner(Protocol):
+    """Does the tasks in the driver, where there are no rollout actors."""
+
+    def run(self, task: Task) -> Answer: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class RolloutPipeline:
         local: does the tasks in the driver, where there are no rollout actors.
     """
 
-    def __init__(self, runners: Pool, rewards: RewardPool, local: SolverEnvRunner | None = None) -> None:
+    def __init__(self, runners: Pool, rewards: RewardPool, local: LocalRunner | None = None) -> None:
         self._runners, self._local = runners, local
         runners.holds = self._holds
         self._rewards = rewards.pools
@@ -373,27 +377,3 @@ def _runs(task: Task) -> Any:
         return reference
 
     return send
-
-
-def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None = TASK_SECONDS) -> Pool:
-    """RLlib's rollout actors as a pool; RLlib makes them, and is told of those that are gone.
-
-    Args:
-        group: of SolverEnvRunners.
-        most: that there may be, as nodes join.
-        timeout_s: see Pool.
-    """
-    manager = group._worker_manager
-    start = list(manager.actors().items())
-    in_trial = ray.util.get_current_placement_group() is not None  # whose bundles are fixed
-    bounds = Bounds(len(start), len(start) if in_trial else max(most, len(start)))
-
-    def make() -> tuple[int, ActorHandle[Any]]:
-        group.add_workers(1)
-        number = max(manager.actor_ids())
-        return number, manager.actors()[number]
-
-    # The next batch waits at the actor already, so that it starts without asking the driver.
-    return Pool(
-        "rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, timeout_s, manager.remove_actor
-    )  # fmt: skip

@@ -146,7 +146,7 @@ def _measured(config: RunConfig, budget: int, target: float | None) -> Curve:
         algo.rebase(as_table(distil(config, prompts, algo)))
         curve = Curve([], [])
         for images in (0, *[check for check in CHECKS if check <= budget]):
-            while algo.policy_version * algo.config.images_per_iteration < images:
+            while algo.policy_version * algo.config.batch_plan.images < images:
                 algo.train()
             curve.images.append(images)
             curve.rewards.append(held_out(config, prompts, algo))

@@ -105,7 +105,8 @@ class FaultBench:
             start = time.perf_counter()
             self.algo.train()
             seconds.append(time.perf_counter() - start)
-            rows += [(r["rollout_id"], r["reward"], r["advantage"], r["log_prob"]) for r in self.algo.last.rows]
+            rollouts = self.algo.last.rollouts
+            rows += [(r.request.rollout_id, r.reward, r.advantage, r.rollout.log_prob) for r in rollouts]
             checksums.append(self.algo.checksum())
             reported += self.algo.last.metrics["time/recover"]
         return Trace(rows, checksums, seconds, reported)

@@ -77,7 +77,7 @@ class PlainLoop:
             The pictures, uint8 [at_once, 3, H, W] each.
         """
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        requests = [r for job in propose(self._config, self._prompts, iteration) for r in job]
+        requests = [r for job in propose(self._config.batch_plan, self._prompts, iteration) for r in job]
         policy = self._clock("draw", self._policy)
         drawn = [self._draw(policy, requests[i : i + at_once]) for i in range(0, len(requests), at_once)]
         pictures = [images for _, images in drawn]

@@ -73,7 +73,7 @@ def _training(count: int, iterations: int) -> Record:
         for _ in range(iterations):
             algo.train()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        images = iterations * algo.config.images_per_iteration
+        images = iterations * algo.config.batch_plan.images
         return _measured(images, seconds, cpu, algo.memory()["rollout"].host)
 
 
@@ -94,7 +94,7 @@ def _plain(count: int, iterations: int) -> Record:
             pipeline.collect([task.task_id for task in _tasks(config, iteration)])
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         peak = pipeline.memory["rollout"].host
-        return _measured(iterations * config.images_per_iteration, seconds, cpu, peak)
+        return _measured(iterations * config.batch_plan.images, seconds, cpu, peak)
     finally:
         pipeline.stop()
         rewards.stop()
@@ -102,7 +102,7 @@ def _plain(count: int, iterations: int) -> Record:
 
 def _tasks(config: RDPOConfig, iteration: int) -> list[Task]:
     parameters = PolicyNetwork(config.policy_spec).parameters_array()
-    batches = propose(config, PROMPTS, iteration)
+    batches = propose(config.batch_plan, PROMPTS, iteration)
     return [rollout_task(RolloutJob((iteration, i), 0, parameters, batch)) for i, batch in enumerate(batches)]
 
 

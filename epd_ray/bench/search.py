@@ -107,7 +107,7 @@ class Rounds:
 
 def _method(name: str, config: RunConfig, prompts: PromptSplits, algo: RDPO, start: SolverTable) -> Method:
     if name == "rdpo":
-        return Method(algo.train, algo.config.images_per_iteration, algo.mean_table)
+        return Method(algo.train, algo.config.batch_plan.images, algo.mean_table)
     if name == "cma":
         candidates, shared = CANDIDATES, SHARED
         search: Search = CmaSearch(start, candidates, config.seed)

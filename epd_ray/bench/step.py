@@ -134,7 +134,7 @@ def _tflop(config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker) -> 
     passes = Passes(worker.backbone)
     watched = RolloutWorker(passes, worker.guidance_scale, worker.space, worker.sampler)
     parameters = PolicyNetwork(config.policy_spec).parameters_array()
-    for i, requests in enumerate(propose(config, chosen, 0)):
+    for i, requests in enumerate(propose(config.batch_plan, chosen, 0)):
         watched.generate(RolloutJob((0, i), 0, parameters, requests))
     return passes.rows * tflop_per_eval(worker.backbone, worker.guidance_scale)
 
@@ -144,7 +144,7 @@ def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, it
     found = []
     turns = tqdm(range(rounds + 1), desc="rounds, the first to warm up")
     for number in turns:
-        algo.last_iteration = algo.policy_version + iterations  # nothing is drawn beyond it
+        algo.stop_after(algo.policy_version + iterations)
         logged: list[Seconds] = []
         start = _cpu()
         seconds = timed(partial(_train, algo, iterations, logged)) / iterations

@@ -129,7 +129,7 @@ class _Work:
     def __init__(self, config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker, count: int) -> None:
         self._worker = worker
         parameters = PolicyNetwork(config.policy_spec).parameters_array()
-        batches = propose(config, chosen, 0)[:count]
+        batches = propose(config.batch_plan, chosen, 0)[:count]
         self.jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(batches)]
         self._passes = Passes(worker.backbone)
         watched = RolloutWorker(self._passes, worker.guidance_scale, worker.space, worker.sampler)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.storage.run_directory import RunDirectory, whole, write_text
-from epd_ray.types import FloatArray, ImageArray, Sampled
+from epd_ray.types import FloatArray, ImageArray, OnImages, Sampled
 
 SCENE_ACCURACY = "scene_accuracy"
 OURS = ("rdpo", "distilled")
-Draw = Callable[[Sampler, Sequence[str], Sequence[int], bool], Sampled]
+Draw = Callable[[Sampler, Sequence[str], Sequence[int], OnImages | None], Sampled]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def compare(
     prompts: Sequence[str],
     seeds: Sequence[int],
     split: str,
-    after_each: Callable[[Sampler, Row, ImageArray], None],
+    on_images: Callable[[Sampler, int, ImageArray], None],
+    after_each: Callable[[Row], None],
 ) -> Comparison:
     """Draw every sampler's pictures and score them.
 
@@ -146,20 +147,46 @@ def compare(
         prompts: B prompts.
         seeds: B noise seeds, the same for all samplers.
         split: for the record.
-        after_each: called with a sampler's results and pictures.
+        on_images: takes a sampler's pictures batch by batch, see types.OnImages.
+        after_each: called with a sampler's results.
     """
     scenes = scenes_of(prompts)
     rows = []
     for sampler in samplers:
-        sampled = draw(sampler, prompts, seeds, True)
-        assert sampled.images is not None
-        values = dict(sampled.scores)
-        judged = None if scenes is None else accuracy(scenes, sampled.images)
-        if judged is not None:
-            values[SCENE_ACCURACY] = judged
-        rows.append(Row(sampler, values, sampled.seconds / len(prompts)))
-        after_each(sampler, rows[-1], sampled.images)
+        judge = SceneJudge(scenes)
+        sampled = draw(sampler, prompts, seeds, partial(_to_both, judge.see, partial(on_images, sampler)))
+        rows.append(Row(sampler, {**sampled.scores, **judge.values}, sampled.seconds / len(prompts)))
+        after_each(rows[-1])
     return Comparison(split, tuple(prompts), tuple(seeds), tuple(rows))
+
+
+def _to_both(one: OnImages, other: OnImages, first: int, images: ImageArray) -> None:
+    one(first, images)
+    other(first, images)
+
+
+class SceneJudge:
+    """Judges pictures batch by batch, as they come.
+
+    Args:
+        scenes: what they should show, B; None: nothing can be judged.
+    """
+
+    def __init__(self, scenes: Sequence[Scene] | None) -> None:
+        self._scenes = scenes or ()
+        self._judged = np.full(len(self._scenes), np.nan, np.float32)
+
+    def see(self, first: int, images: ImageArray) -> None:
+        """A batch of the pictures, see types.OnImages."""
+        rows = slice(first, first + len(images))
+        if self._scenes and (judged := accuracy(self._scenes[rows], images)) is not None:
+            self._judged[rows] = judged
+
+    @property
+    def values(self) -> dict[str, FloatArray]:
+        """The metric by its name; empty where nothing could be judged."""
+        judged = self._scenes and not np.isnan(self._judged).any()
+        return {SCENE_ACCURACY: self._judged} if judged else {}
 
 
 def scenes_of(prompts: Sequence[str]) -> list[Scene] | None:

@@ -1,8 +1,9 @@
-"""An iteration's batch: what is asked for, and what comes back, joined by rollout id."""
+"""The batch of an iteration: the requests that it makes, and the answers that come back, joined by rollout id."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,134 +11,222 @@ from ray.rllib.core import DEFAULT_MODULE_ID, Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from epd_ray.actors.pipeline import Outcome
 from epd_ray.policy.loss import Advantages, leave_one_out
 from epd_ray.policy.minibatches import image_order
 from epd_ray.randomness import Purpose, request_seeds, stream
 from epd_ray.rdpo.learner import ADVANTAGES
-from epd_ray.types import FloatArray, RolloutJob, RolloutRequest
+from epd_ray.types import FloatArray, ImageArray, Rollout, RolloutJob, RolloutRequest
 
-if TYPE_CHECKING:
-    from epd_ray.actors.pipeline import Outcome
-    from epd_ray.rdpo.config import RDPOConfig
-
-Row = dict[str, Any]
-"""A rollout with its scores and advantage, as rollout_files.rollout_table takes it."""
+Baseline = Literal["per_prompt", "mixed"]
 
 
-def propose(config: "RDPOConfig", prompts: Sequence[str], iteration: int) -> list[tuple[RolloutRequest, ...]]:
-    """An iteration's requests in jobs of fixed composition; a function of (seed, iteration).
+@dataclass(frozen=True)
+class BatchPlan:
+    """What decides the requests of every iteration.
+
+    Attributes:
+        seed: seed of the run.
+        prompts_per_iteration: P, the number of prompts that an iteration draws.
+        group_size: G, the number of pictures of each prompt.
+        images_per_job: the number of pictures that one call of a rollout actor draws.
+        same_latent: whether the pictures of a prompt start from the same noise.
+        baseline: "per_prompt" compares the pictures of a prompt with each other. "mixed" compares pictures of different
+            prompts, as the reference code does.
+    """
+
+    seed: int
+    prompts_per_iteration: int
+    group_size: int
+    images_per_job: int
+    same_latent: bool
+    baseline: Baseline
+
+    @property
+    def images(self) -> int:
+        """The number of pictures in an iteration, P * G."""
+        return self.prompts_per_iteration * self.group_size
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How the learner goes through the pictures of an iteration.
+
+    Attributes:
+        seed: seed of the run.
+        epochs: the number of passes over the pictures.
+        minibatch: the number of pictures in a gradient step.
+        shuffle: whether the passes after the first one take the pictures in a random order.
+    """
+
+    seed: int
+    epochs: int
+    minibatch: int
+    shuffle: bool
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A picture that was drawn and scored, and what is learned from it.
+
+    Attributes:
+        request: what decided the picture.
+        rollout: the table that it was drawn with, and its log-probability.
+        iteration: the number of the iteration, from 1.
+        policy_version: the number of updates of the policy that drew the table.
+        rewards: the raw score of each head, by the head's name.
+        reward: the mix of the scores that is learned from.
+        advantage: the reward in comparison with its group, normalised over the batch.
+        generate_seconds: an equal share of the seconds that the rollout actor took for the job.
+        score_seconds: an equal share of the seconds that the slowest head took for the job.
+        image: [3, H, W] uint8 where pictures are kept, else None.
+    """
+
+    request: RolloutRequest
+    rollout: Rollout
+    iteration: int
+    policy_version: int
+    rewards: Mapping[str, float]
+    reward: float
+    advantage: float
+    generate_seconds: float
+    score_seconds: float
+    image: ImageArray | None
+
+    def record(self) -> dict[str, Any]:
+        """One flat row, as epd_ray.storage.rollouts.rollout_table takes it."""
+        own = {name: value for name, value in vars(self).items() if name not in ("request", "rollout")}
+        return {**vars(self.request), **vars(self.rollout), **own}
+
+
+def propose(plan: BatchPlan, prompts: Sequence[str], iteration: int) -> list[tuple[RolloutRequest, ...]]:
+    """The requests of an iteration, in jobs whose composition is fixed; a function of the seed and the iteration.
 
     Args:
-        config: P, G, the images per job, the groups' kind.
-        prompts: to choose from.
-        iteration: from 0.
+        plan: what decides the requests.
+        prompts: the training prompts that the iteration chooses from.
+        iteration: the number of the iteration, from 0.
+
+    Returns:
+        One tuple of requests for each job.
     """
-    seed = config.seed or 0
-    rng = stream(Purpose.TRAINING, seed, iteration)
-    shape = (config.prompts_per_iteration, config.group_size)
+    rng = stream(Purpose.TRAINING, plan.seed, iteration)
+    shape = (plan.prompts_per_iteration, plan.group_size)
     chosen = rng.choice(len(prompts), shape[0], replace=len(prompts) < shape[0])
     noise = request_seeds(rng, shape)
-    if config.same_latent:
+    if plan.same_latent:
         noise = np.repeat(noise[:, :1], shape[1], axis=1)
     action = request_seeds(rng, shape)
     requests = []
-    for index in range(config.images_per_iteration):
+    for index in range(plan.images):
         p, g = divmod(index, shape[1])
         # The reference reads its prompt-major batch as (G, P): "mixed" compares rows that share index mod P.
-        group = p if config.baseline == "per_prompt" else index % shape[0]
-        digest = hashlib.blake2b(f"{seed}:{iteration}:{index}".encode(), digest_size=8).hexdigest()
+        group = p if plan.baseline == "per_prompt" else index % shape[0]
+        digest = hashlib.blake2b(f"{plan.seed}:{iteration}:{index}".encode(), digest_size=8).hexdigest()
         prompt, seeds = prompts[chosen[p]], (int(noise[p, g]), int(action[p, g]))
         requests.append(RolloutRequest(digest, f"{iteration}-{group}", prompt, *seeds))
-    size = config.images_per_job
+    size = plan.images_per_job
     return [tuple(requests[i : i + size]) for i in range(0, len(requests), size)]
 
 
 def join(
     jobs: Sequence[RolloutJob],
-    outcomes: Sequence["Outcome"],
+    outcomes: Sequence[Outcome],
     mix: Callable[[Mapping[str, FloatArray]], FloatArray],
-) -> tuple[list[Row], Advantages]:
-    """Requests, rollouts and scores by rollout id, with rewards and advantages.
+) -> tuple[list[ScoredRollout], Advantages]:
+    """Requests, rollouts and scores joined by rollout id, with rewards and advantages.
 
     Args:
-        jobs: of one iteration.
-        outcomes: theirs, in the same order.
-        mix: raw scores of a job by head -> its rewards.
+        jobs: the jobs of one iteration.
+        outcomes: the outcome of each job, in the same order.
+        mix: turns the raw scores of a job, by head, into its rewards.
+
+    Returns:
+        One record for each picture, in the order of the requests, and the advantages of the batch.
     """
-    rows: list[Row] = []
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        ids = [r.rollout_id for r in job.requests]
-        images = {} if outcome.images is None else dict(zip(ids, outcome.images, strict=True))
-        scores = {name: dict(zip(ids, values.tolist(), strict=True)) for name, values in outcome.scores.items()}
-        rewards = dict(zip(ids, mix(outcome.scores).tolist(), strict=True))
-        drawn = {r.rollout_id: r for r in outcome.value}
-        for request in job.requests:
-            rollout = drawn[request.rollout_id]
-            rows.append(
-                {
-                    **vars(request),
-                    **vars(rollout),
-                    "iteration": job.job_id[0] + 1,
-                    "policy_version": job.policy_version,
-                    "rewards": {name: values[request.rollout_id] for name, values in scores.items()},
-                    "reward": rewards[request.rollout_id],
-                    "generate_seconds": outcome.generate_seconds / len(ids),
-                    "score_seconds": outcome.score_seconds / len(ids),
-                    "image": images.get(request.rollout_id),
-                }
-            )
-    advantages = leave_one_out(torch.tensor([r["reward"] for r in rows]), [r["group_id"] for r in rows])
-    for row, value in zip(rows, advantages.values.tolist(), strict=True):
-        row["advantage"] = value
-    return rows, advantages
+    rewards = [mix(outcome.scores).tolist() for outcome in outcomes]
+    advantages = leave_one_out(
+        torch.tensor([reward for of_job in rewards for reward in of_job]),
+        [request.group_id for job in jobs for request in job.requests],
+    )
+    values = iter(advantages.values.tolist())
+    scored: list[ScoredRollout] = []
+    for job, outcome, of_job in zip(jobs, outcomes, rewards, strict=True):
+        scored += _join_job(job, outcome, of_job, [next(values) for _ in of_job])
+    return scored, advantages
 
 
-def summarise(rows: Sequence[Row], advantages: Advantages, outcomes: Sequence["Outcome"]) -> dict[str, float]:
-    """What is logged about a batch: rewards, their spread inside the groups, seconds that the workers spent in all."""
-    raw = {head: [r["rewards"][head] for r in rows] for head in rows[0]["rewards"]}
+def _join_job(
+    job: RolloutJob, outcome: Outcome, rewards: Sequence[float], advantages: Sequence[float]
+) -> list[ScoredRollout]:
+    ids = [request.rollout_id for request in job.requests]
+    drawn = {rollout.rollout_id: rollout for rollout in outcome.value}
+    scores = {head: dict(zip(ids, values.tolist(), strict=True)) for head, values in outcome.scores.items()}
+    images = {} if outcome.images is None else dict(zip(ids, outcome.images, strict=True))
+    return [
+        ScoredRollout(
+            request=request,
+            rollout=drawn[request.rollout_id],
+            iteration=job.job_id[0] + 1,
+            policy_version=job.policy_version,
+            rewards={head: of_head[request.rollout_id] for head, of_head in scores.items()},
+            reward=reward,
+            advantage=advantage,
+            generate_seconds=outcome.generate_seconds / len(ids),
+            score_seconds=outcome.score_seconds / len(ids),
+            image=images.get(request.rollout_id),
+        )
+        for request, reward, advantage in zip(job.requests, rewards, advantages, strict=True)
+    ]
+
+
+def summarise(
+    rollouts: Sequence[ScoredRollout], advantages: Advantages, outcomes: Sequence[Outcome]
+) -> dict[str, float]:
+    """The metrics of a batch: rewards, their spread inside the groups, and the seconds that all actors worked."""
+    raw = {head: [rollout.rewards[head] for rollout in rollouts] for head in rollouts[0].rewards}
     return {
         **{f"reward/{head}": float(np.mean(values)) for head, values in raw.items()},
         **{f"reward_std/{head}": float(np.std(values)) for head, values in raw.items()},
-        "reward/mean": float(np.mean([r["reward"] for r in rows])),
+        "reward/mean": float(np.mean([rollout.reward for rollout in rollouts])),
         "reward/group_std": advantages.group_spread,
         "reward/silent_groups": float(advantages.silent_groups),
-        "time/generate": sum(o.generate_seconds for o in outcomes),
-        "time/score": sum(o.score_seconds for o in outcomes),
+        "time/generate": sum(outcome.generate_seconds for outcome in outcomes),
+        "time/score": sum(outcome.score_seconds for outcome in outcomes),
     }
 
 
-def learner_arguments(config: "RDPOConfig", rows: Sequence[Row], job: RolloutJob) -> dict[str, Any]:
-    """What RLlib's LearnerGroup.update takes for an iteration's rows.
+def learner_arguments(plan: UpdatePlan, rollouts: Sequence[ScoredRollout], job: RolloutJob) -> dict[str, Any]:
+    """The arguments of RLlib's LearnerGroup.update for the rollouts of an iteration.
 
     All epochs lie in one batch, one after another, and RLlib goes through it once: its own shuffling would draw from
     NumPy's global state.
 
     Args:
-        config: of the update.
-        rows: B, in their order.
-        job: one of the iteration's, for its number and policy.
+        plan: how the learner goes through the rollouts.
+        rollouts: B rollouts, in the order of their requests.
+        job: any job of the iteration, which names the iteration and the policy.
     """
-    iteration = job.job_id[0]
-    shape = (len(rows), *job.parameters.shape[:1], config.space.action_width)
-    order = image_order(config.seed or 0, iteration, len(rows), config.num_epochs, config.shuffle_batch_per_epoch)
+    iteration, count = job.job_id[0], len(rollouts)
+    order = image_order(plan.seed, iteration, count, plan.epochs, plan.shuffle)  # [E * B]
     batch = SampleBatch(
         {
             Columns.OBS: np.zeros((len(order), 1), np.float32),
-            Columns.ACTIONS: np.array([r["action"] for r in rows], np.float32).reshape(shape)[order],  # [E B, N, A]
-            Columns.ACTION_LOGP: np.array([r["log_prob"] for r in rows], np.float64)[order],
-            ADVANTAGES: np.array([r["advantage"] for r in rows], np.float32)[order],
+            Columns.ACTIONS: np.array([r.rollout.action for r in rollouts], np.float32)[order],  # [E * B, N, A]
+            Columns.ACTION_LOGP: np.array([r.rollout.log_prob for r in rollouts], np.float64)[order],
+            ADVANTAGES: np.array([r.advantage for r in rollouts], np.float32)[order],
         }
     )
     steps = {
         "iteration": iteration,
         "staleness": iteration - job.policy_version,
-        "images": iteration * len(rows),
-        NUM_ENV_STEPS_SAMPLED_LIFETIME: (iteration + 1) * len(rows),
+        "images": iteration * count,
+        NUM_ENV_STEPS_SAMPLED_LIFETIME: (iteration + 1) * count,
     }
     return {
-        "batch": MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(rows)),
+        "batch": MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=count),
         "timesteps": steps,
         "num_epochs": 1,
-        "minibatch_size": min(config.minibatch_size, len(rows)),
+        "minibatch_size": min(plan.minibatch, count),
         "shuffle_batch_per_epoch": False,
     }

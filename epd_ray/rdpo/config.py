@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
@@ -14,18 +15,19 @@ from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.actors.pool import TASK_SECONDS
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
+from epd_ray.config.sections import ClusterConfig, RDPOSection, SolverConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.policy.network import PolicySpec
 from epd_ray.randomness import Purpose, plain_seed
+from epd_ray.rdpo.batch import Baseline, BatchPlan, UpdatePlan
 from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rewards.mixing import Mixer, Mode
 from epd_ray.solvers import SolverTable
 
-Baseline = Literal["per_prompt", "mixed"]
 EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20}, guidance_scale=7.0)
 EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
 
@@ -46,12 +48,16 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         >>> algo = RDPOConfig().solver(concentration=20).rollouts(group_size=8).build_algo()
         >>> algo.train()
         >>> algo.mean_table()
+
+    Attributes:
+        builds: the algorithm that `build_algo` builds. epd_ray.rdpo sets it, because the algorithm knows its
+            configuration and not the other way round.
     """
 
-    def __init__(self, algo_class: Any = None) -> None:
-        from epd_ray.rdpo.algorithm import RDPO
+    builds: ClassVar[type[Algorithm] | None] = None
 
-        super().__init__(algo_class=algo_class or RDPO)
+    def __init__(self, algo_class: Any = None) -> None:
+        super().__init__(algo_class=algo_class or self.builds)
         self.env_runner_cls = SolverEnvRunner
         self.num_env_runners, self.max_env_runners = 2, 0
         self.num_learners = 1
@@ -61,23 +67,32 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.env_runner_health_probe_timeout_s = 5.0
         self.enable_env_runner_and_connector_v2 = self.enable_rl_module_and_learner = True
         self.num_cpus_per_env_runner, self.num_cpus_per_learner, self.num_cpus_for_main_process = 0.75, 0.25, 0
-        self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = 1e-3, 1.0, 1, 16
+        rdpo, solver, cluster = RDPOSection(), SolverConfig(), ClusterConfig()  # the defaults stand there alone
+        self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = (
+            rdpo.lr,
+            rdpo.grad_clip,
+            rdpo.epochs,
+            rdpo.minibatch,
+        )
         self.shuffle_batch_per_epoch = True
-        self.clip_param, self.kl_coeff, self.entropy_coeff, self.weight_decay = 0.2, 0.0, 0.0, 0.01
-        self.table: SolverTable = uniform_table(2, 3, start_point=True)
-        self.concentration, self.concentration_bound = 30.0, 5.0
-        self.scale_dir, self.scale_time, self.afs = True, False, False
-        self.order, self.hidden_width, self.hidden_depth = 1, 128, 2
+        self.clip_param, self.weight_decay = rdpo.clip, rdpo.weight_decay
+        self.kl_coeff, self.entropy_coeff = rdpo.kl_coeff, rdpo.entropy_coeff
+        self.table: SolverTable = uniform_table(solver.intervals, solver.points, solver.start_point)
+        self.concentration, self.concentration_bound = rdpo.concentration, rdpo.concentration_bound
+        self.scale_dir, self.scale_time = rdpo.scale_dir, rdpo.scale_time
+        self.afs, self.order = solver.afs, solver.order
+        self.hidden_width, self.hidden_depth = rdpo.hidden_width, rdpo.hidden_depth
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
         self.placement_timeout_s = PLACEMENT_SECONDS
         self.task_timeout_s: float | None = TASK_SECONDS
         self.prompts: tuple[str, ...] = ()
-        self.prompts_per_iteration, self.group_size, self.images_per_job = 8, 4, 8
-        self.same_latent, self.baseline, self.max_staleness = True, "per_prompt", 1
+        self.prompts_per_iteration, self.group_size = rdpo.prompts_per_iteration, rdpo.group_size
+        self.images_per_job = cluster.images_per_job
+        self.same_latent, self.baseline, self.max_staleness = rdpo.same_latent, rdpo.baseline, rdpo.staleness
         self.keep_images = False
         self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
-        self.normalisation: Mode = "none"
+        self.normalisation: Mode = rdpo.normalisation
 
     def solver(
         self,
@@ -197,9 +212,21 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         return Mixer(weights, {name: spec.head for name, spec in self.reward_specs.items()}, self.normalisation)
 
     @property
-    def images_per_iteration(self) -> int:
-        """P * G."""
-        return int(self.prompts_per_iteration * self.group_size)
+    def batch_plan(self) -> BatchPlan:
+        """What decides the requests of every iteration."""
+        return BatchPlan(
+            seed=self.seed or 0,
+            prompts_per_iteration=self.prompts_per_iteration,
+            group_size=self.group_size,
+            images_per_job=self.images_per_job,
+            same_latent=self.same_latent,
+            baseline=self.baseline,
+        )
+
+    @property
+    def update_plan(self) -> UpdatePlan:
+        """How the learner goes through the pictures of an iteration."""
+        return UpdatePlan(self.seed or 0, self.num_epochs, self.minibatch_size, self.shuffle_batch_per_epoch)
 
     @property
     def worker_spec(self) -> WorkerSpec:
@@ -230,7 +257,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         super().validate()
         if self.group_size < 2:
             self._value_error(f"group_size is {self.group_size}, leave-one-out needs at least 2 images per prompt")
-        if problem := minibatch_problem(self.minibatch_size, self.images_per_iteration):
+        if problem := minibatch_problem(self.minibatch_size, self.batch_plan.images):
             self._value_error(f"minibatch_size {problem}")
         if self.max_staleness < 0 or self.images_per_job < 1:
             self._value_error("max_staleness must be at least 0 and images_per_job at least 1")

@@ -1,5 +1,6 @@
 """Stage 1 alone: a solver that follows a finer one, for any model, also one that no reward can judge."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,24 +53,41 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(held_out))
         ours = learned(solver, "distilled", "EPD distilled")
         others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
-        observer.stage("comparing", 2 + len(others))
         fine = tuple(refine(solver.sigmas, config.distill.teacher_steps).tolist())
         teacher = Sampler("dpm2", len(fine) - 1, "teacher", "teacher", sigmas=fine)
-        target = _pictures(algo, teacher, held_out, seeds)
-        observer.advance()
+        distances = _distances(algo, teacher, [ours, *others], held_out, seeds, observer)
         lines = []
-        for sampler in (ours, *others):
-            distance = float(rms(_pictures(algo, sampler, held_out, seeds), target).mean())
+        for sampler, distance in zip([ours, *others], distances, strict=True):
             cost = f"NFE {sampler.parallel_nfe:>2} ({sampler.model_evals:>2} evaluations)"
-            lines.append(f"{sampler.label:<18} {cost}  from the teacher's pictures {distance:.4f}")
-            observer.advance()
+            lines.append(f"{sampler.label:<18} {cost}  from the teacher's pictures {distance.mean():.4f}")
     return [*lines, f"solver: {out}"]
 
 
-def _pictures(algo: RDPO, sampler: Sampler, prompts: list[str], seeds: list[int]) -> ImageArray:
-    images = algo.sample_scored(sampler, prompts, seeds, keep_images=True).images
-    assert images is not None
-    return images
+def _distances(
+    algo: RDPO, teacher: Sampler, samplers: list[Sampler], prompts: list[str], seeds: list[int], observer: Observer
+) -> list[FloatArray]:
+    """How far each sampler's pictures are from the teacher's, [B] each, see `rms`.
+
+    All samplers draw a part of the prompts before the next part, so that the teacher's pictures of one part alone are
+    held at a time.
+    """
+    size = algo.images_at_once
+    starts = range(0, len(prompts), size)
+    observer.stage("comparing", len(starts) * (1 + len(samplers)))
+    found = [np.empty(len(prompts), np.float32) for _ in samplers]
+    for start in starts:
+        part, own = prompts[start : start + size], seeds[start : start + size]
+        target: dict[int, ImageArray] = {}
+        algo.sample_scored(teacher, part, own, target.__setitem__)
+        observer.advance()
+        for sampler, distances in zip(samplers, found, strict=True):
+            algo.sample_scored(sampler, part, own, partial(_measure, distances[start : start + size], target))
+            observer.advance()
+    return found
+
+
+def _measure(distances: FloatArray, target: dict[int, ImageArray], first: int, images: ImageArray) -> None:
+    distances[first : first + len(images)] = rms(images, target[first])
 
 
 def rms(images: ImageArray, target: ImageArray) -> FloatArray:

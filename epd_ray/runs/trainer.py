@@ -14,11 +14,10 @@ from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import is_own_bug
 from epd_ray.evaluation.comparison import (
-    SCENE_ACCURACY,
     Comparison,
     Draw,
     Row,
-    accuracy,
+    SceneJudge,
     compare,
     headline,
     rivals,
@@ -110,10 +109,9 @@ def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: Solver
     sampler = Sampler("epd", s.intervals, "validation", "validation", table, s.afs, s.order)
     seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(prompts.validation))
     scenes = scenes_of(prompts.validation)
-    found = algo.sample_scored(sampler, prompts.validation, seeds, keep_images=scenes is not None)
-    judged = None if scenes is None or found.images is None else accuracy(scenes, found.images)
-    more = {} if judged is None else {SCENE_ACCURACY: judged}
-    return Validation(iteration, found.reward, {**found.scores, **more})
+    judge = SceneJudge(scenes)
+    found = algo.sample_scored(sampler, prompts.validation, seeds, judge.see if scenes else None)
+    return Validation(iteration, found.reward, {**found.scores, **judge.values})
 
 
 def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
@@ -207,7 +205,7 @@ class Trainer:
         done = self.algo.policy_version
         self.observer.stage("fine-tuning", iterations)
         self.observer.advance(done)
-        self.algo.last_iteration = iterations
+        self.algo.stop_after(iterations)
         self._ends = deque([time.perf_counter()], RATE_ITERATIONS + 1)
         self._written = self._ends[0]
         with MetricsLog(self.run, keep_until=done) as metrics:
@@ -233,10 +231,10 @@ class Trainer:
         self.algo.train()
         self._ends.append(time.perf_counter())
         last = self.algo.last
-        images = len(last.rows)
+        images = len(last.rollouts)
         rate = images * (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
         row = {"iteration": last.number, "images": images, "images_per_second": rate, **last.metrics}
-        write_rollouts(self.run.rollouts, last.number, rollout_table(last.rows))
+        write_rollouts(self.run.rollouts, last.number, rollout_table([rollout.record() for rollout in last.rollouts]))
         if last.number % self.config.evaluation.every == 0 or last.number == self.config.rdpo.iterations:
             row |= self._validate(self.algo.mean_table(), last.number)
             if why := self._early_stop():
@@ -334,10 +332,12 @@ def comparison(
     """Compare samplers, showing the progress, and write the results and the first `pictures` of each to the run."""
     observer.stage("comparing", len(samplers))
 
-    def show(sampler: Sampler, row: Row, images: ImageArray) -> None:
-        save_pictures(run.samples / sampler.key, images[:pictures])
+    def save(sampler: Sampler, first: int, images: ImageArray) -> None:
+        save_pictures(run.samples / sampler.key, images[: max(0, pictures - first)], first)
+
+    def show(row: Row) -> None:
         observer.advance(1, **{name: float(values.mean()) for name, values in row.values.items()})
 
-    found = compare(draw, samplers, prompts, seeds, split, show)
+    found = compare(draw, samplers, prompts, seeds, split, save, show)
     save_comparison(run, found, pictures)
     return found

@@ -58,7 +58,7 @@ class SweepTrial(RDPO):
         iterations = self._run_config.rdpo.iterations
         if self._best.positions is None:
             self._begin()
-        self.last_iteration = iterations
+        self.stop_after(iterations)
         end = min(self.policy_version + self._run_config.evaluation.every, iterations)
         result: dict[str, Any] = {}
         while self.policy_version < end:
@@ -66,7 +66,7 @@ class SweepTrial(RDPO):
         reward = self._evaluate(self.mean_table())
         return {
             **result,
-            IMAGES: self.policy_version * self.config.images_per_iteration,
+            IMAGES: self.policy_version * self.config.batch_plan.images,
             "held_out": {"reward": reward, "start": self._start_reward, **self._interval, "at": self._best.iteration},
             "done": self.policy_version >= iterations,
         }

@@ -1,0 +1,70 @@
+"""What the actors of a run do beside training: pictures for evaluation, drawn and scored, and other calls."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from epd_ray.actors.pipeline import TASKS_AHEAD, Outcome, RolloutPipeline
+from epd_ray.actors.tasks import Method, Task
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.rewards.mixing import Mixer
+from epd_ray.types import OnImages, Sampled
+
+
+class SideWork:
+    """Work on the actors of a pipeline.
+
+    Args:
+        pipeline: whose actors do it.
+        images_per_job: pictures of a task, whatever the number of actors.
+        heads: that score the pictures; none: they are only drawn.
+        mixer: makes their scores a reward.
+    """
+
+    def __init__(self, pipeline: RolloutPipeline, images_per_job: int, heads: Sequence[str], mixer: Mixer) -> None:
+        self._pipeline, self._size, self._heads, self._mixer = pipeline, images_per_job, tuple(heads), mixer
+        self._calls = 0
+
+    @property
+    def images_at_once(self) -> int:
+        """Pictures that are drawn, scored or on their way to the driver at a time, at most."""
+        return TASKS_AHEAD * max(1, len(self._pipeline.runners)) * self._size
+
+    def sample_scored(
+        self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int], on_images: OnImages | None
+    ) -> Sampled:
+        """See RDPO.sample_scored."""
+        self._calls += 1
+        firsts = {f"sample-{self._calls}-{i}": i for i in range(0, len(prompts), self._size)}
+
+        def task(name: str, first: int) -> Task:
+            end = min(first + self._size, len(prompts))
+            part, seeds = tuple(prompts[first:end]), tuple(noise_seeds[first:end])
+            ids = tuple(f"{sampler.key}:{j}" for j in range(first, end))
+            asked = (sampler.rows(first, end), part, seeds)
+            return Task(name, "sample", asked, part, ids, bool(self._heads), on_images is not None)
+
+        found: dict[int, Outcome] = {}
+        for done, outcome in self._pipeline.stream(task(name, first) for name, first in firsts.items()):
+            first = firsts[done.task_id]
+            if on_images is not None:
+                assert outcome.images is not None
+                on_images(first, outcome.images)
+            found[first] = replace(outcome, images=None)
+        parts = [found[first] for first in firsts.values()]
+        scores = {head: np.concatenate([part.scores[head] for part in parts]) for head in self._heads}
+        reward = self._mixer.held_out(scores) if scores else np.full(len(prompts), np.nan, np.float32)
+        return Sampled(scores, reward, sum(part.generate_seconds for part in parts))
+
+    def work(self, method: Method, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See RDPO.work."""
+        self._calls += 1
+        tasks = [Task(f"{method}-{self._calls}-{i}", method, given) for i, given in enumerate(arguments)]
+        return [outcome.value for outcome in self.run(tasks)]
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Do a few tasks; their outcomes in order."""
+        self._pipeline.submit(tasks)
+        return self._pipeline.collect([task.task_id for task in tasks])
