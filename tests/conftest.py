@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes test at once; the actors co
 
 import pytest
 import ray
+from ray.tune.utils.util import UtilMonitor
 
 from epd_ray.actors.cluster import start_ray
 from epd_ray.config.loading import load_config
@@ -20,6 +21,7 @@ from epd_ray.rdpo.session import rdpo_config
 from epd_ray.runs.train import train
 from tests.fakes import Quiet
 
+UtilMonitor.__init__.__defaults__ = (True, 0.05)  # seconds between its looks, for which every algorithm's end waits
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, there by the children too
 
 SETTLE_SECONDS = 5.0  # for actors that were told to end

@@ -10,32 +10,47 @@ from epd_ray.backbones.auto import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins
-PURE = (
-    *("epd_ray.policy.dirichlet", "epd_ray.policy.loss", "epd_ray.policy.minibatches"),
-    "epd_ray.policy.network",
-)
-RAY_ROOMS = (
-    *("cluster", "join", "pool", "actors", "encoder", "rdpo", "session", "trainer", "run", "dry_run", "distill_run"),
-    *("feature_pool", "sample", "fetch", "score.pipeline", "score.stage", "sweep.run", "sweep.trial", "serve"),
-    *("suite.run", "suite.jobs", "suite.features"),
-    *("monitor", "trackers", "bench", "doctor", "cli"),
-)  # and jobs/
+ENTRIES, MODULES_AT_THE_TOP = 28, 7
 
-# A module imports from its own layer or from those above it in this list. What is not listed is a front end.
-LAYERS = (
-    ("errors", "types", "randomness"),
-    ("registry", "devices", "memory", "hub", "schedules", "statistics", "assets", "presets", "prompt_files", "store"),
-    ("rollout_files", "checkpoint", "lock", "mirror", "storage"),
-    ("score.inputs",),
-    ("solvers", "shapes", "environments"),
-    PURE,
-    ("backbones", "rewards", "metrics", "sampling", "search", "scheduler", "parallel", "tables"),
-    ("sections", "config", "prompts", "scoring", "shard", "distill", "distill_gradient", "stage_one", "evaluate"),
-    ("validation",),
-    ("score.rows", "score.output"),
-    ("rollout", "random_models"),
-    ("cluster", "join", "encoder", "pool", "actors", "feature_pool", "rdpo"),
-    ("score.stage",),
+# A package, or a module beside the packages, imports only from its own line and from those above it.
+ORDER_OF_LINES = """
+errors
+types
+randomness
+registry
+embedded
+weights
+storage
+telemetry
+prompts
+rewards
+solvers
+policy
+stage_one
+backbones
+deploy
+report
+drawing
+config
+actors
+rdpo
+score
+evaluation
+runs
+sweep
+bench
+cli
+"""
+ORDER = ORDER_OF_LINES.split()
+
+RAY_ROOMS = ("telemetry.monitor", "actors", "rdpo", "score", "evaluation.suites", "runs", "sweep", "bench")  # and jobs/
+
+# What does without Ray although its package is one of Ray's rooms, or stands above one.
+PLAIN = (
+    *("score.inputs", "score.rows", "score.output"),
+    *("evaluation.comparison", "evaluation.validation", "evaluation.statistics", "evaluation.records"),
+    *("evaluation.metrics", "evaluation.ab", "evaluation.results"),
+    *("runs.sample", "runs.tables", "runs.report", "cli"),
 )
 
 
@@ -63,29 +78,39 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-def layer(module: str) -> int:
-    """The layer with the longest matching name."""
-    found = [
-        (len(full), rank)
-        for rank, names in enumerate(LAYERS)
-        for full in (name if name.startswith("epd_ray") else f"epd_ray.{name}" for name in names)
-        if within(module, full)
-    ]
-    return max(found)[1] if found else len(LAYERS)
+def place(module: str) -> int:
+    """The line of ORDER that a module belongs to; the package itself, which hands names on, stands above them all."""
+    return len(ORDER) if module == "epd_ray" else ORDER.index(module.split(".")[1])
 
 
 def own_imports(module: str, *, at_start: bool = False) -> set[str]:
     return {name for name in imports(MODULES[module], at_start=at_start) if within(name, "epd_ray")}
 
 
-def may_use_ray(module: str) -> bool:
-    return module not in PURE and any(within(module, f"epd_ray.{room}") for room in RAY_ROOMS)
+def inside(module: str, names: tuple[str, ...]) -> bool:
+    return any(within(module, f"epd_ray.{name}") for name in names)
+
+
+def needs_no_ray(module: str) -> bool:
+    below = module == "epd_ray" or ORDER.index(module.split(".")[1]) < ORDER.index("actors")
+    return inside(module, PLAIN) or (below and not inside(module, RAY_ROOMS))
 
 
 def test_imports_point_one_way() -> None:
-    wrong = [f"{m} -> {i}" for m in MODULES for i in own_imports(m) if layer(i) > layer(m)]
+    wrong = [f"{m} -> {i}" for m in MODULES for i in own_imports(m) if place(i) > place(m)]
     assert not wrong
-    assert layer("epd_ray.policy.loss") < layer("epd_ray.backbones.sd3") < layer("epd_ray.rdpo.learner")
+    assert {m.split(".")[1] for m in MODULES if m != "epd_ray"} == set(ORDER)
+
+
+def test_the_house_has_few_doors() -> None:
+    entries = [path for path in (ROOT / "epd_ray").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, f"{len(entries)} entries in epd_ray, at most {ENTRIES} are wanted"
+    assert sum(path.suffix == ".py" for path in entries) <= MODULES_AT_THE_TOP
+
+
+@pytest.mark.parametrize("package", sorted({m for m in MODULES if (ROOT / m.replace(".", "/")).is_dir()}))
+def test_every_package_says_who_lives_there(package: str) -> None:
+    assert ast.get_docstring(MODULES[package]), f"{package}/__init__.py has no docstring"
 
 
 def test_no_cycles() -> None:
@@ -105,8 +130,8 @@ def test_solvers_know_nothing_of(package: str) -> None:
 
 def test_ray_stays_in_its_rooms() -> None:
     users = {m for m, tree in MODULES.items() if any(within(i, "ray") for i in imports(tree))}
-    assert not {m for m in users if not may_use_ray(m)}
-    assert {"epd_ray.actors.reward_pool", "epd_ray.rdpo.module"} <= users
+    assert not {m for m in users if not inside(m, RAY_ROOMS) or inside(m, PLAIN)}
+    assert {"epd_ray.actors.pool", "epd_ray.rdpo.learner"} <= users
 
 
 def test_backbone_names_stay_in_backbones() -> None:
@@ -193,8 +218,8 @@ def test_the_reader_of_pickles_only_subclasses_the_unpickler() -> None:
 
 
 def test_importing_the_plain_modules_imports_no_ray() -> None:
-    plain = [m for m in MODULES if not may_use_ray(m) and m != "epd_ray.__main__"]
-    assert {"epd_ray.solvers", "epd_ray.drawing.worker", "epd_ray.rewards.scoring", "epd_ray.policy.loss"} <= set(plain)
+    plain = [m for m in MODULES if needs_no_ray(m) and not m.endswith("__main__")]
+    assert {"epd_ray.solvers", "epd_ray.drawing.worker", "epd_ray.policy.network", "epd_ray.runs.sample"} <= set(plain)
     check = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"

@@ -77,6 +77,7 @@ def test_all_that_is_missing_is_named_with_its_node(cluster: Cluster, models: Pa
         fetch_model(str(tmp_path / "empty"), None)
 
 
+@pytest.mark.slow
 def test_an_environment_that_is_not_on_a_node_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = module.RewardSpec(head="simulated", python="/nowhere/bin/python")
     items = [module.Item("reward p", module.fetch_head, ("p", spec))]

@@ -273,7 +273,7 @@ def test_more_prompts_than_there_are(request_of):
 
 
 def test_head_weights_that_are_missing_leave_nothing(small_ray, request_of, tmp_path):
-    head = f"rewards={{clip: {{head: clip, options: {{model: {tmp_path / 'nowhere'}}}}}}}"
+    head = f"rewards={{clip: {{head: clip, replicas: 0, options: {{model: {tmp_path / 'nowhere'}}}}}}}"
     with pytest.raises(ModelError, match="nowhere"):
         measured(request_of, head)
     assert [path.name for path in request_of.out.iterdir()] == [".lock"]
@@ -347,6 +347,7 @@ def test_killed_with_sigkill_it_goes_on(request_of, tmp_path):
 # -- real model formats -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     """A tiny random model: the layout and the samplers are the paper's, its figures are not."""
     model, clip = save_sd(tmp_path / "sd"), save_clip(tmp_path / "clip")
@@ -367,6 +368,7 @@ def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     assert (tmp_path / "out" / "results.csv").read_text().count(",diversity,0.") == 13
 
 
+@pytest.mark.slow
 def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
     model, clip = save_ddpm(tmp_path / "ddpm"), save_clip(tmp_path / "clip")
     solver = save_solver(tmp_path / "mine", 2, afs=True, family="ddpm")

@@ -142,7 +142,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def _start_pipeline(self, tag: str) -> None:
         """Start the reward actors and wait until every actor has its process and every head its model."""
         own: RDPOConfig = self.config
-        rewards = RewardPool(own.reward_specs, tag, own.task_timeout_s)
+        rewards = self._rewards = RewardPool(own.reward_specs, tag, own.task_timeout_s)
         self._closing.callback(rewards.stop)
         self._pipeline = RolloutPipeline(
             runner_pool(self.env_runner_group, own.max_env_runners, own.task_timeout_s),

@@ -1,0 +1,1 @@
+"""What the commands do: training with its stages, distilling, sampling, fetching weights, dry runs and reports."""
