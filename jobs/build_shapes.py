@@ -1,12 +1,12 @@
-"""Build the embedded model from nothing: its data are drawn, its three networks are trained, its folders are written.
+"""Build the embedded model from nothing: draw its data, train its three networks, and write its folders.
 
     python jobs/build_shapes.py vae --out build/shapes            # AutoencoderKL on random crops
     python jobs/build_shapes.py clip --out build/shapes           # shapes-clip, the reward model
     python jobs/build_shapes.py transformer --out build/shapes    # SD3 transformer and its two text encoders
     python jobs/build_shapes.py export --out build/shapes         # epd_ray/embedded/shapes*, and their cards
 
-Every stage resumes from its checkpoint (batches are a function of seed and step), shows its progress, and runs
-data-parallel over `--processes` with one torch thread each; on a GPU one process is enough.
+Every stage resumes from its checkpoint, because a batch is a function of seed and step. A stage shows its progress, and
+runs data-parallel over `--processes` with one torch thread each; on a GPU one process is enough.
 """
 
 import itertools
@@ -31,12 +31,12 @@ from epd_ray.embedded import scenes as world
 from epd_ray.embedded.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
 from epd_ray.embedded.release import release
 
-MAX_LATENTS = 100_000  # encoded once, before the transformer stage
+MAX_LATENTS = 100_000  # pictures that are encoded once, before the transformer is trained
 CHECKPOINT_SECONDS = 60.0
-COOLDOWN = 0.3  # the last share of a stage, in which the learning rate falls to 0
+COOLDOWN = 0.3  # share of a stage's time, at its end, in which the learning rate falls to 0
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and encoded scenes")]
+OutOption = Annotated[Path, typer.Option(help="Working folder for checkpoints and encoded scenes.")]
 
 
 # -- one loop for the three stages ------------------------------------------------------------------------------------
@@ -44,7 +44,20 @@ OutOption = Annotated[Path, typer.Option(help="working folder: checkpoints and e
 
 @dataclass
 class Stage:
-    """What a stage trains and how; `loss(step)` draws its own batch from (seed, step, rank)."""
+    """A network and how it is trained.
+
+    Attributes:
+        name: name of the stage, and of its checkpoint.
+        module: the network.
+        optimizers: the optimizers, each with the learning rate of its middle part.
+        loss: the loss of a step; it draws its own batch from (seed, step, rank).
+        ema_decay: decay of the moving average of the parameters after the first steps.
+        warmup: number of steps in which the learning rate rises.
+        ema: the moving average of the parameters, by name.
+        step: number of steps so far.
+        elapsed: seconds of training so far, earlier processes included.
+        mean_loss: moving average of the loss, not a number before the first step.
+    """
 
     name: str
     module: nn.Module
@@ -53,74 +66,98 @@ class Stage:
     ema_decay: float = 0.998
     warmup: int = 200
     ema: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    elapsed: float = 0.0
+    mean_loss: float = math.nan
 
 
 def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: int) -> None:
-    """Train for `minutes` in all (earlier runs counted in), saving every minute and at the end."""
-    path = out / f"{stage.name}.pt"
-    step, elapsed = 0, 0.0
+    """Train until the stage has had its minutes, earlier processes included, and save every minute and at the end."""
+    end = 60 * minutes
     parameters = dict(stage.module.named_parameters())
     stage.ema = {k: p.detach().clone() for k, p in parameters.items()}
-    base = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]  # a checkpoint holds scheduled ones
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        stage.module.load_state_dict(saved["model"])
-        stage.ema = saved["ema"]
-        for optimizer, state in zip(stage.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, elapsed = saved["step"], saved["seconds"]
-    bar = tqdm(
-        total=int(60 * minutes), initial=int(elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5
-    )
+    rates = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]  # before a checkpoint brings scheduled ones
+    restore(stage, out / f"{stage.name}.pt")
+    bar = tqdm(total=int(end), initial=int(stage.elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5)
     last_save = time.monotonic()
-    mean_loss = math.nan
-    while elapsed < 60 * minutes:
+    while stage.elapsed < end:
         start = time.monotonic()
-        for optimizer, rates in zip(stage.optimizers, base, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, (step + 1) / stage.warmup, (1 - elapsed / (60 * minutes)) / COOLDOWN)
-        loss = stage.loss(step)
-        for optimizer in stage.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if world_size > 1:
-            average_gradients(list(parameters.values()), world_size)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for optimizer in stage.optimizers:
-            optimizer.step()
-        step += 1
-        decay = min(stage.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(stage.ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        set_learning_rates(stage, rates, end)
+        loss = stage.loss(stage.step)
+        learn(stage, loss, parameters, world_size)
         value = float(loss.detach())
-        mean_loss = value if math.isnan(mean_loss) else 0.98 * mean_loss + 0.02 * value
-        seconds = time.monotonic() - start
-        if world_size > 1:  # every process must leave the loop at the same step
-            shared = torch.tensor([seconds])
-            dist.broadcast(shared, 0)
-            seconds = float(shared)
-        elapsed += seconds
-        bar.update(min(int(elapsed), bar.total) - bar.n)
-        bar.set_postfix(step=step, loss=f"{mean_loss:.4f}", refresh=False)
-        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or elapsed >= 60 * minutes):
-            optimizers = [o.state_dict() for o in stage.optimizers]
-            state = {
-                "model": stage.module.state_dict(),
-                "ema": stage.ema,
-                "optimizers": optimizers,
-                "step": step,
-                "seconds": elapsed,
-            }
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-            (out / f"{stage.name}.json").write_text(
-                json.dumps({"step": step, "seconds": round(elapsed), "loss": mean_loss, "processes": world_size})
-            )
+        stage.mean_loss = value if math.isnan(stage.mean_loss) else 0.98 * stage.mean_loss + 0.02 * value
+        stage.elapsed += shared(time.monotonic() - start, world_size)
+        bar.update(min(int(stage.elapsed), bar.total) - bar.n)
+        bar.set_postfix(step=stage.step, loss=f"{stage.mean_loss:.4f}", refresh=False)
+        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or stage.elapsed >= end):
+            save(stage, out, world_size)
             last_save = time.monotonic()
     bar.close()
 
 
+def restore(stage: Stage, path: Path) -> None:
+    """Take over a stage's checkpoint, if there is one."""
+    if not path.exists():
+        return
+    saved = torch.load(path, weights_only=True)
+    stage.module.load_state_dict(saved["model"])
+    stage.ema = saved["ema"]
+    for optimizer, state in zip(stage.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    stage.step, stage.elapsed = saved["step"], saved["seconds"]
+
+
+def save(stage: Stage, out: Path, world_size: int) -> None:
+    """Write a stage's checkpoint, and a summary of it as JSON."""
+    path = out / f"{stage.name}.pt"
+    state = {
+        "model": stage.module.state_dict(),
+        "ema": stage.ema,
+        "optimizers": [o.state_dict() for o in stage.optimizers],
+        "step": stage.step,
+        "seconds": stage.elapsed,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    summary = {"step": stage.step, "seconds": round(stage.elapsed), "loss": stage.mean_loss, "processes": world_size}
+    (out / f"{stage.name}.json").write_text(json.dumps(summary))
+
+
+def set_learning_rates(stage: Stage, rates: list[list[float]], end: float) -> None:
+    """Set the learning rates of a step: they rise over the first steps, and fall to 0 in the last part of the time."""
+    share = min(1.0, (stage.step + 1) / stage.warmup, (1 - stage.elapsed / end) / COOLDOWN)
+    for optimizer, own in zip(stage.optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate * share
+
+
+def learn(stage: Stage, loss: Tensor, parameters: dict[str, nn.Parameter], world_size: int) -> None:
+    """Take a gradient step, and move the average of the parameters."""
+    for optimizer in stage.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if world_size > 1:
+        average_gradients(list(parameters.values()), world_size)
+    torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    for optimizer in stage.optimizers:
+        optimizer.step()
+    stage.step += 1
+    decay = min(stage.ema_decay, (1 + stage.step) / (10 + stage.step))
+    torch._foreach_lerp_(list(stage.ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+
+
+def shared(seconds: float, world_size: int) -> float:
+    """The seconds of the first process, because every process must leave the loop at the same step."""
+    if world_size == 1:
+        return seconds
+    value = torch.tensor([seconds])
+    dist.broadcast(value, 0)
+    return float(value)
+
+
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """One all-reduce over all gradients, flattened."""
+    """Average the gradients over the processes, in one all-reduce."""
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([g.flatten() for g in grads]) / world_size
     dist.all_reduce(flat)
@@ -198,7 +235,7 @@ def clip_stage(rank: int, seed: int, batch: int) -> Stage:
 
 
 def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents [n, 8, 16, 16] (normalised, float16) and token ids [n, 20] of this process's share, made once."""
+    """Normalised latents [n, 8, 16, 16], float16, and token ids [n, 20] of this process's share, encoded once."""
     path = out / f"scenes-{rank}-of-{world_size}.pt"
     if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
         vae = load_ema(make_vae(), out / "vae.pt").to(device(), memory_format=torch.channels_last)
@@ -221,7 +258,7 @@ def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Te
 
 
 def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) -> tuple[float, float]:
-    """The VAE's shift and scale (1 / std), the same in every process; kept beside the checkpoints."""
+    """Shift and scale (1 / std) of the VAE's latents over all processes, kept beside the checkpoints."""
     moments = torch.tensor([latents.float().mean(), latents.float().square().mean()]) / world_size
     if world_size > 1:
         dist.all_reduce(moments)
@@ -244,11 +281,11 @@ def transformer_stage(out: Path, rank: int, world_size: int, seed: int, batch: i
         rows = rng.integers(0, len(latents), batch)
         x = latents[rows].float().to(device())
         words = tokens[rows].clone()
-        words[rng.random(batch) < 0.1] = blank  # what guidance subtracts
+        words[rng.random(batch) < 0.1] = blank  # the empty prompt, which guidance subtracts
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device())
-        # Logit-normal, towards the noisy end: what goes where is decided early.
+        # Logit-normal towards the noisy end, because the places of things are decided early.
         sigma = torch.sigmoid(0.4 + 1.2 * torch.from_numpy(rng.standard_normal(batch, np.float32))).to(device())
-        # The pipeline puts `max_sequence_length` empty T5 tokens, 256 unless told: learn to ignore them.
+        # The pipeline adds `max_sequence_length` empty T5 tokens, by default 256: the network learns to ignore them.
         empty = int(np.random.default_rng([seed, step]).choice([1, 20, 256], p=[0.80, 0.17, 0.03]))
         mixed = torch.lerp(x, noise, sigma[:, None, None, None])
         with autocast():
@@ -296,19 +333,19 @@ def vae(out: OutOption, minutes: float = 15, batch: int = 32, seed: int = 0, pro
 
 @app.command()
 def clip(out: OutOption, minutes: float = 10, batch: int = 192, seed: int = 0, processes: int = 1) -> None:
-    """Train shapes-clip with in-batch and altered-caption negatives."""
+    """Train shapes-clip, with the other captions of a batch and altered captions as negatives."""
     launch("clip", out, minutes, batch, seed, processes)
 
 
 @app.command()
 def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
-    """Train the denoiser; `batch` is per process."""
+    """Train the denoiser; `batch` is the number of pictures of each process."""
     launch("transformer", out, minutes, batch, seed, processes)
 
 
 @app.command()
 def export(out: OutOption, assets: Path = Path("epd_ray/embedded"), prompts: int = 512, steps: int = 50) -> None:
-    """Write epd_ray/embedded/{shapes,shapes-clip} with their measured figures."""
+    """Write the folders shapes and shapes-clip of epd_ray/embedded, with measured figures on their cards."""
     typer.echo(json.dumps(release(out, assets, prompts, steps), indent=2))
 
 

@@ -1,6 +1,7 @@
 """The cases that are no whole runs: stage 1 on a backbone that costs nothing, and batching on small networks."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from rich.console import Console
 
 from epd_ray.backbones.architectures import ARCHITECTURES
 from epd_ray.bench import batching, cases, distilling
+from epd_ray.bench.cases import Options
 from epd_ray.bench.flops import peak_tflops
 from epd_ray.bench.models import MODELS, Subject
 from epd_ray.bench.random_models import random_backbone
-from epd_ray.bench.runner import Options, run
+from epd_ray.bench.record import Record, keep, show, under
+from epd_ray.bench.runner import run
 from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError
-from epd_ray.report.tables import show
+from epd_ray.evaluation.results import read_sections
+from epd_ray.report.tables import show as table
 from epd_ray.solvers.conditioned import noises
 from tests.conftest import SIMULATED
 
@@ -45,7 +49,7 @@ def test_distill_names_every_figure(monkeypatch):
 
     monkeypatch.setattr(distilling, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(distilling, "_distilled", lambda name, overrides: {"overrides": overrides[-1]})
-    record = distilling.distill(intervals=(2, 12))
+    record = distilling.distill(intervals=(2, 12)).figures
     assert list(record) == [f"{n}/{name}/overrides" for n in (2, 12) for name in distilling.DISTILLATIONS]
     assert record["12/start_point_scales/overrides"] == "solver.intervals=12"
     assert record["12/lone_start_scales/overrides"] == "solver.intervals=36"  # as many evaluations
@@ -113,12 +117,13 @@ def stand_in(monkeypatch):
     """Cases that measure nothing, and what they were given."""
     given = []
 
-    def case(**arguments):
+    def case(name, **arguments):
         given.append(arguments)
-        return {"seconds": 0.5, "batch 1/euler/s": 1.0, "batch 1/epd/s": 2.0, "nested": {"a": None}}
+        rows = {**under("batch 1/euler", {"s": 1.0}), **under("batch 1/epd", {"s": 2.0, "of_peak": None})}
+        return Record(name, {"batch": 1}, {"seconds": 0.5, **rows})
 
     for name in ("latency", "overhead"):
-        monkeypatch.setitem(cases.CASES, name, case)
+        monkeypatch.setitem(cases.CASES, name, partial(case, name))
     return given
 
 
@@ -126,21 +131,45 @@ def test_the_command_writes_what_it_measured_and_on_what(stand_in, tmp_path, cap
     file = tmp_path / "bench.json"
     records = run(["latency", "overhead"], out=file)
     written = json.loads(file.read_text())
-    assert written["cases"] == records and list(records) == ["latency", "overhead"]
+    assert written["cases"] == {record.case: record.figures for record in records}
+    assert [record.case for record in records] == ["latency", "overhead"]
     assert {"cpu", "cores", "gpus", "torch_threads", "versions"} <= written["made_by"]["machine"].keys()
     assert written["made_by"]["machine"]["versions"]["torch"] == torch.__version__
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["batch", "1/epd", "2"] for line in lines)  # a row for each solver, a column a figure
+    assert any(
+        line.split() == ["batch", "1/epd", "2", "-"] for line in lines
+    )  # a row for each solver, a column a figure
     capsys.readouterr()
-    Console().print(show("step", {f"{way}/{stage}_s": 1.5 for way in "ab" for stage in ("x", "y", "z")}))
+    Console().print(table("step", {f"{way}/{stage}_s": 1.5 for way in "ab" for stage in ("x", "y", "z")}))
     assert [line.split() for line in capsys.readouterr().out.splitlines()][1:3] == [["a", "b"], ["x_s", "1.5", "1.5"]]
-    Console(width=40).print(show("search", {f"n{n}/random/rdpo_minus_this/mean": 1.5 for n in range(4)}))
+    Console(width=40).print(table("search", {f"n{n}/random/rdpo_minus_this/mean": 1.5 for n in range(4)}))
     narrow = "".join(capsys.readouterr().out.split())
     assert all(f"n{n}/random/rdpo_minus_this" in narrow for n in range(4)) and "\N{HORIZONTAL ELLIPSIS}" not in narrow
-    Console(width=40).print(show("search", {f"{way}_minus_this/{f}": 1.5 for way in ("rdpo", "random") for f in "xyz"}))
+    Console(width=40).print(
+        table("search", {f"{way}_minus_this/{f}": 1.5 for way in ("rdpo", "random") for f in "xyz"})
+    )
     assert "\N{HORIZONTAL ELLIPSIS}" not in capsys.readouterr().out
     run(["latency"], Options("sd3-random", "small", compile=True))
-    assert stand_in == [{}, {}, {"model": "sd3-random", "size": "small", "compile": True}]
+    assert stand_in == [{"subject": Subject()}, {}, {"subject": Subject("sd3-random", "small", compile=True)}]
+
+
+def test_a_kept_record_is_read_by_results(tmp_path, capsys):
+    record = Record("step", {"images": 4}, {"ratio": 2.5, **under("loop", {"seconds": 3.0, "of_peak": None})})
+    keep([record], tmp_path / "bench.json")
+    (section,) = read_sections(tmp_path / "bench.json")
+    assert section.title == "Benchmark step" and section.made_by == record.made_by
+    assert "| images | 4 |" in section.body and "| ratio | 2.5 |" in section.body and "| loop | 3 | - |" in section.body
+    show(record)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["images", "4"] in lines and ["loop"] in lines and ["seconds", "3"] in lines
+
+
+def test_batching_takes_every_random_model_unless_one_is_named(monkeypatch):
+    given = []
+    monkeypatch.setitem(cases.CASES, "batching", lambda subjects: given.append(subjects) or Record("batching", {}, {}))
+    run(["batching"], Options(size="small"))
+    run(["batching"], Options("shapes"))
+    assert given == [[Subject(model, "small") for model in MODELS[1:]], [Subject("shapes")]]
 
 
 def test_the_command_refuses_before_it_measures(stand_in, tmp_path):

@@ -15,8 +15,6 @@ from epd_ray.errors import ConfigError
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.session import rdpo_config
-from epd_ray.rewards.scoring import Scorer
-from epd_ray.rewards.simulated import SimulatedHead
 from epd_ray.types import RolloutJob
 
 SMALL = ["rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch=4", "cluster.images_per_job=2"]
@@ -38,7 +36,7 @@ def test_the_loop_draws_the_pictures_of_the_pipeline():
     chosen = prompts(4)
     config = rdpo_config(load_config(None, SMALL), chosen)
     worker = config.worker_spec.build()
-    loop = PlainLoop(config, worker, Scorer("sim", SimulatedHead()), chosen)
+    loop = PlainLoop(config, worker, chosen)
     parameters = PolicyNetwork(config.policy_spec).parameters_array()
     jobs = [RolloutJob((0, i), 0, parameters, batch) for i, batch in enumerate(propose(config.batch_plan, chosen, 0))]
     expected = np.concatenate([worker.generate(job).images for job in jobs])
@@ -49,10 +47,26 @@ def test_the_loop_draws_the_pictures_of_the_pipeline():
     assert min(loop.seconds.values()) > 0
 
 
-@pytest.mark.parametrize("more", [("rdpo.minibatch=8",), ("rdpo.minibatch=2", "rdpo.epochs=3")])
+TWO_HEADS = (
+    "rewards={dark: {head: simulated, replicas: 0, options: {target: 0}}, light: {head: simulated, replicas: 0}}"
+)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("rdpo.minibatch=8",),
+        ("rdpo.minibatch=2", "rdpo.epochs=3"),
+        ("rdpo.minibatch=4", "rdpo.kl_coeff=0.5"),
+        ("rdpo.minibatch=4", "rdpo.entropy_coeff=0.05"),
+        ("rdpo.lr_schedule=linear", "rdpo.iterations=3"),
+        (TWO_HEADS, "rewards.b.weight=3"),
+        (TWO_HEADS, "rdpo.normalisation=zscore"),
+    ],
+)
 def test_the_loop_learns_what_the_pipeline_learns(build, more):
     algo = build("rdpo.staleness=0", "rdpo.prompts_per_iteration=2", *more)
-    loop = PlainLoop(algo.config, algo.config.worker_spec.build(), Scorer("sim", SimulatedHead()), algo.config.prompts)
+    loop = PlainLoop(algo.config, algo.config.worker_spec.build(), algo.config.prompts)
     before = loop.network.parameters_array()
     for iteration in range(2):
         algo.train()
@@ -64,7 +78,7 @@ def test_the_loop_learns_what_the_pipeline_learns(build, more):
 
 def test_step_names_every_figure():
     here = ["cluster.rollout_actors=0", "cluster.learner_actors=0", "rewards.clip.replicas=0"]
-    record = step(overrides=[*SMALL, *here], rounds=1, iterations=1, threads=[1])
+    record = step(overrides=[*SMALL, *here], rounds=1, iterations=1, threads=[1]).figures
     assert record["images"] == 4
     batched, single = (record[f"{kind}, threads 1/iteration_s"] for kind in ("batched", "single"))
     assert record["ratio"] == pytest.approx(batched / record["pipeline/iteration_s"])
@@ -81,19 +95,20 @@ def test_step_names_every_figure():
 
 @pytest.mark.slow
 def test_latency_compares_at_one_parallel_nfe():
-    record = latency("sd3-random", "small", parallel_nfe=4, batch=2, repeats=3, resolution=64)
+    subject = Subject("sd3-random", "small", 64)
+    record = latency(subject, parallel_nfe=4, batch=2, repeats=3).figures
     assert record["solver/euler/vs_euler"] == 1
     for name in ("heun", "dpm2", "ipndm", "epd K=2", "epd K=3", "epd K=2, one after another"):
         assert record[f"solver/{name}/s"] > 0
     assert record["solver/epd K=3/vs_euler"] > 1
     assert record["pipeline/epd K=2/s"] > 0
-    backbone, guidance = Subject("sd3-random", "small", 64).open()
+    backbone, guidance = subject.open()
     for name, evals in (("euler", 4), ("heun", 4), ("epd K=2", 6), ("epd K=3, one after another", 8)):
         tflops = 2 * evals * tflop_per_eval(backbone, guidance) / record[f"solver/{name}/s"]
         assert record[f"solver/{name}/tflops"] == pytest.approx(tflops)
         assert record[f"solver/{name}/of_peak"] is None
     with pytest.raises(ConfigError, match="parallel_nfe is 5"):
-        latency("sd3-random", "small", parallel_nfe=5)
+        latency(subject, parallel_nfe=5)
 
 
 @pytest.mark.parametrize("model", MODELS[1:])
@@ -101,7 +116,7 @@ def test_pipelines_run_with_their_points_on_two_devices(model):
     backbone, guidance = Subject(model, "small", 64).open()
     conditioning = backbone.encode(["a", "b"], guidance)
     theirs = backbone.pipeline.scheduler
-    record = _pipelines("pipeline", backbone, conditioning, 4, [["cpu", "cpu"]], 1)
+    record = _pipelines(backbone, conditioning, 4, [["cpu", "cpu"]], 1)
     assert list(record)[::2] == [
         f"pipeline{more}/{name}/s" for more in ("", ", 2 devices") for name in ("euler", "epd K=2")
     ]
@@ -110,7 +125,7 @@ def test_pipelines_run_with_their_points_on_two_devices(model):
 
 @pytest.mark.slow
 def test_throughput_replays_what_the_pictures_took():
-    record = throughput("sd15-random", "small", intervals=1, batch=4, repeats=3, resolution=64)
+    record = throughput(Subject("sd15-random", "small", 64), intervals=1, batch=4, repeats=3).figures
     assert record["images_per_s"] == pytest.approx(4 / record["stages/generate_s"])
     assert record["worker_of_bare"] == pytest.approx(record["stages/bare_s"] / record["stages/generate_s"])
     assert record["actor_of_bare"] > 0.2 and record["of_peak"] is None

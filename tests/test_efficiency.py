@@ -122,14 +122,14 @@ def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
         return Curve(images, [0.0, 1.0, 1.0])
 
     monkeypatch.setattr(efficiency, "_measured", curve)
-    record = efficiency.efficiency(range(3), tmp_path)
+    record = efficiency.efficiency(range(3), tmp_path).figures
     assert [record[f"seed_{i}/ours/first"] for i in range(3)] == [32, 64, 96]
     assert record["reference_tuned/first/ours_times_fewer"] == 4
     assert record["budget/ours_times_fewer"] == 3200 / 64
 
 
 def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ray):
-    record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32)
+    record = efficiency.efficiency(range(1), tmp_path, TINY, budget=32).figures
     files = sorted(path.name for path in tmp_path.iterdir())
     arms = ("ours", "ours_published_solver", "reference", "reference_tuned")
     assert files == [f"{arm}-seed0.json" for arm in arms]
@@ -142,7 +142,7 @@ def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ra
     assert record["reference/first/median"] in (0, 32) and record["ours/first/coverage"] == 0
 
     monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))
-    assert efficiency.efficiency(range(1), tmp_path, TINY, budget=32) == record
+    assert efficiency.efficiency(range(1), tmp_path, TINY, budget=32).figures == record
     with pytest.raises(RunDirectoryError, match=r"run.rdpo.epochs was 1, now 2"):
         efficiency.efficiency(range(1), tmp_path, (*TINY, "rdpo.epochs=2"), budget=32)
     with pytest.raises(RunDirectoryError, match="budget was 32, now 64"):
@@ -153,7 +153,7 @@ def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_r
     monkeypatch.setattr(search, "BETWEEN_CHECKS", 32)
     monkeypatch.setattr(search, "CANDIDATES", 4)
     monkeypatch.setattr(search, "RANDOM_CANDIDATES", 8)
-    record = search.search(range(1), tmp_path, TINY, problems=["n2"], budget=64)
+    record = search.search(range(1), tmp_path, TINY, problems=["n2"], budget=64).figures
     measured = {path.stem.split("-")[2]: json.loads(path.read_text())["measured"] for path in tmp_path.iterdir()}
     assert sorted(measured) == ["cma", "distilled", "random", "rdpo"]
     for name, found in measured.items():
@@ -184,11 +184,11 @@ def test_what_a_search_found_is_of_its_start(tmp_path, monkeypatch):
 
 
 def test_seeds_are_the_units_of_a_search():
-    found = search._compared("n2", {"rdpo": [0.5, 0.7, 0.9], "cma": [0.4, 0.6, 0.6]})
+    found = search._compared({"rdpo": [0.5, 0.7, 0.9], "cma": [0.4, 0.6, 0.6]})
     interval = stats.ttest_rel([0.5, 0.7, 0.9], [0.4, 0.6, 0.6]).confidence_interval()
-    assert found["n2/cma/rdpo_minus_this/mean"] == pytest.approx(1 / 6)
-    assert found["n2/cma/rdpo_minus_this/low"] == pytest.approx(interval.low)
-    assert found["n2/cma/rdpo_minus_this/high"] == pytest.approx(interval.high)
+    assert found["cma/rdpo_minus_this/mean"] == pytest.approx(1 / 6)
+    assert found["cma/rdpo_minus_this/low"] == pytest.approx(interval.low)
+    assert found["cma/rdpo_minus_this/high"] == pytest.approx(interval.high)
 
 
 def test_a_round_draws_the_same_prompts_with_every_table(build):
@@ -235,6 +235,6 @@ def test_pictures_may_have_tables_of_their_own(build):
 def test_the_command_hands_on_seeds_and_folder(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setitem(cases.CASES, "efficiency", lambda seeds="own", folder=None: seen.append((seeds, folder)) or {})
-    cases.measured("efficiency", 2, tmp_path)
-    cases.measured("efficiency", None, tmp_path)
+    cases.measured("efficiency", cases.Options(seeds=2, folder=tmp_path))
+    cases.measured("efficiency", cases.Options(folder=tmp_path))
     assert seen == [(range(2), tmp_path), ("own", tmp_path)]

@@ -57,7 +57,7 @@ def test_an_encoder_actor_changes_no_bit_and_survives_its_death(tiny):
     assert apart.env_runner_group.foreach_env_runner(held, local_env_runner=False) == [["transformer", "vae"]]
     assert len(held(whole.env_runner_group.local_env_runner)) == 5
     apart.train(), whole.train()
-    assert [r["reward"] for r in apart.last.rows] == [r["reward"] for r in whole.last.rows]
+    assert [r.reward for r in apart.last.rollouts] == [r.reward for r in whole.last.rollouts]
     assert apart.checksum() == whole.checksum() and apart.truncated(["red " * 300]) == whole.truncated(["red " * 300])
 
     pid = ray.get(apart._encoder.__ray_call__.remote(lambda actor: os.getpid()))

@@ -78,7 +78,7 @@ def test_a_run_with_z_scores_goes_on_exactly(build) -> None:
     whole.train()
     again.import_state(state)
     again.train()
-    assert [row["reward"] for row in again.last.rows] == [row["reward"] for row in whole.last.rows]
+    assert [r.reward for r in again.last.rollouts] == [r.reward for r in whole.last.rollouts]
     assert again.checksum() == whole.checksum()
-    spread = np.std([row["reward"] for row in whole.last.rows])
+    spread = np.std([r.reward for r in whole.last.rollouts])
     assert 0.2 < spread < 2

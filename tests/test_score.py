@@ -386,7 +386,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(tmp_path, numbe
 
 @pytest.mark.slow
 def test_the_bench_compares_the_same_work():
-    record = CASES["scoring"](images=1024, repeats=1)
+    record = CASES["scoring"](images=1024, repeats=1).figures
     assert record["head_images_per_s"] > record["loop_images_per_s"] > 0  # the loop decodes too
     assert record["ratio"] == pytest.approx(record["actor_images_per_s"] / record["loop_images_per_s"])
     assert record["ratio_to_head"] == pytest.approx(record["actor_images_per_s"] / record["head_images_per_s"])

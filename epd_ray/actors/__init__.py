@@ -1,1 +1,1 @@
-"""The Ray wing: joining or starting a cluster, pools of rollout and reward actors, and the way of a task through them."""
+"""The Ray wing: starting or joining a cluster, pools of actors that draw and score, and the path of a task."""

@@ -1,15 +1,15 @@
-"""What the K evaluations of an interval cost in one batch, one after another, and against one evaluation."""
+"""The time of an interval's points: in one batch, one after another, and against Euler steps of the same depth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from epd_ray.bench.flops import speed, tflop_per_eval
-from epd_ray.bench.models import MODELS, Subject, prompts
-from epd_ray.bench.random_models import Size
+from epd_ray.bench.models import EMBEDDED, RANDOM_MODELS, Subject, device_name, prompts
+from epd_ray.bench.record import Record, Value, Values, under
 from epd_ray.bench.timing import medians
 from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Drift
@@ -17,34 +17,31 @@ from epd_ray.types import Drift
 POINTS = 2
 
 
-def batching(
-    model: str | None = None, size: Size | None = None, compile: bool = False, repeats: int = 5
-) -> dict[str, Any]:
-    """Seconds of one interval per model, medians of interleaved repeats, and their ratios.
+def batching(subjects: Sequence[Subject] | None = None, repeats: int = 5) -> Record:
+    """Median seconds of one interval of EPD for each model, in turns with other ways to do comparable work.
 
-    On a GPU the published architectures run in bfloat16 at 512 and 1024 px, batch 1 and 8; else small ones in float32.
-    `vs_sequential`: K = 2 in one batch against one after another. `vs_ddim`: an interval of EPD (1 + 2 evaluations)
-    against two Euler steps, which have the same sequential depth; 1.5 is the floor where arithmetic is the limit.
-    `tflops` are the network's operations over the time of those two steps.
+    On a GPU random models run with their own dtype at 512 and 1024 pixels with 1 and 8 pictures; on a CPU small models
+    run in float32 with 1 and 4. `vs_sequential` is the time of K = 2 points in one batch over that of the points one
+    after another. `vs_ddim` is the time of an interval (1 + 2 evaluations) over that of two Euler steps, which have the
+    same parallel NFE; where arithmetic is the limit it cannot be less than 1.5. `tflops` is the network's speed in
+    these two steps.
 
     Args:
-        model: one of MODELS; None: all with random weights.
-        size: see Subject.
-        compile: see Subject.
-        repeats: odd, at least 3.
+        subjects: the models, whose resolution and dtype are set here; None means every random model.
+        repeats: number of counted rounds, odd and at least 3.
     """
     gpu = torch.cuda.is_available()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpu else "cpu"}
-    for name in MODELS[1:] if model is None else (model,):
-        for pixels in (512, 1024) if gpu and name != MODELS[0] else (None,):
-            subject = Subject(name, size, pixels, "auto" if gpu else "float32", compile)
+    values: dict[str, Value] = {}
+    for subject in subjects or [Subject(model) for model in RANDOM_MODELS]:
+        for pixels in (512, 1024) if gpu and subject.model != EMBEDDED else (None,):
+            sized = replace(subject, resolution=pixels, dtype="auto" if gpu else "float32")
+            name = subject.model if pixels is None else f"{subject.model} {pixels} px"
             for batch in (1, 8) if gpu else (1, 4):
-                key = f"{name}, batch {batch}" if pixels is None else f"{name} {pixels} px, batch {batch}"
-                found[key] = _measure(subject, batch, repeats)
-    return found
+                values |= under(f"{name}, batch {batch}", _measure(sized, batch, repeats))
+    return Record("batching", {"device": device_name()}, values)
 
 
-def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float | None]:
+def _measure(subject: Subject, batch: int, repeats: int) -> Values:
     backbone, guidance = subject.open()
     with torch.inference_mode():
         conditioning = backbone.encode(prompts(batch), guidance)
@@ -63,12 +60,12 @@ def _measure(subject: Subject, batch: int, repeats: int) -> dict[str, float | No
         **{f"{way}_s": round(value, 4) for way, value in seconds.items()},
         "vs_sequential": round(seconds["batched"] / seconds["sequential"], 3),
         "vs_ddim": round(seconds["batched"] / seconds["ddim"], 3),
-        **speed(2 * tflop / seconds["ddim"], str(subject.facts["device"])),
+        **speed(2 * tflop / seconds["ddim"]),
     }
 
 
 def _interval(drift: Drift, x: Tensor, a: float, b: float, *, batched: bool) -> None:
-    """The network's work in one EPD interval."""
+    """The network's work in one EPD interval from sigma `a` to sigma `b`."""
     drift(x, x.new_full(x.shape[:1], a))
     inner = [a + (b - a) * (k + 1) / (POINTS + 1) for k in range(POINTS)]
     if batched:

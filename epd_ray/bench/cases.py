@@ -1,6 +1,7 @@
-"""Measurements against something in the same run, as ratios of medians. Each case returns a record of figures."""
+"""The cases of `epd-ray bench` by name, and the options that they take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ from epd_ray.bench.faults import faults
 from epd_ray.bench.iterations import overhead, overlap
 from epd_ray.bench.kept import FOLDER
 from epd_ray.bench.latency import latency
+from epd_ray.bench.models import EMBEDDED, RANDOM_MODELS, Subject
 from epd_ray.bench.random_models import Size
+from epd_ray.bench.record import Record
 from epd_ray.bench.scale import flat, scale
 from epd_ray.bench.scoring import scoring
 from epd_ray.bench.search import search
 from epd_ray.bench.step import step
 from epd_ray.bench.throughput import throughput
-
-Record = dict[str, Any]
-"""Names of figures, some with slashes (see epd_ray.report.tables), to values."""
 
 CASES: dict[str, Callable[..., Record]] = {
     "overhead": overhead,
@@ -37,32 +37,48 @@ CASES: dict[str, Callable[..., Record]] = {
     "scoring": scoring,
 }
 SEEDED = ("efficiency", "search")
-"""Cases that take seeds and a folder, where they keep what they have measured."""
+"""Cases that take seeds, and a folder in which they keep their measurements."""
 OF_MODELS = ("batching", "latency", "step", "throughput")
-"""Cases that take a model and its size."""
+"""Cases that take a model; batching takes several."""
 
 
-def measured(
-    case: str,
-    seeds: int | None = None,
-    folder: Path = FOLDER,
-    model: str | None = None,
-    size: Size | None = None,
-    compile: bool | None = None,
-) -> Record:
-    """A case's record.
+@dataclass(frozen=True)
+class Options:
+    """Options of a command. A case ignores those that it does not take.
 
-    Args:
-        case: a name in CASES.
-        seeds: how many, for the cases in SEEDED; None: each one's own number.
-        folder: where those keep what they have measured.
-        model: for the cases in OF_MODELS, see epd_ray.bench.models; None: each one's own.
-        size: see there.
-        compile: see there.
+    Attributes:
+        model: one of epd_ray.bench.models.MODELS; None means the embedded one, and every random one for batching.
+        size: size of a random model; None means full on a GPU and small on a CPU.
+        compile: whether the network of a random model is compiled; None means no.
+        seeds: number of seeds, at least 1; None means the number that the case has by default.
+        folder: folder in which the cases in SEEDED keep their measurements.
     """
+
+    model: str | None = None
+    size: Size | None = None
+    compile: bool | None = None
+    seeds: int | None = None
+    folder: Path = FOLDER
+
+    def subjects(self, models: Sequence[str]) -> list[Subject]:
+        """The chosen model, or all of these where none is chosen.
+
+        Raises:
+            ConfigError: the model is unknown, or it does not take the size or the compilation.
+        """
+        chosen = models if self.model is None else (self.model,)
+        return [Subject(model, self.size, compile=bool(self.compile)) for model in chosen]
+
+
+def measured(case: str, options: Options) -> Record:
+    """Measure one case, a key of CASES."""
     given: dict[str, Any] = {}
     if case in SEEDED:
-        given = {"folder": folder, "seeds": None if seeds is None else range(seeds)}
+        given = {"folder": options.folder}
+        if options.seeds is not None:
+            given["seeds"] = range(options.seeds)
+    elif case == "batching":
+        given = {"subjects": options.subjects(RANDOM_MODELS)}
     elif case in OF_MODELS:
-        given = {"model": model, "size": size, "compile": compile}
-    return CASES[case](**{name: value for name, value in given.items() if value is not None})
+        (given["subject"],) = options.subjects((EMBEDDED,))
+    return CASES[case](**given)

@@ -1,4 +1,4 @@
-"""A simulated cluster whose actors can be caught in the middle of their work: what the fault bench kills things on."""
+"""A simulated cluster whose actors can be caught in the middle of their work, so that they are killed there."""
 
 import os
 import socket
@@ -34,20 +34,21 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Fault:
-    """What a fault did to a run.
+    """The damage that a fault did to a run.
 
     Attributes:
-        recovered: the run reached its end.
-        seconds: lost to it. In an algorithm that lives on: what all iterations took beyond as many undisturbed ones.
-            Where the driver died: from its death to the first new iteration on the disk, Ray's start included.
-        lost: pictures that were asked for and not learned from.
-        duplicated: pictures that were learned from again.
-        identical: every reward, advantage and policy is that of the undisturbed run, bit by bit.
-        reported: seconds of recovery by the algorithm's own metrics, added up over its tasks; None where it has none.
+        recovered: whether the run reached its end.
+        seconds: time lost. Where the algorithm lived on, the time of all its iterations minus that of as many
+            undisturbed ones; where the driver died, the time from its death to the first new iteration on the disk;
+            None where the run did not recover.
+        lost: number of pictures that were asked for and not learned from.
+        duplicated: number of pictures that were learned from twice.
+        identical: whether every reward, advantage and policy equals that of the undisturbed run, bit by bit.
+        reported: seconds of recovery in the algorithm's own metrics, summed over its tasks; None where there are none.
     """
 
     recovered: bool
-    seconds: float
+    seconds: float | None
     lost: int
     duplicated: int
     identical: bool
@@ -55,10 +56,14 @@ class Fault:
 
 
 def wait_for(what: str, condition: Callable[[], Any]) -> Any:
-    """Ask until the answer is true; that answer.
+    """Ask until the answer is true, and return this answer.
+
+    Args:
+        what: what is waited for, for the message of the error.
+        condition: gives the answer.
 
     Raises:
-        TimeoutError: PATIENCE_SECONDS have passed.
+        TimeoutError: the answer was not true within PATIENCE_SECONDS.
     """
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
@@ -73,7 +78,7 @@ def wait_for(what: str, condition: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Caught:
-    """A process that waits for its end, and the node that it is on."""
+    """A process that waits to be killed, and the id of the node that it runs on."""
 
     pid: int
     node_id: str
@@ -81,37 +86,41 @@ class Caught:
 
 @dataclass(frozen=True)
 class Trap:
-    """A point of the work at which one process, once, stops until it is killed.
+    """A point of the work at which one process stops until it is killed, once for each time that the trap is set.
 
     Attributes:
-        folder: that all processes see.
-        name: of the point.
+        folder: a folder that all processes see.
+        name: name of the point.
     """
 
     folder: Path
     name: str
 
     def set(self) -> None:
-        """The next process that passes is caught."""
+        """Catch the next process that passes."""
         (self.folder / self.name).touch()
 
     def unset(self) -> None:
-        """Nobody is caught any more, and whoever was is forgotten."""
+        """Catch no process any more, and forget one that was caught."""
         for name in (self.name, f"{self.name}.caught"):
             (self.folder / name).unlink(missing_ok=True)
 
     def spring(self) -> None:
-        """To be called at that point of the work."""
+        """Stop here if the trap is set; called at that point of the work."""
         mine = self.folder / f"{self.name}.{os.getpid()}"
         try:
-            (self.folder / self.name).rename(mine)  # for one process alone
+            (self.folder / self.name).rename(mine)  # succeeds in one process alone
         except FileNotFoundError:
             return
         write_text(self.folder / f"{self.name}.caught", f"{os.getpid()} {ray.get_runtime_context().get_node_id()}")
         time.sleep(PATIENCE_SECONDS)
 
     def wait(self) -> Caught:
-        """Block until a process is caught."""
+        """Wait until a process is caught.
+
+        Raises:
+            TimeoutError: no process was caught within PATIENCE_SECONDS.
+        """
         path = self.folder / f"{self.name}.caught"
         wait_for(f"nobody at {self.name!r}", path.exists)
         pid, node_id = path.read_text().split()
@@ -120,19 +129,19 @@ class Trap:
 
 
 class StuckError(Exception):
-    """A run that neither ends nor fails, so that nothing else can be measured in this process."""
+    """A run neither ends nor fails, so that nothing else can be measured in this process."""
 
 
 @contextmanager
 def beside(work: Callable[[], Answer], traps: Sequence[Trap]) -> "Iterator[Future[Answer]]":
-    """Work in a thread, so that this one can add nodes (Ray wants the main thread); left when the work has ended.
+    """Run work in another thread, because Ray adds nodes only in the main one; the context waits for its end.
 
     Args:
-        work: that uses the algorithm, which only one may do at a time.
-        traps: on its way, which are taken up at the end.
+        work: uses the algorithm, which no other thread may use at the same time.
+        traps: traps that the work passes; they are unset at the end.
 
     Raises:
-        StuckError: it does not end.
+        StuckError: the work does not end.
     """
     future: Future[Answer] = Future()
 
@@ -148,12 +157,12 @@ def beside(work: Callable[[], Answer], traps: Sequence[Trap]) -> "Iterator[Futur
     finally:
         for trap in traps:
             trap.unset()
-        if not wait([future], 2 * PATIENCE_SECONDS).done:  # a process that is caught goes on after half of it
+        if not wait([future], 2 * PATIENCE_SECONDS).done:  # a caught process goes on after half of this time
             raise StuckError(f"work has not ended {2 * PATIENCE_SECONDS:.0f} s after it was given up")
 
 
 class TrappedBackbone(SimulatedBackbone):
-    """Stops in the middle of a picture when "draw" is set, fails on one prompt, and notes the nodes that draw."""
+    """Stops in the middle of a picture when the trap "draw" is set, fails on one prompt, and notes which nodes draw."""
 
     def __init__(self, *, folder: str, latency: float = 0.0) -> None:
         super().__init__(latency=latency)
@@ -173,12 +182,12 @@ class TrappedBackbone(SimulatedBackbone):
 
 
 def drawn_on(folder: Path, node_id: str) -> Path:
-    """A file that is there once a node has drawn."""
+    """The file that exists once a node has drawn."""
     return folder / f"drawn-on-{node_id}"
 
 
 class TrappedHead(SimulatedHead):
-    """Stops in the middle of a batch when "score" is set."""
+    """Stops in the middle of a batch when the trap "score" is set."""
 
     def __init__(self, *, folder: str, latency: float = 0.0) -> None:
         super().__init__(latency=latency)
@@ -190,7 +199,7 @@ class TrappedHead(SimulatedHead):
 
 
 class TrappedLearner(RDPOLearner):
-    """Stops in the middle of an update when "learn" is set."""
+    """Stops in the middle of an update when the trap "learn" is set."""
 
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: Mapping[str, Tensor]
@@ -203,7 +212,7 @@ class TrappedLearner(RDPOLearner):
 
 
 class Nodes:
-    """Raylets on this machine, on loopback: a head for the driver, and workers told apart by a custom resource."""
+    """Ray nodes on this machine, on loopback: a head for the driver, and workers told apart by a custom resource."""
 
     def __init__(self) -> None:
         self._cluster = Cluster(
@@ -214,32 +223,32 @@ class Nodes:
                 "include_dashboard": True,
                 "dashboard_host": "127.0.0.1",
                 "dashboard_port": _free_port(),
-                "dashboard_agent_listen_port": _free_port(),  # jobs go through it; its usual one may be taken
+                "dashboard_agent_listen_port": _free_port(),  # jobs go through it, and its usual port may be taken
             },
         )
 
     @property
     def address(self) -> str:
-        """Of the cluster, for ray.init."""
+        """Address of the cluster, for ray.init."""
         return str(self._cluster.address)
 
     @property
     def dashboard(self) -> str:
-        """Where jobs are submitted."""
+        """URL to which jobs are submitted."""
         return f"http://{self._cluster.webui_url}"
 
     def add(self, kind: str) -> str:
-        """A node with one CPU and one of the resource `kind`; its id."""
+        """Add a node with one CPU and one of the resource `kind`, and return its id."""
         node = self._cluster.add_node(num_cpus=1, resources={kind: 1}, node_ip_address="127.0.0.1")
         return str(node.node_id)
 
     def remove(self, node_id: str) -> None:
-        """SIGKILL to all of a node's processes, workers included."""
+        """Send SIGKILL to all processes of a node, workers included."""
         (node,) = [n for n in self._cluster.worker_nodes if n.node_id == node_id]
         self._cluster.remove_node(node, allow_graceful=False)
 
     def shutdown(self) -> None:
-        """End all nodes."""
+        """Stop all nodes."""
         self._cluster.shutdown()
 
 
@@ -251,7 +260,7 @@ def _free_port() -> int:
 
 @contextmanager
 def simulated_nodes(*kinds: str) -> Iterator[Nodes]:
-    """A head and a worker node per kind; this process is their driver until the end."""
+    """A head and a worker node for each kind; this process is their driver until the context ends."""
     os.environ.update(ONE_MACHINE)
     several = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported
@@ -268,6 +277,6 @@ def simulated_nodes(*kinds: str) -> Iterator[Nodes]:
 
 
 def living_actors(job_id: str | None = None) -> list[Any]:
-    """The actors that are alive, all or one driver's."""
+    """The actors that are alive: all of them, or those of the driver with this job id."""
     filters = [("state", "=", "ALIVE"), *([] if job_id is None else [("job_id", "=", job_id)])]
     return list(list_actors(filters=filters))

@@ -1,4 +1,4 @@
-"""Whole runs whose driver dies: of the command line or of a submitted job, each against one that was left alone."""
+"""Runs whose driver is killed, of the command line or of a submitted job, against a run that was left alone."""
 
 import os
 import shlex
@@ -17,13 +17,12 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from epd_ray.bench.fault_cluster import Fault, Nodes, living_actors, wait_for
+from epd_ray.bench.settings import simulated
 from epd_ray.storage.rollouts import TIMINGS
 
-HIT = 3  # the driver dies once this iteration is on the disk
+HIT = 3  # the driver is killed once this iteration is on the disk
 SETTINGS = (
-    "backbone.family=simulated",
-    "backbone.options={latency: 0.04}",
-    "rewards={sim: {head: simulated, options: {latency: 0.04}}}",
+    *simulated(batch_s=0.16, score_s=0.04),
     "distill.prompts=8",
     "distill.teacher_steps=2",
     "distill.grid=5",
@@ -42,7 +41,13 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a finished run leaves that must not depend on what it went through."""
+    """The parts of a finished run that must be the same whatever happened to it.
+
+    Attributes:
+        solver: text of the solver's file.
+        ids: ids of all pictures that the run learned from.
+        rows: rows of all its rollout files, without their times.
+    """
 
     solver: str
     ids: tuple[str, ...]
@@ -50,7 +55,7 @@ class Leftover:
 
 
 def leftover(run: Path) -> Leftover:
-    """Read a run directory."""
+    """Read these parts from a run directory."""
     tables = [pq.read_table(path).drop_columns(list(TIMINGS)) for path in rollout_files(run)]
     rows = [row for table in tables for row in table.to_pylist()]
     ids = tuple(str(row["rollout_id"]) for row in rows)
@@ -58,7 +63,7 @@ def leftover(run: Path) -> Leftover:
 
 
 def rollout_files(run: Path) -> list[Path]:
-    """One per iteration, in order."""
+    """The rollout files of a run, one for each iteration, in order."""
     return sorted((run / "rollouts").glob("iteration-*.parquet"))
 
 
@@ -66,8 +71,8 @@ class RunBench:
     """Runs in processes of their own.
 
     Args:
-        nodes: a cluster that outlives them, with room for their actors.
-        folder: for the run directories.
+        nodes: a cluster that outlives the runs, with room for their actors.
+        folder: folder for the run directories.
     """
 
     def __init__(self, nodes: Nodes, folder: Path) -> None:
@@ -87,7 +92,7 @@ class RunBench:
 
     @contextmanager
     def _started(self, arguments: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
-        """A run that does not outlive the context."""
+        """Start a run that is killed at the end of the context."""
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         command = [sys.executable, "-m", "epd_ray.cli", *arguments]
         with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
@@ -108,7 +113,7 @@ class RunBench:
     # -- the command line ---------------------------------------------------------------------------------------------
 
     def local_driver(self) -> Fault:
-        """kill -9 to a run with a Ray of its own; its actors go too; resumed."""
+        """Send SIGKILL to a run that started Ray itself, wait until its actors have ended, and resume it."""
         run = self.folder / "local"
         with self._started(self._begin(run)) as process:
             self._reached(run, HIT)
@@ -118,7 +123,7 @@ class RunBench:
         return self._resumed(run, killed)
 
     def joined_driver(self) -> Fault:
-        """kill -9 to a driver whose cluster stays; its actors go; resumed."""
+        """Send SIGKILL to a driver whose cluster stays, wait until its actors have ended, and resume it."""
         run, others = self.folder / "joined", self._actors()
         with self._started(self._begin(run, self._joined)):
             self._reached(run, HIT)
@@ -134,7 +139,7 @@ class RunBench:
         return self._compare(run, killed, goes_on)
 
     def _reached(self, run: Path, iteration: int) -> float:
-        """When an iteration is on the disk."""
+        """Wait until an iteration is on the disk, and return the time."""
         wait_for(f"iteration {iteration} of {run.name}", lambda: len(rollout_files(run)) >= iteration)
         return time.monotonic()
 
@@ -144,11 +149,11 @@ class RunBench:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def job(self) -> Fault:
-        """kill -9 to the driver of a submitted job."""
+        """Send SIGKILL to the driver of a submitted job, and resume the run as a new job."""
         return self._job("job", supervisor=False)
 
     def supervisor(self) -> Fault:
-        """kill -9 to the actor that looks after a submitted job."""
+        """Send SIGKILL to the actor that supervises a submitted job, and resume the run as a new job."""
         return self._job("supervisor", supervisor=True)
 
     def _job(self, name: str, supervisor: bool) -> Fault:
@@ -174,7 +179,7 @@ class RunBench:
 
 
 def _lingers(process: psutil.Process) -> bool:
-    """Ray's own agents notice the end of a local Ray within two minutes; they hold nothing of the run."""
+    """Whether a process is one of Ray's agents, which take up to two minutes to end and hold nothing of the run."""
     return any("Agent" in word for word in process.cmdline()[:1])
 
 

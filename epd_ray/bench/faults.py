@@ -1,7 +1,6 @@
-"""Faults: actors and whole nodes killed in the middle of a run, against the same run left alone."""
+"""Actors, nodes and drivers killed in the middle of a run, against the same run left alone."""
 
 import logging
-import math
 import os
 import signal
 import statistics
@@ -32,19 +31,23 @@ from epd_ray.bench.fault_cluster import (
     wait_for,
 )
 from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
+from epd_ray.bench.record import Record, under
+from epd_ray.bench.settings import NO_STAGE_ONE, PUBLISHED_SOLVER, placeholders
+from epd_ray.bench.timing import timed
 from epd_ray.config.loading import load_config
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import EpdRayError, TaskError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import rdpo_config
-from epd_ray.stage_one.fit import StageOne, fit_table
+from epd_ray.runs.trainer import stage_one
+from epd_ray.stage_one.fit import fit_table
 
 KINDS = ("rollout", "rollout", "reward", "learner")
 ITERATIONS, HIT, LATER = 8, 3, 6  # the kill comes in the fourth iteration
-PROMPTS = tuple(f"prompt {i}" for i in range(16))
+PROMPTS = tuple(placeholders(16))
 SEEDS = tuple(range(16))
+SMALL_STAGE_ONE = (*PUBLISHED_SOLVER, "cluster.images_per_job=4", "distill.teacher_steps=2", "distill.grid=5")
 Strike = Callable[[Caught], None]
-Answer = TypeVar("Answer")
 Bench = TypeVar("Bench")
 
 log = logging.getLogger(__name__)
@@ -52,13 +55,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run learned from, what became of its policy, and when.
+    """The pictures that a run learned from, its policies, and its times.
 
     Attributes:
-        rows: (rollout_id, reward, advantage, log_prob) of all pictures.
-        checksums: of the policy after each iteration.
-        seconds: of each iteration.
-        reported: seconds of recovery, by the run's own metrics.
+        rows: (rollout_id, reward, advantage, log_prob) of each picture.
+        checksums: checksum of the policy after each iteration.
+        seconds: seconds of each iteration.
+        reported: seconds of recovery in the run's own metrics.
     """
 
     rows: list[tuple[str, float, float, float]]
@@ -68,7 +71,7 @@ class Trace:
 
 
 def compare(hit: Trace, calm: Trace) -> Fault:
-    """The figures of a disturbed run."""
+    """The damage of a disturbed run, by comparison with an undisturbed one."""
     seen, expected = [row[0] for row in hit.rows], {row[0] for row in calm.rows}
     late = sum(hit.seconds) - len(hit.seconds) * statistics.median(calm.seconds)
     identical = hit.rows == calm.rows and hit.checksums == calm.checksums
@@ -76,35 +79,33 @@ def compare(hit: Trace, calm: Trace) -> Fault:
 
 
 class FaultBench:
-    """One algorithm on one simulated cluster, started over for each fault.
+    """One algorithm on one simulated cluster, which starts over for each fault.
 
     Args:
-        nodes: of the cluster.
-        algo: with the trapped backbone, head and learner.
-        folder: of the traps.
+        nodes: the nodes of the cluster.
+        algo: an algorithm with the trapped backbone, head and learner.
+        folder: folder of the traps.
     """
 
     def __init__(self, nodes: Nodes, algo: RDPO, folder: Path) -> None:
         self.nodes, self.algo, self.folder = nodes, algo, folder
         self.draw, self.score, self.learn = (Trap(folder, name) for name in ("draw", "score", "learn"))
         self._start = algo.export_state()
-        self.run()  # every actor loads what it works with
+        self.run()  # so that every actor has loaded its model
         self.actors = len(living_actors())
         self.calm = self.run()
 
     def run(self, begins: Callable[[int], None] = lambda iteration: None) -> Trace:
-        """ITERATIONS from the start.
+        """Run ITERATIONS iterations from the start.
 
         Args:
-            begins: told the number of each iteration, from 0.
+            begins: called with the number of each iteration, from 0, when it begins.
         """
         self.algo.import_state(self._start)
         rows, checksums, seconds, reported = [], [], [], 0.0
         for iteration in range(ITERATIONS):
             begins(iteration)
-            start = time.perf_counter()
-            self.algo.train()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(timed(self.algo.train).seconds)
             rollouts = self.algo.last.rollouts
             rows += [(r.request.rollout_id, r.reward, r.advantage, r.rollout.log_prob) for r in rollouts]
             checksums.append(self.algo.checksum())
@@ -112,12 +113,12 @@ class FaultBench:
         return Trace(rows, checksums, seconds, reported)
 
     def fault(self, *traps: Trap, strike: Strike, later: Callable[[], object] | None = None) -> Fault:
-        """Catch actors in the middle of a run and strike; afterwards wait until all actors are back.
+        """Catch actors in iteration HIT of a run and strike them; afterwards wait until all actors are back.
 
         Args:
-            traps: that are set.
-            strike: what becomes of each actor that is caught.
-            later: done in iteration LATER.
+            traps: traps that are set, each for one actor.
+            strike: called with each actor that is caught.
+            later: called in iteration LATER; None means nothing is.
         """
         reached = {HIT: Event(), LATER: Event()}
         with beside(lambda: self.run(lambda i: reached[i].set() if i in reached else None), traps) as running:
@@ -134,17 +135,17 @@ class FaultBench:
         return compare(hit, self.calm)
 
     def settle(self) -> None:
-        """Wait for as many actors as at the start."""
+        """Wait until there are as many actors as at the start."""
         wait_for("actors that were lost are not back", lambda: len(living_actors()) >= self.actors)
 
     # -- strikes ------------------------------------------------------------------------------------------------------
 
     def remove(self, caught: Caught) -> None:
-        """The end of an actor's node."""
+        """Kill the node of an actor."""
         self.nodes.remove(caught.node_id)
 
     def replace(self, kind: str) -> Strike:
-        """The end of an actor's node, and a new one that joins at once."""
+        """A strike that kills the node of an actor and adds a new node of this kind at once."""
 
         def strike(caught: Caught) -> None:
             self.remove(caught)
@@ -155,7 +156,7 @@ class FaultBench:
     # -- faults -------------------------------------------------------------------------------------------------------
 
     def late_node(self) -> Fault:
-        """A rollout node is lost; the run goes on with the other; one that joins later draws too, without a restart."""
+        """Kill a rollout node, go on with the other one, and wait until a node that joins later has drawn too."""
         joined: list[str] = []
         found = self.fault(self.draw, strike=self.remove, later=lambda: joined.append(self.nodes.add("rollout")))
         drawn = drawn_on(self.folder, joined[0])
@@ -163,40 +164,41 @@ class FaultBench:
         return found
 
     def beside_training(self, work: Callable[[], list[Any]], trap: Trap) -> Fault:
-        """A kill during work that learns nothing.
+        """Kill an actor during work that learns nothing.
 
         Args:
-            work: gives numbers that must be the same.
-            trap: on its way.
+            work: returns numbers that must be the same without and with the kill.
+            trap: a trap that the work passes.
         """
-        calm, expected = _timed(work)
+        calm = timed(work)
         trap.set()
-        with beside(lambda: _timed(work), [trap]) as running:
+        with beside(lambda: timed(work), [trap]) as running:
             kill(trap.wait())
-            hit, found = running.result(PATIENCE_SECONDS)
+            hit = running.result(PATIENCE_SECONDS)
         self.settle()
-        missing = len(expected) - len(found)
-        return Fault(True, hit - calm, max(missing, 0), max(-missing, 0), found == expected)
+        missing = len(calm.answer) - len(hit.answer)
+        late = hit.seconds - calm.seconds
+        return Fault(True, late, max(missing, 0), max(-missing, 0), hit.answer == calm.answer)
 
     @property
     def sampler(self) -> Sampler:
-        """The solver of the start."""
+        """The solver that the run starts from."""
         table = self.algo.config.table
         return Sampler("epd", table.intervals, "validation", "validation", table)
 
     def validation(self) -> list[float]:
-        """Rewards of held-out prompts, as a validation draws them."""
+        """Rewards of pictures that are drawn as in a validation."""
         rewards: list[float] = self.algo.sample_scored(self.sampler, PROMPTS, SEEDS).reward.tolist()
         return rewards
 
     def distilling(self) -> list[Any]:
-        """The table of stage 1, interval by interval."""
-        stage = StageOne(2, 2, PROMPTS, SEEDS, shard_size=4, teacher_steps=2, grid=5, min_weight=0.05)
+        """The fits of stage 1, one for each interval."""
+        stage = stage_one(load_config(None, SMALL_STAGE_ONE), PROMPTS, SEEDS)
         return list(fit_table(self.algo.work, stage, self.algo.facts.sigmas))
 
 
 def failing_task(bench: FaultBench) -> tuple[str, float]:
-    """What is said of a task that fails wherever it runs, and after how many seconds."""
+    """The error of a task that fails wherever it runs, and the seconds until it was raised."""
     start = time.perf_counter()
     try:
         bench.algo.sample_scored(bench.sampler, [FAILING_PROMPT], [0])
@@ -206,14 +208,8 @@ def failing_task(bench: FaultBench) -> tuple[str, float]:
 
 
 def kill(caught: Caught) -> None:
-    """SIGKILL to an actor's process."""
+    """Send SIGKILL to the process of an actor."""
     os.kill(caught.pid, signal.SIGKILL)
-
-
-def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
-    start = time.perf_counter()
-    answer = work()
-    return time.perf_counter() - start, answer
 
 
 EVENTS: dict[str, Callable[[FaultBench], Fault]] = {
@@ -231,14 +227,14 @@ EVENTS: dict[str, Callable[[FaultBench], Fault]] = {
 
 
 def settings(folder: Path) -> list[str]:
-    """Overrides of a run of half a second an iteration whose actors the traps can catch."""
+    """Overrides of a run whose iterations take half a second, and whose actors the traps in a folder can catch."""
     options = f"{{folder: '{folder}', latency: 0.05}}"
     head = f"{{head: 'epd_ray.bench.fault_cluster:TrappedHead', options: {options}, resources: {{reward: 1}}}}"
     return [
         "backbone.family=epd_ray.bench.fault_cluster:TrappedBackbone",
         f"backbone.options={options}",
         f"rewards={{sim: {head}}}",
-        "distill.enabled=false",
+        NO_STAGE_ONE,
         "cluster.rollout_cpus=0.25",
         "cluster.rollout_resources={rollout: 1}",
     ]
@@ -246,7 +242,7 @@ def settings(folder: Path) -> list[str]:
 
 @contextmanager
 def fault_bench(overrides: Sequence[str] = ()) -> Iterator[FaultBench]:
-    """A cluster of two rollout nodes, a reward node and a learner node beside the head, and an algorithm on it."""
+    """An algorithm on a cluster with a head, two rollout nodes, a reward node and a learner node."""
     with tempfile.TemporaryDirectory() as name, simulated_nodes(*KINDS) as nodes:
         config = rdpo_config(load_config(None, [*settings(Path(name)), *overrides]), list(PROMPTS))
         config.learners(
@@ -261,28 +257,29 @@ def fault_bench(overrides: Sequence[str] = ()) -> Iterator[FaultBench]:
             algo.stop()
 
 
-def faults() -> dict[str, Any]:
-    """Kill whatever takes part in a run, one after the other; each against the same run left alone (see Fault)."""
+def faults() -> Record:
+    """Kill each kind of process and node that takes part in a run, one after another; `Fault` explains the figures."""
     found: dict[str, Fault] = {}
     while missing := [name for name in EVENTS if name not in found]:
         with fault_bench() as bench:
             for name in missing:
                 found[name] = _or_not(name, EVENTS[name], bench)
                 if not found[name].recovered:
-                    break  # nodes or actors may be missing: the next one gets a cluster of its own
+                    break  # nodes or actors may be missing, so that the next fault gets a cluster of its own
     with fault_bench() as bench, tempfile.TemporaryDirectory() as folder:
         error, seconds = failing_task(bench)
         runs = RunBench(bench.nodes, Path(folder))
         for name, run_event in RUN_EVENTS.items():
             found[name] = _or_not(name, run_event, runs)
-    flat = {f"{name}/{key}": value for name, fault in found.items() for key, value in asdict(fault).items()}
-    return {**flat, "a task that always fails/error": error, "a task that always fails/seconds": seconds}
+    rows = {name: asdict(fault) for name, fault in found.items()}
+    rows["a task that always fails"] = {"error": error, "seconds": seconds}
+    return Record("faults", {}, {key: value for name, row in rows.items() for key, value in under(name, row).items()})
 
 
 def _or_not(name: str, event: Callable[[Bench], Fault], bench: Bench) -> Fault:
-    """A run that does not recover is a result too."""
+    """The damage of an event, also where the run does not recover."""
     try:
         return event(bench)
     except (EpdRayError, ray.exceptions.RayError, RuntimeError, TimeoutError):
-        log.exception("after the loss of %s", name)
-        return Fault(False, math.nan, 0, 0, False)
+        log.exception("the run did not recover from the loss of: %s", name)
+        return Fault(False, None, 0, 0, False)

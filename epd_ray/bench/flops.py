@@ -1,4 +1,4 @@
-"""Floating-point operations: what a network takes, and what cards can do at most."""
+"""Floating-point operations: how many a network's evaluation takes, and how many a GPU can do in a second."""
 
 import re
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from epd_ray.bench.models import prompts
+from epd_ray.bench.models import device_name, prompts
 from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Backbone, Drift
 
@@ -26,26 +26,28 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 products with float32 sums, by a part of the device's name; the first that fits. Source: NVIDIA's data
-sheets, without sparsity."""
+"""A part of a GPU's name -> peak in TFLOP/s of dense bfloat16 products with float32 sums, without sparsity. The first
+part that fits counts. Source: NVIDIA's data sheets."""
 
 
 def peak_tflops(device: str) -> float | None:
-    """A card's dense bfloat16 peak in TFLOP/s; None where it is not known.
+    """The dense bfloat16 peak of a GPU in TFLOP/s, or None where it is not known.
 
     Args:
-        device: as torch names it.
+        device: name of the GPU, as torch gives it.
     """
     return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 def operations(drift: Drift, x: Tensor, sigma: Tensor) -> int:
-    """Of one drift, counted; attention spelled out, since its fused forms are not counted on every device.
+    """Number of operations of one call of a drift.
+
+    Attention is computed without its fused kernels, which torch does not count on every device.
 
     Args:
-        drift: of the model.
-        x: [B, ...].
-        sigma: [B].
+        drift: the function whose operations are counted.
+        x: latents [B, ...].
+        sigma: sigmas [B].
     """
     eager = torch.compiler.set_stance("force_eager")  # compiled code that a counter runs once stays uncompiled for good
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -55,14 +57,14 @@ def operations(drift: Drift, x: Tensor, sigma: Tensor) -> int:
 
 
 def tflop_per_eval(backbone: Backbone, guidance_scale: float) -> float:
-    """10^12 operations of one evaluation for one picture; of a whole batch, unfused attention may not fit."""
+    """10^12 operations of one evaluation for one picture, counted with one, because unfused attention takes memory."""
     with torch.inference_mode():
         drift = conditioned_drift(backbone, backbone.encode(prompts(1), guidance_scale))
         x, sigmas = backbone.initial(noises(backbone, [0])), backbone.sigmas(2)
         return 1e-12 * operations(drift, x, x.new_full((1,), float(sigmas[1])))
 
 
-def speed(tflops: float, device: str) -> dict[str, float | None]:
-    """TFLOP/s, those of the device at most, and the share; None where that is not known."""
-    peak = peak_tflops(device)
+def speed(tflops: float) -> dict[str, float | None]:
+    """A speed in TFLOP/s, the peak of this machine's GPU, and their ratio; None where the peak is not known."""
+    peak = peak_tflops(device_name())
     return {"tflops": tflops, "peak_tflops": peak, "of_peak": None if peak is None else tflops / peak}

@@ -1,61 +1,75 @@
-"""What the system adds to an iteration, and whether its stages overlap; on a simulated backbone."""
+"""The time that RLlib and Ray add to an iteration, and how far its stages overlap, on a simulated backbone."""
 
-import statistics
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 
+from epd_ray.bench.record import Record
+from epd_ray.bench.settings import DEFAULTS, NO_STAGE_ONE, placeholders, simulated
 from epd_ray.bench.timing import timed
 from epd_ray.config.loading import load_config
 from epd_ray.rdpo.session import algorithm
 
-SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated}}", "distill.enabled=false")
-Record = dict[str, float | int | str | bool | None]
+BATCH_SECONDS = 0.24  # of drawing a batch in `overlap`
+SETTLING = 2  # iterations of `overlap` that are not counted
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """Seconds of an iteration, and of drawing and scoring in it as the actors measured them, for each rollout actor."""
+
+    total: float
+    draw: float
+    score: float
 
 
 def overhead(iterations: int = 200) -> Record:
-    """RLlib's and Ray's share of an iteration: a simulated backbone without latency, 2 rollout actors.
+    """The share of an iteration that Ray, RLlib and the update take, with a backbone that costs nothing.
 
-    The whole iteration counts as overhead except the workers' own time, which the actors measure themselves.
+    `workers_ms` is the time that the default run's rollout actors and its reward actor measured for their own work, and
+    `overhead_ms` the rest of the iteration. All are medians.
+
+    Args:
+        iterations: number of iterations, at least 1.
     """
-    config = load_config(None, [*SIMULATED, "rdpo.staleness=0"])
-    with algorithm(config, [f"prompt {i}" for i in range(64)]) as algo:
-        totals, works = [], []
-        for _ in range(iterations):
-            start = time.perf_counter()
-            algo.train()
-            totals.append(time.perf_counter() - start)
-            m = algo.last.metrics
-            works.append(m["time/generate"] / config.cluster.rollout_actors + m["time/score"])
-    total, work = statistics.median(totals), statistics.median(works)
-    return {
-        "iterations": iterations,
-        "iteration_ms": 1e3 * total,
-        "workers_ms": 1e3 * work,
-        "overhead_ms": 1e3 * (total - work),
-    }
+    found = _iterations(["rdpo.staleness=0", *simulated()], iterations)
+    total, work = median(i.total for i in found), median(i.draw + i.score for i in found)
+    values = {"iteration_ms": 1e3 * total, "workers_ms": 1e3 * work, "overhead_ms": 1e3 * (total - work)}
+    return Record("overhead", {"iterations": iterations}, values)
 
 
 def overlap(iterations: int = 12) -> Record:
-    """Seconds per iteration with staleness 1 against 0, where generating and scoring take equally long.
+    """Median seconds of an iteration with staleness 1 and with staleness 0, where drawing takes as long as scoring.
 
-    `of_longer_stage` is the overlapped iteration against the longer stage, as the actors measured it in the same run.
+    `ratio` is the overlapped iteration over the synchronous one. `of_longer_stage` is the overlapped iteration over the
+    longer of its two stages, as the actors measured it in the same run; it cannot be less than 1.
+
+    Args:
+        iterations: number of iterations of each kind, more than 2, because the first 2 are not counted.
     """
-    medians = {}
-    stages: list[float] = []
-    for staleness in (0, 1):
-        # 4 jobs on 2 actors, 4 drift calls of 60 ms each: 0.48 s; one head scores 4 jobs in 0.12 s each: 0.48 s.
-        latencies = ("backbone.options={latency: 0.06}", "rewards.sim.options={latency: 0.12}")
-        config = load_config(None, [*SIMULATED, *latencies, f"rdpo.staleness={staleness}"])
-        with algorithm(config, [f"prompt {i}" for i in range(64)]) as algo:
-            seconds, stages = [], []
-            for _ in range(iterations):
-                seconds.append(timed(algo.train))
-                m = algo.last.metrics
-                stages.append(max(m["time/generate"] / config.cluster.rollout_actors, m["time/score"]))
-        medians[staleness] = statistics.median(seconds[2:])
-    return {
-        "synchronous_s": medians[0],
-        "overlapped_s": medians[1],
-        "ratio": medians[1] / medians[0],
-        "longer_stage_s": statistics.median(stages[2:]),
-        "of_longer_stage": medians[1] / statistics.median(stages[2:]),
+    sleeping = simulated(BATCH_SECONDS, BATCH_SECONDS / DEFAULTS.cluster.rollout_actors)
+    synchronous, overlapped = (
+        _iterations([f"rdpo.staleness={staleness}", *sleeping], iterations)[SETTLING:] for staleness in (0, 1)
+    )
+    before, now = median(i.total for i in synchronous), median(i.total for i in overlapped)
+    longer = median(max(i.draw, i.score) for i in overlapped)
+    values = {
+        "synchronous_s": before,
+        "overlapped_s": now,
+        "ratio": now / before,
+        "longer_stage_s": longer,
+        "of_longer_stage": now / longer,
     }
+    return Record("overlap", {}, values)
+
+
+def _iterations(overrides: Sequence[str], count: int) -> list[_Iteration]:
+    config = load_config(None, [NO_STAGE_ONE, *overrides])
+    found = []
+    with algorithm(config, placeholders(64)) as algo:
+        for _ in range(count):
+            seconds = timed(algo.train).seconds
+            spent = algo.last.metrics
+            draw = spent["time/generate"] / config.cluster.rollout_actors
+            found.append(_Iteration(seconds, draw, spent["time/score"]))
+    return found

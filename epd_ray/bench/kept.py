@@ -1,4 +1,4 @@
-"""Measurements that take long, each kept in a file when it is done: a benchmark that was stopped goes on from there."""
+"""Files of finished measurements that take long, from which a case that was stopped goes on."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,24 +12,25 @@ from epd_ray.storage.run_directory import write_text
 
 FOLDER = Path("bench")
 DECIDING = ("seed", "backbone", "solver", "prompts", "rewards", "distill", "rdpo")
-"""What of a run decides its figures, beside the size of its batches: not where it runs, nor what it writes."""
+"""Sections of a run's configuration that decide what is measured. The size of its batches does too; where the run takes
+place, and what it writes, does not."""
 Measured = TypeVar("Measured")
 
 
 def kept(
     path: Path, config: RunConfig, rules: dict[str, Any], kind: type[Measured], measure: Callable[[], Measured]
 ) -> Measured:
-    """The measurement that the file holds, or else a new one, written there.
+    """Read a measurement from its file, or measure and write the file where there is none.
 
     Args:
-        path: of the JSON file; its folder is made.
-        config: of the run that is measured; what a file says nothing of, because it came later, had its default.
-        rules: what else decides the measurement, as JSON values.
-        kind: a dataclass whose fields JSON can hold.
-        measure: makes one.
+        path: the JSON file, whose folder is made where it is missing.
+        config: configuration of the run that is measured. A key that an older file does not have counts as its default.
+        rules: everything else that decides the measurement, as JSON values.
+        kind: a dataclass whose fields are JSON values.
+        measure: makes a measurement.
 
     Raises:
-        RunDirectoryError: the file holds a measurement of other settings, or none of this version's.
+        RunDirectoryError: the file holds a measurement of other settings or of another version, or cannot be written.
     """
     settings = {"run": _deciding(config.model_dump(mode="json")), **rules}
     if path.exists():
@@ -37,7 +38,7 @@ def kept(
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             run = RunConfig.model_validate(_deciding(held["settings"]["run"]))
             measured = kind(**held["measured"])
-        except (OSError, ValueError, KeyError, TypeError) as error:  # of what the file holds, in any shape
+        except (OSError, ValueError, KeyError, TypeError) as error:  # the file may hold anything
             raise RunDirectoryError(
                 f"{path} holds no measurement of this version: move it away, or name a new folder"
             ) from error

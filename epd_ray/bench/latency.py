@@ -1,4 +1,4 @@
-"""What a picture waits for: every solver at the same parallel NFE, against Euler in the same run."""
+"""The time from noise to latents of one batch: every solver at the same parallel NFE, relative to Euler."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,9 +10,9 @@ from torch import Tensor
 from epd_ray.backbones.conditioning import TextConditioning
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.bench.flops import speed, tflop_per_eval
-from epd_ray.bench.models import EMBEDDED, Subject, prompts
+from epd_ray.bench.models import DEFAULT_SUBJECT, Subject, prompts
 from epd_ray.bench.plain_loop import one_after_another
-from epd_ray.bench.random_models import Size
+from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.timing import medians
 from epd_ray.deploy.parallelize import parallelize, restore
 from epd_ray.drawing.sampler import baseline
@@ -25,74 +25,62 @@ from epd_ray.types import Backbone, Conditioning
 
 EULER = "euler"
 POINTS = (2, 3)
-Record = dict[str, float | int | str | bool | None]
 Ways = Mapping[str, Callable[[], object]]
 
 
 def latency(
-    model: str = EMBEDDED,
-    size: Size | None = None,
-    compile: bool = False,
+    subject: Subject = DEFAULT_SUBJECT,
     parallel_nfe: int = 8,
     batch: int = 1,
     repeats: int = 5,
-    resolution: int | None = None,
 ) -> Record:
-    """Median seconds from noise to latents of every solver that can have one parallel NFE, and their ratio to Euler's.
+    """Median seconds from noise to latents, in turns, of every solver that can have this parallel NFE.
 
-    EPD runs with evenly spaced points, K = 2 and 3, those of an interval in one batch and one after another: what a
-    table holds costs nothing. `pipeline/...` is the diffusers pipeline, with its own scheduler (Euler) and with
-    `parallelize`, on one device and, where there are several GPUs, with the points spread over two of them.
-    `tflops` are the network's operations over a solver's time, `of_peak` their share of what the card can do.
+    EPD runs with evenly spaced points, K = 2 and K = 3, because the numbers in a table do not change its time; the
+    points of an interval are evaluated in one batch and one after another. The rows `pipeline` are a random model's
+    diffusers pipeline, with its own Euler scheduler and with `parallelize`; where there are two GPUs the points are
+    also spread over both. `vs_euler` is a solver's time over Euler's, and `tflops` the network's speed in it.
 
     Args:
-        model: one of MODELS.
-        size: see Subject.
-        compile: see Subject.
-        parallel_nfe: even.
-        batch: pictures drawn together.
-        repeats: odd, at least 3.
-        resolution: see Subject.
+        subject: the model.
+        parallel_nfe: an even number, at least 2.
+        batch: number of pictures that are drawn together.
+        repeats: number of counted rounds, odd and at least 3.
 
     Raises:
-        ConfigError: an odd parallel NFE.
+        ConfigError: the parallel NFE is odd or below 2.
     """
     if parallel_nfe < 2 or parallel_nfe % 2:
         raise ConfigError([f"parallel_nfe is {parallel_nfe}, EPD has 2 an interval: give an even number"])
-    subject = Subject(model, size, resolution, compile=compile)
     backbone, guidance = subject.open()
     devices = [["cuda:0", "cuda:1"]] if torch.cuda.is_available() and torch.cuda.device_count() > 1 else []
-    record: Record = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance, "batch": batch}
+    values: dict[str, Value] = {}
     conditioning = backbone.encode(prompts(batch), guidance)
     noise = noises(backbone, range(batch))
     with torch.inference_mode():
         ways, evals = _solvers(backbone, conditioning, noise, parallel_nfe)
         seconds = medians(ways, repeats)
-        record |= _ratios("solver", seconds)
+        values |= _ratios("solver", seconds)
         if isinstance(backbone, PipelineBackbone) and isinstance(conditioning, TextConditioning):
-            record |= _pipelines("pipeline", backbone, conditioning, parallel_nfe, devices, repeats)
+            values |= _pipelines(backbone, conditioning, parallel_nfe, devices, repeats)
     tflop = batch * tflop_per_eval(backbone, guidance)
     for name, count in evals.items():
-        reached = speed(count * tflop / seconds[name], str(subject.facts["device"]))
-        record |= {f"solver/{name}/{figure}": value for figure, value in reached.items()}
-    return record
+        values |= under(f"solver/{name}", speed(count * tflop / seconds[name]))
+    settings = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance, "batch": batch}
+    return Record("latency", settings, values)
 
 
-def _ratios(prefix: str, seconds: Mapping[str, float]) -> Record:
-    return {
-        key: value
-        for name, taken in seconds.items()
-        for key, value in (
-            (f"{prefix}/{name}/s", taken),
-            (f"{prefix}/{name}/vs_euler", taken / seconds[EULER]),
-        )
-    }
+def _ratios(kind: str, seconds: Mapping[str, float]) -> dict[str, Value]:
+    values: dict[str, Value] = {}
+    for name, taken in seconds.items():
+        values |= under(f"{kind}/{name}", {"s": taken, "vs_euler": taken / seconds[EULER]})
+    return values
 
 
 def _solvers(
     backbone: Backbone, conditioning: Conditioning, noise: Tensor, parallel_nfe: int
 ) -> tuple[Ways, dict[str, int]]:
-    """The ways, and the evaluations that each takes for a picture."""
+    """A call for each solver, and the number of evaluations that it takes for a picture."""
     possible = [
         name
         for name in zoo.applicable(backbone.form)
@@ -115,18 +103,17 @@ def _solvers(
 
 
 def _pipelines(
-    prefix: str,
     backbone: PipelineBackbone,
     conditioning: TextConditioning,
     parallel_nfe: int,
     devices: Sequence[Sequence[str]],
     repeats: int,
-) -> Record:
-    """With one device, then with each list of `devices` that share the points."""
+) -> dict[str, Value]:
+    """The diffusers pipeline on one device, then with the points shared by each of these lists of devices."""
     pipe, intervals = backbone.pipeline, parallel_nfe // 2
     solver = Solver(uniform_table(intervals, 2), backbone.sigmas(intervals), backbone.form)
     arguments = _arguments(conditioning, backbone.resolution)
-    found: Record = {}
+    values: dict[str, Value] = {}
     for used in (None, *devices):
         euler = pipe.scheduler
         parallelize(pipe, solver, used)
@@ -135,12 +122,12 @@ def _pipelines(
             "epd K=2": partial(_call, pipe, pipe.scheduler, intervals, arguments),
         }
         try:
-            name = prefix if used is None else f"{prefix}, {len(used)} devices"
-            found |= _ratios(name, medians(ways, repeats))
+            name = "pipeline" if used is None else f"pipeline, {len(used)} devices"
+            values |= _ratios(name, medians(ways, repeats))
         finally:
             pipe.scheduler = euler
             restore(pipe)
-    return found
+    return values
 
 
 def _call(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) -> None:
@@ -149,7 +136,7 @@ def _call(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) -
 
 
 def _arguments(conditioning: TextConditioning, resolution: int) -> dict[str, Any]:
-    """What a pipeline is called with, its prompts encoded already."""
+    """The arguments of a pipeline's call, with prompts that are encoded already."""
     found: dict[str, Any] = {"height": resolution, "width": resolution, "output_type": "latent"}
     for name, tensor in zip(("prompt_embeds", "pooled_prompt_embeds"), conditioning.tensors, strict=False):
         if conditioning.guided:

@@ -1,10 +1,12 @@
-"""The models that a measurement can run on: the embedded one, or a published architecture with random weights."""
+"""The models that a case can measure: the embedded one, or a published architecture with random weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec
 from epd_ray.backbones.architectures import ARCHITECTURES
 from epd_ray.bench.random_models import Size
@@ -12,26 +14,29 @@ from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError
 from epd_ray.rdpo.config import EMBEDDED_BACKBONE
 from epd_ray.registry import did_you_mean
+from epd_ray.rewards import HEADS
+from epd_ray.rewards.scoring import Scorer
 from epd_ray.types import Backbone
 
 EMBEDDED, RANDOM = "shapes", "-random"
-MODELS = (EMBEDDED, *(f"{name}{RANDOM}" for name in ARCHITECTURES))
+RANDOM_MODELS = tuple(f"{name}{RANDOM}" for name in ARCHITECTURES)
+MODELS = (EMBEDDED, *RANDOM_MODELS)
 FACTORY = "epd_ray.bench.random_models:random_backbone"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The model that is measured.
 
     Attributes:
         model: one of MODELS.
-        size: of a random model: "full" or "small"; None: full on a GPU.
-        resolution: of a random model, pixels per side; None: see random_backbone.
-        dtype: of a random model.
-        compile: a random model's network, see PipelineOptions.
+        size: "full" or "small" for a random model; None means full on a GPU and small on a CPU.
+        resolution: pixels per side of a random model's pictures; None means the default of `random_backbone`.
+        dtype: precision of a random model's network.
+        compile: whether a random model's network is compiled with torch.compile.
 
     Raises:
-        ConfigError: another model, or the embedded one compiled or with a size.
+        ConfigError: the model is unknown, or it is the embedded one, which has no size and is not compiled.
     """
 
     model: str = EMBEDDED
@@ -49,14 +54,14 @@ class Subject:
 
     @property
     def spec(self) -> BackboneSpec:
-        """How a worker opens it."""
+        """How a rollout actor opens the model."""
         if self.model == EMBEDDED:
             return EMBEDDED_BACKBONE
         return BackboneSpec(FACTORY, self._arguments)
 
     @property
     def overrides(self) -> list[str]:
-        """The same as configuration overrides of a run; on a GPU its actors share that."""
+        """The model as overrides of a run's configuration. On a machine with a GPU the actors share that GPU."""
         found = []
         if self.model != EMBEDDED:
             options = ", ".join(f"{name}: {value}" for name, value in self._arguments.items())
@@ -73,24 +78,36 @@ class Subject:
         return {"name": self.model.removesuffix(RANDOM), "size": size, "dtype": self.dtype, **sized, **compiled}
 
     def open(self) -> tuple[Backbone, float]:
-        """The model, and the guidance scale that it is used with."""
+        """The loaded model, and the guidance scale that it is used with."""
         backbone, scale = self.spec.open(), self.spec.guidance_scale
         return backbone, backbone.default_guidance if scale is None else scale
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """For the record."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        """What a record says about the model and the device that it runs on."""
         if self.model == EMBEDDED:
-            return {"model": self.model, "device": device}
-        return {"model": self.model, "size": self._arguments["size"], "compile": self.compile, "device": device}
+            return {"model": self.model, "device": device_name()}
+        return {"model": self.model, "size": self._arguments["size"], "compile": self.compile, "device": device_name()}
 
     @property
     def full(self) -> bool:
-        """Whether it is a published network, of which one picture takes seconds."""
+        """Whether the network has its published size, so that one picture takes seconds."""
         return self.facts.get("size") == "full"
 
 
+DEFAULT_SUBJECT = Subject()
+
+
+def device_name() -> str:
+    """The name of the GPU that models run on, as torch gives it, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def prompts(count: int) -> list[str]:
-    """So many scenes to draw."""
+    """This many different prompts, captions of the embedded model's scenes."""
     return [scene.caption for scene in distinct_scenes("train", count, 0, 0.5)]
+
+
+def scorers(specs: Mapping[str, RewardSpec]) -> list[Scorer]:
+    """The reward heads of a run, in this process."""
+    return [Scorer(name, HEADS.build(spec.head, spec.options)) for name, spec in specs.items()]

@@ -1,4 +1,4 @@
-"""RDPO as a plain program: one process, one thing after another. What the pipeline of actors is measured against."""
+"""RDPO as a plain program in one process, one stage after another: the pipeline of actors is measured against it."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.pipeline import PipelineBackbone
-from epd_ray.bench.timing import now
+from epd_ray.bench.models import scorers
+from epd_ray.bench.timing import timed
 from epd_ray.drawing.sampler import to_uint8
 from epd_ray.drawing.worker import RolloutWorker, log_prob
 from epd_ray.policy.dirichlet import TableDistribution, clamp_scale_time
@@ -17,7 +18,6 @@ from epd_ray.policy.minibatches import image_order
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.rewards.scoring import Scorer
 from epd_ray.solvers import epd
 from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.types import Drift, FloatArray, ImageArray, RolloutRequest
@@ -27,11 +27,11 @@ Answer = TypeVar("Answer")
 
 
 def one_after_another(drift: Drift, batch: int) -> Drift:
-    """A drift that takes K points a sample as K calls of `batch` rows, as the reference's sampler does.
+    """A drift that evaluates the K points of each sample in K calls of `batch` rows, as the reference's sampler does.
 
     Args:
-        drift: of the backbone.
-        batch: B; a call with more rows has B * K, row b * K + k.
+        drift: the drift of the backbone.
+        batch: B; a call with more rows than this has B * K rows, of which row b * K + k is point k of sample b.
     """
 
     def apart(x: Tensor, sigma: Tensor) -> Tensor:
@@ -45,33 +45,36 @@ def one_after_another(drift: Drift, batch: int) -> Drift:
 
 
 class PlainLoop:
-    """One RDPO iteration after another, in the manner of the method's published code.
+    """RDPO iterations one after another, in the manner of the papers' published code.
 
-    Its sampler calls the network for one point of an interval after another, both halves of guidance in one call. It
-    encodes the prompts of every batch anew, scores one picture at a time, and overlaps nothing. Requests, loss and
-    optimiser are those of `RDPO`, so that both do the same work.
+    The points of an interval are evaluated one after another, and both halves of guidance in one call. The prompts of
+    every batch are encoded anew, pictures are scored one at a time, and no two stages overlap. Requests, rewards, loss
+    and optimizer are those of `RDPO` with staleness 0, so that both learn the same.
 
     Args:
-        config: of the run; its learning rate is constant.
-        worker: with the frozen model and its guidance scale, as a rollout actor has it.
-        scorer: the only reward.
-        prompts: to train on.
+        config: configuration of the run.
+        worker: the frozen model with its guidance scale, as a rollout actor has it.
+        prompts: the training prompts.
+
+    Attributes:
+        network: the policy.
+        seconds: seconds of each stage in the last iteration, by the names in STAGES.
     """
 
-    def __init__(self, config: RDPOConfig, worker: RolloutWorker, scorer: Scorer, prompts: Sequence[str]) -> None:
+    def __init__(self, config: RDPOConfig, worker: RolloutWorker, prompts: Sequence[str]) -> None:
         self._config, self._backbone, self._guidance = config, worker.backbone, worker.guidance_scale
-        self._scorer = scorer
         self._prompts = prompts
+        self._scorers, self._mixer = scorers(config.reward_specs), config.mixer()
         self.network = PolicyNetwork(config.policy_spec)
-        self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self._optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=config.weight_decay)
         self.seconds: dict[str, float] = {}
 
     def iterate(self, iteration: int, at_once: int) -> list[ImageArray]:
-        """Draw, score and learn from one iteration's images; `seconds` then holds what each stage took.
+        """Draw, score and learn from the images of one iteration.
 
         Args:
-            iteration: from 0.
-            at_once: pictures that the network draws together.
+            iteration: number of the iteration, from 0.
+            at_once: number of pictures that the network draws together.
 
         Returns:
             The pictures, uint8 [at_once, 3, H, W] each.
@@ -87,10 +90,9 @@ class PlainLoop:
         return pictures
 
     def _clock(self, stage: str, call: Callable[[], Answer]) -> Answer:
-        start = now()
-        answer = call()
-        self.seconds[stage] += now() - start
-        return answer
+        found = timed(call)
+        self.seconds[stage] += found.seconds
+        return found.answer
 
     @torch.no_grad()
     def _policy(self) -> TableDistribution:
@@ -118,8 +120,15 @@ class PlainLoop:
         return actions, images
 
     def _score(self, images: ImageArray, requests: Sequence[RolloutRequest]) -> FloatArray:
-        scores = [self._scorer.score(images[i : i + 1], [r.prompt], [r.rollout_id]) for i, r in enumerate(requests)]
-        return np.concatenate(scores)
+        """Rewards [B] of pictures [B, 3, H, W], mixed from the heads as `RDPO` does."""
+        scores = {
+            scorer.name: np.concatenate(
+                [scorer.score(images[i : i + 1], [r.prompt], [r.rollout_id]) for i, r in enumerate(requests)]
+            )
+            for scorer in self._scorers
+        }
+        self._mixer.observe([scores])
+        return self._mixer.train(scores)
 
     def _update(
         self,
@@ -132,11 +141,28 @@ class PlainLoop:
         c = self._config
         old = log_prob(behaviour, actions)
         advantages = leave_one_out(torch.from_numpy(rewards), [r.group_id for r in requests]).values
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(iteration)
         order = image_order(c.seed or 0, iteration, len(actions), c.num_epochs, c.shuffle_batch_per_epoch)
         for rows in torch.from_numpy(order).split(min(c.minibatch_size, len(actions))):
-            policy = TableDistribution(c.space, self.network())
-            found = clipped_surrogate(log_prob(policy, actions[rows]), old[rows], advantages[rows], c.clip_param)
+            loss = self._loss(actions[rows], old[rows], advantages[rows])
             self._optimizer.zero_grad()
-            found.loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
             self._optimizer.step()
+
+    def _learning_rate(self, iteration: int) -> float:
+        """The rate of an iteration, by RLlib's rule for a schedule: linear between the given numbers of images."""
+        if isinstance(self._config.lr, float | int):
+            return self._config.lr
+        images, rates = zip(*self._config.lr, strict=True)
+        return float(np.interp(iteration * self._config.batch_plan.images, images, rates))
+
+    def _loss(self, actions: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+        """The learner's loss of a minibatch: the clipped surrogate, KL to the base table, and entropy."""
+        c = self._config
+        policy = TableDistribution(c.space, self.network())
+        surrogate = clipped_surrogate(log_prob(policy, actions), old_log_prob, advantages, c.clip_param)
+        kl_to_base = policy.kl_per_interval(TableDistribution(c.space, self.network.base)).sum()
+        entropy = policy.entropy_per_interval().sum()
+        return surrogate.loss + c.kl_coeff * kl_to_base - c.entropy_coeff * entropy

@@ -1,4 +1,4 @@
-"""Pipelines with random weights, built from configurations: what a speed measurement needs, without a download."""
+"""Diffusers pipelines of published architectures with random weights: their speed is measured without a download."""
 
 import hashlib
 from typing import Any, Literal
@@ -28,19 +28,19 @@ def random_backbone(
     dtype: str = "auto",
     compile: bool = False,
 ) -> PipelineBackbone:
-    """A backbone without text encoders: a prompt's embedding is random numbers, seeded by its text.
+    """A backbone without text encoders, in which the embedding of a prompt is random numbers seeded by its text.
 
     Args:
         name: one of ARCHITECTURES.
-        size: "full", the published networks, or "small", a few million parameters.
-        resolution: pixels per side; None: the published model's, or SMALL_RESOLUTION.
-        device: as everywhere.
-        dtype: of the networks.
-        compile: see PipelineOptions.
+        size: "full" for the published networks, or "small" for networks of a few million parameters.
+        resolution: pixels per side; None means that of the published model, or SMALL_RESOLUTION for a small one.
+        device: "auto" (cuda, else mps, else cpu) or the name of a torch device.
+        dtype: precision of the networks: "auto", "float32", "bfloat16" or "float16".
+        compile: whether the network is compiled with torch.compile.
 
     Raises:
-        ConfigError: an unknown name, device or dtype.
-        ModelError: a resolution that the model cannot draw.
+        ConfigError: the name, the device or the dtype is unknown.
+        ModelError: the model cannot draw at this resolution.
     """
     import diffusers
 
@@ -53,7 +53,7 @@ def random_backbone(
         network = getattr(diffusers, a.network)(**{**a.full, **(a.small if small else {})})
         vae = diffusers.AutoencoderKL(**{**VAE, **a.vae, **(SMALL_VAE if small else {})})
     for part in (network, vae):
-        torch.nn.Module.to(part.eval().requires_grad_(False), kind)  # diffusers' own warns of parts that it has not
+        torch.nn.Module.to(part.eval().requires_grad_(False), kind)  # the pipeline's `to` warns of missing parts
     lay_out(vae, place)
     scheduler = getattr(diffusers, a.scheduler[0])(**a.scheduler[1])
     parts: dict[str, Any] = {**dict.fromkeys(a.parts), a.component: network, "vae": vae, "scheduler": scheduler}
@@ -73,10 +73,10 @@ def random_backbone(
 
 
 def _embedding_shapes(architecture: Architecture, config: Any) -> list[tuple[int, ...]]:
-    """Of one prompt's tensors: its tokens, and a pooled vector where the network takes one."""
+    """Shapes of the embedding of one prompt: its tokens, and a pooled vector where the network takes one."""
     tokens = (architecture.tokens, config.get("cross_attention_dim") or config.get("joint_attention_dim"))
     pooled = config.get("pooled_projection_dim")
-    if config.get("addition_embed_type") == "text_time":  # projected together with six numbers about the size
+    if config.get("addition_embed_type") == "text_time":  # the projection also takes six numbers about the size
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return [tokens] if pooled is None else [tokens, (pooled,)]
 

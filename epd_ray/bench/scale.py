@@ -1,8 +1,8 @@
-"""How the system scales with rollout actors, and whether it stays as small as it began; on a simulated backbone."""
+"""How drawing scales with rollout actors, and whether memory stays as small as it began, on a simulated backbone."""
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 import ray
@@ -12,139 +12,141 @@ from epd_ray.actors.pipeline import RolloutPipeline
 from epd_ray.actors.pool import Bounds, Pool
 from epd_ray.actors.reward_pool import RewardPool
 from epd_ray.actors.tasks import Task, TaskRunner, rollout_task
+from epd_ray.bench.passes import jobs_of
+from epd_ray.bench.record import Record, Value, under
+from epd_ray.bench.settings import DEFAULTS, NO_STAGE_ONE, placeholders, simulated
+from epd_ray.bench.timing import timed
 from epd_ray.config.loading import RunConfig, load_config
-from epd_ray.policy.network import PolicyNetwork
-from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import algorithm, rdpo_config
-from epd_ray.types import RolloutJob
 
-SIMULATED = ("backbone.family=simulated", "rewards={sim: {head: simulated, num_cpus: 0.1}}", "distill.enabled=false")
-PROMPTS = [f"prompt {i}" for i in range(64)]
-BATCH_SECONDS = 2.0  # a batch of 8 images; a real one takes longer
-DRIFT_CALLS = 4  # of a batch: 2 intervals, each with a first call and one for its K points
-BATCHES = 2  # per rollout actor and iteration
-Record = dict[str, float | int | str | bool | None]
+PROMPTS = placeholders(64)
+BATCH_SECONDS = 2.0  # of drawing a batch, which takes a real model longer
+BATCHES = 2  # for each rollout actor in an iteration
 
 
 def scale(runners: Sequence[int] = (1, 2, 4, 8, 16, 32), plain: Sequence[int] = (1, 64), iterations: int = 5) -> Record:
-    """Images/s with more and more rollout actors, as a share of so many times what one does; weak scaling.
+    """Pictures per second with more and more rollout actors (weak scaling: the work grows with the actors).
 
-    `rllib/<n>` are whole training iterations; `plain/<n>` the same pipeline over plain actors, which take less memory,
-    without a learner. `coordinator_ms` is the driver's CPU time per image, `actor_mib` the peak of one actor, shared
-    libraries included.
+    The rows `rllib/<n>` are training iterations with n rollout actors. The rows `plain/<n>` are the same pipeline over
+    n plain actors, which take less memory, without a learner. `of_linear` is the rate over n times the rate of one
+    actor, and `of_latency` the rate over that of an actor that does nothing but sleep. `coordinator_ms` is the CPU time
+    of the driver for a picture, and `actor_mib` the peak memory of an actor, shared libraries included.
+
+    Args:
+        runners: numbers of rollout actors, of which the first is the base of `of_linear`.
+        plain: numbers of plain actors, of which the first is the base of `of_linear`.
+        iterations: number of counted iterations for each number of actors, at least 1.
     """
-    record: Record = {"batch_s": BATCH_SECONDS}
+    values: dict[str, Value] = {}
     with ray_session(None):
-        for count in runners:
-            record |= _named(f"rllib/{count}", _training(count, iterations))
-        for count in plain:
-            record |= _named(f"plain/{count}", _plain(count, iterations))
-    for kind, counts in (("rllib", runners), ("plain", plain)):
-        for count in counts:
-            one = float(record[f"{kind}/{counts[0]}/images_per_s"] or 0) / counts[0]
-            record[f"{kind}/{count}/of_linear"] = float(record[f"{kind}/{count}/images_per_s"] or 0) / (one * count)
-    return record
-
-
-def _named(prefix: str, record: Record) -> Record:
-    return {f"{prefix}/{name}": value for name, value in record.items()}
+        for kind, measure, counts in (("rllib", _training, runners), ("plain", _plain, plain)):
+            found = {count: measure(count, iterations) for count in counts}
+            one = found[counts[0]]["images_per_s"] / counts[0]
+            for count, figures in found.items():
+                linear = {"of_linear": figures["images_per_s"] / (one * count)}
+                values |= under(f"{kind}/{count}", {**figures, **linear})
+    return Record("scale", {"batch_s": BATCH_SECONDS}, values)
 
 
 def _config(count: int) -> RunConfig:
-    images = 8 * BATCHES * count
+    images = DEFAULTS.cluster.images_per_job * BATCHES * count
     return load_config(
         None,
         [
-            *SIMULATED,
-            f"backbone.options={{latency: {BATCH_SECONDS / DRIFT_CALLS}}}",
+            NO_STAGE_ONE,
+            *simulated(batch_s=BATCH_SECONDS),
+            "rewards.sim.num_cpus=0.1",
             f"cluster.rollout_actors={count}",
             "cluster.rollout_cpus=0.01",
-            f"rdpo.prompts_per_iteration={images // 4}",
+            f"rdpo.prompts_per_iteration={images // DEFAULTS.rdpo.group_size}",
             f"rdpo.minibatch={images}",
         ],
     )
 
 
-def _training(count: int, iterations: int) -> Record:
+def _training(count: int, iterations: int) -> dict[str, float]:
     with algorithm(_config(count), PROMPTS) as algo:
+
+        def train() -> None:
+            for _ in range(iterations):
+                algo.train()
+
         algo.train()
-        start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(iterations):
-            algo.train()
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        images = iterations * algo.config.batch_plan.images
-        return _measured(images, seconds, cpu, algo.memory()["rollout"].host)
+        rates = _rates(train, iterations * algo.config.batch_plan.images)
+        return {**rates, "actor_mib": algo.memory()["rollout"].host / 2**20}
 
 
-def _plain(count: int, iterations: int) -> Record:
+def _plain(count: int, iterations: int) -> dict[str, float]:
     config = rdpo_config(_config(count), PROMPTS)
     actor = ray.remote(TaskRunner).options(num_cpus=0.01)
     actors = [(i, actor.remote(config.worker_spec)) for i in range(count)]
     pool = Pool("plain actors", actors, lambda: actors[0], lambda a: a.ready.remote(), Bounds(count, count), 2)
     rewards = RewardPool(config.reward_specs, f"plain{count}")
     pipeline = RolloutPipeline(pool, rewards)
+
+    def draw() -> None:
+        for iteration in range(iterations):
+            pipeline.submit(_tasks(config, iteration + 1))
+            pipeline.collect([task.task_id for task in _tasks(config, iteration)])
+
     try:
         ray.get([a.ready.remote() for a in pool.actors])
         rewards.wait_ready()
         pipeline.submit(_tasks(config, 0))
-        start, cpu = time.perf_counter(), time.process_time()
-        for iteration in range(iterations):
-            pipeline.submit(_tasks(config, iteration + 1))
-            pipeline.collect([task.task_id for task in _tasks(config, iteration)])
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        peak = pipeline.memory["rollout"].host
-        return _measured(iterations * config.batch_plan.images, seconds, cpu, peak)
+        rates = _rates(draw, iterations * config.batch_plan.images)
+        return {**rates, "actor_mib": pipeline.memory["rollout"].host / 2**20}
     finally:
         pipeline.stop()
         rewards.stop()
 
 
 def _tasks(config: RDPOConfig, iteration: int) -> list[Task]:
-    parameters = PolicyNetwork(config.policy_spec).parameters_array()
-    batches = propose(config.batch_plan, PROMPTS, iteration)
-    return [rollout_task(RolloutJob((iteration, i), 0, parameters, batch)) for i, batch in enumerate(batches)]
+    return [rollout_task(job) for job in jobs_of(config, PROMPTS, iteration)]
 
 
-def _measured(images: int, seconds: float, cpu: float, peak: int) -> Record:
+def _rates(work: Callable[[], object], images: int) -> dict[str, float]:
+    before = time.process_time()
+    rate = images / timed(work).seconds
     return {
-        "images_per_s": images / seconds,
-        "of_latency": images / seconds * BATCH_SECONDS / 8,
-        "coordinator_ms": 1e3 * cpu / images,
-        "actor_mib": peak / 2**20,
+        "images_per_s": rate,
+        "of_latency": rate * BATCH_SECONDS / DEFAULTS.cluster.images_per_job,
+        "coordinator_ms": 1e3 * (time.process_time() - before) / images,
     }
 
 
 def flat(iterations: int = 1000, settle: int = 100) -> Record:
-    """Memory over many iterations without latency: of the driver (resident) and of the object store (used).
+    """Memory over many iterations without latency: of the driver (resident), and of the object store (in use).
 
-    Samples every 10 iterations after `settle`; `_slope_kib` is the least-squares growth per iteration.
+    There is a sample every 10 iterations. `_first_mib` and `_last_mib` are the medians of the first and the last fifth
+    of the samples, `_peak_mib` is their maximum, and `_slope_kib` their growth for each iteration by least squares.
+
+    Args:
+        iterations: number of iterations, at least 20 more than `settle`.
+        settle: number of iterations before the first sample.
     """
     driver = psutil.Process()
-    config = load_config(None, [*SIMULATED])
+    config = load_config(None, [NO_STAGE_ONE, *simulated()])
     samples = []
     with algorithm(config, PROMPTS) as algo:
         for i in range(1, iterations + 1):
             algo.train()
             if i >= settle and i % 10 == 0:
                 samples.append((i, driver.memory_info().rss / 2**20, _store_mib()))
+        images = iterations * algo.config.batch_plan.images
     steps, resident, store = (list(column) for column in zip(*samples, strict=True))
-    return {
-        "iterations": iterations,
-        "images": iterations * config.rdpo.prompts_per_iteration * config.rdpo.group_size,
-        **_trend("driver", steps, resident),
-        **_trend("store", steps, store),
-    }
+    values = {**_trend("driver", steps, resident), **_trend("store", steps, store)}
+    return Record("flat", {"iterations": iterations, "images": images}, values)
 
 
 def _store_mib() -> float:
-    """Bytes in the object store, pinned and cached, in MiB."""
+    """What the object store holds, pinned and cached, in MiB."""
     total = ray.cluster_resources()["object_store_memory"]
     free = ray.available_resources().get("object_store_memory", 0.0)
     return float(total - free) / 2**20
 
 
-def _trend(name: str, steps: Sequence[int], values: Sequence[float]) -> Record:
+def _trend(name: str, steps: Sequence[int], values: Sequence[float]) -> Mapping[str, float]:
     fifth = max(1, len(values) // 5)
     return {
         f"{name}_first_mib": statistics.median(values[:fifth]),

@@ -1,4 +1,4 @@
-"""What Ray Data leaves of a head's speed: the scoring pipeline with one actor against a bare loop in one process."""
+"""The speed of scoring a file: the pipeline of `epd-ray score` with one actor against a bare loop in one process."""
 
 import io
 import multiprocessing
@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.reward_pool import RewardActor, RewardSpec
+from epd_ray.bench.record import Record
+from epd_ray.bench.timing import timed
 from epd_ray.embedded.scenes import distinct_scenes, render
 from epd_ray.randomness import Purpose, stream
 from epd_ray.score.inputs import read_index
@@ -33,23 +34,23 @@ ROW_GROUP = 256
 
 @dataclass(frozen=True)
 class _Loop:
-    """Images per second of the bare loop: with decoding, and of the head alone."""
+    """Pictures per second of the bare loop with decoding, and of the head alone."""
 
     with_decoding: float
     head_alone: float
 
 
-def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> dict[str, Any]:
-    """Images per second of one actor, once it runs, and of a bare loop over the same head on the same file.
+def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> Record:
+    """Pictures per second of `epd-ray score` with one actor, and of a bare loop over the same head and file, in turns.
 
-    Both decode the same PNGs of 64 px and use one torch thread; the pipeline decodes in another process, the loop in
-    between. `ratio` compares these; `ratio_to_head` is against the loop's time in the head alone, which no pipeline can
-    exceed. Medians of interleaved repeats.
+    Both decode the same PNGs of 64 pixels and use one torch thread. The pipeline decodes in another process, and the
+    loop between two batches. `ratio` is the pipeline's rate over the loop's. `ratio_to_head` is the pipeline's rate
+    over that of the loop's time in the head alone, so that it cannot exceed 1. All are medians.
 
     Args:
-        images: in the file, at least 1024.
-        batch_size: pictures per call of the head.
-        repeats: odd.
+        images: number of pictures in the file, at least 1024.
+        batch_size: number of pictures in a call of the head.
+        repeats: number of rounds, odd.
     """
     spawn = multiprocessing.get_context("spawn")
     piped, loops = [], []
@@ -62,19 +63,18 @@ def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> dict[
                 piped.append(_pipeline(str(file), batch_size))
     actor, loop = statistics.median(piped), statistics.median(one.with_decoding for one in loops)
     alone = statistics.median(one.head_alone for one in loops)
-    return {
-        "images": images,
-        "batch_size": batch_size,
+    values = {
         "actor_images_per_s": actor,
         "loop_images_per_s": loop,
         "head_images_per_s": alone,
         "ratio": actor / loop,
         "ratio_to_head": actor / alone,
     }
+    return Record("scoring", {"images": images, "batch_size": batch_size}, values)
 
 
 def _write(path: Path, images: int) -> Path:
-    """Rendered scenes with their captions."""
+    """Write a parquet file of rendered scenes with their captions."""
     scenes = distinct_scenes("train", 256, 0, 0.5)
     pictures = (render(scenes, stream(Purpose.RENDERING, 0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     encoded = [_png(picture) for picture in pictures]
@@ -92,13 +92,13 @@ def _png(picture: ImageArray) -> bytes:
 
 
 def _pipeline(file: str, batch_size: int) -> float:
-    """From the first rows that arrive to the last."""
+    """Pictures per second, from the first rows that arrive to the last."""
     arrived = [(time.perf_counter(), len(t)) for t in scored(read_index(file), {"clip": HEAD}, batch_size)]
     return sum(rows for _, rows in arrived[1:]) / (arrived[-1][0] - arrived[0][0])
 
 
 def _loop(file: str, batch_size: int) -> _Loop:
-    """The same rows one batch after another; the first warms up."""
+    """Score the same rows, one batch after another; the first batch warms up and is not counted."""
     disable_progress_bar()
     torch.set_num_threads(1)
     actor = RewardActor("clip", HEAD.head, HEAD.options)
@@ -112,10 +112,9 @@ def _loop(file: str, batch_size: int) -> _Loop:
 
     batches = _batches(file, batch_size)
     score_rows(next(batches), "clip", score)
-    rows, in_head, start = 0, 0.0, time.perf_counter()
-    for batch in batches:
-        rows += len(score_rows(batch, "clip", score))
-    return _Loop(rows / (time.perf_counter() - start), rows / in_head)
+    in_head = 0.0
+    scored_rows = timed(lambda: sum(len(score_rows(batch, "clip", score)) for batch in batches))
+    return _Loop(scored_rows.answer / scored_rows.seconds, scored_rows.answer / in_head)
 
 
 def _batches(file: str, batch_size: int) -> Iterator[pa.Table]:

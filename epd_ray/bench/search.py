@@ -1,9 +1,9 @@
-"""RDPO against CMA-ES and random search: the same start, actors, budget of images and choice by held-out reward."""
+"""RDPO against CMA-ES and random search, from the same start, with the same actors and the same number of images."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from epd_ray.bench.kept import FOLDER, kept
+from epd_ray.bench.record import Record, Value, under
+from epd_ray.bench.settings import DEFAULTS
 from epd_ray.config.loading import RunConfig, load_config
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.statistics import student_mean
@@ -29,12 +31,11 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
     "n3": ("solver.intervals=3",),
 }
 METHODS = ("rdpo", "cma", "random")
-BUDGET = 1440
-BETWEEN_CHECKS = 160
-CANDIDATES, SHARED = 8, 4  # tables of CMA-ES a round, and the prompts that each draws
+BUDGET = DEFAULTS.rdpo.iterations * DEFAULTS.rdpo.images_per_iteration
+BETWEEN_CHECKS = DEFAULTS.evaluation.every * DEFAULTS.rdpo.images_per_iteration
+CANDIDATES, SHARED = 8, 4  # tables of CMA-ES in a round, and the prompts that each draws
 RANDOM_CANDIDATES = 20  # drawn between two checks; each draws the same 8 prompts
 RULES = {"between_checks": BETWEEN_CHECKS, "cma": [CANDIDATES, SHARED], "random": RANDOM_CANDIDATES}
-Record = dict[str, float | int | str | bool | None]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Found:
     """What a method found on one seed.
 
     Attributes:
-        positions: [N][K] of the table that was best on the validation prompts.
-        weights: [N][K].
-        scale_dir: [N][K], None where the table has none.
-        images: drawn until then.
-        validation: held-out rewards at the checks, from the distilled table's.
+        positions: [N][K] positions of the table that was best on the validation prompts.
+        weights: [N][K] weights of this table.
+        scale_dir: [N][K] direction scales of this table, None where it has none.
+        images: number of images drawn before this table was found.
+        validation: held-out rewards at the checks, of which the first is that of the distilled table.
         test: raw score of the first head on each test prompt.
     """
 
@@ -57,15 +58,27 @@ class Found:
     validation: list[float]
     test: list[float]
 
+    @property
+    def table(self) -> SolverTable:
+        """The best table."""
+        columns = (self.positions, self.weights, self.scale_dir)
+        return SolverTable(*(torch.tensor(column, dtype=torch.float64) for column in columns if column is not None))
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that tell the best table from others."""
+        table = json.dumps([self.positions, self.weights, self.scale_dir])
+        return hashlib.sha256(table.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Method:
-    """A way to a better table.
+    """A way to improve a table.
 
     Attributes:
-        advance: draws some images and learns from them.
-        images: of an advance.
-        table: what it would take home now.
+        advance: draws images and learns from them.
+        images: number of images that `advance` draws.
+        table: the table that the method would give now.
     """
 
     advance: Callable[[], object]
@@ -74,14 +87,14 @@ class Method:
 
 
 class Rounds:
-    """Rounds of a search on RDPO's actors: all tables of a round draw the same prompts and noise.
+    """Rounds of a search on RDPO's actors, in which all tables draw the same prompts and noise.
 
     Args:
-        config: of the run.
-        prompts: to train on.
-        algo: whose actors draw and score.
-        search: proposes and is told.
-        prompts_per_round: that each table draws.
+        config: configuration of the run.
+        prompts: the training prompts.
+        algo: the algorithm whose actors draw and score.
+        search: proposes tables and learns their rewards.
+        prompts_per_round: number of prompts that each table draws.
     """
 
     def __init__(
@@ -92,7 +105,7 @@ class Rounds:
         self._rng = stream(Purpose.SEARCH_ROUNDS, config.seed)
 
     def advance(self) -> None:
-        """One round."""
+        """Run one round."""
         tables = self.search.ask()
         chosen = self._rng.choice(len(self._prompts), self._count, replace=False)
         prompts = [self._prompts[i] for i in chosen]
@@ -125,27 +138,28 @@ def search(
     problems: Sequence[str] = tuple(PROBLEMS),
     budget: int = BUDGET,
 ) -> Record:
-    """Test scores of the tables that each method finds with the same images, and RDPO's paired difference to them.
+    """Test scores of the tables that each method finds with the same number of images.
 
-    The methods of a seed start from one distilled table. Every 160 images each has one table judged on the validation
-    prompts, which are not counted, and keeps the best; that one draws the test prompts.
+    The methods of a seed start from the same distilled table. A method's table is judged on the validation prompts
+    at every BETWEEN_CHECKS training images; images of these checks do not count. The best of these tables draws the
+    test prompts.
 
     Args:
-        seeds: of prompts, noise and draws.
-        folder: where what a method found is kept when it is done; what lies there is not searched again.
-        overrides: of all settings.
+        seeds: seeds of prompts, noise and draws.
+        folder: folder in which the finding of each method is kept, and from which finished ones are read.
+        overrides: changes of all settings.
         problems: names in PROBLEMS.
-        budget: training images of a method.
+        budget: number of training images of a method.
 
     Returns:
-        Per method and seed the mean over test prompts; over the seeds its mean and RDPO's difference, each with
-        Student's interval, null with one seed; and `last_check`: the held-out reward at the last check, what a method
-        has where nothing chose among its tables.
+        The mean over the test prompts per method and seed. Over the seeds: the mean of each method and RDPO's paired
+        difference to it, each with Student's interval, which is None with one seed, and `last_check`, the held-out
+        reward at the last check, which a method has where nothing chooses among its tables.
 
     Raises:
         RunDirectoryError: the folder holds results of other settings.
     """
-    record: Record = {"budget": budget}
+    values: dict[str, Value] = {}
     for problem in problems:
         tests: dict[str, list[float]] = {}  # a mean over the test prompts for each seed
         last: dict[str, list[float]] = {}
@@ -153,36 +167,28 @@ def search(
             config = load_config(None, (f"seed={seed}", *PROBLEMS[problem], *overrides))
             first: Found | None = None
             for name in ("distilled", *METHODS):
-                rules = {"budget": budget, "rules": RULES, "start": None if first is None else _digest(first)}
+                rules = {"budget": budget, "rules": RULES, "start": None if first is None else first.digest}
                 measure = partial(_found, name, config, budget, first)
-                path = folder / f"search-{problem}-{name}-seed{seed}.json"
-                found = kept(path, config, rules, Found, measure)
+                found = kept(folder / f"search-{problem}-{name}-seed{seed}.json", config, rules, Found, measure)
                 first = first or found
                 tests.setdefault(name, []).append(float(np.mean(found.test)))
                 last.setdefault(name, []).append(found.validation[-1])
-                record[f"{problem}/seed_{seed}/{name}"] = tests[name][-1]
-        record |= _compared(problem, tests)
-        record |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
-    return record
+                values[f"{problem}/seed_{seed}/{name}"] = tests[name][-1]
+        values |= under(problem, _compared(tests))
+        values |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
+    return Record("search", {"budget": budget}, values)
 
 
-def _digest(found: Found) -> str:
-    """Of the table."""
-    table = json.dumps([found.positions, found.weights, found.scale_dir])
-    return hashlib.sha256(table.encode()).hexdigest()[:16]
-
-
-def _compared(problem: str, tests: dict[str, list[float]]) -> Record:
-    """Means over seeds, whose tables are the independent units, and what RDPO has above each other method."""
-    record: Record = {}
-    for name, values in tests.items():
-        pairs = {"": student_mean(values)}
+def _compared(tests: Mapping[str, Sequence[float]]) -> dict[str, Value]:
+    """Means over the seeds, whose tables are the independent units, and RDPO's differences to the other methods."""
+    values: dict[str, Value] = {}
+    for name, means in tests.items():
+        pairs = {name: student_mean(means)}
         if name != "rdpo":
-            pairs["/rdpo_minus_this"] = student_mean(np.subtract(tests["rdpo"], values))
-        for suffix, interval in pairs.items():
-            found = asdict(interval).items()
-            record |= {f"{problem}/{name}{suffix}/{key}": v if math.isfinite(v) else None for key, v in found}
-    return record
+            pairs[f"{name}/rdpo_minus_this"] = student_mean(np.subtract(tests["rdpo"], means))
+        for row, interval in pairs.items():
+            values |= under(row, {key: v if math.isfinite(v) else None for key, v in asdict(interval).items()})
+    return values
 
 
 def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Found:
@@ -190,17 +196,16 @@ def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Fo
 
     Args:
         name: "distilled" or one of METHODS.
-        config: of the run.
-        budget: training images.
-        first: what distilling found: the start; None where this is that.
+        config: configuration of the run.
+        budget: number of training images.
+        first: what distilling found, which is the start of a method; None where distilling itself is asked for.
     """
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
         if first is None:
             table = as_table(distil(config, prompts, algo))
         else:
-            columns = (first.positions, first.weights, first.scale_dir)
-            table = SolverTable(*(torch.tensor(c, dtype=torch.float64) for c in columns if c is not None))
+            table = first.table
             algo.rebase(table)
 
         def judge(table: SolverTable) -> float:
@@ -209,10 +214,8 @@ def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Fo
         checks = [(0, table, judge(table))]
         if first is not None:
             method = _method(name, config, prompts, algo, table)
-            images = 0
-            while images + method.images <= budget:
+            for images in range(method.images, budget + 1, method.images):
                 method.advance()
-                images += method.images
                 if images % BETWEEN_CHECKS == 0:
                     checks.append((images, method.table(), judge(method.table())))
         images, best, _ = max(checks, key=lambda check: check[2])

@@ -1,166 +1,154 @@
 """Seconds of one RDPO iteration: the pipeline of actors against a plain loop that does the same work."""
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import psutil
 import torch
 from tqdm import tqdm
 
-from epd_ray.bench.flops import speed, tflop_per_eval
-from epd_ray.bench.models import EMBEDDED, Subject, prompts
+from epd_ray.bench.flops import speed
+from epd_ray.bench.models import DEFAULT_SUBJECT, Subject, prompts
+from epd_ray.bench.passes import RecordedJobs, jobs_of
 from epd_ray.bench.plain_loop import PlainLoop
-from epd_ray.bench.random_models import Size
-from epd_ray.bench.throughput import Passes
+from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.timing import timed
 from epd_ray.config.loading import load_config
-from epd_ray.drawing.worker import RolloutWorker
-from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import algorithm, rdpo_config
-from epd_ray.rewards import HEADS
-from epd_ray.rewards.scoring import Scorer
-from epd_ray.types import RolloutJob
 
 PROMPTS = 64
-OF_FULL = (  # the settings of the published log for SD3 Medium, which took 15.66 s a step
-    *("solver.intervals=10", "cluster.images_per_job=8"),
-    *("rdpo.prompts_per_iteration=2", "rdpo.group_size=4", "rdpo.minibatch=4"),
-)
-Record = dict[str, float | int | str | bool | None]
-Seconds = dict[str, float]
+# How the published log for SD3 Medium, which took 15.66 s a step, differs from the defaults; 8 pictures make a step.
+OF_FULL = ("solver.intervals=10", "rdpo.prompts_per_iteration=2", "rdpo.minibatch=4")
+STAGES = ("generate", "score", "learn", "wait")
+Seconds = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """A way to run the plain loop, and what came of it, once per round.
+    """A way to run the plain loop.
 
     Attributes:
-        at_once: pictures that the network draws together.
-        threads: of torch.
-        found: seconds of an iteration, in all, of all cores together, and of each stage.
+        kind: "batched" or "single".
+        at_once: number of pictures that the network draws together.
+        threads: number of torch's threads.
     """
 
+    kind: str
     at_once: int
     threads: int
-    found: list[Seconds] = field(default_factory=list)
 
     @property
-    def seconds(self) -> float:
-        """Of an iteration, the median."""
-        return statistics.median(one["iteration"] for one in self.found)
+    def name(self) -> str:
+        return f"{self.kind}, threads {self.threads}"
 
-    def run(self, loop: PlainLoop, iteration: int) -> None:
-        """One iteration."""
-        before, start = torch.get_num_threads(), _cpu()
+    def run(self, loop: PlainLoop, iteration: int) -> Seconds:
+        """Seconds of one iteration: in all, of all cores together, and of each stage."""
+        before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            seconds = timed(lambda: loop.iterate(iteration, self.at_once))
+            total = _spent(lambda: loop.iterate(iteration, self.at_once))
         finally:
             torch.set_num_threads(before)
-        self.found.append({"iteration": seconds, "cpu": _cpu() - start, **loop.seconds})
+        return {**total, **loop.seconds}
 
 
 def step(
-    model: str = EMBEDDED,
-    size: Size | None = None,
-    compile: bool = False,
+    subject: Subject = DEFAULT_SUBJECT,
     overrides: Sequence[str] = (),
     rounds: int | None = None,
     iterations: int | None = None,
     threads: Sequence[int] | None = None,
 ) -> Record:
-    """Median seconds of one iteration of `RDPO` and of `PlainLoop`, same weights, batch and guidance, in turns.
+    """Median seconds of one iteration of `RDPO` and of `PlainLoop`, in turns, with the same weights and settings.
 
-    In every round the pipeline runs `iterations` from idle to idle, so filling and draining it counts; then the loop
-    runs one iteration in each way while the actors have nothing to do: `batched` draws `images_per_job` pictures
-    together, as the published code does, `single` one after another (not of a full model); on a CPU with one torch
-    thread and with two.
-    `ratio` and `ratio_single` are the seconds of the faster such loop over the pipeline's. `tflops` are the network's
-    operations in drawing over the pipeline's whole iteration, `of_peak` their share of what the card can do. Below
-    `pipeline` stand an iteration's seconds, those of all cores together (`cpu_s`), of its work, summed over the actors
-    of a kind, and of waiting for it; below the loops their stages.
+    In every round the pipeline runs some iterations from idle to idle, so that filling and draining it counts. Then the
+    loop runs one iteration in each way while the actors have nothing to do: `batched` draws as many pictures together
+    as a rollout job has, as the published code does, and `single` one after another, which a full model leaves out.
+    `ratio` and `ratio_single` are the seconds of the fastest such loop over those of the pipeline. `tflops` is the
+    network's operations over the time of the pipeline's whole iteration. The row `pipeline` has the seconds of an
+    iteration, of all cores together (`cpu_s`), of each kind of work summed over its actors, and of waiting for them.
+    The other rows have the stages of the loops.
 
     Args:
-        model: one of MODELS.
-        size: see Subject.
-        compile: see Subject.
-        overrides: configuration of both; a full model has those of OF_FULL before them.
-        rounds: odd; None: 5, of a full model 3.
-        iterations: of the pipeline in a round; None: 4, of a full model 2.
-        threads: that the loop is tried with; None: see above.
+        subject: the model.
+        overrides: changes of the default run, for the pipeline and the loop; a full model starts from OF_FULL.
+        rounds: number of counted rounds, odd; None means 5, or 3 with a full model.
+        iterations: number of the pipeline's iterations in a round; None means 4, or 2 with a full model.
+        threads: numbers of torch's threads to try for the loop; None means 1 on a GPU, and 1 and 2 on a CPU.
     """
-    subject, chosen = Subject(model, size, compile=compile), prompts(PROMPTS)
+    chosen = prompts(PROMPTS)
     config = load_config(None, [*subject.overrides, *(OF_FULL if subject.full else ()), *overrides])
-    name, reward = next(iter(config.rewards.items()))
-    scorer = Scorer(name, HEADS.build(reward.head, reward.options))
     own = rdpo_config(config, chosen)
     worker = own.worker_spec.build()
-    loop = PlainLoop(own, worker, scorer, chosen)
     counts = threads or ((1,) if torch.cuda.is_available() else (1, 2))
-    batched = [_Loop(own.images_per_job, count) for count in counts]
-    single = [] if subject.full else [_Loop(1, count) for count in counts]
+    at_once = {"batched": own.images_per_job} if subject.full else {"batched": own.images_per_job, "single": 1}
+    ways = [_Loop(kind, size, count) for kind, size in at_once.items() for count in counts]
     rounds, iterations = rounds or (3 if subject.full else 5), iterations or (2 if subject.full else 4)
     with algorithm(config, chosen) as algo:
-        pipeline = _measure(algo, loop, [*batched, *single], rounds, iterations)
-    ours = statistics.median(one["iteration"] for one in pipeline)
-    ratios = {
-        name: min(way.seconds for way in ways) / ours
-        for name, ways in (("ratio", batched), ("ratio_single", single))
-        if ways
-    }
+        found = _measure(algo, PlainLoop(own, worker, chosen), ways, rounds, iterations)
+    ours = found["pipeline"]["iteration"]
+    values: dict[str, Value] = {}
+    for kind, name in (("batched", "ratio"), ("single", "ratio_single")):
+        if kind in at_once:
+            values[name] = min(found[way.name]["iteration"] for way in ways if way.kind == kind) / ours
+    values |= speed(RecordedJobs(worker, jobs_of(own, chosen, 0)).tflop / ours)
+    for row, seconds in found.items():
+        values |= under(row, {f"{stage}_s": value for stage, value in seconds.items()})
+    return Record("step", {**subject.facts, **_settings(own)}, values)
+
+
+def _settings(config: RDPOConfig) -> dict[str, Value]:
     return {
-        **subject.facts,
-        "images": own.images_per_iteration,
-        "intervals": own.table.intervals,
-        "points": own.table.points,
-        "rollout_actors": own.num_env_runners,
-        "staleness": own.max_staleness,
-        **ratios,
-        **speed(_tflop(own, chosen, worker) / ours, str(subject.facts["device"])),
-        **_medians("pipeline", pipeline),
-        **{k: v for way in batched for k, v in _medians(f"batched, threads {way.threads}", way.found).items()},
-        **{k: v for way in single for k, v in _medians(f"single, threads {way.threads}", way.found).items()},
+        "images": config.batch_plan.images,
+        "intervals": config.table.intervals,
+        "points": config.table.points,
+        "rollout_actors": config.num_env_runners,
+        "staleness": config.max_staleness,
     }
 
 
-def _tflop(config: RDPOConfig, chosen: Sequence[str], worker: RolloutWorker) -> float:
-    """10^12 operations of the network for an iteration's pictures, which are drawn once more to count its passes."""
-    passes = Passes(worker.backbone)
-    watched = RolloutWorker(passes, worker.guidance_scale, worker.space, worker.sampler)
-    parameters = PolicyNetwork(config.policy_spec).parameters_array()
-    for i, requests in enumerate(propose(config.batch_plan, chosen, 0)):
-        watched.generate(RolloutJob((0, i), 0, parameters, requests))
-    return passes.rows * tflop_per_eval(worker.backbone, worker.guidance_scale)
-
-
-def _measure(algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, iterations: int) -> list[Seconds]:
-    """Seconds of the pipeline's iterations, in all and by stage, once per round; a round before warms up."""
-    found = []
+def _measure(
+    algo: RDPO, loop: PlainLoop, ways: Sequence[_Loop], rounds: int, iterations: int
+) -> dict[str, dict[str, float]]:
+    """Median seconds over the rounds, for "pipeline" and for each way; a first round warms up and is not counted."""
     turns = tqdm(range(rounds + 1), desc="rounds, the first to warm up")
+    found: list[dict[str, Seconds]] = []
     for number in turns:
-        algo.stop_after(algo.policy_version + iterations)
-        logged: list[Seconds] = []
-        start = _cpu()
-        seconds = timed(partial(_train, algo, iterations, logged)) / iterations
-        cpu = (_cpu() - start) / iterations
-        for way in ways:
-            way.run(loop, number)
-        spent = ", ".join(f"{way.found[-1]['iteration']:.3g}" for way in ways)
-        turns.set_postfix_str(f"an iteration {seconds:.3g} s, of the loop {spent} s")  # all that a stopped bench leaves
-        if number:
-            stages = ("generate", "score", "learn", "wait")
-            work = {stage: statistics.median(m[f"time/{stage}"] for m in logged) for stage in stages}
-            found.append({"iteration": seconds, "cpu": cpu, **work})
-        else:
-            for way in ways:
-                way.found.clear()
-    return found
+        row = {"pipeline": _pipeline(algo, iterations), **{way.name: way.run(loop, number) for way in ways}}
+        found.append(row)
+        spent = ", ".join(f"{name} {seconds['iteration']:.3g} s" for name, seconds in row.items())
+        turns.set_postfix_str(f"an iteration: {spent}")  # all that a stopped bench leaves
+    return {
+        name: {stage: median(row[name][stage] for row in found[1:]) for stage in stages}
+        for name, stages in found[0].items()
+    }
+
+
+def _pipeline(algo: RDPO, iterations: int) -> Seconds:
+    """Seconds of an iteration of the pipeline, the mean of some from idle to idle, with the median of each stage."""
+    algo.stop_after(algo.policy_version + iterations)
+    logged: list[Mapping[str, float]] = []
+    total = _spent(partial(_train, algo, iterations, logged))
+    work = {stage: median(m[f"time/{stage}"] for m in logged) for stage in STAGES}
+    return {**{name: seconds / iterations for name, seconds in total.items()}, **work}
+
+
+def _train(algo: RDPO, iterations: int, logged: list[Mapping[str, float]]) -> None:
+    for _ in range(iterations):
+        algo.train()
+        logged.append(algo.last.metrics)
+
+
+def _spent(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call, by the clock and of all cores together."""
+    before = _cpu()
+    seconds = timed(call).seconds
+    return {"iteration": seconds, "cpu": _cpu() - before}
 
 
 def _cpu() -> float:
@@ -171,13 +159,3 @@ def _cpu() -> float:
             used = process.cpu_times()
             total += used.user + used.system
     return total
-
-
-def _train(algo: RDPO, iterations: int, logged: list[Seconds]) -> None:
-    for _ in range(iterations):
-        algo.train()
-        logged.append(algo.last.metrics)
-
-
-def _medians(name: str, found: Sequence[Seconds]) -> Record:
-    return {f"{name}/{stage}_s": statistics.median(one[stage] for one in found) for stage in found[0]}

@@ -235,7 +235,8 @@ def bench(
 ) -> None:
     """Measure this system against something in the same run."""
     with ending():
+        from epd_ray.bench.cases import Options
         from epd_ray.bench.kept import FOLDER
-        from epd_ray.bench.runner import Options, run
+        from epd_ray.bench.runner import run
 
         run(cases or [], Options(model, size, compile, seeds, keep or FOLDER), out)

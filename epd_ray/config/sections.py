@@ -289,6 +289,11 @@ class RDPOSection(Section):
             raise ValueError(problem)
         return minibatch
 
+    @property
+    def images_per_iteration(self) -> int:
+        """Number of images that an iteration draws."""
+        return self.prompts_per_iteration * self.group_size
+
 
 class EvaluationConfig(Section):
     """What the learned solver is compared with."""

@@ -1,4 +1,4 @@
-"""What a sweep tries: its section of the YAML file, checked against the run that it varies."""
+"""The `sweep` section of a YAML file: which values it tries, checked against the run that it varies."""
 
 import difflib
 import math
@@ -15,32 +15,35 @@ from epd_ray.config.sections import Positive, Section
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import Purpose, stream
 
-COMBINATIONS = 1000  # of values that are checked before anything starts
-LISTED = 64  # whole numbers in a range that are all checked: a minibatch fits some batches and not others between
+COMBINATIONS = 1000  # of values, at most, that are checked before anything starts
+CONCURRENT = 2  # trials at a time, unless the section says otherwise
+LISTED = 64  # a range with fewer whole numbers is checked as a whole, because a minibatch may divide one batch only
 MUTABLE = frozenset(
     f"rdpo.{name}" for name in ("lr", "weight_decay", "clip", "grad_clip", "kl_coeff", "entropy_coeff", "epochs")
 )
-"""What PBT may change in a policy that is trained already."""
-# The budget is counted in images; a start table has one shape; z-scores are against each trial's own start.
+"""Keys that PBT may change in a policy that has begun to train."""
+# A trial's budget is a number of images, a start table has one shape, and z-scores are relative to a trial's own start.
 FIXED = {"rdpo.iterations", "rdpo.normalisation", "distill.table"}
 KEYS = frozenset(
     f"{section}.{name}"
     for section in ("rdpo", "solver", "distill")
     for name in RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
 ) - FIXED | {"backbone.guidance_scale"}
-"""What may be swept: nothing that would make held-out rewards of two trials mean different things."""
+"""Keys that may be swept. With any other key the held-out rewards of two trials could not be compared."""
 
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class Distribution(Section):
-    """Where a key's values come from: one of these."""
+    """The distribution of a key's values. Exactly one of the keys is given."""
 
-    choice: Annotated[list[JsonValue], Field(min_length=1)] | None = Field(default=None, description="any of a list")
-    uniform: Bounds | None = Field(default=None, description="[low, high]")
-    loguniform: Bounds | None = Field(default=None, description="[low, high], by orders of magnitude")
-    integers: Whole | None = Field(default=None, description="[low, high], both included")
+    choice: Annotated[list[JsonValue], Field(min_length=1)] | None = Field(
+        default=None, description="a list, of which each value is as likely"
+    )
+    uniform: Bounds | None = Field(default=None, description="[low, high], a number between them")
+    loguniform: Bounds | None = Field(default=None, description="[low, high], a number whose logarithm is uniform")
+    integers: Whole | None = Field(default=None, description="[low, high], a whole number from low to high")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +68,7 @@ class Distribution(Section):
 
     @property
     def ends(self) -> list[JsonValue]:
-        """Every value of a choice or a short range of whole numbers, else the two ends of a range."""
+        """Every value of a list or of a short range of whole numbers, and the two ends of any other range."""
         if self.integers is not None and self.integers[1] - self.integers[0] < LISTED:
             return list(range(self.integers[0], self.integers[1] + 1))
         for values in (self.choice, self.uniform, self.loguniform, self.integers):
@@ -75,21 +78,27 @@ class Distribution(Section):
 
 
 class SweepSection(Section):
-    """What is tried, how often, and who may go on."""
+    """Which values are tried, in how many trials, and which trials may go on."""
 
-    space: dict[str, Distribution] = Field(default={}, description="key of the run -> where its values come from")
-    trials: Positive = Field(default=8, description="runs with values drawn from the space")
+    space: dict[str, Distribution] = Field(default={}, description="key of the run -> distribution of its values")
+    trials: Positive = Field(default=8, description="number of runs, each with values drawn from the space")
     scheduler: Literal["asha", "pbt", "none"] = Field(
-        default="asha", description="asha: the worse ones stop early; pbt: they go on from the better ones' policies"
+        default="asha",
+        description="asha: the worse trials stop early; pbt: they go on from the policies of the better ones",
     )
     concurrent: Positive | None = Field(
-        default=None, description="trials at a time, if there is room; null: 2, with pbt all"
+        default=None, description=f"trials at a time, if there is room; null: {CONCURRENT}, with pbt all"
     )
-    images: Positive | None = Field(default=None, description="that a trial may draw; null: as many as the run would")
+    images: Positive | None = Field(
+        default=None, description="training images of a trial; null: as many as the run draws"
+    )
     grace: float = Field(
-        default=0.2, gt=0, le=1, description="share of the images before asha may stop a trial, between pbt's exchanges"
+        default=0.2,
+        gt=0,
+        le=1,
+        description="share of the images before asha may stop a trial, and between exchanges of pbt",
     )
-    reduction: float = Field(default=3.0, gt=1, description="of asha: 1 in so many goes on")
+    reduction: float = Field(default=3.0, gt=1, description="asha: one in this many trials goes on")
 
     @field_validator("space")
     @classmethod
@@ -130,11 +139,11 @@ class _File(Section):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run and what is varied of it.
+    """A run, and the section that says how it is varied.
 
     Attributes:
-        config: of the run; its seed fixes the held-out prompts and noise of all trials.
-        sweep: what is varied.
+        config: configuration of the run; its seed decides the held-out prompts and noise of all trials.
+        sweep: the section.
     """
 
     config: RunConfig = field(repr=False)
@@ -142,21 +151,24 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """A trial's budget."""
+        """Number of training images of a trial."""
         rdpo = self.config.rdpo
-        return self.sweep.images or rdpo.iterations * rdpo.prompts_per_iteration * rdpo.group_size
+        return self.sweep.images or rdpo.iterations * rdpo.images_per_iteration
 
     def trial(self, values: Mapping[str, JsonValue]) -> RunConfig:
-        """The run with these values, for as many iterations as the budget pays (at least 1).
+        """The run with these values, and with as many iterations as the budget allows, but at least 1.
+
+        Args:
+            values: key -> value.
 
         Raises:
-            ConfigError: they do not fit each other.
+            ConfigError: the values do not fit each other.
         """
         if problems := self._problems_with(values):
             raise ConfigError([f"{problem} (with {_listed(values)})" for problem in problems])
         varied = RunConfig.model_validate(self._with(values))
         rdpo = varied.rdpo
-        iterations = max(1, self.images // (rdpo.prompts_per_iteration * rdpo.group_size))
+        iterations = max(1, self.images // rdpo.images_per_iteration)
         return varied.model_copy(update={"rdpo": rdpo.model_copy(update={"iterations": iterations})})
 
     def _with(self, values: Mapping[str, JsonValue]) -> dict[str, Any]:
@@ -167,7 +179,7 @@ class Plan:
         return data
 
     def problems(self) -> list[str]:
-        """What keeps values of the space from being tried together."""
+        """Reasons why the sweep cannot be run, such as values of the space that do not fit each other."""
         if self.images < 1:
             return ["sweep.images: the run has no iterations: set it"]
         if self.config.rdpo.normalisation == "zscore":
@@ -186,7 +198,7 @@ class Plan:
         return []
 
     def _corners(self) -> Iterator[dict[str, JsonValue]]:
-        """The ends of all keys in every combination, or many at random where they are too many."""
+        """Every combination of the ends of all keys, or random ones where there are more than COMBINATIONS."""
         keys, ends = list(self.sweep.space), [values.ends for values in self.sweep.space.values()]
         rng = stream(Purpose.SWEEP_CHECK, 0)
         every = math.prod(map(len, ends)) <= COMBINATIONS
@@ -199,14 +211,14 @@ def _listed(values: Mapping[str, JsonValue]) -> str:
 
 
 def load_plan(path: Path | None, overrides: Sequence[str] = ()) -> Plan:
-    """A run's configuration with a `sweep` section.
+    """Read a run's configuration with a `sweep` section.
 
     Args:
-        path: a YAML file as for `load_config`, with `sweep`.
-        overrides: "sweep.trials=4", "rdpo.iterations=20" and the like.
+        path: a YAML file as for `load_config`, with a `sweep` section; None means the defaults.
+        overrides: changes of both, such as "sweep.trials=4" and "rdpo.iterations=20".
 
     Raises:
-        ConfigError: every problem there is, one line each.
+        ConfigError: the configuration is wrong; it lists every problem in a line of its own.
     """
     given: dict[str, Any] = {} if path is None else dict(read_yaml(path))
     section: dict[str, Any] = {"sweep": given.pop("sweep", None) or {}}

@@ -1,4 +1,4 @@
-"""What came of a sweep's trials, as rows."""
+"""The results of a sweep's trials, as a table."""
 
 import csv
 import io
@@ -16,19 +16,20 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Result:
-    """A trial's outcome.
+    """The result of one trial.
 
     Attributes:
-        trial: its name, which is that of its folder.
-        status: finished its budget; stopped by the scheduler; failed; unfinished: a resumed sweep goes on with it.
-        values: of the keys that are swept.
-        images: drawn for training.
-        seconds: that it took, set-up aside.
-        start: held-out reward of the table of stage 1; None before the first evaluation.
-        reward: held-out reward of its best table; None before the first evaluation.
-        low: lower end of the reward's 95 % interval.
-        high: upper end.
-        error: what it failed with, in a line.
+        trial: name of the trial and of its folder.
+        status: "finished" when the trial has drawn all its images, "stopped" when the scheduler ended it, "failed" when
+            it raised an error, and "unfinished" when a resumed sweep goes on with it.
+        values: key that is swept -> the trial's value.
+        images: number of training images.
+        seconds: duration of the trial without its set-up.
+        start: held-out reward of the table of stage 1, None before the first evaluation.
+        reward: held-out reward of the trial's best table, None before the first evaluation.
+        low: lower end of the 95 % interval of `reward`.
+        high: upper end of the 95 % interval of `reward`.
+        error: the error in one line, empty where the trial did not fail.
     """
 
     trial: str
@@ -44,12 +45,12 @@ class Result:
 
     @property
     def ranked(self) -> bool:
-        """Whether its solver may be the best one."""
+        """Whether the trial's solver may be the best one."""
         return self.reward is not None and self.status != "failed"
 
 
 def ranking(results: Sequence[Result]) -> list[Result]:
-    """The best held-out reward first; those without one, and those that failed, last."""
+    """Results in order, the best held-out reward first, and trials without one and failed trials last."""
 
     def rank(result: Result) -> tuple[bool, float, str]:
         return not result.ranked, 0.0 if result.reward is None else -result.reward, result.trial
@@ -58,7 +59,7 @@ def ranking(results: Sequence[Result]) -> list[Result]:
 
 
 def as_csv(results: Sequence[Result]) -> str:
-    """One row per trial, with a column per key that is swept."""
+    """Text of a CSV file with a row for each trial and a column for each swept key."""
     numbers = ("images", "seconds", "start", "reward", "low", "high")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -71,7 +72,7 @@ def as_csv(results: Sequence[Result]) -> str:
 
 
 def as_lines(results: Sequence[Result]) -> list[str]:
-    """The first few, for a terminal."""
+    """The first SHOWN results as lines for a terminal."""
     lines = [_line(result) for result in results[:SHOWN]]
     return [*lines, f"... and {len(results) - SHOWN} more"] if len(results) > SHOWN else lines
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep: RDPO that begins with stage 1 and is judged on held-out prompts."""
+"""One trial of a sweep: RDPO that begins with stage 1 and is evaluated on held-out prompts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +20,17 @@ from epd_ray.sweep.space import Plan
 
 PLAN, PROMPTS, STATE = "plan", "prompts", "sweep"
 SOLVER = "solver"
-"""The best solver so far, inside every checkpoint."""
+"""Folder of the best solver so far, inside every checkpoint."""
 OBJECTIVE = "held_out/reward"
 IMAGES = "images"
 
 
 class SweepTrial(RDPO):
-    """A Tune trainable whose step is the iterations up to the next evaluation.
+    """A Tune trainable of which one step is the iterations up to the next evaluation.
 
-    Its configuration holds the plan, the prompts, and a value for each key of the space. It reports the images drawn,
-    `held_out/reward` (of the policy as it is) and `held_out/best` with its interval (of the best table so far).
+    Its configuration holds the plan, the prompts, and a value for each key of the space. It reports the number of
+    images drawn, `held_out/reward` of the current policy, and `held_out/best` of the best table so far, with its
+    interval.
     """
 
     def __init__(self, config: Mapping[str, Any], **kwargs: Any) -> None:
@@ -48,13 +49,13 @@ class SweepTrial(RDPO):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """The same for every trial: nothing of the cluster section is swept."""
+        """The resources of a trial, which are the same for all, because no key of the cluster section is swept."""
         return super().default_resource_request(_with_room(rdpo_config(config[PLAN].config, ["any"])))
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, Any]:
-        """Train until the next evaluation, and evaluate."""
+        """Train until the next evaluation is due, and evaluate."""
         iterations = self._run_config.rdpo.iterations
         if self._best.positions is None:
             self._begin()
@@ -72,7 +73,7 @@ class SweepTrial(RDPO):
         }
 
     def _begin(self) -> None:
-        """Stage 1, and its held-out reward; a restored trial has them behind it."""
+        """Run stage 1 and evaluate its table; a restored trial has done so already."""
         run = self._run_config
         if run.distill.enabled and run.distill.table is None:
             self.rebase(as_table(distil(run, self._prompt_splits, self)))
@@ -86,7 +87,7 @@ class SweepTrial(RDPO):
         return interval.mean
 
     def get_auto_filled_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's, with the values of this trial in place of its whole configuration."""
+        """RLlib's metrics, with the values of this trial in place of its whole configuration."""
         return {**super().get_auto_filled_metrics(*args, **kwargs), "config": self._values}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class SweepTrial(RDPO):
 
 
 def _with_room(config: RDPOConfig) -> RDPOConfig:
-    """Without rollout actors the trial's own process draws the pictures: it asks for what one of them would."""
+    """Without rollout actors the trial's own process draws the pictures, and asks for the CPUs of a rollout actor."""
     if config.num_env_runners == 0:
         config.resources(num_cpus_for_main_process=config.num_cpus_per_env_runner)
     return config

@@ -1,4 +1,4 @@
-"""A sweep: trials of a run with other values, on Ray Tune; its table, its best solver, and how it goes on."""
+"""Running and resuming a sweep on Ray Tune, its table of results, and its best solver."""
 
 import json
 import logging
@@ -31,17 +31,17 @@ from epd_ray.runs.train import given_solver
 from epd_ray.solvers import Solver
 from epd_ray.storage.places import LocalPlace
 from epd_ray.storage.run_directory import write_text
-from epd_ray.sweep.space import MUTABLE, Distribution, Plan, load_plan
+from epd_ray.sweep.space import CONCURRENT, MUTABLE, Distribution, Plan, load_plan
 from epd_ray.sweep.table import Result, Status, as_csv, as_lines, ranking
 from epd_ray.sweep.trial import IMAGES, OBJECTIVE, PLAN, PROMPTS, SOLVER, SweepTrial
 from epd_ray.telemetry.progress import Observer
 
 PLAN_FILE, PROMPTS_FILE, TABLE, TRIALS, BEST = "sweep.yaml", "prompts.json", "results.csv", "trials", "best"
-CHECKPOINTS = 3  # PBT may still want one that is not the newest
+CHECKPOINTS = 3  # of a trial, because PBT may still read one that is not the newest
 QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the old one says nothing, the new one something
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the old output prints nothing, and the new one still does
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a configuration are relative to the working directory
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # what a killed driver forgets
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # seconds that a killed driver loses
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -50,17 +50,17 @@ def sweep(plan: Plan, out: Path, observer: Observer, callbacks: Sequence[Callbac
     """Run a sweep into a new directory.
 
     Args:
-        plan: what is tried.
+        plan: the run and the values to try.
         out: a directory that does not exist yet, or an empty one.
-        observer: sees the progress.
-        callbacks: of Tune, beside those of the trackers that the plan asks for.
+        observer: is told of the progress.
+        callbacks: callbacks for Tune, beside those of the trackers that the plan asks for.
 
     Returns:
-        The best trials, a line each.
+        Lines about the best trials, and the paths of table, solver and configuration.
 
     Raises:
-        EpdRayError: something that the user can mend, such as that every trial failed.
-        KeyboardInterrupt: stopped by a signal; the sweep can be resumed.
+        EpdRayError: something went wrong that the user can mend, such as that every trial failed.
+        KeyboardInterrupt: a signal stopped the sweep, which can be resumed.
     """
     _require_new(out)
     prompts = load_prompts(plan.config.prompts, plan.config.seed)
@@ -72,7 +72,21 @@ def sweep(plan: Plan, out: Path, observer: Observer, callbacks: Sequence[Callbac
 
 
 def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -> list[str]:
-    """Go on with a sweep: unfinished and failed trials from their checkpoints; the same otherwise as `sweep`."""
+    """Go on with a sweep, its unfinished and failed trials from their checkpoints.
+
+    Args:
+        path: directory of the sweep.
+        observer: as for `sweep`.
+        callbacks: as for `sweep`.
+
+    Returns:
+        As `sweep` does.
+
+    Raises:
+        RunDirectoryError: the directory holds no sweep, or its prompts cannot be read.
+        EpdRayError: as for `sweep`.
+        KeyboardInterrupt: as for `sweep`.
+    """
     if not (path / PLAN_FILE).is_file():
         raise RunDirectoryError(f"{path} is no sweep: it has no {PLAN_FILE} (epd-ray sweep makes one)")
     try:
@@ -90,7 +104,7 @@ def _require_new(out: Path) -> None:
 
 
 def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
-    """Write what a sweep goes on from; what one that was killed here has left is written again.
+    """Write the files that a sweep is resumed from; files that a sweep killed at this point left are written again.
 
     Raises:
         RunDirectoryError: the directory holds something else already, or cannot be written.
@@ -132,10 +146,10 @@ def _go_on(
 
 
 def _tune(plan: Plan, prompts: PromptSplits, path: Path, callbacks: list[Callback]) -> list[Trial]:
-    """Start or resume the experiment: `tune.run`, because a restored Tuner takes no new callbacks."""
+    """Start or resume the experiment, with `tune.run`, because a restored Tuner takes no new callbacks."""
     varied = plan.sweep
     random_state = plain_seed(Purpose.SWEEP, plan.config.seed) % 2**32
-    concurrent = 0 if varied.scheduler == "pbt" else varied.concurrent or 2
+    concurrent = 0 if varied.scheduler == "pbt" else varied.concurrent or CONCURRENT
     found = tune.run(
         SweepTrial,
         name=TRIALS,
@@ -158,12 +172,12 @@ def _tune(plan: Plan, prompts: PromptSplits, path: Path, callbacks: list[Callbac
 
 
 def trial_name(trial: Trial) -> str:
-    """trial-00003 and the like."""
+    """Name of a trial, such as trial-00003."""
     return f"trial-{trial.trial_id.rpartition('_')[2]}"
 
 
 def domain(values: Distribution) -> Any:
-    """Tune's word for a distribution."""
+    """A distribution as Tune describes it."""
     if values.choice is not None:
         return tune.choice(values.choice)
     if values.integers is not None:
@@ -175,7 +189,7 @@ def domain(values: Distribution) -> Any:
 
 
 def scheduler(plan: Plan) -> TrialScheduler:
-    """Who may go on; time is counted in images, so that trials with larger groups get no more of them."""
+    """The scheduler of the plan. It counts time in images, so that trials with larger groups draw no more of them."""
     share = max(1, round(plan.sweep.grace * plan.images))
     if plan.sweep.scheduler == "asha":
         return ASHAScheduler(
@@ -195,15 +209,15 @@ def scheduler(plan: Plan) -> TrialScheduler:
 
 
 def within(ends: dict[str, tuple[Any, Any]], config: dict[str, Any]) -> dict[str, Any]:
-    """PBT multiplies values, but they stay in their ranges."""
+    """Keep values in their ranges, since PBT multiplies them."""
     return {**config, **{key: min(max(config[key], low), high) for key, (low, high) in ends.items()}}
 
 
 class Progress(Callback):  # type: ignore[misc]
-    """Tells an observer of the trials.
+    """Tells an observer how many trials have ended, and the best held-out reward.
 
     Args:
-        observer: is told.
+        observer: is told of the progress.
         total: number of trials.
     """
 
@@ -217,12 +231,12 @@ class Progress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         ended = {str(trial) for trial in trials if trial.is_finished()}
-        if len(ended) > len(self._ended):  # also those of before, in a resumed sweep
+        if len(ended) > len(self._ended):  # in a resumed sweep also trials that had ended before
             self._observer.advance(len(ended) - len(self._ended), **self._best)
         self._ended, self._stepped = ended, True
 
     def has_ended(self, trial: Trial) -> bool:
-        """Whether a trial came to its end; Tune calls those that Ctrl-C ended terminated too."""
+        """Whether a trial came to its end, which its status does not tell: Tune also terminates trials at Ctrl-C."""
         return bool(trial.is_finished()) and (not self._stepped or str(trial) in self._ended)
 
     def on_trial_result(
@@ -259,11 +273,11 @@ def _result(trial: Trial, plan: Plan, path: Path, ended: bool) -> Result:
 
 def _planned_images(plan: Plan, values: dict[str, Any]) -> int:
     rdpo = plan.trial(values).rdpo
-    return rdpo.iterations * rdpo.prompts_per_iteration * rdpo.group_size
+    return rdpo.iterations * rdpo.images_per_iteration
 
 
 def _why(folder: Path) -> str:
-    """The last line of a trial's error, which names it."""
+    """The last line of a trial's error file, which says what went wrong."""
     found = folder / "error.txt"
     lines = found.read_text(errors="replace").split("\n") if found.is_file() else []
     said = [line.strip() for line in lines if line.strip()] or ["its process died"]
@@ -271,7 +285,7 @@ def _why(folder: Path) -> str:
 
 
 def _take_home(plan: Plan, trial: Trial, path: Path) -> None:
-    """The best trial's solver, and its configuration for a whole run."""
+    """Copy the best trial's solver, and write its configuration for a whole run."""
     checkpoint = trial.checkpoint
     assert checkpoint is not None  # there is one per evaluation
     shutil.rmtree(path / BEST, ignore_errors=True)
@@ -282,7 +296,7 @@ def _take_home(plan: Plan, trial: Trial, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune says nothing by itself; its errors are in the table."""
+    """Silence Tune, whose errors are in the table."""
     os.environ.update(QUIET)
     logger = logging.getLogger("ray.tune")
     before = logger.level
@@ -297,7 +311,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _sigterm() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a sweep as Ctrl-C does, which Tune takes as the word to save and stop."""
+    """Treat SIGTERM, which a stopped job gets, as Ctrl-C, at which Tune saves and stops."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
