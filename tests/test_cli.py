@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from epd_ray import cli
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import PromptError, RewardError
 from epd_ray.evaluation.suites import evaluate as suite
 from epd_ray.evaluation.suites.settings import Request

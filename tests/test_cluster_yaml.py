@@ -18,7 +18,8 @@ from typer.main import get_command
 
 from epd_ray.actors.cluster import ray_session
 from epd_ray.cli import app
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.rdpo.config import placement
 from epd_ray.rdpo.session import rdpo_config
 from tests.ray_head import free_ports

@@ -1,13 +1,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.config.loading import RunConfig, first_difference, load_config, to_yaml
-from epd_ray.config.sections import BackboneConfig
+from epd_ray.config.loading import load_config, to_yaml
+from epd_ray.config.problems import first_difference
+from epd_ray.config.run_config import RunConfig
+from epd_ray.config.sections import BackboneConfig, MlflowConfig, RewardConfig, Section, WandbConfig
 from epd_ray.errors import ConfigError
 
 
@@ -32,13 +36,44 @@ def test_defaults_are_the_embedded_run_and_fit_two_cores():
     assert cluster.rollout_actors * cluster.rollout_cpus + cluster.learner_cpus + rewards <= 2
 
 
-def test_every_key_is_described():
-    sections = [
-        field.annotation for field in RunConfig.model_fields.values() if hasattr(field.annotation, "model_fields")
-    ]
-    assert len(sections) == 10
-    for section in sections:
-        assert [name for name, field in section.model_fields.items() if not field.description] == []
+def keys() -> dict[str, FieldInfo]:
+    """Every key with its dots, those of a reward head and of trackers too."""
+    found: dict[str, FieldInfo] = {}
+    sections: list[tuple[str, type[Section]]] = [("", RunConfig), ("rewards.<head>.", RewardConfig)]
+    sections += [("tracking.wandb.", WandbConfig), ("tracking.mlflow.", MlflowConfig)]
+    while sections:
+        prefix, section = sections.pop()
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                sections.append((f"{prefix}{name}.", field.annotation))
+            else:
+                found[f"{prefix}{name}"] = field
+    return found
+
+
+def test_every_key_is_described_in_sentences():
+    said = {key: field.description or "" for key, field in keys().items()}
+    assert {"seed", "rdpo.lr", "rewards.<head>.head", "tracking.mlflow.experiment", "tracking.wandb"} <= said.keys()
+    assert [key for key, text in said.items() if not (text.endswith(".") and text.count(" ") >= 4)] == []
+    assert [key for key, text in said.items() if not (text[:1].isupper() or text.startswith("auto"))] == []
+
+
+BOUND_WORDS = {"ge": "at least {:.15g}", "gt": "above {:.15g}", "le": "at most {:.15g}", "lt": "below {:.15g}"}
+
+
+def test_descriptions_say_the_bounds_and_what_null_means():
+    missing = []
+    for key, field in keys().items():
+        parts = [field, *(part for part in get_args(field.annotation) if get_origin(part) is Annotated)]
+        marks = [mark for part in parts for mark in (part.metadata if part is field else part.__metadata__)]
+        marks += [mark for info in marks if isinstance(info, FieldInfo) for mark in info.metadata]
+        for mark in marks:
+            for bound, words in BOUND_WORDS.items():
+                if (value := getattr(mark, bound, None)) is not None and words.format(value) not in field.description:
+                    missing.append((key, words.format(value)))
+        if type(None) in get_args(field.annotation) and "null" not in field.description:
+            missing.append((key, "null"))
+    assert missing == []
 
 
 def test_file_then_overrides(tmp_path):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.config import placement
 from epd_ray.rdpo.session import rdpo_config

@@ -18,7 +18,8 @@ import pytest
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.bench.cases import CASES
 from epd_ray.cli.score import _settings
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, PlacementError, RewardError, RunDirectoryError
 from epd_ray.score import output as score_output
 from epd_ray.score import pipeline as module

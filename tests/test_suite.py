@@ -23,14 +23,22 @@ from epd_ray.evaluation.suites.definition import (
     pick_table,
 )
 from epd_ray.evaluation.suites.directory import Manifest, ResultsDirectory
-from epd_ray.evaluation.suites.layout import as_csv, differences, grid, markdown, tabulate
-from epd_ray.evaluation.suites.measure import FEATURES, SHARPNESS, feature_rows, rows
+from epd_ray.evaluation.suites.measure import (
+    DIVERSITY,
+    FEATURES,
+    SHARPNESS,
+    feature_rows,
+    rows,
+    speed,
+    summarise,
+    verdicts,
+)
 from epd_ray.evaluation.suites.output import notes
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
-from epd_ray.evaluation.suites.pictures import Pictures
 from epd_ray.evaluation.suites.settings import Request, load_settings
 from epd_ray.evaluation.suites.solvers import keep_solvers, open_solvers, sources_of
-from epd_ray.evaluation.suites.summary import DIVERSITY, speed, summarise, verdicts
+from epd_ray.evaluation.suites.subject import Pictures
+from epd_ray.evaluation.suites.tables import as_csv, differences, grid, markdown, tabulate
 from epd_ray.rdpo.config import placement
 from epd_ray.rdpo.session import rdpo_config
 from epd_ray.solvers import Solver, SolverTable
@@ -326,7 +334,7 @@ class Brightness:
         return np.concatenate([means, np.ones((len(images), 1))], axis=1).astype(np.float32)
 
 
-PICTURES = Pictures(("a", "b", "a"), 2, tuple(range(6)), batch=4)
+PICTURES = Pictures(("a", "b", "a"), 2, tuple(range(6)), images_per_job=4)
 
 
 def drawn(results: ResultsDirectory, key: str, values: list[float], seconds: float, session: str = "s") -> None:
@@ -384,9 +392,9 @@ def test_the_headline_says_what_is_bought(measured):
     (verdict,) = verdicts(suite, summarise(suite, PICTURES, results, None), 4.5)
     assert verdict.speed is not None and verdict.speed.ratio == pytest.approx(0.2)
     assert verdict.sentence == (
-        "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 steps of DDIM / Euler on 3 prompts at guidance 4.5: "
-        "clip +1.0000 [+1.0000, +1.0000], in 0.20 of its time a picture (100 ms against 500 ms, of one batch each, "
-        "drawn in turns)"
+        "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 steps of DDIM / Euler on 3 prompts at guidance scale "
+        "4.5, with 95 % intervals in brackets: clip +1.0000 [+1.0000, +1.0000]; a picture takes 0.20 of the time (100 ms "
+        "against 500 ms, one batch each, drawn in turns)"
     )
 
 
@@ -424,7 +432,7 @@ def test_the_papers_value_stands_beside_ours(measured):
 def test_differences_name_both(measured):
     suite, results = measured
     header, row = differences(summarise(suite, PICTURES, results, None))
-    assert row[0] == "EPD-Solver (NFE 6) minus DDIM / Euler (NFE 50)"
+    assert row[0] == "EPD-Solver (parallel NFE 6) minus DDIM / Euler (parallel NFE 50)"
     assert row[header.index("clip")].startswith("+1.0000")
 
 
@@ -443,8 +451,8 @@ def test_frechet_distance_is_to_the_reference(measured):
     ("is_fid", "pictures", "said", "note"),
     [
         (True, 50_000, "+0.50", None),
-        (True, 49_999, "-", "here are 49,999: no difference to the paper's is shown"),
-        (False, 50_000, "-", "not of Inception's features, and so no FID"),
+        (True, 49_999, "-", "No difference to the paper's FID is shown, because 49,999 pictures"),
+        (False, 50_000, "-", "is not an FID, because its features are not Inception's"),
     ],
 )
 def test_the_distance_is_set_against_the_papers_where_it_is_the_same(measured, is_fid, pictures, said, note):

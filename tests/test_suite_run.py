@@ -125,7 +125,7 @@ def test_a_suite_leaves_everything(small_ray, request_of, calls):
     page = (out / "report.html").read_text()
     assert page.count("data:image/webp") == 6 * 3 and "http" not in page.replace("http://www.w3.org", "")
     headline = next(line for line in lines if "against 50 steps of DDIM / Euler on 10 prompts" in line)
-    assert "sim +" in headline and "of its time a picture" in headline
+    assert "sim +" in headline and "a picture takes " in headline
     record = json.loads((out / "results.json").read_text())
     assert record["headline"][0]["sentence"] == headline
     assert (out / "results.md").read_text().count("| DDIM / Euler |") == 3
@@ -170,9 +170,9 @@ def test_a_solver_is_added_to_what_is_there(small_ray, request_of, calls, tmp_pa
     lines = measured(replace(request_of, solvers=(other,)))  # the first one stays, also when it is not named again
     assert len(calls) == 3 and len({key for key, _ in calls}) == 1
     (line,) = [line for line in lines if line.startswith("EPD-Solver other (parallel NFE 6")]
-    assert "times not compared (drawn at different times" in line
+    assert "the times are not compared, because different calls drew the two" in line
     (line,) = [line for line in lines if line.startswith("EPD-Solver mine (parallel NFE 6")]
-    assert "of its time a picture" in line
+    assert "a picture takes " in line
     calls.clear()
     shutil.rmtree(tmp_path / "mine")
     assert measured(replace(request_of, solvers=(other,))) == lines and calls == []
@@ -219,7 +219,7 @@ def test_what_the_model_is_not_for_is_said_before_an_actor_starts(tmp_path, monk
     own = {"prompts": tmp_path / "own.txt"}
     own["prompts"].write_text("a cat\n")
     for model, suite, overrides, solvers, options, said in (
-        (sdxl, "paper", [], (), {}, "no table for sdxl, but for sd and sd3: choose one with --table, of sd15_512, "),
+        (sdxl, "paper", [], (), {}, "no table for sdxl, only for sd and sd3: choose one with --table: sd15_512, "),
         (sd, "paper", ["backbone.resolution=768"], (), {}, "no table for sd at 768 px: choose one with --table"),
         (sd, "paper", [], (flow,), {}, "is for the backbone family sd3, the model is of the family sd"),
         (sd, "paper", [], (flow,), {"table": "sd15_512"}, "is for the backbone family sd3, the model"),
@@ -316,7 +316,7 @@ def test_a_model_that_lacks_what_a_suite_needs(tmp_path):
     models = {"paper": save_ddpm(tmp_path / "ddpm"), "paper-fid": save_sd(tmp_path / "sd")}
     options = {"paper": {}, "paper-fid": {"table": "cifar10_32", "reference": tmp_path}}
     said = {
-        "paper": "takes no prompts, which --suite paper is about: use --suite paper-fid",
+        "paper": "takes no prompts, but --suite paper draws them: use --suite paper-fid",
         "paper-fid": "takes prompts, --suite paper-fid is for unconditional ones: use --suite paper",
     }
     for suite, model in models.items():
@@ -361,7 +361,7 @@ def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     lines = evaluate_suite(config, request, Quiet())
     text = "\n".join(lines)
     assert text.count("ours minus paper") == text.count("  paper  ") == 13
-    assert "No head of the configuration gives HPSv2.1, PickScore, ImageReward, Aesthetic" in text
+    assert "No reward head of the configuration computes HPSv2.1, PickScore, ImageReward, Aesthetic" in text
     assert "EPD-Solver (parallel NFE 20, 30 evaluations) against 50 steps of DDIM / Euler (uniform)" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "paper 0.2695" in page and "paper 0.2482" in page
@@ -382,8 +382,8 @@ def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| EPD-Solver |"))
     assert [cell.strip() != "-" for cell in row.split("|")[2:-1]] == [True, False, False, False]
     assert "| paper | 10.40 | 4.33 | 2.82 | 2.49 |" in text
-    assert "| ours minus paper | - | - | - | - |" in text and "no FID: compare it here alone" in text
-    assert any(line.startswith("Shown with the paper's values alone") and "ParaDiGMS" in line for line in lines)
+    assert "| ours minus paper | - | - | - | - |" in text and "is not an FID" in text
+    assert any(line.startswith("Only the paper's values are shown") and "ParaDiGMS" in line for line in lines)
 
 
 def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):

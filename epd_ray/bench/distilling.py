@@ -15,7 +15,8 @@ from epd_ray.bench.models import scorers
 from epd_ray.bench.record import Record, Value, Values, under
 from epd_ray.bench.settings import NO_SCALES, PUBLISHED_SOLVER, TWO_POINTS
 from epd_ray.bench.timing import timed
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.prompts.splits import load_prompts

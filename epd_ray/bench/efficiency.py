@@ -10,7 +10,8 @@ from pathlib import Path
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.settings import PUBLISHED_SOLVER
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.evaluation.statistics import median_interval
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.session import algorithm

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from epd_ray.config.loading import RunConfig, first_change
+from epd_ray.config.problems import first_change
+from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import RunDirectoryError
 from epd_ray.storage.run_directory import write_text
 

@@ -16,7 +16,8 @@ from epd_ray.bench.passes import jobs_of
 from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.settings import DEFAULTS, NO_STAGE_ONE, placeholders, simulated
 from epd_ray.bench.timing import timed
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import algorithm, rdpo_config
 

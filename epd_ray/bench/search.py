@@ -14,7 +14,8 @@ import torch
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.settings import DEFAULTS
-from epd_ray.config.loading import RunConfig, load_config
+from epd_ray.config.loading import load_config
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.statistics import student_mean
 from epd_ray.policy.search import CmaSearch, RandomSearch, Search

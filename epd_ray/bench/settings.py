@@ -1,6 +1,6 @@
 """Run configurations that several cases share, as overrides of the default run."""
 
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 
 DEFAULTS = RunConfig()
 """The default run. A case takes from here each number that it does not vary."""

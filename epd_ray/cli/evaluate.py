@@ -11,7 +11,7 @@ from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epd_ray.config.loading import RunConfig
+    from epd_ray.config.run_config import RunConfig
     from epd_ray.evaluation.suites.settings import Request
 
 

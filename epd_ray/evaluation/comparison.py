@@ -1,4 +1,4 @@
-"""A comparison of samplers on the same prompts and seeds, with paired intervals."""
+"""Comparing samplers on the same prompts and noise seeds, with intervals of the paired differences."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +15,7 @@ from PIL import Image
 from epd_ray.drawing.sampler import Sampler, nearest_baseline
 from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
+from epd_ray.evaluation.records import Difference, Evaluation, SolverRow
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.storage.run_directory import RunDirectory, whole, write_text
 from epd_ray.types import FloatArray, ImageArray, OnImages, Sampled
@@ -26,7 +27,13 @@ Draw = Callable[[Sampler, Sequence[str], Sequence[int], OnImages | None], Sample
 
 @dataclass(frozen=True)
 class Row:
-    """One sampler's results, per prompt."""
+    """One sampler's results.
+
+    Attributes:
+        sampler: what drew the pictures.
+        values: metric -> its value for each prompt, [B].
+        seconds_per_image: the mean time of a picture in seconds.
+    """
 
     sampler: Sampler
     values: dict[str, FloatArray]
@@ -34,25 +41,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A paired difference of two samplers, by their keys: `solver` minus `against`."""
-
-    metric: str
-    solver: str
-    against: str
-    interval: Interval
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """All samplers on one set of prompts and seeds.
+    """The results of several samplers on one set of prompts and noise seeds.
 
     Attributes:
-        split: "validation", "test", or where the prompts came from.
+        split: "validation", "test", or the source of the prompts.
         prompts: B prompts.
-        seeds: their noise seeds.
-        rows: per sampler.
-        ours: keys of the samplers that the others are compared with, the first before those that it came from.
+        seeds: B noise seeds, one for each prompt.
+        rows: the results of each sampler.
+        ours: the keys of the learned samplers. A difference is taken between each of them and every sampler that is
+            not listed before it, so the final one comes before the one that it was trained from.
     """
 
     split: str
@@ -63,50 +61,53 @@ class Comparison:
 
     @cached_property
     def means(self) -> dict[str, dict[str, Interval]]:
-        """Sampler's key -> metric -> mean over the prompts."""
+        """The mean over the prompts with its interval, by sampler's key and metric."""
         return {row.sampler.key: {m: bootstrap_mean(v) for m, v in row.values.items()} for row in self.rows}
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Ours minus each of the others, by metric."""
+        """Each learned sampler minus each of the others, metric by metric."""
         by_key = {row.sampler.key: row for row in self.rows}
         ours = [key for key in self.ours if key in by_key]
         pairs = [(a, b) for i, a in enumerate(ours) for b in by_key if b not in ours[: i + 1]]
         return [
-            Difference(m, a, b, paired_difference(by_key[a].values[m], by_key[b].values[m]))
+            Difference(
+                metric=m, solver=a, against=b, **asdict(paired_difference(by_key[a].values[m], by_key[b].values[m]))
+            )
             for m, (a, b) in product(self.rows[0].values, pairs)
         ]
 
-    def summary(self) -> dict[str, object]:
-        """Means with intervals, and the paired differences of ours to each of the others; ready for JSON."""
+    @property
+    def evaluation(self) -> Evaluation:
+        """The means with their intervals, and the paired differences."""
         solvers = [
-            {
-                "key": row.sampler.key,
-                "label": row.sampler.label,
-                "kind": row.sampler.kind,
-                "schedule": row.sampler.schedule,
-                "intervals": row.sampler.intervals,
-                "parallel_nfe": row.sampler.parallel_nfe,
-                "model_evals": row.sampler.model_evals,
-                "seconds_per_image": row.seconds_per_image,
-                "metrics": {m: asdict(interval) for m, interval in self.means[row.sampler.key].items()},
-            }
+            SolverRow(
+                key=row.sampler.key,
+                label=row.sampler.label,
+                kind=row.sampler.kind,
+                schedule=row.sampler.schedule,
+                intervals=row.sampler.intervals,
+                parallel_nfe=row.sampler.parallel_nfe,
+                model_evals=row.sampler.model_evals,
+                seconds_per_image=row.seconds_per_image,
+                metrics=self.means[row.sampler.key],
+            )
             for row in self.rows
         ]
-        differences = [
-            {"metric": d.metric, "solver": d.solver, "against": d.against} | asdict(d.interval)
-            for d in self.differences
-        ]
-        return {
-            "split": self.split,
-            "prompts": len(self.prompts),
-            "metrics": list(self.rows[0].values),
-            "solvers": solvers,
-            "differences": differences,
-        }
+        return Evaluation(
+            split=self.split,
+            prompts=len(self.prompts),
+            metrics=list(self.rows[0].values),
+            solvers=solvers,
+            differences=self.differences,
+        )
+
+    def summary(self) -> dict[str, object]:
+        """The same as `evaluation`, as nested dictionaries and lists that are ready for JSON."""
+        return self.evaluation.model_dump()
 
     def table(self) -> pa.Table:
-        """One row per sampler and prompt."""
+        """A table with one row for each sampler and prompt: solver, prompt, noise_seed, and a column a metric."""
         columns: dict[str, list[object]] = {"solver": [], "prompt": [], "noise_seed": []}
         for row in self.rows:
             columns["solver"] += [row.sampler.key] * len(self.prompts)
@@ -118,9 +119,15 @@ class Comparison:
 
 
 def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
-    """Each method at our sequential depth and, with `equal_evals`, at our number of evaluations.
+    """Choose the samplers that a learned one is compared with at equal cost.
 
-    Where a method with several evaluations an interval cannot meet the number, it gets the next that it can.
+    Args:
+        names: the methods, as epd_ray.solvers.zoo names them.
+        ours: the learned sampler, whose parallel NFE each method gets.
+        equal_evals: whether each method is also drawn with as many evaluations as `ours` has in total.
+
+    Returns:
+        Distinct samplers. A method that cannot have exactly this cost gets the next larger cost that it can have.
     """
     costs = [ours.parallel_nfe, *([ours.model_evals] if equal_evals else [])]
     found: dict[str, Sampler] = {}
@@ -190,13 +197,22 @@ class SceneJudge:
 
 
 def scenes_of(prompts: Sequence[str]) -> list[Scene] | None:
-    """What the prompts describe, where every one is a scene of the embedded model's world."""
+    """Read the scenes that prompts for the embedded model describe; None if any prompt describes no scene."""
     scenes = [scene for prompt in prompts if (scene := parse(prompt)) is not None]
     return scenes if len(scenes) == len(prompts) else None
 
 
 def accuracy(scenes: Sequence[Scene], images: ImageArray) -> FloatArray | None:
-    """1 for each picture that shows its scene, else 0, [B]; None for pictures [B, 3, H, W] of another size."""
+    """Judge whether pictures of the embedded model show their scenes.
+
+    Args:
+        scenes: B scenes.
+        images: [B, 3, H, W], uint8.
+
+    Returns:
+        [B], 1 for each picture that shows its scene and 0 for the others; None if the pictures are not CANVAS pixels
+        wide and high, because other sizes cannot be judged.
+    """
     if images.shape[-2:] != (CANVAS, CANVAS):
         return None
     pictures = np.asarray(images, np.float32) / np.float32(255)
@@ -212,7 +228,13 @@ def save_pictures(folder: Path, images: Iterable[ImageArray], first: int = 0) ->
 
 
 def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) -> None:
-    """evaluation.parquet, evaluation.json, and the prompts of the kept pictures."""
+    """Write evaluation.parquet, evaluation.json, and prompts.json for the pictures that were kept.
+
+    Args:
+        run: the run directory.
+        comparison: the results.
+        pictures: the number of prompts whose pictures were kept, from the first.
+    """
     with whole(run.evaluation_rows) as partial:
         pq.write_table(comparison.table(), partial)
     run.samples.mkdir(parents=True, exist_ok=True)
@@ -221,13 +243,17 @@ def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) ->
 
 
 def headline(summary: dict[str, object]) -> list[str]:
-    """A few lines for the terminal: every sampler's scores, then our paired differences."""
-    lines = []
-    for s in summary["solvers"]:  # type: ignore[attr-defined]
-        scores = "  ".join(f"{m} {v['mean']:.4f}" for m, v in s["metrics"].items())
-        lines.append(f"{s['label']:<18} NFE {s['parallel_nfe']:>2} ({s['model_evals']:>2} evaluations)  {scores}")
-    for d in summary["differences"]:  # type: ignore[attr-defined]
-        if d["solver"] == OURS[0]:
-            low_high = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
-            lines.append(f"ours minus {d['against']:<10} {d['metric']:<15} {d['mean']:+.4f}  95 % {low_high}")
+    """Write lines for the terminal: the scores of every sampler, then the paired differences of the learned one.
+
+    Args:
+        summary: what `Comparison.summary` returned, or what was read from evaluation.json.
+    """
+    found, lines = Evaluation.model_validate(summary), []
+    for s in found.solvers:
+        scores = "  ".join(f"{metric} {value.mean:.4f}" for metric, value in s.metrics.items())
+        lines.append(f"{s.label:<18} parallel NFE {s.parallel_nfe:>2}, {s.model_evals:>2} evaluations  {scores}")
+    for d in found.differences:
+        if d.solver == OURS[0]:
+            interval = f"95 % interval [{d.low:+.4f}, {d.high:+.4f}]"
+            lines.append(f"ours minus {d.against:<10} {d.metric:<15} {d.mean:+.4f}  {interval}")
     return lines

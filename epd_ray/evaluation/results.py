@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.evaluation.suites.layout import markdown
+from epd_ray.evaluation.suites.tables import markdown
 from epd_ray.report.page import page_template
 from epd_ray.report.tables import figures_of, text
 from epd_ray.storage.run_directory import write_text

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from epd_ray.config.loading import RunConfig, resolve
+from epd_ray.config.loading import resolve
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluation.comparison import rivals

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ray
 
 from epd_ray.actors.cluster import Resources, ray_session, require_room
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import RewardConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import PlacementError

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
 from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.telemetry.progress import Observer

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from epd_ray.actors.cluster import stop_signals
-from epd_ray.config.loading import RunConfig, first_difference, load_config, to_yaml
+from epd_ray.config.loading import load_config, to_yaml
+from epd_ray.config.problems import first_difference
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import learned
 from epd_ray.errors import EpdRayError, PromptError, RunDirectoryError, TableError
 from epd_ray.evaluation.comparison import Comparison, headline, rivals

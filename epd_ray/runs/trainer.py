@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import is_own_bug

@@ -18,7 +18,7 @@ from epd_ray.actors.cluster import PLACEMENT_SECONDS, ray_session, require_room,
 from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.pool import last_line
 from epd_ray.actors.reward_pool import RewardSpec, unwrap
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory

@@ -1,4 +1,4 @@
-"""The suites: which samplers are compared, and what a paper says of each."""
+"""The suites: which samplers each compares, and what a paper says of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +19,15 @@ REFERENCE_STEPS = 50
 FID_METRIC = "frechet_distance"
 LEARNED, PLUGIN = "EPD-Solver", "EPD-Plugin"
 METHODS = {"DDIM": "euler", "iPNDM(3M)": "ipndm3", "Heun": "heun", "DPM-Solver-2": "dpm2"}
-"""Tables II to IV: their names -> ours. Their code leaves out the pipelines' step to 0, also for the rivals."""
+"""Names of the methods in tables II to IV -> names here. The papers' code takes no last step to sigma 0, and so these
+samplers do not either."""
 
 FID_METHODS = {"DDIM": "euler@polynomial", "EDM": "heun@polynomial", "DPM-Solver-2": "dpm2@polynomial"}
 FID_METHODS |= {"DPM-Solver++(3M)": "dpmpp3m@logsnr", "UniPC": "unipc3@logsnr", "iPNDM": "ipndm@polynomial"}
-"""The FID table's names -> ours, on the schedules of diff-sampler (arXiv 2312.00094), whose values it takes over: no
-step to 0, and an analytical first step where two evaluations an interval are to make an odd number. What is not here
-(AMED, ParaDiGMS) is shown with the paper's value alone."""
+"""Names of the methods in the FID table -> names here, with the schedules of diff-sampler (arXiv 2312.00094), whose
+values the table takes over. These samplers take no last step to sigma 0. A method with two evaluations an interval
+reaches an odd number by an analytical first step. AMED and ParaDiGMS are not implemented here, and only the paper's
+values of them are shown."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Line:
     """A line of a suite's table, or a cell of the FID table.
 
     Attributes:
-        method: as the table calls it.
-        parallel_nfe: sequential depth.
-        sampler: that draws it; None: nothing here does.
-        steps: intervals of the solver.
-        schedule: of its sigmas; None: the model's own.
+        method: the name of the method in the table.
+        parallel_nfe: the length of the longest chain of evaluations that wait for each other.
+        sampler: draws the line's pictures; None if the method is not implemented here.
+        steps: the number of intervals; None in the FID table.
+        schedule: the name of the sigma schedule; None for the model's own.
         published: metric -> the paper's value.
     """
 
@@ -51,14 +53,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Suite:
-    """What is compared.
+    """The samplers that a suite compares.
 
     Attributes:
-        name: of the suite.
-        table: of the paper, where there is one.
-        lines: in the order of the table.
+        name: the suite's name.
+        table: the name of the paper's table; None for a suite without one.
+        lines: the lines in the order of the table.
         ours: the learned samplers.
-        reference: that speed and quality of ours are set against; None: nothing is.
+        reference: the slow sampler that the headline compares the learned ones with; None for a suite without one.
     """
 
     name: SuiteName
@@ -69,17 +71,18 @@ class Suite:
 
     @property
     def samplers(self) -> list[Sampler]:
-        """Each one once: ours, the reference, the others in the order of the table."""
+        """All samplers, each once: the learned ones, the reference, then the others in the order of the table."""
         everyone = [*self.ours, *([self.reference] if self.reference else []), *(line.sampler for line in self.lines)]
         return list({sampler.key: sampler for sampler in everyone if sampler is not None}.values())
 
 
 def require_fit(name: SuiteName, backbone: BackboneConfig) -> None:
-    """Refuse a model that the suite is not for, before anything heavy is read.
+    """Refuse a model that the suite is not for, before its weights are read.
 
     Raises:
-        ConfigError: with the suite that is.
-        ModelError: no such model.
+        ConfigError: the model takes prompts and the suite needs one without, or the reverse; the message names the
+            suite that fits.
+        ModelError: there is no such model.
     """
     prompted = backbone.family != AUTO or takes_prompts(backbone.model, backbone.revision)
     if name == "paper-fid" and prompted:
@@ -88,15 +91,15 @@ def require_fit(name: SuiteName, backbone: BackboneConfig) -> None:
         )
     if name != "paper-fid" and not prompted:
         raise ConfigError(
-            [f"model {backbone.model} takes no prompts, which --suite {name} is about: use --suite paper-fid"]
+            [f"model {backbone.model} takes no prompts, but --suite {name} draws them: use --suite paper-fid"]
         )
 
 
 def pick_table(facts: BackboneFacts) -> str:
-    """The table about a model of this family and resolution.
+    """The name of the paper's table about a model of this family and resolution.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the paper has no such table.
     """
     about = {name: Solver.from_pretrained(preset).meta for name, preset in REWARD_TABLES.items()}
     resolution = facts.more.get("resolution")
@@ -105,16 +108,17 @@ def pick_table(facts: BackboneFacts) -> str:
             return name
     there = ", ".join(f"{name} ({meta['backbone']} at {meta['resolution']} px)" for name, meta in about.items())
     raise ConfigError(
-        [f"the paper has no table for {facts.family} at {resolution} px: choose one with --table, of {there}"]
+        [f"the paper has no table for {facts.family} at {resolution} px: choose one with --table: {there}"]
     )
 
 
 def paper_suite(table: str, ours: Sequence[Sampler]) -> Suite:
-    """Tables II to IV, with ours in the place of the paper's last line; the reference is DDIM with the most steps.
+    """Make the suite of one of the tables II to IV; the reference is DDIM with the most steps.
 
     Args:
-        table: one of REWARD_TABLES.
-        ours: learned samplers; each has the paper's values beside it where its parallel NFE is the paper's.
+        table: the name of a table of REWARD_TABLES.
+        ours: the learned samplers, which take the place of the table's last line. The paper's values stand beside
+            those that have the parallel NFE of that line.
     """
     lines = []
     for row in reward_table(table):
@@ -132,14 +136,14 @@ def paper_suite(table: str, ours: Sequence[Sampler]) -> Suite:
 
 
 def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
-    """The first paper's FID table, with ours in its last lines.
+    """Make the suite of the FID table in the EPD-Solver paper, with the learned samplers in its last lines.
 
     Args:
-        table: one of FID_TABLES.
-        ours: learned samplers; one with a multistep slope is what the paper calls a plugin.
+        table: the name of a table of FID_TABLES.
+        ours: the learned samplers; those with a multistep slope go to the line EPD-Plugin.
 
     Raises:
-        ConfigError: a sampler with a parallel NFE that the table does not have, or two for one place in it.
+        ConfigError: the table has no column for a sampler's parallel NFE, or two samplers have the same place in it.
     """
     if beyond := [s for s in ours if s.parallel_nfe not in FID_NFES]:
         columns = ", ".join(map(str, FID_NFES))
@@ -164,12 +168,12 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
 
 
 def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampler]) -> Suite:
-    """Ours against every method at the same parallel NFE and at the same total evaluations, and 50 Euler steps.
+    """Make a suite that compares learned samplers with other methods at equal cost, and with 50 Euler steps.
 
     Args:
         name: "embedded" or "prompts".
-        kinds: the methods.
-        ours: learned samplers, at least one.
+        kinds: the names of the methods; each is drawn at the learned sampler's parallel NFE and at its evaluations.
+        ours: the learned samplers, at least one.
     """
     reference = baseline("euler", REFERENCE_STEPS)
     found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), reference]
@@ -182,7 +186,7 @@ def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampl
 
 
 def _fid_baseline(method: str, parallel_nfe: int) -> Sampler | None:
-    """None for what is not here."""
+    """The sampler of a cell in the FID table; None if its method is not implemented here."""
     if method not in FID_METHODS:
         return None
     name = FID_METHODS[method]

@@ -1,4 +1,4 @@
-"""A directory of results: what they are of, and a Parquet file for each sampler and shard that is finished."""
+"""The directory of a suite's results: a manifest that says what they measure, and a Parquet file for each shard."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,25 +14,25 @@ from epd_ray.storage.run_directory import unwritable, whole, write_text
 
 LOCK, CACHE = ".lock", "features"
 OWN = {LOCK, CACHE}
-"""What may be there before the manifest is."""
+"""Names of files and folders that may be in the directory before the manifest is."""
 FORMAT = 1
 Facts = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What results are of. Only results of the same may lie in one directory.
+    """What results were measured on. One directory holds only results with equal sections.
 
     Attributes:
-        sections: name ("model", "prompts", "heads", ...) -> facts, as JSON values.
-        samplers: key -> what it is, as JSON values, with a checksum "sha256"; more may come later.
+        sections: "model", "prompts", "heads" and so on -> facts as JSON values.
+        samplers: sampler's key -> facts as JSON values, with a checksum "sha256". A later call may add samplers.
     """
 
     sections: Mapping[str, Facts]
     samplers: Mapping[str, Facts]
 
     def difference(self, now: "Manifest") -> str | None:
-        """The first fact that is not the same: "model.resolution was 512, now 1024"."""
+        """Say which fact is the first that differs: "model.resolution was 512, now 1024". None if no fact does."""
         for name in [*self.sections, *now.sections]:
             old, new = self.sections.get(name, {}), now.sections.get(name, {})
             for key in [*old, *new]:
@@ -50,10 +50,10 @@ def _short(value: JsonValue) -> str:
 
 
 class ResultsDirectory:
-    """Where results lie. The constructor only names the path.
+    """The directory of a suite's results. The constructor touches no file.
 
     Args:
-        path: absent, empty, or with results.
+        path: a directory that is absent, empty, or has results.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,10 +80,10 @@ class ResultsDirectory:
         return self.path / "report.html"
 
     def prepare(self) -> None:
-        """Make the directory, or see that results may lie there.
+        """Make the directory, or check that it holds nothing but results.
 
         Raises:
-            RunDirectoryError: it is a file, holds other things, or cannot be written.
+            RunDirectoryError: the path is a file, the directory holds other things, or the disk refuses.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file, expected a directory for the results: name another --out")
@@ -96,10 +96,10 @@ class ResultsDirectory:
             raise RunDirectoryError(f"{self.path} holds other things ({other[0]!r}): name another --out")
 
     def claim(self, manifest: Manifest) -> None:
-        """Say what the results are of; where there are some, they must be of the same, and samplers may be added.
+        """Write the manifest; results that are there already must have the same sections, and samplers are added.
 
         Raises:
-            RunDirectoryError: results of something else, or a manifest that cannot be read.
+            RunDirectoryError: the directory has results of something else, or its manifest cannot be read.
         """
         samplers = dict(manifest.samplers)
         if (before := self._read()) is not None:
@@ -127,11 +127,11 @@ class ResultsDirectory:
         return self.scores / sampler / f"{shard:06d}.parquet"
 
     def has(self, sampler: str, shard: int) -> bool:
-        """Whether these pictures are scored."""
+        """Whether a sampler's shard is finished."""
         return self._shard(sampler, shard).is_file()
 
     def add(self, sampler: str, shard: int, rows: pa.Table) -> None:
-        """Write what came of a sampler's shard, whole.
+        """Write the rows of a sampler's shard, whole or not at all.
 
         Raises:
             RunDirectoryError: the disk refuses.
@@ -145,24 +145,24 @@ class ResultsDirectory:
             pq.write_table(rows, partial, compression="zstd")
 
     def columns(self, sampler: str) -> list[str]:
-        """Of a sampler's rows; its first shard is there."""
+        """The names of the columns of a sampler's rows, read from its first shard, which must be finished."""
         return list(next(self.parts(sampler, [0])).column_names)
 
     def read(self, sampler: str, shards: Iterable[int], columns: list[str] | None = None) -> pa.Table:
-        """A sampler's rows, in the order of the shards.
+        """Read a sampler's rows in the order of the shards.
 
         Args:
-            sampler: its key.
-            shards: that are all there, at least one.
-            columns: all when None.
+            sampler: the sampler's key.
+            shards: the numbers of at least one shard; all must be finished.
+            columns: the names of the columns to read; None reads all.
 
         Raises:
-            RunDirectoryError: a file that is damaged.
+            RunDirectoryError: a file is damaged.
         """
         return pa.concat_tables(list(self.parts(sampler, shards, columns)))
 
     def parts(self, sampler: str, shards: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """As `read`, one shard at a time."""
+        """Read a sampler's rows as `read` does, one shard at a time."""
         for shard in shards:
             path = self._shard(sampler, shard)
             try:

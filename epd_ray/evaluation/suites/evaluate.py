@@ -1,23 +1,23 @@
-"""A suite from a model to its results: on the rollout and reward actors, shard by shard, kept as they finish."""
+"""Running a suite: the actors draw and score its pictures shard by shard, and each shard is kept when it is finished."""
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from epd_ray.actors.cluster import ray_session, stop_signals
 from epd_ray.actors.pipeline import Outcome
-from epd_ray.config.loading import RunConfig
-from epd_ray.errors import ConfigError, PromptError
+from epd_ray.actors.tasks import Task
+from epd_ray.config.run_config import RunConfig
+from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.comparison import save_pictures
 from epd_ray.evaluation.suites.definition import require_fit
 from epd_ray.evaluation.suites.directory import CACHE, LOCK, ResultsDirectory
 from epd_ray.evaluation.suites.features import foresee_features, open_features
-from epd_ray.evaluation.suites.jobs import Job, jobs
 from epd_ray.evaluation.suites.measure import rows
 from epd_ray.evaluation.suites.output import write_results
-from epd_ray.evaluation.suites.pictures import Pictures
-from epd_ray.evaluation.suites.settings import FID_PICTURES, Request
+from epd_ray.evaluation.suites.settings import Request
 from epd_ray.evaluation.suites.solvers import (
     build_suite,
     foresee_suite,
@@ -26,10 +26,7 @@ from epd_ray.evaluation.suites.solvers import (
     sources_of,
     warn_of_misfits,
 )
-from epd_ray.evaluation.suites.subject import Subject
-from epd_ray.prompts.files import read_prompts
-from epd_ray.prompts.splits import SHAPES, load_prompts
-from epd_ray.randomness import Purpose, noise_seeds
+from epd_ray.evaluation.suites.subject import Pictures, Subject, pictures_of, source_of
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import algorithm
 from epd_ray.runs.trainer import warn_of_long_prompts
@@ -41,21 +38,21 @@ from epd_ray.types import FeatureExtractor
 
 
 def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> list[str]:
-    """Measure a suite's samplers on a model, or what is missing in the results' directory, and write the results.
+    """Draw and score the pictures of a suite that the results' directory lacks, and write the results.
 
     Args:
-        config: of a run: model, heads, cluster, seed.
-        request: what is measured.
-        observer: sees the progress.
+        config: a run's configuration, of which the model, the reward heads, the cluster and the seed count.
+        request: which suite, with which solvers and prompts.
+        observer: is told of the progress.
 
     Returns:
-        The tables and the headline, in lines.
+        The table and the headline, as lines for the terminal.
 
     Raises:
-        ConfigError: a model, table, solver or number of pictures that does not go with the suite.
-        RunDirectoryError: a directory that holds something else.
-        EpdRayError: something else that the user can mend.
-        KeyboardInterrupt: stopped by a signal; what is finished stays.
+        ConfigError: the model, table, a solver or the number of pictures does not fit the suite.
+        RunDirectoryError: the directory holds other things or other results.
+        EpdRayError: something else is wrong that the user can mend.
+        KeyboardInterrupt: a signal stopped the command; finished shards stay.
     """
     results = ResultsDirectory(request.out)
     require_fit(request.suite, config.backbone)
@@ -70,7 +67,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         stack.enter_context(named_when_full(results.path))
         observer.stage("starting actors", 2)
         stack.enter_context(ray_session(cluster.address, cluster.env, cluster.dashboard))
-        stack.enter_context(stop_signals())  # after Ray, which sets its own handler
+        stack.enter_context(stop_signals())  # after Ray has set its own signal handler
         features = stack.enter_context(
             open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster.placement_timeout_s)
         )
@@ -79,7 +76,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         algo = stack.enter_context(algorithm(local, list(pictures.prompts)))
         observer.advance()
         suite = build_suite(request, sources, rivals, algo.facts)
-        subject = Subject(config, algo.facts, suite, pictures, _source(config, request))
+        subject = Subject(config, algo.facts, suite, pictures, source_of(config, request))
         results.claim(subject.manifest(features.extractor))
         sources = or_published(sources, suite.table)
         warn_of_misfits(sources, algo.facts)
@@ -94,56 +91,58 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     return lines
 
 
-def pictures_of(config: RunConfig, request: Request) -> Pictures:
-    """What is drawn for a request.
+@dataclass(frozen=True)
+class Job:
+    """The task of a rollout actor that draws and scores one shard of pictures with one sampler.
 
-    Raises:
-        PromptError: fewer prompts than are asked for, or a file that cannot be used.
-        ConfigError: prompts that the suite cannot judge.
+    Attributes:
+        sampler: the sampler's key.
+        shard: the shard's number.
+        task: the task.
     """
-    prompts = _prompts(config, request)
-    seeds = noise_seeds(Purpose.TEST, config.seed, len(prompts) * request.images_per_prompt)
-    found = Pictures(tuple(prompts), request.images_per_prompt, tuple(seeds), config.cluster.images_per_job)
-    if request.suite == "embedded" and not found.judged:
-        raise ConfigError(
-            ["--suite embedded judges scenes, and some prompt is none of the embedded model's: leave out --prompts, or "
-             "use --suite prompts FILE"]
-        )  # fmt: skip
-    return found
+
+    sampler: str
+    shard: int
+    task: Task
 
 
-def _source(config: RunConfig, request: Request) -> str:
-    """Where the prompts come from."""
-    if request.suite == "paper-fid":
-        return ""
-    if request.prompts is not None:
-        return request.prompts.name
-    return SHAPES if request.suite == "embedded" else config.prompts.train
+def jobs(pictures: Pictures, samplers: Sequence[Sampler], scored: bool) -> Iterator[Job]:
+    """Make the jobs of a suite.
+
+    The samplers take turns in each shard, so that whatever slows the machine for a while slows them all. Each shard
+    begins with another sampler, because the first one also encodes the prompts.
+
+    Args:
+        pictures: the prompts and seeds, which are the same for all samplers.
+        samplers: have distinct keys.
+        scored: whether reward heads score the pictures.
+
+    Yields:
+        A job for each shard and sampler, shard by shard.
+    """
+    for shard in pictures.shards:
+        turn = shard % len(samplers)
+        for sampler in [*samplers[turn:], *samplers[:turn]]:
+            yield Job(sampler.key, shard, _task(pictures, sampler, shard, scored))
 
 
-def _prompts(config: RunConfig, request: Request) -> list[str]:
-    count = request.count
-    if request.suite == "paper-fid":
-        return [""] * (count or FID_PICTURES)
-    if request.prompts is not None:
-        found = read_prompts(request.prompts)
-    else:
-        source = {"train": SHAPES} if request.suite == "embedded" else {}
-        wanted = {"test": count} if count is not None else {}
-        found = load_prompts(config.prompts.model_copy(update={**source, **wanted}), config.seed).test
-    if count is not None and count > len(found):
-        raise PromptError(f"{count} prompts asked, {len(found)} there: lower --count or give more prompts")
-    return found[:count]
+def _task(pictures: Pictures, sampler: Sampler, shard: int, scored: bool) -> Task:
+    members = pictures.shard(shard)
+    prompts = tuple(pictures.prompts[pictures.prompt_of(i)] for i in members)
+    seeds = tuple(pictures.seeds[i] for i in members)
+    ids = tuple(f"{sampler.key}:{i}" for i in members)
+    name = f"suite-{sampler.key}-{shard}"
+    return Task(name, "sample", (sampler, prompts, seeds), prompts, ids, scored, keep_images=True)
 
 
 class Keeper:
-    """Has shards drawn and scored, and keeps each as it comes.
+    """Runs jobs on the actors, and keeps the result of each as it comes.
 
     Args:
-        results: where they go.
-        pictures: that are drawn.
-        shown: of how many prompts the page shows pictures.
-        extractor: of features, where they are asked for.
+        results: the directory that the rows and pictures go to.
+        pictures: the prompts and seeds of the suite.
+        shown: the number of prompts whose first picture is kept for the page.
+        extractor: computes features of each picture; None keeps none.
     """
 
     def __init__(
@@ -152,9 +151,9 @@ class Keeper:
         self._results, self._pictures, self._shown, self._extractor = results, pictures, shown, extractor
         self._session = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
-    def do(self, algo: RDPO, all_of_them: Iterable[Job], observer: Observer) -> None:
-        """Do those that are not there yet, in their order as far as the actors keep it."""
-        missing = {j.task.task_id: j for j in all_of_them if not self._results.has(j.sampler, j.shard)}
+    def do(self, algo: RDPO, suite_jobs: Iterable[Job], observer: Observer) -> None:
+        """Run the jobs whose results are missing; several actors may finish them in another order."""
+        missing = {j.task.task_id: j for j in suite_jobs if not self._results.has(j.sampler, j.shard)}
         observer.stage("evaluating", len(missing))
         begin, drawn = time.perf_counter(), 0
         for task, outcome in algo.stream(job.task for job in missing.values()):
@@ -163,7 +162,7 @@ class Keeper:
             observer.advance(1, images_per_s=drawn / (time.perf_counter() - begin))
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
-        """The pictures first: where the rows are, the shard counts as finished."""
+        """Write the pictures before the rows, because a shard counts as finished as soon as its rows are there."""
         images, each = outcome.images, self._pictures.images_per_prompt
         assert images is not None
         for image, i in zip(images, self._pictures.shard(job.shard), strict=True):

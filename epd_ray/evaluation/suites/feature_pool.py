@@ -1,4 +1,4 @@
-"""Feature extractors in actors, in an environment of their own where they need one."""
+"""Feature extractors in Ray actors, which run in a Python environment of their own if the extractor needs one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,21 +25,21 @@ from epd_ray.errors import EpdRayError, ModelError, is_own_bug
 from epd_ray.evaluation.metrics import EXTRACTORS
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
 
-BATCH = 32  # pictures of a call, whatever the number of actors: features depend on it in their last bits
-RETRIES = 2  # of a call whose process died, or broke its GPU, with which it dies at the next try
+BATCH = 32  # pictures in a call, whatever the number of actors, because the last bits of features depend on it
+RETRIES = 2  # for a call whose process died or reported a broken GPU; with one, the process ends at the next try
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """An extractor, and the actors that run it.
+    """An extractor, and what the actors that run it reserve.
 
     Attributes:
-        extractor: a name in the registry (clip, inception), or "module:Class".
-        options: its keyword arguments.
-        replicas: number of actors.
-        num_cpus: per actor.
-        num_gpus: per actor.
-        resources: custom resources per actor.
+        extractor: a registered name (clip, inception), or "module:Class".
+        options: the keyword arguments of its constructor.
+        replicas: the number of actors, at least 1.
+        num_cpus: the CPU cores that each actor reserves.
+        num_gpus: the GPUs that each actor reserves; 0 runs it on the CPU.
+        resources: the custom Ray resources that each actor reserves, by name.
     """
 
     extractor: str = "clip"
@@ -52,7 +52,13 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Description:
-    """Which features these are."""
+    """Which features an extractor computes.
+
+    Attributes:
+        model_id: the name of the model.
+        revision: a checksum of its weights.
+        dimension: the number of features of a picture.
+    """
 
     model_id: str
     revision: str
@@ -60,13 +66,13 @@ class Description:
 
 
 class FeatureActor:
-    """An extractor in its own process; built when first asked for, so that errors travel whole."""
+    """An extractor in a process of its own. It is built at the first call, because Ray garbles errors of constructors."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self._name, self._options = name, options
         self._extractor: FeatureExtractor | None = None
 
-    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+    def __repr__(self) -> str:  # the name in Ray's dashboard and logs
         return f"features {self._name}"
 
     def _built(self) -> FeatureExtractor:
@@ -75,7 +81,7 @@ class FeatureActor:
                 self._extractor = EXTRACTORS.build(self._name, self._options)
             except EpdRayError:
                 raise
-            except Exception as error:  # anybody's class may stand here; its own words go to the user
+            except Exception as error:  # a user's class may raise anything, and the user reads its message
                 if is_own_bug(error):
                     raise
                 why = f"{type(error).__name__}: {error}"
@@ -83,30 +89,30 @@ class FeatureActor:
         return self._extractor
 
     def describe(self) -> Description:
-        """Build the extractor, once, and say what it is."""
+        """Build the extractor if it is not built yet, and describe it."""
         built = self._built()
         return Description(built.model_id, built.revision, built.dimension)
 
     def features(self, images: ImageArray) -> FloatArray:
-        """Features [B, D] of images [B, 3, H, W], uint8."""
+        """Compute features [B, D], float32, of images [B, 3, H, W], uint8."""
         with end_if_broken():
             return self._built().features(images)
 
 
 class FeaturePool:
-    """Some actors that together are a FeatureExtractor.
+    """Several actors that together are one FeatureExtractor.
 
     Args:
-        spec: what runs, and on how many actors.
-        timeout_s: for room to turn up.
+        spec: the extractor, and what its actors reserve.
+        timeout_s: the seconds to wait until the cluster has room for the actors.
 
     Attributes:
-        model_id, revision, dimension: the extractor's.
+        model_id, revision, dimension: those of the extractor.
 
     Raises:
-        EpdRayError: the extractor's own error, or why its actors cannot start.
-        EnvironmentFailure: the environment that it needs is not built on this machine.
-        PlacementError: no room for the actors.
+        EpdRayError: the extractor's own error, or the reason why its actors cannot start.
+        EnvironmentFailure: the environment that the extractor needs is not built on this machine.
+        PlacementError: the cluster has no room for the actors.
     """
 
     def __init__(self, spec: FeatureSpec, timeout_s: float = PLACEMENT_SECONDS) -> None:
@@ -134,11 +140,11 @@ class FeaturePool:
         self.model_id, self.revision, self.dimension = said[0].model_id, said[0].revision, said[0].dimension
 
     def features(self, images: ImageArray) -> FloatArray:
-        """Features [B, D] of images [B, 3, H, W], uint8; their order is the images'.
+        """Compute features [B, D], float32, of images [B, 3, H, W], uint8, in the order of the images.
 
         Raises:
             EpdRayError: the extractor's own error.
-            ModelError: its processes died over the pictures.
+            ModelError: an actor's process died at every try.
         """
         batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
         calls = [
@@ -150,7 +156,7 @@ class FeaturePool:
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from None
         except LOST as error:
-            raise ModelError(f"{self._what}: its process died {RETRIES + 1} times over pictures: {error}") from None
+            raise ModelError(f"{self._what}: its process died {RETRIES + 1} times over a batch: {error}") from None
         return np.concatenate([np.empty((0, self.dimension), np.float32), *found])
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What diversity and the Frechet distance see: which extractor, and whether there are pictures enough for it."""
+"""The features that diversity and the Frechet distance compare: which network computes them, and how it is opened."""
 
 import inspect
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from epd_ray.actors.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.actors.environments import interpreter
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import ConfigError, MetricError
 from epd_ray.evaluation.metrics.inception import InceptionFeatures
 from epd_ray.evaluation.metrics.reference import reference_statistics, require_reference
@@ -18,17 +18,20 @@ from epd_ray.rewards import HEADS
 
 
 def foresee_features(request: Request, config: RunConfig, pictures: int) -> FeatureSpec | None:
-    """The extractor that a request's metrics need, if any does, with all refused that shows before it runs.
+    """Choose the extractor that a request's metrics need, and refuse what cannot work before any actor starts.
 
     Args:
-        request: of a suite.
-        config: the model of a CLIP head serves, where nothing else is asked for.
-        pictures: that are drawn of each sampler.
+        request: what the suite is asked to measure.
+        config: its CLIP head's model is the extractor, unless the request names one.
+        pictures: the number of pictures that each sampler draws.
+
+    Returns:
+        The extractor; None if no metric needs features.
 
     Raises:
-        ConfigError: an extractor is needed, and none is at hand.
-        EnvironmentFailure: the environment that it needs is not built on this machine.
-        MetricError: fewer pictures than the distance needs, or a reference set that cannot be used.
+        ConfigError: an extractor is needed, and neither the request nor the configuration names one.
+        EnvironmentFailure: the environment that the extractor needs is not built on this machine.
+        MetricError: there are fewer pictures than the distance needs, or the reference set cannot be used.
     """
     if request.reference is None and request.images_per_prompt == 1:
         return None
@@ -38,8 +41,8 @@ def foresee_features(request: Request, config: RunConfig, pictures: int) -> Feat
         each = f"--images-per-prompt {request.images_per_prompt}"
         asked, seen = (each, "diversity") if request.reference is None else ("--reference", "the Frechet distance")
         raise ConfigError(
-            [f"{asked} needs --features, for {seen}: inception, or a CLIP model (that of a clip head under rewards "
-             "serves too)"]
+            [f"{asked} needs --features, for {seen}: inception, or a CLIP model (a head clip under rewards names one "
+             "too)"]
         )  # fmt: skip
     if request.reference is not None:
         require_reference(request.reference)
@@ -47,26 +50,27 @@ def foresee_features(request: Request, config: RunConfig, pictures: int) -> Feat
             _require_enough(pictures, InceptionFeatures.dimension)
     if what in ENVIRONMENTS:
         interpreter(ENVIRONMENTS[what])
-    return FeatureSpec(what, options, num_cpus=0, num_gpus=config.cluster.feature_gpus)  # 0: the cores may be taken
+    # It reserves no CPU core, because the other actors may have reserved them all.
+    return FeatureSpec(what, options, num_cpus=0, num_gpus=config.cluster.feature_gpus)
 
 
 @contextmanager
 def open_features(
     spec: FeatureSpec | None, reference: Path | None, pictures: int, cache: Path, timeout_s: float
 ) -> Iterator[Features]:
-    """What a request's metrics need, in an actor that ends with the block, on Ray as it runs.
+    """Open the extractor in an actor on a running Ray, and end the actor with the block.
 
     Args:
-        spec: see `foresee_features`.
-        reference: what the Frechet distance is taken to.
-        pictures: that are drawn of each sampler.
-        cache: folder for the statistics of picture folders.
-        timeout_s: for room to turn up.
+        spec: what `foresee_features` returned; None opens nothing.
+        reference: the pictures or statistics that the Frechet distance is measured to; None leaves them out.
+        pictures: the number of pictures that each sampler draws.
+        cache: the folder that keeps the statistics of picture folders.
+        timeout_s: the seconds to wait until the cluster has room for the actor.
 
     Raises:
-        MetricError: fewer pictures than the distance needs, or a reference set that cannot be used.
+        MetricError: there are fewer pictures than the distance needs, or the reference set cannot be used.
         ModelError: the extractor cannot be opened.
-        PlacementError: no room for it.
+        PlacementError: the cluster has no room for the actor.
     """
     if spec is None:
         yield Features()
@@ -80,7 +84,7 @@ def open_features(
 
 
 def _of_head(config: RunConfig) -> dict[str, object]:
-    """The model of the first CLIP head, as the extractor takes it; none without such a head."""
+    """The extractor's options for the model of the first CLIP head; empty if there is no CLIP head."""
     chosen = next((head.options for head in config.rewards.values() if head.head == CLIP), None)
     if chosen is None:
         return {}
@@ -91,6 +95,6 @@ def _of_head(config: RunConfig) -> dict[str, object]:
 def _require_enough(pictures: int, features: int) -> None:
     if pictures <= features:
         raise MetricError(
-            f"the Frechet distance needs at least {features + 1} pictures for {features} features, {pictures} are "
-            "asked of each sampler: raise --count"
+            f"the Frechet distance needs at least {features + 1} pictures for {features} features, each sampler draws "
+            f"{pictures}: raise --count"
         )

@@ -1,29 +1,41 @@
-"""What is kept of every picture: who drew it from what, how long it took, and what each metric says."""
+"""The figures of a suite: a row for each picture, then means over prompts, distances, times, and the headline."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from epd_ray.evaluation.comparison import SCENE_ACCURACY, accuracy, scenes_of
-from epd_ray.evaluation.metrics.frechet import Gaussian
+from epd_ray.drawing.sampler import Sampler
+from epd_ray.evaluation.comparison import SCENE_ACCURACY, Comparison, Row, accuracy, scenes_of
+from epd_ray.evaluation.metrics.diversity import diversity
+from epd_ray.evaluation.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from epd_ray.evaluation.metrics.sharpness import sharpness
-from epd_ray.evaluation.suites.pictures import Pictures
+from epd_ray.evaluation.statistics import Interval, paired_difference
+from epd_ray.evaluation.suites.definition import Suite
+from epd_ray.evaluation.suites.directory import ResultsDirectory
+from epd_ray.evaluation.suites.subject import Pictures
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
 
 ABOUT = ("prompt_id", "image", "prompt", "noise_seed", "shard", "session", "seconds")
-"""Columns that are no metric."""
+"""The columns that are no metrics."""
 FEATURES = "features"
 SHARPNESS = "sharpness"
 
 
 @dataclass(frozen=True)
 class Features:
-    """An open extractor and the features of the reference set, where they are asked for."""
+    """The features that a suite computes of its pictures.
+
+    Attributes:
+        extractor: computes them; None computes none.
+        reference: the statistics of the reference set; None leaves out the Frechet distance.
+        is_fid: whether the extractor is Inception, so that the Frechet distance is the FID of the papers.
+    """
 
     extractor: FeatureExtractor | None = None
     reference: Gaussian | None = None
-    is_fid: bool = False  # the distance of Inception's features, as papers give it
+    is_fid: bool = False
 
 
 def rows(
@@ -35,16 +47,16 @@ def rows(
     session: str,
     extractor: FeatureExtractor | None,
 ) -> pa.Table:
-    """One row a picture.
+    """Make the table of a shard, with one row for each picture.
 
     Args:
-        pictures: that are drawn in all.
-        shard: which of them these are.
-        images: [B, 3, H, W], uint8.
-        scores: head -> [B].
-        seconds: that the rollout actor took for the shard.
-        session: the call of the command that drew them: times of different ones are not compared.
-        extractor: of features, where they are asked for.
+        pictures: the prompts and seeds of the whole suite.
+        shard: the number of the shard.
+        images: the shard's pictures [B, 3, H, W], uint8.
+        scores: reward head -> its scores [B].
+        seconds: the time that the rollout actor took for the shard, in seconds.
+        session: names the call of the command that drew the shard; times of different calls are not compared.
+        extractor: computes a column of features; None leaves it out.
     """
     members = pictures.shard(shard)
     prompt_ids = [pictures.prompt_of(i) for i in members]
@@ -70,12 +82,178 @@ def rows(
 
 
 def feature_rows(table: pa.Table) -> FloatArray:
-    """The features of a table of `rows`, [B, D]."""
+    """The features [B, D] in a table of `rows`."""
     column = table[FEATURES].combine_chunks()
     values: FloatArray = column.flatten().to_numpy().reshape(len(column), -1)  # B lists of D -> [B, D]
     return values
 
 
 def metrics_of(names: list[str]) -> list[str]:
-    """Which columns of `rows` are metrics, per picture."""
+    """The columns of `rows` that are metrics of a picture."""
     return [name for name in names if name not in (*ABOUT, FEATURES)]
+
+
+DIVERSITY = "diversity"
+Times = Mapping[tuple[str, int], float]
+"""The seconds that one sampler took for a picture, by session and shard."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a suite.
+
+    Attributes:
+        comparison: every metric for each prompt.
+        distances: sampler's key -> Frechet distance to the reference set; empty without a reference set.
+        times: sampler's key -> its times.
+    """
+
+    comparison: Comparison
+    distances: Mapping[str, float]
+    times: Mapping[str, Times]
+
+
+def summarise(suite: Suite, pictures: Pictures, results: ResultsDirectory, reference: Gaussian | None) -> Summary:
+    """Read the rows of a suite's samplers, with one sampler in memory at a time, and sum them up.
+
+    Args:
+        suite: the suite; the shards of all its samplers are finished.
+        pictures: the prompts and seeds that were drawn.
+        results: the directory that holds the shards.
+        reference: the statistics of the reference set; None leaves out the Frechet distance.
+    """
+    found, distances, times = [], {}, {}
+    for sampler in suite.samplers:
+        columns = results.columns(sampler.key)
+        table = results.read(sampler.key, pictures.shards, [name for name in columns if name != FEATURES])
+        times[sampler.key] = _times(table)
+        values = _per_prompt(table, pictures)
+        if FEATURES in columns and pictures.images_per_prompt > 1:
+            values[DIVERSITY] = _diversity(sampler, pictures, results)
+        if reference is not None:
+            parts = results.parts(sampler.key, pictures.shards, [FEATURES])
+            seen = FeatureStatistics.merged(FeatureStatistics.of(feature_rows(part)) for part in parts)
+            distances[sampler.key] = frechet_distance(seen.gaussian(), reference)
+        found.append(Row(sampler, values, median(times[sampler.key])))
+    keys = () if suite.name == "paper-fid" else tuple(s.key for s in suite.ours)
+    comparison = Comparison(suite.name, pictures.prompts, pictures.seeds, tuple(found), keys)
+    return Summary(comparison, distances, times)
+
+
+def _per_prompt(table: pa.Table, pictures: Pictures) -> dict[str, FloatArray]:
+    """Metric -> its mean over the pictures of each prompt, [P], because only prompts are independent of each other."""
+    prompt_ids = table["prompt_id"].to_numpy()
+    counts = np.bincount(prompt_ids, minlength=len(pictures.prompts))
+    sums = {m: np.bincount(prompt_ids, table[m].to_numpy()) for m in metrics_of(table.column_names)}
+    return {metric: np.asarray(total / counts, np.float32) for metric, total in sums.items()}
+
+
+def _diversity(sampler: Sampler, pictures: Pictures, results: ResultsDirectory) -> FloatArray:
+    """The diversity of each prompt's pictures, [P]."""
+    table = results.read(sampler.key, pictures.shards, ["prompt_id", FEATURES])
+    found = diversity(feature_rows(table), [str(prompt) for prompt in table["prompt_id"].to_pylist()])
+    return np.array([found[str(prompt)] for prompt in range(len(pictures.prompts))], np.float32)
+
+
+def _times(table: pa.Table) -> dict[tuple[str, int], float]:
+    """The times of full shards; a picture in a smaller batch takes longer, so the last shard may be left out."""
+    shards = table.group_by(["session", "shard"]).aggregate([("seconds", "mean"), ("seconds", "count")]).to_pylist()
+    largest = max(row["seconds_count"] for row in shards)
+    return {(r["session"], r["shard"]): r["seconds_mean"] for r in shards if r["seconds_count"] == largest}
+
+
+def median(times: Times) -> float:
+    """The median time of a picture, in seconds."""
+    return float(np.median(list(times.values())))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The median times of two samplers, over the shards that one call of the command drew with both.
+
+    Attributes:
+        ours: seconds a picture of the first sampler.
+        other: seconds a picture of the second sampler.
+        shards: the number of shards.
+    """
+
+    ours: float
+    other: float
+    shards: int
+
+    @property
+    def ratio(self) -> float:
+        """The first sampler's time as a multiple of the second's."""
+        return self.ours / self.other
+
+
+def speed(ours: Times, other: Times) -> Speed | None:
+    """Compare times over the shards that both samplers have in common; None if there are none.
+
+    There are none if one of the solvers was added to the results by a later call.
+    """
+    both = ours.keys() & other.keys()
+    if not both:
+        return None
+    first, second = ([times[key] for key in both] for times in (ours, other))
+    return Speed(float(np.median(first)), float(np.median(second)), len(both))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a learned sampler gains over the reference.
+
+    Attributes:
+        sampler: the learned sampler.
+        differences: metric -> the paired difference, learned minus reference.
+        speed: the times of both; None if they were not drawn in the same call.
+        sentence: all of this for people.
+    """
+
+    sampler: Sampler
+    differences: Mapping[str, Interval]
+    speed: Speed | None
+    sentence: str
+
+
+def verdicts(suite: Suite, summary: Summary, guidance_scale: float) -> list[Verdict]:
+    """The headline of a suite: each learned sampler against the reference; empty for a suite without a reference."""
+    if suite.reference is None:
+        return []
+    rows = {row.sampler.key: row for row in summary.comparison.rows}
+    slow, count = rows[suite.reference.key], len(summary.comparison.prompts)
+    found = []
+    for ours in suite.ours:
+        mine = rows[ours.key]
+        metrics = [m for m in mine.values if m not in (SHARPNESS, DIVERSITY)]
+        differences = {m: paired_difference(mine.values[m], slow.values[m]) for m in metrics}
+        pace = speed(summary.times[ours.key], summary.times[suite.reference.key])
+        said = [f"{m.replace('_', ' ')} {_difference(m, d)}" for m, d in differences.items()]
+        sentence = (
+            f"{ours.label} (parallel NFE {ours.parallel_nfe}, {ours.model_evals} evaluations) against "
+            f"{suite.reference.intervals} steps of {suite.reference.label} on {count} prompts at "
+            f"guidance scale {guidance_scale:g}, with 95 % intervals in brackets: {', '.join(said)}; {_pace(pace)}"
+        )
+        found.append(Verdict(ours, differences, pace, sentence))
+    return found
+
+
+def _difference(metric: str, d: Interval) -> str:
+    if metric == SCENE_ACCURACY:
+        return f"{100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+
+
+def _pace(pace: Speed | None) -> str:
+    if pace is None:
+        return "the times are not compared, because different calls drew the two (evaluate both in a new --out)"
+    many = f"medians of {pace.shards} batches each" if pace.shards > 1 else "one batch each"
+    return (
+        f"a picture takes {pace.ratio:.2f} of the time ({duration(pace.ours)} against {duration(pace.other)}, {many}, "
+        "drawn in turns)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Write a time as "12.3 ms" or "1.23 s"."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -1,45 +1,61 @@
-"""What a suite leaves in its directory, and says on the terminal."""
+"""The results of a suite: the files in its directory, the lines on the terminal, and the page report.html."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from epd_ray.evaluation.records import SHEET_COLUMNS, Column
 from epd_ray.evaluation.suites.definition import FID_METRIC, Suite
 from epd_ray.evaluation.suites.directory import ResultsDirectory
-from epd_ray.evaluation.suites.layout import Table, as_csv, differences, grid, markdown, plain, tabulate
-from epd_ray.evaluation.suites.measure import FEATURES, Features
-from epd_ray.evaluation.suites.page import write_page
-from epd_ray.evaluation.suites.pictures import Pictures
+from epd_ray.evaluation.suites.measure import FEATURES, Features, Summary, Verdict, duration, summarise, verdicts
 from epd_ray.evaluation.suites.settings import FID_PICTURES
-from epd_ray.evaluation.suites.subject import Subject
-from epd_ray.evaluation.suites.summary import Summary, Verdict, summarise, verdicts
+from epd_ray.evaluation.suites.subject import Pictures, Subject
+from epd_ray.evaluation.suites.tables import (
+    NOTHING,
+    Cell,
+    Table,
+    TableRow,
+    as_csv,
+    decimals,
+    differences,
+    fid_lines,
+    grid,
+    markdown,
+    number,
+    plain,
+    tabulate,
+)
+from epd_ray.report.page import data_uri, page_template
 from epd_ray.storage.run_directory import package_versions, whole, write_text
 
 SOURCES = {
-    "paper": "The paper's values are those of arXiv 2512.22796, table {table}, on COCO captions: with another model or "
-    "other prompts a difference is theirs too. The intervals are of ours alone.",
-    "paper-fid": "The paper's values are those of arXiv 2507.14797, table 1 ({table}), of 50,000 pictures each by the "
-    "models of EDM and Consistency Models: with another model a difference is its too.",
+    "paper": "The paper's values are from arXiv 2512.22796 (table {table}) and were measured on COCO captions; another "
+    "model or other prompts here would explain a part of the differences. The intervals show the uncertainty of our "
+    "values only.",
+    "paper-fid": "The paper's values are from arXiv 2507.14797 (table 1, {table}) and were measured on 50,000 pictures "
+    "for each cell with the models of EDM and Consistency Models; another model here would explain a part of the "
+    "differences.",
 }
-PROMPTS = "prompts.json"  # where `epd-ray ab make` looks for the prompts of two folders of pictures
+"""Suite -> where the paper's values come from, and what to keep in mind when comparing."""
+PROMPTS = "prompts.json"  # the file in which `epd-ray ab make` looks for the prompts of two folders of pictures
 
 
 def write_results(results: ResultsDirectory, subject: Subject, features: Features) -> list[str]:
-    """Write results.parquet, .csv, .md, .json and the page from the shards, which are all there.
+    """Write results.parquet, results.csv, results.md, results.json and report.html from the finished shards.
 
     Args:
-        results: the directory.
+        results: the directory, which has all shards of all samplers.
         subject: what was measured.
-        features: that the Frechet distance is taken to, if there are some.
+        features: the features of the reference set, if there is one.
 
     Returns:
-        The table, the headline and where the page is, in lines.
+        The table, the headline and the place of the page, as lines for the terminal.
 
     Raises:
-        RunDirectoryError: a damaged shard, or the disk refuses.
+        RunDirectoryError: a shard is damaged, or the disk refuses.
     """
     suite = subject.suite
     summary = summarise(suite, subject.pictures, results, features.reference)
@@ -57,7 +73,7 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
 
 
 def _write_rows(results: ResultsDirectory, suite: Suite, pictures: Pictures) -> None:
-    """results.parquet: every picture of every sampler, without its features, one sampler in memory at a time."""
+    """Write results.parquet, with a row for every picture, holding the rows of one sampler in memory at a time."""
     names = [name for name in results.columns(suite.samplers[0].key) if name != FEATURES]
     with whole(results.path / "results.parquet") as partial:
         writer: pq.ParquetWriter | None = None
@@ -73,22 +89,29 @@ def _write_rows(results: ResultsDirectory, suite: Suite, pictures: Pictures) -> 
 
 
 def notes(table: Table) -> list[str]:
-    """What one has to know to read the table."""
+    """Sentences that a reader of the table has to know."""
     suite = table.suite
     found = [] if suite.table is None else [SOURCES[suite.name].format(table=suite.table)]
     if FID_METRIC in table.metrics and not table.is_fid:
-        found.append("The Frechet distance here is not of Inception's features, and so no FID: compare it here alone.")
+        found.append(
+            "The Frechet distance here is not an FID, because its features are not Inception's: compare it only with "
+            "other lines of this table."
+        )
     elif suite.name == "paper-fid" and table.pictures < FID_PICTURES:
         found.append(
-            f"Of fewer the FID is larger, and here are {table.pictures:,}: no difference to the paper's is shown."
+            f"No difference to the paper's FID is shown, because {table.pictures:,} pictures were drawn here: the FID "
+            "of fewer pictures is larger."
         )
     silent = [title for metric, title in table.metrics.items() if all(r.cells[metric].ours is None for r in table.rows)]
     if silent:
-        found.append(f"No head of the configuration gives {', '.join(silent)}: name one under rewards to fill it in.")
+        found.append(
+            f"No reward head of the configuration computes {', '.join(silent)}: name one under rewards to fill the "
+            "column."
+        )
     absent = [row.line.method for row in table.rows if row.line.sampler is None]
     if absent:
         names = ", ".join(dict.fromkeys(absent))
-        found.append(f"Shown with the paper's values alone, where nothing here draws at that cost: {names}.")
+        found.append(f"Only the paper's values are shown of methods that nothing here draws at that cost: {names}.")
     return found
 
 
@@ -96,7 +119,8 @@ def _markdown(table: Table, summary: Summary, found: Sequence[Verdict], said: Se
     lines = [f"# Suite {table.suite.name}", "", *(line for v in found for line in (f"**{v.sentence}**", ""))]
     lines += [" ".join(said), "", *markdown(grid(table)), ""]
     if summary.comparison.differences:
-        lines += ["Prompt by prompt, with 95 % intervals:", "", *markdown(differences(summary))]
+        lines += ["Paired differences, prompt by prompt, with their 95 % intervals:", "",
+                  *markdown(differences(summary))]  # fmt: skip
     return lines
 
 
@@ -112,3 +136,118 @@ def _record(summary: Summary, found: Sequence[Verdict]) -> dict[str, object]:
     ]
     whole_record = summary.comparison.summary() | {"distances": dict(summary.distances)}
     return {"headline": headline, **whole_record, "versions": package_versions()}
+
+
+@dataclass(frozen=True)
+class PageRow:
+    """A line of the page's table, as text."""
+
+    method: str
+    steps: str
+    schedule: str
+    parallel_nfe: int
+    model_evals: str
+    time: str
+    cells: Mapping[str, Cell]
+    ours: bool
+
+
+def write_page(
+    results: ResultsDirectory, table: Table, summary: Summary, found: Sequence[Verdict], said: Sequence[str]
+) -> None:
+    """Write report.html, one file with all of its pictures, in the look of a run's report.
+
+    Args:
+        results: the directory, which has the pictures; the page goes there.
+        table: the suite's results.
+        summary: the figures behind the table.
+        found: the headline.
+        said: sentences that a reader of the table has to know.
+
+    Raises:
+        RunDirectoryError: a picture is damaged, or the disk refuses.
+    """
+    evaluation = summary.comparison.evaluation
+    columns = [Column(row.key, row) for row in evaluation.solvers if (results.pictures / row.key).is_dir()]
+    columns = columns[:SHEET_COLUMNS]
+    is_fid = table.suite.name == "paper-fid"
+    fid = fid_lines(table) if is_fid else {}
+    ours = {sampler.key for sampler in table.suite.ours}
+    page = page_template("suite.html.j2").render(
+        name=results.path.resolve().name,
+        suite=table.suite.name,
+        title=_title(table, found),
+        sentences=[verdict.sentence for verdict in found],
+        facts=_facts(table, summary),
+        columns=columns,
+        sheet=_sheet(results, columns, summary.comparison.prompts),
+        compares=table.compares,
+        notes=said,
+        fid={m: {nfe: _row(row, ours) for nfe, row in rows.items()} for m, rows in fid.items()},
+        nfes=sorted({nfe for rows in fid.values() for nfe in rows}),
+        rows=[_row(row, ours) for row in table.rows],
+        metrics=table.metrics,
+        number=_number,
+        distance=FID_METRIC,
+        evaluation=evaluation,
+        decimals={metric: decimals(metric) for metric in evaluation.metrics},
+        solvers={row.key: row for row in evaluation.solvers},
+        ours=ours,
+        manifest=results.manifest.read_text(encoding="utf-8"),
+    )
+    write_text(results.report, page)
+
+
+def _title(table: Table, found: Sequence[Verdict]) -> str:
+    suite = table.suite
+    if suite.table is not None:
+        return f"The paper's table {suite.table}, and what was measured here"
+    best = found[0]
+    reference = suite.reference
+    assert reference is not None
+    steps = f"{reference.intervals} steps of {reference.label}"
+    metric, difference = next(iter(best.differences.items()))
+    gain = f"{best.sampler.label}: {metric} {_number(metric, difference.mean, True)}"
+    if best.speed is None:
+        return f"{gain} against {steps}"
+    return f"{gain} in {best.speed.ratio:.2f} of the time of {steps}"
+
+
+def _facts(table: Table, summary: Summary) -> list[tuple[str, str]]:
+    prompts, seeds = summary.comparison.prompts, summary.comparison.seeds
+    counts = [(f"{len(table.suite.samplers)}", "solvers")]
+    if any(prompts):
+        counts.append((f"{len(prompts):,}", "prompts"))
+    return [*counts, (f"{len(seeds):,}", "pictures each")]
+
+
+def _sheet(
+    results: ResultsDirectory, columns: Sequence[Column], prompts: Sequence[str]
+) -> list[tuple[str, list[str | None]]]:
+    """The rows of the contact sheet: a prompt and a picture for each column, for all prompts whose pictures were kept."""
+    sheet = []
+    for i, prompt in enumerate(prompts):
+        pictures = [data_uri(results.pictures / column.key / f"{i:03d}.png") for column in columns]
+        if not any(pictures):
+            break
+        sheet.append((prompt, pictures))
+    return sheet
+
+
+def _row(row: TableRow, ours: set[str]) -> PageRow:
+    line, sampler = row.line, row.line.sampler
+    return PageRow(
+        method=line.method,
+        steps=NOTHING if line.steps is None else str(line.steps),
+        schedule=f"{line.schedule or 'its own'} schedule",
+        parallel_nfe=line.parallel_nfe,
+        model_evals=NOTHING if sampler is None else str(sampler.model_evals),
+        time=NOTHING if row.seconds is None else duration(row.seconds),
+        cells=row.cells,
+        ours=sampler is not None and sampler.key in ours,
+    )
+
+
+def _number(metric: str, value: float, signed: bool = False) -> str:
+    """Write a value as `number` does, with a minus sign in place of a hyphen."""
+    return number(metric, value, signed).replace("-", "\N{MINUS SIGN}")

@@ -1,4 +1,4 @@
-"""What the papers say: tables II to IV of RDPO (arXiv 2512.22796), the FID table of EPD-Solver (arXiv 2507.14797)."""
+"""The papers' figures: tables II to IV of RDPO (arXiv 2512.22796) and the FID table of EPD-Solver (arXiv 2507.14797)."""
 
 import json
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from epd_ray.registry import did_you_mean
 
 FILE = Path(__file__).parent / "paper_tables.json"
 REWARD_TABLES = {"sd15_512": "sd15-rl", "sd3_512": "sd3-512-rl", "sd3_1024": "sd3-1024-rl"}
-"""Table -> the published solver of its last line, whose file says which model the table is about."""
+"""Name of a table -> the published solver in its last line, whose file says which model the table is about."""
 
 FID = "fid_first_paper"
 FID_NFES = (3, 5, 7, 9)
 FID_TABLES = ("cifar10_32", "imagenet_64", "ffhq_64", "lsun_bedroom_256")
 TITLES = {"hpsv2.1": "HPSv2.1", "pickscore": "PickScore", "imagereward": "ImageReward", "clip": "CLIP"}
 TITLES |= {"aesthetic": "Aesthetic"}
-"""Reward heads by registry name, as the paper's columns call them."""
+"""Registry name of a reward head -> the title of its column in the paper."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class RewardLine:
     """A line of tables II to IV.
 
     Attributes:
-        method: as the paper calls it.
-        steps: of the solver.
-        schedule: "uniform", "polynomial", "logsnr" or "shift".
-        parallel_nfe: sequential depth.
-        values: head's registry name -> mean raw score.
+        method: the paper's name of the solver.
+        steps: the number of the solver's intervals.
+        schedule: the sigma schedule, "uniform", "polynomial", "logsnr" or "shift".
+        parallel_nfe: the length of the longest chain of evaluations that wait for each other.
+        values: registry name of a reward head -> mean raw score.
     """
 
     method: str
@@ -48,10 +48,10 @@ def _tables() -> dict[str, Any]:
 
 
 def reward_table(name: str) -> tuple[RewardLine, ...]:
-    """The lines of one of REWARD_TABLES.
+    """The lines of a table of REWARD_TABLES.
 
     Raises:
-        ConfigError: no such table.
+        ConfigError: there is no table of this name.
     """
     _known(name, tuple(REWARD_TABLES))
     columns = _tables()["columns"]
@@ -63,10 +63,10 @@ def reward_table(name: str) -> tuple[RewardLine, ...]:
 
 
 def fid_table(name: str) -> dict[str, dict[int, float]]:
-    """Method -> parallel NFE -> FID, of one of FID_TABLES.
+    """The FID by method and parallel NFE, in a table of FID_TABLES.
 
     Raises:
-        ConfigError: no such table.
+        ConfigError: there is no table of this name.
     """
     _known(name, FID_TABLES)
     methods, rows = _tables()[FID]["methods"], _tables()[FID][name]

@@ -1,11 +1,12 @@
-"""What a suite is asked for, and a run's configuration with the suite's own defaults."""
+"""What a suite is asked for, and how its configuration is read, which has other defaults than a training run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from epd_ray.config.loading import RunConfig, apply_override, load_config, read_yaml
+from epd_ray.config.loading import apply_override, load_config, read_yaml
+from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
 from epd_ray.errors import ConfigError
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, TITLES
@@ -14,27 +15,32 @@ from epd_ray.solvers.zoo import applicable
 
 SuiteName = Literal["paper", "paper-fid", "embedded", "prompts"]
 INCEPTION = "inception"
-CLIP = "clip"  # as head, which is the default one, and as extractor
+CLIP = "clip"  # both the name of the default reward head and that of a feature extractor
 FID_PICTURES = 50_000
 OWN_HEADS = {head.partition(".")[0]: head for head in TITLES}
-"""The suites' own heads: name in the configuration -> registry name."""
-HEAD_CPUS = 0.1  # all of them and two rollout actors fit two cores
+"""The reward heads that a suite brings: name in the configuration -> registry name."""
+HEAD_CPUS = 0.1  # so small that all of these heads and two rollout actors fit two cores
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is measured.
+    """What a suite is asked to measure.
 
     Attributes:
-        suite: which comparison.
-        out: the results' directory; what is there already is kept.
-        solvers: learned ones: directories, presets or hub ids.
-        table: of the paper; None: by the model's family and resolution.
-        count: number of prompts (of pictures, where there are no prompts); None: the suite's own.
-        prompts: file, in place of the suite's own prompts.
-        images_per_prompt: from different noise.
-        features: what diversity and the Frechet distance see: "inception", or a CLIP model; None: the suite's own.
-        reference: pictures or statistics that the Frechet distance is taken to.
+        suite: the name of the suite.
+        out: the directory of the results; results that are there already are kept.
+        solvers: the learned solvers: directories, names of presets, or hub ids.
+        table: the name of the paper's table; None chooses it by the model's family and resolution.
+        count: the number of prompts, or of pictures for a model without prompts; None takes the suite's own number.
+        prompts: a file of prompts; None takes the suite's own prompts.
+        images_per_prompt: the number of pictures of each prompt, at least 1, which start from different noise.
+        features: the network whose features diversity and the Frechet distance compare: "inception", or a CLIP model;
+            None takes the suite's own.
+        reference: a folder of pictures, or a file of their statistics, that the Frechet distance is measured to; None
+            leaves that distance out.
+
+    Raises:
+        ConfigError: options that do not go together; the error has every problem.
     """
 
     suite: SuiteName
@@ -53,7 +59,7 @@ class Request:
 
 
 def _problems(request: Request) -> Sequence[str]:
-    """What cannot be, whatever the model."""
+    """What is wrong with a request whatever the model is, one line each."""
     suite, found = request.suite, []
     if request.images_per_prompt < 1:
         found.append(f"--images-per-prompt is {request.images_per_prompt}, at least 1 is needed")
@@ -85,16 +91,16 @@ def _problems(request: Request) -> Sequence[str]:
 
 
 def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """A configuration as `train` reads it, but with the guidance that the family is usually used with, and all methods.
+    """Read a configuration as `train` does, but with the family's usual guidance scale and all methods as rivals.
 
     Args:
-        suite: "paper" also brings those heads of its columns that the file and the overrides lack; "prompts" brings all
-            of them for a model that is not embedded, where neither names a head.
-        path: YAML, or None.
-        overrides: "backbone.model=..." and the like.
+        suite: the name of the suite. "paper" adds the reward heads of the paper's columns that the file and the
+            overrides lack. "prompts" adds all of them if the model is not the embedded one and no head is named.
+        path: a YAML file; None takes the defaults.
+        overrides: changes such as "backbone.model=...".
 
     Raises:
-        ConfigError: wrong settings, or a model that the suite is not for.
+        ConfigError: settings that are wrong, or a model that the suite is not for.
     """
     everyone = [name for name in applicable("ve") if name in applicable("flow")]
     defaults: dict[str, Any] = {"backbone": {"guidance_scale": None}, "evaluation": {"baselines": everyone}}
@@ -105,14 +111,14 @@ def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str])
              "use --suite prompts FILE"]
         )  # fmt: skip
     if suite == "paper-fid":
-        return config.model_copy(update={"rewards": {}})  # nothing to score against
+        return config.model_copy(update={"rewards": {}})  # reward heads need prompts
     return config
 
 
 def _own_heads(suite: SuiteName, path: Path | None, overrides: Sequence[str]) -> list[str]:
-    """The heads that a suite brings, as overrides before the user's, which may tune them or say rewards={...} instead.
+    """The reward heads that a suite adds, as overrides that come before the user's, which may change or replace them.
 
-    A head that is written or asked for by its registry name, under whatever name, is not brought again.
+    A head that the file or the overrides name by its registry name is not added again.
     """
     written: dict[str, Any] = {} if path is None else read_yaml(path)
     named = {name: {"head": CLIP, **_mapping(head)} for name, head in _mapping(written.get("rewards")).items()}
@@ -131,5 +137,5 @@ def _own_heads(suite: SuiteName, path: Path | None, overrides: Sequence[str]) ->
 
 
 def _mapping(value: object) -> dict[str, Any]:
-    """What has no keys is refused with the rest of the configuration."""
+    """The mapping itself, or an empty one for any other value, which is refused when the configuration is read."""
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""The learned solvers of a suite, and the suite around them."""
+"""The learned solvers of a suite: opening them, checking that they fit the model, and building the suite with them."""
 
 import hashlib
 import json
@@ -27,18 +27,18 @@ from epd_ray.solvers.zoo import require_form
 
 log = logging.getLogger(__name__)
 Sources = Mapping[str, str]
-"""What `Solver.from_pretrained` takes -> a short name for people."""
+"""What `Solver.from_pretrained` takes (a directory, preset or hub id) -> a short name of the solver for people."""
 
 
 def sources_of(names: Sequence[str], kept: Path) -> Sources:
-    """The solvers that are asked for, and after them others that the results have already.
+    """List the solvers that are asked for, then those that the results have already.
 
     Args:
-        names: directories, presets or hub ids.
-        kept: folder of `keep_solvers`, if it is there.
+        names: directories, names of presets, or hub ids.
+        kept: the folder that `keep_solvers` writes; it may be missing.
 
     Raises:
-        TableError: a solver that cannot be read.
+        TableError: a solver cannot be read.
     """
     asked = {_key(Solver.from_pretrained(name)) for name in names}
     earlier = [f.parent for f in sorted(kept.rglob(FILE_NAME)) if _key(Solver.from_pretrained(f)) not in asked]
@@ -46,34 +46,37 @@ def sources_of(names: Sequence[str], kept: Path) -> Sources:
 
 
 def foresee(backbone: BackboneConfig) -> BackboneFacts | None:
-    """What a pipeline's index says of it before it is opened, without its sigmas; None for another kind of backbone.
+    """Read what a pipeline's model_index.json tells of the model before its weights are read.
+
+    Returns:
+        The facts without sigmas; None for a family other than auto, or a pipeline class that no family drives.
 
     Raises:
-        ModelError: no such model, or no pipeline.
+        ModelError: there is no such model, or it is no diffusers pipeline.
     """
     if backbone.family != AUTO:
         return None
     name = read_index(backbone.model, backbone.revision).class_name
     if name not in FAMILIES.names():
-        return None  # refused with the list of those that are, where it is opened
+        return None  # opening it raises an error that lists the classes that can be driven
     family = cast("type[Family]", FAMILIES.get(name))
     scale = family.default_guidance if backbone.guidance_scale is None else backbone.guidance_scale
     return BackboneFacts(family.name, backbone.model, family.form, (), scale, {"resolution": backbone.resolution})
 
 
 def foresee_suite(request: Request, sources: Sources, rivals: Sequence[str], backbone: BackboneConfig) -> None:
-    """Refuse what the solvers' files and the model's index tell, before an actor starts.
+    """Refuse a suite that the solvers' files and the model's index show to be impossible, before an actor starts.
 
     Args:
         request: which suite.
-        sources: of its solvers.
-        rivals: methods that ours are compared with, where no paper says which.
-        backbone: that is opened later.
+        sources: its learned solvers.
+        rivals: the methods that these are compared with, in suites without a paper's table.
+        backbone: the model that is opened later.
 
     Raises:
-        ConfigError: no table for this model, or a solver that the suite has no place for.
-        ModelError: no such model, or no pipeline.
-        TableError: a solver that cannot be read, or that is for another kind of model.
+        ConfigError: the paper has no table for this model, or the table has no place for a solver.
+        ModelError: there is no such model, or it is no diffusers pipeline.
+        TableError: a solver cannot be read, or is for another kind of model.
     """
     facts = foresee(backbone)
     open_solvers(sources, facts)
@@ -86,27 +89,26 @@ def foresee_suite(request: Request, sources: Sources, rivals: Sequence[str], bac
 
 
 def _require_table(family: str) -> None:
-    """Refuse a family that no table of the paper is about, whatever its resolution."""
+    """Refuse a family that none of the paper's tables is about at any resolution."""
     families = [str(Solver.from_pretrained(preset).meta["backbone"]) for preset in REWARD_TABLES.values()]
     if family not in families:
         there, tables = " and ".join(dict.fromkeys(families)), ", ".join(REWARD_TABLES)
-        raise ConfigError(
-            [f"the paper has no table for {family}, but for {there}: choose one with --table, of {tables}"]
-        )
+        raise ConfigError([f"the paper has no table for {family}, only for {there}: choose one with --table: {tables}"])
 
 
 def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts: BackboneFacts) -> Suite:
-    """The suite that is asked for, on a model.
+    """Build the suite that is asked for.
 
     Args:
         request: which suite.
-        sources: of its solvers; where a paper's table is asked for without any, the published one is taken.
-        rivals: methods that ours are compared with, where no paper says which.
-        facts: of the model.
+        sources: its learned solvers; suite paper without any takes the published solver of the table.
+        rivals: the methods that these are compared with, in suites without a paper's table.
+        facts: what is known of the model.
 
     Raises:
-        ConfigError: no table for this model, a solver that the suite has no place for, or a rival of another form.
-        TableError: a solver that cannot be read, or that is for another kind of model.
+        ConfigError: the paper has no table for this model, the table has no place for a solver, or a rival is for
+            another form of the ODE.
+        TableError: a solver cannot be read, or is for another kind of model.
     """
     if request.suite == "paper":
         table = request.table or pick_table(facts)
@@ -120,19 +122,19 @@ def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts
 
 
 def or_published(sources: Sources, table: str | None) -> Sources:
-    """The solvers of a suite; where there are none, the published one that a paper's table is about."""
+    """The solvers themselves or, if there are none, the published solver of a paper's table."""
     return sources or {preset: preset for name, preset in REWARD_TABLES.items() if name == table}
 
 
 def open_solvers(sources: Sources, facts: BackboneFacts | None) -> list[Sampler]:
-    """Learned samplers, each once, by what is in their files rather than by where these lie.
+    """Open the learned samplers; two files with the same table make one sampler.
 
     Args:
-        sources: of the solvers.
-        facts: of the model that they are for; None: not known yet.
+        sources: the solvers.
+        facts: what is known of the model that draws; None skips the check that they fit it.
 
     Raises:
-        TableError: a solver that cannot be read, or that is for another kind of model.
+        TableError: a solver cannot be read, or is for another kind of model.
     """
     found: dict[str, tuple[Solver, str]] = {}
     for source, name in sources.items():
@@ -145,18 +147,18 @@ def open_solvers(sources: Sources, facts: BackboneFacts | None) -> list[Sampler]
 
 
 def warn_of_misfits(sources: Sources, facts: BackboneFacts) -> None:
-    """Log what solvers were made for, where the pictures are made otherwise."""
+    """Log a warning for each solver that was made for other settings, such as another guidance scale."""
     for source in sources:
         for warning in _misfits(Solver.from_pretrained(source), source, facts):
             log.warning(warning)
 
 
 def keep_solvers(sources: Sources, kept: Path) -> None:
-    """Copy solvers whose pictures are all drawn, so that they stay in the results when others are added.
+    """Copy the solvers into the results, so that a later call that adds another solver still knows them.
 
     Args:
-        sources: of the solvers.
-        kept: a folder, made where it is missing.
+        sources: the solvers, whose pictures are all drawn.
+        kept: the folder in the results' directory; it is made if it is missing.
     """
     there = {_key(Solver.from_pretrained(file)) for file in kept.rglob(FILE_NAME)}
     for source, name in sources.items():
@@ -177,7 +179,7 @@ def _key(solver: Solver) -> str:
 
 
 def _short(name: str) -> str:
-    """runs/mine/solver -> mine, others of a run with its name; presets and hub ids as they are."""
+    """A solver's name for people: "mine" for runs/mine/solver, and presets and hub ids as they are."""
     if name in PRESETS or not Path(name).exists():
         return name
     path = Path(name).resolve()
@@ -187,7 +189,7 @@ def _short(name: str) -> str:
 
 
 def digest(sampler: Sampler) -> str:
-    """Of all that decides what it draws, but not of how it is called."""
+    """A checksum of everything that decides what a sampler draws, which leaves out its key and label."""
     about = {f.name: _plain(getattr(sampler, f.name)) for f in fields(sampler) if f.name not in ("key", "label")}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 

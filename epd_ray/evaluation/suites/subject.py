@@ -1,35 +1,97 @@
-"""What a suite was measured on, and a record of it, so that other results are not taken for the same."""
+"""What a suite measures: the prompts and seeds of its pictures, the model, and the record that tells results apart."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from epd_ray.backbones.loading import fingerprint
-from epd_ray.config.loading import RunConfig
+from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import RewardConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.errors import ConfigError, PromptError
+from epd_ray.evaluation.comparison import scenes_of
 from epd_ray.evaluation.suites.definition import Suite
 from epd_ray.evaluation.suites.directory import Facts, Manifest
-from epd_ray.evaluation.suites.pictures import Pictures
+from epd_ray.evaluation.suites.settings import FID_PICTURES, Request
 from epd_ray.evaluation.suites.solvers import digest
-from epd_ray.prompts.splits import BUILTIN, SHAPES
+from epd_ray.prompts.files import read_prompts
+from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.types import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The prompts and seeds that every sampler of a suite draws. Picture i shows prompt i // images_per_prompt.
+
+    Attributes:
+        prompts: [P]; a text that occurs twice counts as two prompts.
+        images_per_prompt: J, the number of pictures of each prompt, which start from different noise.
+        seeds: [P * J], the noise seed of each picture.
+        images_per_job: the number of pictures in a shard, which are drawn in one batch and kept together.
+    """
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    seeds: tuple[int, ...]
+    images_per_job: int
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-len(self) // self.images_per_job))
+
+    @cached_property
+    def judged(self) -> bool:
+        """Whether all prompts are scenes of the embedded model's world."""
+        return scenes_of(self.prompts) is not None
+
+    def shard(self, number: int) -> range:
+        """The numbers of a shard's pictures; the last shard may have fewer."""
+        return range(number * self.images_per_job, min((number + 1) * self.images_per_job, len(self)))
+
+    def prompt_of(self, picture: int) -> int:
+        """The number of a picture's prompt."""
+        return picture // self.images_per_prompt
+
+    @property
+    def facts(self) -> dict[str, JsonValue]:
+        """What decides the pictures besides model and sampler, for the manifest."""
+        return {
+            "count": len(self.prompts),
+            "images_per_prompt": self.images_per_prompt,
+            "images_per_batch": self.images_per_job,
+            "prompts_sha256": _digest(self.prompts),
+            "seeds_sha256": _digest(self.seeds),
+        }
+
+
+def _digest(values: Sequence[str] | Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
 
 SOURCES = {SHAPES: "held-out scenes of the embedded model", BUILTIN: "held-out prompts of the package"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Model, samplers and pictures.
+    """What is measured: a suite's samplers and pictures on one model.
 
     Attributes:
-        config: of the model and the heads.
-        facts: of the open model.
-        suite: whose samplers draw.
-        pictures: that each of them draws.
-        source: of the prompts: "shapes", "builtin" or a file's name; "" where there are none.
+        config: the configuration of the model and the reward heads.
+        facts: what the opened model says of itself.
+        suite: the samplers that draw.
+        pictures: the prompts and seeds that each sampler draws.
+        source: the source of the prompts: "shapes", "builtin" or a file's name; "" for a model without prompts.
     """
 
     config: RunConfig
@@ -40,20 +102,21 @@ class Subject:
 
     @property
     def sentence(self) -> str:
-        """The model and the pictures, for people."""
+        """A sentence for people about the model and the pictures."""
         facts, pictures = self.facts, self.pictures
         model = f"{facts.model_id} at {facts.more.get('resolution')} px"
         if not self.source:
-            return f"{model}; {len(pictures):,} pictures a solver, seed {self.config.seed}."
+            return f"Each solver drew {len(pictures):,} pictures from the same noise: {model}, seed {self.config.seed}."
         each = f", {pictures.images_per_prompt} pictures of each" if pictures.images_per_prompt > 1 else ""
         prompts = f"{len(pictures.prompts):,} prompts ({SOURCES.get(self.source, self.source)}){each}"
-        return f"{model}, guidance scale {facts.guidance_scale:g}; {prompts}, seed {self.config.seed}."
+        how = f"{model}, guidance scale {facts.guidance_scale:g}, seed {self.config.seed}"
+        return f"Each solver drew the same {prompts}, from the same noise: {how}."
 
     def manifest(self, extractor: FeatureExtractor | None) -> Manifest:
-        """Everything that decides a score.
+        """The record of everything that decides a score.
 
         Args:
-            extractor: of features, where they are kept.
+            extractor: computes the features that are kept; None if none are.
         """
         sections: dict[str, Facts] = {
             "suite": {"name": self.suite.name, "table": self.suite.table},
@@ -82,7 +145,7 @@ class Subject:
 
 
 def _local_model(head: RewardConfig) -> Path | None:
-    """The folder on this machine that a head's model lies in, where it may be replaced by another."""
+    """The local folder of a head's model, whose files may change under the same name; None for a hub id."""
     model = head.options.get("model")
     folder = Path(model).expanduser() if isinstance(model, str) else None
     return folder if folder is not None and folder.is_dir() else None
@@ -96,3 +159,47 @@ def _sampler(sampler: Sampler) -> dict[str, JsonValue]:
         "model_evals": sampler.model_evals,
         "sha256": digest(sampler),
     }
+
+
+def pictures_of(config: RunConfig, request: Request) -> Pictures:
+    """Choose the prompts and seeds that a request is measured on.
+
+    Raises:
+        PromptError: there are fewer prompts than are asked for, or their file cannot be used.
+        ConfigError: suite embedded with prompts that describe no scene of the embedded model.
+    """
+    prompts = _prompts(config, request)
+    seeds = noise_seeds(Purpose.TEST, config.seed, len(prompts) * request.images_per_prompt)
+    found = Pictures(tuple(prompts), request.images_per_prompt, tuple(seeds), config.cluster.images_per_job)
+    if request.suite == "embedded" and not found.judged:
+        raise ConfigError(
+            ["--suite embedded judges scenes, and some prompt does not describe one of the embedded model: leave out "
+             "--prompts, or use --suite prompts FILE"]
+        )  # fmt: skip
+    return found
+
+
+def source_of(config: RunConfig, request: Request) -> str:
+    """The source of the prompts: "shapes", "builtin" or a file's name; "" for a model without prompts."""
+    if request.suite == "paper-fid":
+        return ""
+    if request.prompts is not None:
+        return request.prompts.name
+    return SHAPES if request.suite == "embedded" else config.prompts.train
+
+
+def _prompts(config: RunConfig, request: Request) -> list[str]:
+    count = request.count
+    if request.suite == "paper-fid":
+        return [""] * (count or FID_PICTURES)
+    if request.prompts is not None:
+        found = read_prompts(request.prompts)
+    else:
+        source = {"train": SHAPES} if request.suite == "embedded" else {}
+        wanted = {"test": count} if count is not None else {}
+        found = load_prompts(config.prompts.model_copy(update={**source, **wanted}), config.seed).test
+    if count is not None and count > len(found):
+        raise PromptError(
+            f"--count asks for {count} prompts, there are {len(found)}: lower --count or give more prompts"
+        )
+    return found[:count]

@@ -1,4 +1,4 @@
-"""Results as tables: the papers' own layout with their values beside ours, or one line a sampler."""
+"""A suite's results as tables: in the layout of a paper's table with its values beside ours, or a line a sampler."""
 
 import csv
 import io
@@ -10,10 +10,9 @@ from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.comparison import SCENE_ACCURACY
 from epd_ray.evaluation.statistics import Interval
 from epd_ray.evaluation.suites.definition import FID_METRIC, Line, Suite
-from epd_ray.evaluation.suites.measure import SHARPNESS
+from epd_ray.evaluation.suites.measure import SHARPNESS, Summary
 from epd_ray.evaluation.suites.paper import TITLES
 from epd_ray.evaluation.suites.settings import FID_PICTURES
-from epd_ray.evaluation.suites.summary import Summary
 
 DECIMALS = {FID_METRIC: 2, SHARPNESS: 1, SCENE_ACCURACY: 3}
 NOTHING = "-"
@@ -21,15 +20,21 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric of a line: what was measured here, and what the paper says."""
+    """The value of a metric in a line of the table.
+
+    Attributes:
+        ours: what was measured here; None if nothing was.
+        published: the paper's value; None if it has none.
+        comparable: whether both values measure the same, so that their difference means something.
+    """
 
     ours: Interval | None
     published: float | None = None
-    comparable: bool = True  # whether both measure the same
+    comparable: bool = True
 
     @property
     def difference(self) -> Interval | None:
-        """Ours minus the paper's, with the interval of ours: the paper gives none."""
+        """Our value minus the paper's, with the interval of ours, because the paper gives none."""
         if self.ours is None or self.published is None or not self.comparable:
             return None
         return Interval(*(end - self.published for end in (self.ours.mean, self.ours.low, self.ours.high)))
@@ -37,7 +42,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of a table."""
+    """A line of a table with its values.
+
+    Attributes:
+        line: which sampler, and what the paper says of it.
+        seconds: the time of a picture in seconds; None if nothing was drawn.
+        cells: metric -> its value.
+    """
 
     line: Line
     seconds: float | None
@@ -49,13 +60,14 @@ class Table:
     """A suite's results, line by line.
 
     Attributes:
-        suite: of which.
-        metrics: column -> its title.
-        rows: in the order of the suite's lines.
-        means: sampler's key -> metric -> mean with interval. The Frechet distance has a mean alone: it is larger of
-            fewer different pictures, which those of a bootstrap are, so that its interval would lie beside it.
-        is_fid: whether the Frechet distance is of Inception's features.
-        pictures: of each sampler.
+        suite: the suite.
+        metrics: metric -> the title of its column.
+        rows: the lines in the order of the suite.
+        means: sampler's key -> metric -> mean with its interval. The Frechet distance has no interval: a bootstrap
+            sample has fewer distinct pictures, for which the distance is larger, so that the interval would not
+            contain the value.
+        is_fid: whether the Frechet distance is of Inception's features, which makes it the FID.
+        pictures: the number of pictures of each sampler.
     """
 
     suite: Suite
@@ -67,7 +79,7 @@ class Table:
 
     @property
     def compares(self) -> bool:
-        """Whether there are values of a paper."""
+        """Whether the table has values of a paper."""
         return any(row.line.published for row in self.rows)
 
 
@@ -75,9 +87,10 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
     """Join what was measured with what is published.
 
     Args:
-        suite: that was measured.
-        summary: of it.
-        heads: metric -> head's registry name, which the paper's columns go by; one head of each.
+        suite: the suite that was measured.
+        summary: its figures.
+        heads: metric -> registry name of its reward head, by which the paper's columns are found. If several metrics
+            have the same head, the first stands beside the paper's value.
         is_fid: whether the Frechet distance is of Inception's features.
     """
     means = dict(summary.comparison.means)
@@ -105,10 +118,10 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
 
 
 def grid(table: Table) -> list[list[str]]:
-    """The table as text, the header first: a row of ours a line and, where a paper is compared, two more below it."""
+    """The table as rows of text, with the header first; below a row of ours come the paper's values and the difference."""
     if table.suite.name == "paper-fid":
         return _fid_grid(table)
-    first = ["method", "steps", "schedule", "NFE", "evaluations", "s/image"]
+    first = ["method", "steps", "schedule", "parallel NFE", "evaluations", "s/image"]
     found = [[*first, *table.metrics.values()]]
     for row in table.rows:
         line = row.line
@@ -127,7 +140,7 @@ def _costs(sampler: Sampler | None, parallel_nfe: int) -> list[str]:
 
 
 def fid_lines(table: Table) -> dict[str, dict[int, TableRow]]:
-    """Method -> parallel NFE -> its cell of the FID table."""
+    """The cells of the FID table by method and parallel NFE."""
     found: dict[str, dict[int, TableRow]] = {}
     for row in table.rows:
         found.setdefault(row.line.method, {})[row.line.parallel_nfe] = row
@@ -137,7 +150,7 @@ def fid_lines(table: Table) -> dict[str, dict[int, TableRow]]:
 def _fid_grid(table: Table) -> list[list[str]]:
     lines = fid_lines(table)
     nfes = sorted({nfe for cells in lines.values() for nfe in cells})
-    found = [["method", *(f"NFE {nfe}" for nfe in nfes)]]
+    found = [["method", *(f"parallel NFE {nfe}" for nfe in nfes)]]
     for method, rows in lines.items():
         cells = [rows[nfe].cells[FID_METRIC] for nfe in nfes]
         found.append([method, *(_text(FID_METRIC, cell.ours) for cell in cells)])
@@ -149,12 +162,12 @@ def _fid_grid(table: Table) -> list[list[str]]:
 
 
 def decimals(metric: str) -> int:
-    """That the metric is worth."""
+    """The number of decimals that a metric is shown with."""
     return DECIMALS.get(metric, 4)
 
 
 def number(metric: str, value: float, signed: bool = False) -> str:
-    """With as many decimals as the metric is worth."""
+    """Write a value with the decimals of its metric and, if `signed`, with its sign."""
     digits = decimals(metric)
     return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
 
@@ -173,21 +186,22 @@ def _published(metric: str, cell: Cell) -> str:
 
 
 def plain(rows: Sequence[Sequence[str]]) -> list[str]:
-    """For a terminal: columns under each other."""
+    """Write rows for a terminal, with the columns aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
+    """Write rows as a Markdown table; the first row is the header."""
     header, *body = [[cell.strip().replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
 
 
 def differences(summary: Summary) -> list[list[str]]:
-    """Ours minus each other sampler, the header first; prompt by prompt, with intervals."""
+    """The paired differences with their intervals as rows of text, with the header first."""
     labels = {
-        row.sampler.key: f"{row.sampler.label} (NFE {row.sampler.parallel_nfe})" for row in summary.comparison.rows
+        row.sampler.key: f"{row.sampler.label} (parallel NFE {row.sampler.parallel_nfe})"
+        for row in summary.comparison.rows
     }
     found: dict[tuple[str, str], dict[str, str]] = {}
     for d in summary.comparison.differences:
@@ -198,7 +212,7 @@ def differences(summary: Summary) -> list[list[str]]:
 
 
 def as_csv(table: Table) -> str:
-    """One row a line of the suite and metric."""
+    """Write the table as CSV, with one row for each line of the suite and each metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
