@@ -1,4 +1,4 @@
-"""One class per kind of failure. Messages name the value, the bound and the fix, in one line."""
+"""One exception class per kind of failure. A message names the value, the bound and the fix in one line."""
 
 import sys
 import traceback
@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 
 class EpdRayError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base class of every error that the user can fix; the command line prints it without a traceback."""
 
 
 class UnknownNameError(EpdRayError):
-    """A name that no registry entry has."""
+    """A name is not in the registry, or what it refers to cannot be imported."""
 
 
 class ConfigError(EpdRayError):
-    """One or more wrong values in a run configuration, all reported at once."""
+    """One or more values of a configuration are wrong; all of them are reported together.
+
+    Args:
+        problems: one message per wrong value.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -25,23 +29,29 @@ class ConfigError(EpdRayError):
 
 
 class ScheduleError(EpdRayError):
-    """Sigmas that no solver can follow."""
+    """A solver cannot follow the given sigmas."""
 
 
 class TableError(EpdRayError):
-    """A solver table that breaks an invariant, or a solver file that cannot be read."""
+    """A solver table breaks an invariant, or a solver file cannot be read."""
 
 
 class ModelError(EpdRayError):
-    """A model directory that is missing, damaged, or of an unsupported kind."""
+    """A model is missing, damaged, or of an unsupported kind."""
 
 
 class PromptError(EpdRayError):
-    """A prompt file that cannot be used."""
+    """A prompt file cannot be used, or holds fewer prompts than needed."""
 
 
 class RewardError(EpdRayError):
-    """A reward head that answered with something that is not a reward. Never turned into a number."""
+    """A reward head failed, or returned something that is not a finite number. No score takes its place.
+
+    Args:
+        head: name of the reward head.
+        problem: what went wrong, in one line.
+        rollout_ids: the rollouts that were not scored; empty where none is to be named.
+    """
 
     def __init__(self, head: str, problem: str, rollout_ids: Sequence[str] = ()) -> None:
         where = f" (rollouts {', '.join(rollout_ids)})" if rollout_ids else ""
@@ -53,40 +63,40 @@ class RewardError(EpdRayError):
 
 
 class MetricError(EpdRayError):
-    """Pictures, features or statistics that a metric cannot be computed from."""
+    """A metric cannot be computed from the given pictures, features or statistics."""
 
 
 class SideBySideError(EpdRayError):
-    """Folders of pictures that do not pair, or votes that are not of this page."""
+    """Two folders of pictures cannot be paired, or votes do not belong to this comparison page."""
 
 
 class RunDirectoryError(EpdRayError):
-    """An output directory that cannot be written, or that holds another run."""
+    """An output directory cannot be read or written, or holds another run."""
 
 
 class TaskError(EpdRayError):
-    """Work that failed on every actor that tried it."""
+    """A task failed on every actor that tried it."""
 
 
 class PlacementError(EpdRayError):
-    """Actors that the cluster has no room for."""
+    """The cluster has too few free resources for the actors."""
 
 
 class ClusterError(EpdRayError):
-    """A Ray cluster that cannot be joined, or that ran out of room for objects."""
+    """A Ray cluster cannot be joined, or its object store is full."""
 
 
 PROGRAMMING = (TypeError, AttributeError, LookupError, NameError, AssertionError)
-"""What a mistake in a program raises; libraries raise the first three for damaged files, too."""
+"""The exceptions that a programming mistake raises. Libraries also raise the first three for damaged files."""
 
 
 def is_own_bug(error: BaseException) -> bool:
-    """Whether an error is a mistake in this package's own code, which must be seen with its traceback.
+    """Whether an error is a programming mistake in this package, which must be shown with its traceback.
 
-    It is one where the traceback ends here, or in the standard library called from here. Where it ends in another
-    library, a file or an argument of the user's may be what is wrong.
+    It is one when its type is in PROGRAMMING and its traceback ends in this package, or in the standard library called
+    from this package. When the traceback ends in another library, the user's file or argument may be wrong instead.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    rooms = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
-    outside = [room for room in rooms if room not in sys.stdlib_module_names]
-    return isinstance(error, PROGRAMMING) and outside[-1:] == [__name__.partition(".")[0]]
+    packages = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    without_stdlib = [package for package in packages if package not in sys.stdlib_module_names]
+    return isinstance(error, PROGRAMMING) and without_stdlib[-1:] == [__name__.partition(".")[0]]

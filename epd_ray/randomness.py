@@ -1,11 +1,10 @@
-"""All random numbers of the package: one stream for each seed, purpose and index, and no two streams meet.
+"""All random numbers of the package: one independent stream for each seed, purpose and index.
 
-A run has one seed. Seeding a generator with that seed and a bare counter would give the third iteration of training the
-very noise of the test set, if both happened to count to 3. A stream is therefore named by its purpose first, as the
-spawn key of NumPy's SeedSequence. No other module of the package seeds a generator.
+A run has one seed. If a generator were seeded with that seed and a counter alone, iteration 3 of training could get the
+same noise as item 3 of the test set. The spawn key of NumPy's SeedSequence therefore also holds the stream's purpose.
+No other module of the package seeds a generator.
 
-A request for a picture holds plain whole numbers (`noise_seed`, `action_seed`) that were drawn here; whoever serves it
-needs no more than those.
+A rollout request holds integers (`noise_seed`, `action_seed`) that were drawn here; an actor needs no other seed.
 """
 
 from collections.abc import Iterator
@@ -19,75 +18,75 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-SEED_BOUND = 2**62  # of the seeds in requests: they fit NumPy, torch and a Parquet column of signed integers
+SEED_BOUND = 2**62  # seeds are smaller, so they fit NumPy, torch and a Parquet column of signed 64-bit integers
 
 
 @unique
 class Purpose(IntEnum):
-    """What random numbers are for. Results follow from these values: add new ones, never change or reuse one."""
+    """What random numbers are used for. Results depend on these values: add new ones, never change or reuse one."""
 
     TRAINING = 1
-    """Prompts, noise seeds and action seeds of an iteration; the index is the iteration."""
+    """Prompts, noise seeds and action seeds of an iteration; the stream's index is the iteration."""
     STAGE_ONE = 2
     VALIDATION = 3
     TEST = 4
     POLICY_WEIGHTS = 5
     MINIBATCHES = 6
-    """Order of an iteration's images in the update; the index is the iteration."""
+    """Order of an iteration's images in the learner update; the stream's index is the iteration."""
     SCENES = 7
-    """Prompts of the embedded model's world."""
+    """Scenes of the embedded model, whose captions are prompts."""
     TABLE = 8
-    """A policy's table; the seed is a request's action seed."""
+    """A solver table sampled from the policy; the stream's seed is the action seed of a request."""
     SWEEP = 9
     SWEEP_CHECK = 10
-    """Values that a sweep's space is checked with."""
+    """Sample values with which a sweep's search space is validated."""
     SEARCH_ROUNDS = 11
-    """Prompts and noise seeds of a search without gradients."""
+    """Prompts and noise seeds of a gradient-free search."""
     CMA_TABLES = 12
     RANDOM_TABLES = 13
     BLIND_PAGE = 14
     BOOTSTRAP = 15
     RENDERING = 16
-    """Places and sizes of the things in scenes that are drawn without the model."""
+    """Positions and sizes of the objects in scenes that are rendered without the model."""
 
 
 def stream(purpose: Purpose, seed: int, index: int = 0) -> np.random.Generator:
-    """The numbers for a purpose.
+    """A NumPy generator for one purpose.
 
     Args:
-        purpose: what they are for.
-        seed: of the run, or of what the purpose says; at least 0.
-        index: 0 to 2**32 - 1; which of the purpose's repetitions.
+        purpose: what the random numbers are used for.
+        seed: seed of the run, unless the purpose names another one; at least 0.
+        index: number of the repetition, such as the iteration; 0 to 2**32 - 1.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, index)))
 
 
 def request_seeds(rng: np.random.Generator, shape: int | tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Noise or action seeds, drawn from a stream."""
+    """Noise seeds or action seeds of the given shape, int64 in [0, 2**62), drawn from a stream."""
     return rng.integers(SEED_BOUND, size=shape)
 
 
 def noise_seeds(purpose: Purpose, seed: int, count: int) -> list[int]:
-    """The first `count` noise seeds of a fixed set of pictures; a larger set begins with a smaller one."""
+    """The noise seeds of a fixed set of `count` pictures; a larger set starts with the seeds of a smaller one."""
     seeds: list[int] = request_seeds(stream(purpose, seed), count).tolist()
     return seeds
 
 
 def plain_seed(purpose: Purpose, seed: int) -> int:
-    """One whole number below 2**62, for libraries that take a seed of their own."""
+    """One integer in [0, 2**62), for libraries that take a seed instead of a generator."""
     return noise_seeds(purpose, seed, 1)[0]
 
 
 def torch_generator(seed: int) -> "torch.Generator":
-    """A CPU generator for a plain seed: as diffusers' users seed a pipeline, so that they draw the same picture."""
-    import torch  # here: pages and statistics do without it
+    """A torch generator on the CPU, seeded as users of diffusers seed a pipeline: equal seeds give equal noise."""
+    import torch  # imported here because reports and statistics run without torch
 
     return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
 def seeded_construction(seed: int) -> Iterator[None]:
-    """Constructors of networks draw from torch's global state: it starts from `seed` inside and is restored after."""
+    """Seed torch's global random state, from which network constructors draw, and restore it when the block ends."""
     import torch
 
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Names for things that load on demand, with a suggestion when a name is misspelt."""
+"""A registry of names whose classes are imported on demand, with a suggestion when a name is misspelt."""
 
 import difflib
 import importlib
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean "clip"?' or, when nothing is near, the list of what there is."""
+    """The end of an error message: "; did you mean 'clip'?", or the known names when none of them is similar."""
     options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(options)}"
+    similar = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(options)}"
 
 
 class Registry(Generic[T]):
-    """Maps a name to "module:attribute", imported when first asked for.
+    """Maps names to targets "module:attribute"; a target is imported when it is first used.
 
     Args:
-        kind: what the entries are, for messages ("reward head").
-        entries: name -> "module:attribute".
+        kind: what an entry is called in error messages, such as "reward head".
+        entries: maps each name to its target "module:attribute".
     """
 
     def __init__(self, kind: str, entries: dict[str, str]) -> None:
@@ -34,30 +34,30 @@ class Registry(Generic[T]):
         """Add an entry.
 
         Raises:
-            ValueError: the name is taken, or the target is not "module:attribute".
+            ValueError: the name is already registered, or the target is not of the form "module:attribute".
         """
         if name in self._entries:
             taken = self._entries[name]
-            raise ValueError(f"{self.kind} {name!r} is registered already, as {taken!r}: pick another name")
+            raise ValueError(f"{self.kind} {name!r} is already registered as {taken!r}: choose another name")
         if target.count(":") != 1:
             raise ValueError(f"{self.kind} {name!r}: target {target!r} is not of the form 'module:attribute'")
         self._entries[name] = target
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All registered names, sorted."""
         return sorted(self._entries)
 
     def targets(self) -> set[str]:
-        """Every "module:attribute"."""
+        """All registered targets "module:attribute"."""
         return set(self._entries.values())
 
     def get(self, name: str) -> Callable[..., T]:
-        """The factory behind a name.
+        """Import and return the class or function behind a name.
 
-        A name with a colon is taken as "module:attribute" itself, so that one's own class needs no registration.
+        A name with a colon is itself read as "module:attribute", so users need not register their own classes.
 
         Raises:
-            UnknownNameError: no such entry.
+            UnknownNameError: the name is not registered, or its target cannot be imported.
         """
         target = self._entries.get(name, name)
         if ":" not in target:
@@ -65,7 +65,7 @@ class Registry(Generic[T]):
         module, _, attribute = target.partition(":")
         wrong = f"{self.kind} {name!r} cannot be imported"
         if not module or module.startswith("."):
-            raise UnknownNameError(f"{wrong}: expected module:attribute")
+            raise UnknownNameError(f"{wrong}: give it as module:attribute")
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -75,11 +75,15 @@ class Registry(Generic[T]):
         return cast(Callable[..., T], getattr(found, attribute))
 
     def build(self, name: str, options: Mapping[str, Any]) -> T:
-        """Make the thing behind a name from keyword arguments.
+        """Call the class or function behind a name.
+
+        Args:
+            name: as for `get`.
+            options: keyword arguments of the call.
 
         Raises:
-            UnknownNameError: no such entry.
-            ConfigError: an argument that its constructor lacks or does not know.
+            UnknownNameError: the name is not registered, or its target cannot be imported.
+            ConfigError: a required argument is missing, or an argument is unknown.
         """
         factory = self.get(name)
         try:

@@ -1,4 +1,4 @@
-"""The records that travel between stages. All frozen; rows are joined by id, never by position."""
+"""Records and protocols that several packages share. Records are frozen; rows are joined by id, never by position."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from pydantic import JsonValue
 from torch import Tensor
 
 Drift = Callable[[Tensor, Tensor], Tensor]
-"""dx/dsigma at x [B, ...] and sigma [B]; same shape and dtype as x."""
+"""A function that returns dx/dsigma at x [B, ...] and sigma [B], with the shape and dtype of x."""
 
 Form = Literal["ve", "flow"]
-"""How noise enters x: "ve", clean + sigma * noise; "flow", (1 - sigma) * clean + sigma * noise."""
+"""How noise enters x: "ve" is clean + sigma * noise; "flow" is (1 - sigma) * clean + sigma * noise."""
 
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
@@ -27,14 +27,14 @@ It is called once for each batch, as the batches come, in any order.
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Everything that decides one image, apart from its job's policy parameters.
+    """Everything that determines one image, apart from the policy parameters of its job.
 
     Attributes:
         rollout_id: hash of (run seed, iteration, index), unique in a run.
-        group_id: rollouts whose rewards are compared with each other.
-        prompt: what to draw.
-        noise_seed: seed of the initial latent.
-        action_seed: seed of the table's draw.
+        group_id: rollouts with the same group_id have their rewards compared with each other.
+        prompt: text that the model is given.
+        noise_seed: seed of the initial noise.
+        action_seed: seed with which the solver table is sampled from the policy.
     """
 
     rollout_id: str
@@ -46,12 +46,13 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """A batch of requests: the unit of work and of retry. Its composition never depends on the number of actors.
+    """A batch of requests for one rollout actor. The number of actors has no influence on how requests are batched.
 
     Attributes:
         job_id: (iteration, shard).
-        policy_version: number of learner updates behind `parameters`.
-        parameters: [N, W] float32, the policy's output (see rdpo.policy for the order). This is the weight sync.
+        policy_version: number of learner updates that led to `parameters`.
+        parameters: [N, W] float32, the policy's output in the order that epd_ray.policy.dirichlet gives. Actors receive
+            no other weights of the policy.
         requests: in a fixed order.
     """
 
@@ -63,16 +64,16 @@ class RolloutJob:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout actor made of one request.
+    """The action that a rollout actor sampled for one request, and the solver table that follows from it.
 
     Attributes:
-        rollout_id: the request's.
-        action: [N, A] float32: segments (K+1), weights (K), then the trained scales (K each).
-        log_prob: of the action under the job's parameters, summed over intervals.
-        positions: [N, K] float32 of the table that the picture was made with, in [0, 1].
-        weights: [N, K] float32, each row adds up to 1.
-        scale_dir: [N, K] float32, where direction scales are trained.
-        scale_time: [N, K] float32, where time scales are trained.
+        rollout_id: id of the request.
+        action: [N, A] float32: segments (K+1 columns, or K with a start point), weights (K), trained scales (K each).
+        log_prob: log probability of the action under the job's parameters, summed over intervals.
+        positions: [N, K] float32 in [0, 1], where the table's points lie in each interval.
+        weights: [N, K] float32, the points' weights; each row sums to 1.
+        scale_dir: [N, K] float32; None when direction scales are not trained.
+        scale_time: [N, K] float32; None when time scales are not trained.
     """
 
     rollout_id: str
@@ -86,12 +87,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came of pictures that were drawn for evaluation.
+    """Pictures sampled for evaluation, with their scores.
 
     Attributes:
-        scores: head -> raw values, one per prompt, in order.
-        reward: the mix of them.
-        seconds: that the rollout actors worked, summed.
+        scores: maps each reward head to its raw scores [B], in the order of the prompts.
+        reward: [B], the weighted mean over the heads.
+        seconds: working time of the rollout actors, summed over actors.
     """
 
     scores: dict[str, FloatArray]
@@ -100,26 +101,25 @@ class Sampled:
 
 
 class Conditioning(Protocol):
-    """Encoded prompts with whatever a backbone's network needs beside them."""
+    """Encoded prompts, with any other input that a backbone's network needs."""
 
     def __len__(self) -> int: ...
 
     def repeat(self, k: int) -> "Conditioning":
-        """Each row k times in a row (b*k + i), for K points evaluated in one batch."""
+        """Repeat each row k times: row b becomes rows b*k to b*k + k - 1, so that one batch can hold K points."""
         ...
 
 
 class Backbone(Protocol):
-    """A frozen diffusion model as the ODE dx/dsigma = drift(x, sigma). The only door to a model.
+    """A frozen diffusion model as the ODE dx/dsigma = drift(x, sigma). All other code uses models through this alone.
 
     Attributes:
-        family: a solver fits models of its own family alone.
-        model_id: as the user names it.
-        form: of the ODE.
-        schedule: the name in epd_ray.solvers.schedules.SCHEDULES of what `sigmas` gives.
-        default_guidance: the guidance scale that its family is usually run with.
-        facts: what a solver file keeps beside these, as JSON values: resolution, revision, scheduler, and
-            `prompted` where that is false.
+        family: name of the model family; a solver works only with models of its own family.
+        model_id: directory or hub id, as the user gave it.
+        form: how noise enters x.
+        schedule: name, in epd_ray.solvers.schedules.SCHEDULES, of the schedule that `sigmas` returns.
+        default_guidance: guidance scale that models of this family usually run with.
+        facts: further JSON values for solver files: resolution, revision, scheduler, and `prompted` if that is false.
     """
 
     family: str
@@ -130,27 +130,27 @@ class Backbone(Protocol):
     facts: Mapping[str, JsonValue]
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditioning:
-        """Conditioning of length B for B prompts."""
+        """Encode B prompts into a conditioning of length B."""
         ...
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are longer than the model reads; their ends are cut."""
+        """The number of prompts that are longer than the text encoder's limit and are truncated."""
         ...
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
-        """The model's own schedule: [num_intervals + 1], float64, decreasing; ends at 0 only when `final_zero`."""
+        """The model's own schedule [num_intervals + 1], float64, decreasing; it ends at 0 only if `final_zero`."""
         ...
 
     def noise(self, seed: int) -> Tensor:
-        """One unit-normal latent [...], float32, drawn on the CPU from the seed alone."""
+        """One latent [...] of standard normal noise, float32, drawn on the CPU; it depends on the seed alone."""
         ...
 
     def initial(self, noise: Tensor) -> Tensor:
-        """State at sigmas[0] from unit noise [B, ...]."""
+        """The state x [B, ...] at sigmas[0], made from standard normal noise [B, ...]."""
         ...
 
     def drift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """dx/dsigma at x [B, ...], sigma [B]; float32; differentiable in x and sigma."""
+        """dx/dsigma at x [B, ...] and sigma [B], float32, differentiable in both."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -159,22 +159,26 @@ class Backbone(Protocol):
 
 
 class RewardHead(Protocol):
-    """Scores pictures against prompts."""
+    """A model that scores how well pictures match their prompts, or how much people would like them.
+
+    Attributes:
+        model_id: directory or hub id of the model, as the user gave it.
+    """
 
     model_id: str
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W], float in [0, 1]; returns float32 [B]."""
+        """Score images [B, 3, H, W], float in [0, 1], against B prompts; returns float32 [B]."""
         ...
 
 
 class FeatureExtractor(Protocol):
-    """Turns pictures into vectors that a metric compares.
+    """A network that turns pictures into feature vectors, which metrics such as FID compare.
 
     Attributes:
-        model_id: as the user names it.
-        revision: of the weights: features are kept under both.
-        dimension: D.
+        model_id: name of the network, as the user gave it.
+        revision: revision of its weights; stored features are keyed by model_id and revision.
+        dimension: length D of a feature vector.
     """
 
     model_id: str
@@ -182,5 +186,5 @@ class FeatureExtractor(Protocol):
     dimension: int
 
     def features(self, images: ImageArray) -> FloatArray:
-        """images [B, 3, H, W], uint8; returns float32 [B, D]."""
+        """The feature vectors [B, D], float32, of images [B, 3, H, W], uint8."""
         ...

@@ -93,7 +93,7 @@ def test_names_resolve_to_what_they_stand_for() -> None:
 
 @pytest.mark.parametrize(("name", "target"), [("path", "os:PathLike"), ("new", "os.PathLike"), ("new", "a:b:c")])
 def test_register_refuses(name: str, target: str) -> None:
-    with pytest.raises(ValueError, match="registered already" if name == "path" else "is not of the form"):
+    with pytest.raises(ValueError, match="already registered" if name == "path" else "is not of the form"):
         shelf().register(name, target)
 
 
