@@ -403,7 +403,7 @@ def opened(build: Any) -> Iterator[Callable[[str], Any]]:
         return build(
             "backbone.family=auto", f"backbone.model={folder(name)}", "backbone.resolution=16",
             "backbone.dtype=float32", "backbone.device=cpu", f"backbone.max_sequence_length={TOKENS}",
-            "solver.intervals=2", "rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch=4",
+            "solver.intervals=2", "rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch_size=4",
         )  # fmt: skip
 
     yield make

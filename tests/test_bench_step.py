@@ -17,7 +17,7 @@ from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.session import rdpo_config
 from epd_ray.types import RolloutJob
 
-SMALL = ["rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch=4", "cluster.images_per_job=2"]
+SMALL = ["rdpo.prompts_per_iteration=2", "rdpo.group_size=2", "rdpo.minibatch_size=4", "cluster.images_per_job=2"]
 
 
 def test_points_one_after_another_are_the_same_rows():
@@ -55,10 +55,10 @@ TWO_HEADS = (
 @pytest.mark.parametrize(
     "more",
     [
-        ("rdpo.minibatch=8",),
-        ("rdpo.minibatch=2", "rdpo.epochs=3"),
-        ("rdpo.minibatch=4", "rdpo.kl_coeff=0.5"),
-        ("rdpo.minibatch=4", "rdpo.entropy_coeff=0.05"),
+        ("rdpo.minibatch_size=8",),
+        ("rdpo.minibatch_size=2", "rdpo.num_epochs=3"),
+        ("rdpo.minibatch_size=4", "rdpo.kl_coeff=0.5"),
+        ("rdpo.minibatch_size=4", "rdpo.entropy_coeff=0.05"),
         ("rdpo.lr_schedule=linear", "rdpo.iterations=3"),
         (TWO_HEADS, "rewards.b.weight=3"),
         (TWO_HEADS, "rdpo.normalisation=zscore"),

@@ -115,8 +115,8 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rdpo.lr=.inf", "rdpo.lr: is inf, expected a finite number"),
         ("rdpo.iterations=true", "rdpo.iterations: is True, expected a valid integer"),
         ("rdpo.iterations='8'", "rdpo.iterations: is '8', expected a valid integer"),
-        ("rdpo.minibatch=24", "rdpo.minibatch: is 24, which does not divide the 32 images of an iteration"),
-        ("rdpo.prompts_per_iteration=9", "rdpo.minibatch: is 16, which does not divide the 36 images"),
+        ("rdpo.minibatch_size=24", "rdpo.minibatch_size: is 24, which does not divide the 32 images of an iteration"),
+        ("rdpo.prompts_per_iteration=9", "rdpo.minibatch_size: is 16, which does not divide the 36 images"),
         ("rdpo.baseline=mix", "rdpo.baseline: unknown 'mix'; did you mean 'mixed'?"),
         ("rdpo.gruop_size=4", "rdpo.gruop_size: unknown key; did you mean 'group_size'?"),
         ("group_size=4", "group_size: unknown key; did you mean 'rdpo.group_size'?"),
@@ -339,13 +339,13 @@ def test_other_backbones_get_their_options():
 
 
 def test_a_newer_format_is_all_that_is_said_of_a_newer_file(tmp_path):
-    path = written(tmp_path, "format: 2\nquantum: {bits: 3}\nrdpo: {lr: fast}\n")
+    path = written(tmp_path, "format: 3\nquantum: {bits: 3}\nrdpo: {lr: fast}\n")
     with pytest.raises(ConfigError) as raised:
         load_config(path, ["seed=-1"])
-    said = f"{path} was written by a newer epd_ray (format 2, this one reads up to 1): update epd_ray"
+    said = f"{path} was written by a newer epd_ray (format 3, this one reads up to 2): update epd_ray"
     assert raised.value.problems == (said,)
-    assert to_yaml(load_config(None)).startswith("format: 1\n")
-    assert problems("format=2") == ["format: is 2, at most 1 is possible"]
+    assert to_yaml(load_config(None)).startswith("format: 2\n")
+    assert problems("format=3") == ["format: is 3, at most 2 is possible"]
 
 
 @pytest.mark.parametrize(
@@ -363,3 +363,11 @@ def test_a_newer_format_is_all_that_is_said_of_a_newer_file(tmp_path):
 )
 def test_the_first_key_that_differs(overrides, said):
     assert first_difference(load_config(None), load_config(None, overrides)) == said
+
+
+def test_a_file_of_the_first_format_is_read_under_the_names_of_today(tmp_path):
+    config = load_config(written(tmp_path, "format: 1\nrdpo: {minibatch: 8, epochs: 3, lr: 0.01}\n"))
+    assert (config.rdpo.minibatch_size, config.rdpo.num_epochs, config.rdpo.lr) == (8, 3, 0.01)
+    assert config.format == 2
+    with pytest.raises(ConfigError, match=r"rdpo\.minibatch: unknown key.*minibatch_size"):
+        load_config(written(tmp_path, "format: 2\nrdpo: {minibatch: 8}\n"))

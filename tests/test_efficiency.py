@@ -44,7 +44,7 @@ def test_other_settings_are_refused(tmp_path):
     path = tmp_path / "one.json"
     kept(path, RUN, {"b": 2}, Count, lambda: Count(3))
     for config, rules, change in (
-        (load_config(None, ["rdpo.epochs=2"]), {"b": 2}, "run.rdpo.epochs was 1, now 2"),
+        (load_config(None, ["rdpo.num_epochs=2"]), {"b": 2}, "run.rdpo.num_epochs was 1, now 2"),
         (load_config(None, ["cluster.images_per_job=4"]), {"b": 2}, "run.cluster.images_per_job was 8, now 4"),
         (RUN, {"b": 3}, "b was 2, now 3"),
     ):
@@ -116,7 +116,7 @@ def test_how_many_times_fewer():
 def test_ratios_are_of_the_seeds_own_images(tmp_path, monkeypatch):
     def curve(config, budget, target):
         where = config.seed + 1
-        arm = 1 if config.rdpo.epochs == 4 else 4  # those for few images
+        arm = 1 if config.rdpo.num_epochs == 4 else 4  # those for few images
         images = [0, arm * 32 * where, budget]
         assert target == (None if config.rdpo.lr == 7e-5 else 1.0)
         return Curve(images, [0.0, 1.0, 1.0])
@@ -143,8 +143,8 @@ def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ra
 
     monkeypatch.setattr(efficiency, "_measured", lambda *args: pytest.fail("measured again"))
     assert efficiency.efficiency(range(1), tmp_path, TINY, budget=32).figures == record
-    with pytest.raises(RunDirectoryError, match=r"run.rdpo.epochs was 1, now 2"):
-        efficiency.efficiency(range(1), tmp_path, (*TINY, "rdpo.epochs=2"), budget=32)
+    with pytest.raises(RunDirectoryError, match=r"run.rdpo.num_epochs was 1, now 2"):
+        efficiency.efficiency(range(1), tmp_path, (*TINY, "rdpo.num_epochs=2"), budget=32)
     with pytest.raises(RunDirectoryError, match="budget was 32, now 64"):
         efficiency.efficiency(range(1), tmp_path, TINY, budget=64)
 

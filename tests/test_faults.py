@@ -115,7 +115,7 @@ def test_a_run_that_fails_says_so_in_one_line_and_can_be_resumed(tmp_path: Path)
         "prompts.validation=2",
         "prompts.test=2",
         "rdpo.prompts_per_iteration=13",
-        "rdpo.minibatch=13",
+        "rdpo.minibatch_size=13",
     ]
     command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(run), *settings]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

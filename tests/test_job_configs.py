@@ -78,7 +78,7 @@ def test_ours_keeps_every_gpu_busy(name: str) -> None:
     config = load(name)
     cluster, rdpo = config.cluster, config.rdpo
     images = rdpo.prompts_per_iteration * rdpo.group_size
-    assert images == cluster.rollout_actors * cluster.images_per_job and images % rdpo.minibatch == 0
+    assert images == cluster.rollout_actors * cluster.images_per_job and images % rdpo.minibatch_size == 0
     assert rdpo.staleness == 1 and rdpo.same_latent and rdpo.baseline == "per_prompt"
     weights = {reward.head: reward.weight for reward in config.rewards.values()}
     assert weights == {"hpsv2.1": 1, "pickscore": 0, "imagereward": 0, "clip": 0}
@@ -92,7 +92,7 @@ def test_the_twin_has_the_references_numbers(name: str) -> None:
     r = config.rdpo
     assert (config.backbone.resolution, config.backbone.guidance_scale) == (resolution, guidance)
     assert (config.solver.intervals, config.solver.points) == (intervals, 2)
-    assert (r.prompts_per_iteration * r.group_size, r.group_size, r.minibatch, r.epochs) == (batch, 4, 4, 1)
+    assert (r.prompts_per_iteration * r.group_size, r.group_size, r.minibatch_size, r.num_epochs) == (batch, 4, 4, 1)
     assert (r.lr, r.weight_decay, r.clip, r.grad_clip) == (7e-5, 0, 0.2, 1)
     assert (r.kl_coeff, r.entropy_coeff, r.concentration, r.staleness) == (0, 0, concentration, 0)
     assert (r.baseline, r.same_latent, r.normalisation) == ("mixed", False, "reference")

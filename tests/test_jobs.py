@@ -26,7 +26,7 @@ SIMULATED += [
     "evaluation.pictures=2",
     "evaluation.baselines=[euler]",
     "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=8",
+    "rdpo.minibatch_size=8",
 ]
 EMBEDDED = ["distill.prompts=4", "distill.grid=3", "distill.teacher_steps=2", "prompts.validation=2"]
 EMBEDDED += ["cluster.rollout_actors=1", "evaluation.baselines=[euler]"]

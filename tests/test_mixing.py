@@ -68,7 +68,7 @@ def test_a_run_with_z_scores_goes_on_exactly(build) -> None:
         heads,
         "rdpo.normalisation=zscore",
         "rdpo.prompts_per_iteration=2",
-        "rdpo.minibatch=4",
+        "rdpo.minibatch_size=4",
         "rdpo.staleness=0",
     ]
     whole, again = build(*options), build(*options)

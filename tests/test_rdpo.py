@@ -274,7 +274,7 @@ def test_a_minibatch_that_does_not_divide_the_images_is_refused():
 
 @pytest.mark.parametrize(("minibatch", "epochs", "steps"), [(8, 3, 12), (64, 2, 2)])
 def test_each_epoch_uses_each_image_once_and_no_global_randomness(build, monkeypatch, minibatch, epochs, steps):
-    algo = build(f"rdpo.minibatch={minibatch}", f"rdpo.epochs={epochs}")
+    algo = build(f"rdpo.minibatch_size={minibatch}", f"rdpo.num_epochs={epochs}")
     algo.train()
     seen, loss = [], RDPOLearner.compute_loss_for_module
 
@@ -346,7 +346,13 @@ def test_scales_train_and_survive_a_checkpoint(build, tmp_path):
 def test_policy_options_reach_the_learner(build):
     small = "rdpo.lr=1e-4"  # steps of which some are clipped and some are not
     base = run(build(small), 2)
-    for option in ("rdpo.kl_coeff=0.5", "rdpo.entropy_coeff=0.1", "rdpo.epochs=2", "rdpo.clip=0.01", "rdpo.lr=2e-4"):
+    for option in (
+        "rdpo.kl_coeff=0.5",
+        "rdpo.entropy_coeff=0.1",
+        "rdpo.num_epochs=2",
+        "rdpo.clip=0.01",
+        "rdpo.lr=2e-4",
+    ):
         assert run(build(small, option), 2) != base, option
 
 

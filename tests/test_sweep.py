@@ -35,7 +35,7 @@ TINY = {
     "solver": {"intervals": 3},
     "prompts": {"validation": 8, "test": 8, "num_train": 16},
     "distill": {"prompts": 8},
-    "rdpo": {"iterations": 6, "prompts_per_iteration": 4, "group_size": 4, "minibatch": 4},
+    "rdpo": {"iterations": 6, "prompts_per_iteration": 4, "group_size": 4, "minibatch_size": 4},
     "evaluation": {"every": 2},
     "cluster": {"rollout_actors": 0, "rollout_cpus": 0.5, "learner_actors": 0, "learner_cpus": 0.1},
     "sweep": {"trials": 3, "space": {"rdpo.lr": {"choice": [1e-4, 1e-2]}, "rdpo.group_size": [2, 4]}},
@@ -81,11 +81,11 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("sweep.space={solver.points: {uniform: [1, 3]}}", "solver.points: is 1.0"),
         ("sweep.space={rdpo.lr: {uniform: [0.1, 3]}}", "rdpo.lr: is 3.0, at most 1 is possible"),
         (
-            "sweep.space={rdpo.minibatch: [4, 12]}",
-            "sweep.space: rdpo.minibatch: is 12, which does not divide the 16",
+            "sweep.space={rdpo.minibatch_size: [4, 12]}",
+            "sweep.space: rdpo.minibatch_size: is 12, which does not divide the 16",
         ),
         (
-            "sweep.space={rdpo.group_size: {integers: [2, 8]}, rdpo.minibatch: [8]}",
+            "sweep.space={rdpo.group_size: {integers: [2, 8]}, rdpo.minibatch_size: [8]}",
             "is 8, which does not divide the 12",
         ),
         ("sweep.trials=0", "sweep.trials: is 0, at least 1 is needed"),
@@ -118,9 +118,11 @@ def test_pbt_needs_a_key_that_can_change_and_all_of_its_trials(tmp_path):
 
 
 def test_values_are_checked_together(tmp_path):
-    assert plan(tmp_path, "sweep.space={rdpo.minibatch: [12], rdpo.group_size: [6, 12]}")  # no divisor in the run alone
-    problem = refused(tmp_path, "sweep.space={rdpo.minibatch: [8, 12], rdpo.group_size: [4, 12]}")
-    assert problem.endswith("(with rdpo.minibatch=12, rdpo.group_size=4)")
+    assert plan(
+        tmp_path, "sweep.space={rdpo.minibatch_size: [12], rdpo.group_size: [6, 12]}"
+    )  # no divisor in the run alone
+    problem = refused(tmp_path, "sweep.space={rdpo.minibatch_size: [8, 12], rdpo.group_size: [4, 12]}")
+    assert problem.endswith("(with rdpo.minibatch_size=12, rdpo.group_size=4)")
     many = ", ".join(f"{key}: {{uniform: [0, 1]}}" for key in sorted(KEYS) if key.endswith(("coeff", "decay")))
     wide = f"sweep.space={{{many}, solver.points: {list(range(65))}, distill.grid: {list(range(70, 90))}}}"
     assert "solver.points: is 0, at least 1" in refused(tmp_path, wide)
@@ -168,10 +170,10 @@ def test_schedulers_count_images(tmp_path):
     asha = scheduler(plan(tmp_path, "sweep.grace=0.25", "sweep.reduction=2"))
     assert isinstance(asha, ASHAScheduler)
     assert (asha._time_attr, asha._max_t, asha._brackets[0]._rungs[-1][0]) == ("images", 96, 24)
-    space = f"sweep.space={{{LR}, rdpo.epochs: [1, 2], solver.points: [2, 3]}}"
+    space = f"sweep.space={{{LR}, rdpo.num_epochs: [1, 2], solver.points: [2, 3]}}"
     pbt = scheduler(plan(tmp_path, "sweep.scheduler=pbt", "sweep.grace=0.5", space))
     assert isinstance(pbt, PopulationBasedTraining) and pbt._perturbation_interval == 48
-    assert set(pbt._hyperparam_mutations) == {"rdpo.lr", "rdpo.epochs"}
+    assert set(pbt._hyperparam_mutations) == {"rdpo.lr", "rdpo.num_epochs"}
     assert isinstance(pbt._hyperparam_mutations["rdpo.lr"], tune.search.sample.Float)
     assert within({"rdpo.lr": (1e-4, 1e-2)}, {"rdpo.lr": 0.5, "x": 1}) == {"rdpo.lr": 1e-2, "x": 1}
 

@@ -21,7 +21,7 @@ def config(runners: int = 0, learners: int = 0) -> RDPOConfig:
         RDPOConfig()
         .solver(table=uniform_table(3, 2))
         .backbone(family="tests.sweep_fakes:PlacedBackbone", options={}, guidance_scale=1.0)
-        .rollouts(prompts=PROMPTS, prompts_per_iteration=4, group_size=4, max_staleness=0)
+        .rollouts(prompts=PROMPTS, prompts_per_iteration=4, group_size=4, staleness=0)
         .rewards({"sim": GOOD})
         .env_runners(num_env_runners=runners, num_cpus_per_env_runner=0.25)
         .learners(num_learners=learners, num_cpus_per_learner=0.1)

@@ -25,7 +25,7 @@ REFERENCE = (
     "rdpo.lr=7e-5",
     "rdpo.concentration=10",
     "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=4",
+    "rdpo.minibatch_size=4",
     "rdpo.concentration_bound=1e6",
     "rdpo.staleness=0",
 )
@@ -33,8 +33,8 @@ REFERENCE = (
 # after a tenth of the iterations.
 FEW_IMAGES = (
     "rdpo.prompts_per_iteration=2",
-    "rdpo.minibatch=8",
-    "rdpo.epochs=4",
+    "rdpo.minibatch_size=8",
+    "rdpo.num_epochs=4",
     "rdpo.clip=0.4",
     "rdpo.lr=7e-4",
     "rdpo.lr_schedule=inverse",

@@ -162,7 +162,7 @@ class PlainLoop:
         """The learner's loss of a minibatch: the clipped surrogate, KL to the base table, and entropy."""
         c = self._config
         policy = TableDistribution(c.space, self.network())
-        surrogate = clipped_surrogate(log_prob(policy, actions), old_log_prob, advantages, c.clip_param)
+        surrogate = clipped_surrogate(log_prob(policy, actions), old_log_prob, advantages, c.clip)
         kl_to_base = policy.kl_per_interval(TableDistribution(c.space, self.network.base)).sum()
         entropy = policy.entropy_per_interval().sum()
         return surrogate.loss + c.kl_coeff * kl_to_base - c.entropy_coeff * entropy

@@ -61,7 +61,7 @@ def _config(count: int) -> RunConfig:
             f"cluster.rollout_actors={count}",
             "cluster.rollout_cpus=0.01",
             f"rdpo.prompts_per_iteration={images // DEFAULTS.rdpo.group_size}",
-            f"rdpo.minibatch={images}",
+            f"rdpo.minibatch_size={images}",
         ],
     )
 

@@ -23,7 +23,7 @@ from epd_ray.rdpo.session import algorithm, rdpo_config
 
 PROMPTS = 64
 # How the published log for SD3 Medium, which took 15.66 s a step, differs from the defaults; 8 pictures make a step.
-OF_FULL = ("solver.intervals=10", "rdpo.prompts_per_iteration=2", "rdpo.minibatch=4")
+OF_FULL = ("solver.intervals=10", "rdpo.prompts_per_iteration=2", "rdpo.minibatch_size=4")
 STAGES = ("generate", "score", "learn", "wait")
 Seconds = Mapping[str, float]
 
@@ -108,7 +108,7 @@ def _settings(config: RDPOConfig) -> dict[str, Value]:
         "intervals": config.table.intervals,
         "points": config.table.points,
         "rollout_actors": config.num_env_runners,
-        "staleness": config.max_staleness,
+        "staleness": config.staleness,
     }
 
 

@@ -80,7 +80,7 @@ def _overrides(subject: Subject, intervals: int, batch: int, jobs: int) -> list[
         f"cluster.images_per_job={batch}",
         f"rdpo.prompts_per_iteration={batch}",
         f"rdpo.group_size={max(2, jobs)}",
-        "rdpo.minibatch=1",
+        "rdpo.minibatch_size=1",
         "cluster.rollout_actors=1",
     ]
 

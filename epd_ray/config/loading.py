@@ -25,6 +25,10 @@ FOR_OTHER_MODELS: dict[str, Any] = {
 }
 
 
+RENAMED = {"rdpo.minibatch": "rdpo.minibatch_size", "rdpo.epochs": "rdpo.num_epochs"}
+"""Keys that format 1 called otherwise -> what they are called now."""
+
+
 def load_config(
     path: Path | None, overrides: Sequence[str] = (), assumed: Mapping[str, Any] = MappingProxyType({})
 ) -> RunConfig:
@@ -41,6 +45,7 @@ def load_config(
     """
     given = {} if path is None else read_yaml(path)
     _require_format(path, given.get("format", FORMAT))
+    given = _renamed(given)
     return resolve(_fill(dict(assumed), given), overrides)
 
 
@@ -141,6 +146,18 @@ def _require_format(path: Path | None, found: object) -> None:
         raise ConfigError(
             [f"{path} was written by a newer epd_ray (format {found}, this one reads up to {FORMAT}): update epd_ray"]
         )
+
+
+def _renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """Sections of the oldest format under the names of today; sections of today's format stay as they are."""
+    if given.get("format") != 1:
+        return given
+    sections = copy.deepcopy(given) | {"format": FORMAT}
+    for before, now in RENAMED.items():
+        section, _, key = before.partition(".")
+        if isinstance(values := sections.get(section), dict) and key in values:
+            values[now.rpartition(".")[2]] = values.pop(key)
+    return sections
 
 
 def apply_override(data: dict[str, Any], override: str) -> str | None:

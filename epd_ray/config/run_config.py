@@ -22,7 +22,7 @@ from epd_ray.config.values import Name
 from epd_ray.rewards.scoring import REFERENCE
 from epd_ray.stage_one.combinations import too_many_combinations
 
-FORMAT = 1
+FORMAT = 2
 """The newest version of the file format that this code reads, and the one that it writes."""
 
 

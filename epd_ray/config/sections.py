@@ -391,10 +391,10 @@ class RDPOSection(Section):
         lt=1,
         description="The clipping range epsilon of the PPO objective, above 0 and below 1.",
     )
-    epochs: Positive = Field(
+    num_epochs: Positive = Field(
         default=1, description="The number of passes over the pictures of an iteration, at least 1."
     )
-    minibatch: Positive = Field(
+    minibatch_size: Positive = Field(
         default=16,
         description="The number of pictures in a gradient step, at least 1: a divisor of the pictures in an iteration, "
         "or all of them.",
@@ -453,7 +453,7 @@ class RDPOSection(Section):
             raise ValueError(f"is {size}, at least 2 is needed (leave-one-out compares the images of a group)")
         return size
 
-    @field_validator("minibatch")
+    @field_validator("minibatch_size")
     @classmethod
     def _fits(cls, minibatch: int, info: ValidationInfo) -> int:
         prompts, size = info.data.get("prompts_per_iteration"), info.data.get("group_size")

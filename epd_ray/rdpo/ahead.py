@@ -17,7 +17,7 @@ class Ahead:
         policies: the policies that jobs are drawn with.
         plan: what decides the requests of an iteration.
         prompts: the training prompts.
-        max_staleness: the number of updates that the policy of a rollout may be old; so many iterations lie ahead.
+        staleness: the number of updates that the policy of a rollout may be old; so many iterations lie ahead.
         keep_images: whether the pictures come back to the driver with the rollouts.
     """
 
@@ -27,11 +27,11 @@ class Ahead:
         policies: PolicyWindow,
         plan: BatchPlan,
         prompts: Sequence[str],
-        max_staleness: int,
+        staleness: int,
         keep_images: bool,
     ) -> None:
         self._pipeline, self._policies, self._plan, self._prompts = pipeline, policies, plan, prompts
-        self._max_staleness, self._keep_images = max_staleness, keep_images
+        self._max_staleness, self._keep_images = staleness, keep_images
         self._next = 0
         self.submitted: dict[int, list[RolloutJob]] = {}
         """Iterations that are submitted and not collected yet, with their jobs."""

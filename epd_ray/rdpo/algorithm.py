@@ -69,7 +69,7 @@ class Iteration:
 class RDPO(Algorithm):  # type: ignore[misc]
     """Draws tables, makes pictures with them, scores the pictures, and updates the policy.
 
-    The stages of up to `max_staleness` iterations overlap. Everything that an iteration does follows from the seed, the
+    The stages of up to `staleness` iterations overlap. Everything that an iteration does follows from the seed, the
     number of the iteration and the policy, so an iteration that is retried or resumed is the same.
     """
 
@@ -119,11 +119,11 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._mixer = own.mixer()
         self._side = SideWork(self._pipeline, own.images_per_job, list(own.reward_specs), self._mixer)
         self.facts: BackboneFacts = self.work("describe", [(own.table.intervals,)])[0]
-        self._policies = PolicyWindow(own.policy_spec, own.max_staleness)
+        self._policies = PolicyWindow(own.policy_spec, own.staleness)
         self._learner = LastingLearner(self.learner_group, self._rebuild_learner_group, self._pipeline)
         self._policies.take(0, self._learner.state)
         prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
-        self._ahead = Ahead(self._pipeline, self._policies, own.batch_plan, prompts, own.max_staleness, own.keep_images)
+        self._ahead = Ahead(self._pipeline, self._policies, own.batch_plan, prompts, own.staleness, own.keep_images)
         self._started_training = False
 
     def _start_encoder(self, tag: str) -> None:

@@ -71,11 +71,11 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = (
             rdpo.lr,
             rdpo.grad_clip,
-            rdpo.epochs,
-            rdpo.minibatch,
+            rdpo.num_epochs,
+            rdpo.minibatch_size,
         )
         self.shuffle_batch_per_epoch = True
-        self.clip_param, self.weight_decay = rdpo.clip, rdpo.weight_decay
+        self.clip, self.weight_decay = rdpo.clip, rdpo.weight_decay
         self.kl_coeff, self.entropy_coeff = rdpo.kl_coeff, rdpo.entropy_coeff
         self.table: SolverTable = uniform_table(solver.intervals, solver.points, solver.start_point)
         self.concentration, self.concentration_bound = rdpo.concentration, rdpo.concentration_bound
@@ -89,7 +89,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.prompts: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size = rdpo.prompts_per_iteration, rdpo.group_size
         self.images_per_job = cluster.images_per_job
-        self.same_latent, self.baseline, self.max_staleness = rdpo.same_latent, rdpo.baseline, rdpo.staleness
+        self.same_latent, self.baseline, self.staleness = rdpo.same_latent, rdpo.baseline, rdpo.staleness
         self.keep_images = False
         self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
         self.normalisation: Mode = rdpo.normalisation
@@ -156,7 +156,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         images_per_job: int = NotProvided,
         same_latent: bool = NotProvided,
         baseline: Baseline = NotProvided,
-        max_staleness: int = NotProvided,
+        staleness: int = NotProvided,
         keep_images: bool = NotProvided,
         max_env_runners: int = NotProvided,
     ) -> "RDPOConfig":
@@ -169,7 +169,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             images_per_job: batch of one actor call, whatever the number of actors.
             same_latent: images of a group share their noise.
             baseline: "per_prompt", or the reference's "mixed" one.
-            max_staleness: how many updates old the policy behind a rollout may be; 0 is fully synchronous.
+            staleness: how many updates old the policy behind a rollout may be; 0 is fully synchronous.
             keep_images: bring the pictures to the driver, into the rows of `RDPO.last`.
             max_env_runners: rollout actors that there may be while nodes come and go; 0: those of the start.
         """
@@ -183,7 +183,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def training(  # type: ignore[override]
         self,
         *,
-        clip_param: float = NotProvided,
+        clip: float = NotProvided,
         kl_coeff: float = NotProvided,
         entropy_coeff: float = NotProvided,
         weight_decay: float = NotProvided,
@@ -192,7 +192,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         """The update: PPO's clip, weights of KL to the base and of entropy, and RLlib's own (lr, num_epochs ...)."""
         super().training(**rllib)
         given = locals()
-        names = ("clip_param", "kl_coeff", "entropy_coeff", "weight_decay")
+        names = ("clip", "kl_coeff", "entropy_coeff", "weight_decay")
         return self._assign({name: given[name] for name in names})
 
     def _assign(self, given: dict[str, Any]) -> "RDPOConfig":
@@ -259,8 +259,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             self._value_error(f"group_size is {self.group_size}, leave-one-out needs at least 2 images per prompt")
         if problem := minibatch_problem(self.minibatch_size, self.batch_plan.images):
             self._value_error(f"minibatch_size {problem}")
-        if self.max_staleness < 0 or self.images_per_job < 1:
-            self._value_error("max_staleness must be at least 0 and images_per_job at least 1")
+        if self.staleness < 0 or self.images_per_job < 1:
+            self._value_error("staleness must be at least 0 and images_per_job at least 1")
         if self.concentration_bound < 1:
             self._value_error(
                 f"concentration_bound is {self.concentration_bound}, at least 1 (times the start) is needed"

@@ -62,7 +62,7 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
             log_prob(policy, batch[Columns.ACTIONS]),
             batch[Columns.ACTION_LOGP].double(),
             batch[ADVANTAGES].double(),
-            config.clip_param,
+            config.clip,
         )
         if self._first_minibatch:
             self._check_ratio(surrogate.ratio)

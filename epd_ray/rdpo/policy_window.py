@@ -21,11 +21,11 @@ class PolicyWindow:
 
     Args:
         spec: shape of the policy network.
-        max_staleness: the number of updates that the policy of a rollout may be old. One policy more is kept.
+        staleness: the number of updates that the policy of a rollout may be old. One policy more is kept.
     """
 
-    def __init__(self, spec: PolicySpec, max_staleness: int) -> None:
-        self._spec, self._kept = spec, max_staleness + 1
+    def __init__(self, spec: PolicySpec, staleness: int) -> None:
+        self._spec, self._kept = spec, staleness + 1
         self._network = PolicyNetwork(spec)
         self._parameters: OrderedDict[int, FloatArray] = OrderedDict()
 

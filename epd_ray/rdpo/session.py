@@ -52,7 +52,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             images_per_job=config.cluster.images_per_job,
             same_latent=rdpo.same_latent,
             baseline=rdpo.baseline,
-            max_staleness=rdpo.staleness,
+            staleness=rdpo.staleness,
             keep_images=config.store.images,
             max_env_runners=config.cluster.max_rollout_actors or 0,
         )
@@ -60,9 +60,9 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
         .training(
             lr=learning_rate(rdpo),
             weight_decay=rdpo.weight_decay,
-            clip_param=rdpo.clip,
-            num_epochs=rdpo.epochs,
-            minibatch_size=rdpo.minibatch,
+            clip=rdpo.clip,
+            num_epochs=rdpo.num_epochs,
+            minibatch_size=rdpo.minibatch_size,
             grad_clip=rdpo.grad_clip,
             kl_coeff=rdpo.kl_coeff,
             entropy_coeff=rdpo.entropy_coeff,
