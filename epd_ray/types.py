@@ -81,8 +81,8 @@ class Rollout:
     log_prob: float
     positions: FloatArray
     weights: FloatArray
-    scale_dir: FloatArray | None
-    scale_time: FloatArray | None
+    scale_dir: FloatArray | None = None
+    scale_time: FloatArray | None = None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def small_ray(_last: None) -> Iterator[None]:
     """The process's Ray, started unless it runs already."""
     _start()
     yield
-    if ray.is_initialized() and not _idle():
+    if _is_ours() and not _idle():
         ray.shutdown()
 
 
@@ -73,9 +73,18 @@ def no_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+_started: set[str] = set()  # addresses of what was started here
+
+
 def _start() -> None:
     if not ray.is_initialized():
         start_ray()
+        _started.add(ray.get_runtime_context().gcs_address)
+
+
+def _is_ours() -> bool:
+    """Whether a Ray runs that this file has started, and no cluster of a module's own."""
+    return ray.is_initialized() and ray.get_runtime_context().gcs_address in _started
 
 
 def _idle() -> bool:

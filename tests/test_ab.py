@@ -130,7 +130,7 @@ def test_folders_of_one_name_are_told_apart(samples: Path, tmp_path: Path) -> No
         (lambda s: (s / "rdpo/002.png").write_bytes(b"damaged"), r"rdpo/002.png cannot be read as a picture"),
         (lambda s: picture(1, (8, 12)).save(s / "rdpo/001.png"), r"rdpo/001.png has 8 x 12 pixels and .* 12 x 8: "),
         (lambda s: (s / "prompts.json").write_text('["one"]'), r"prompts.json has 1 prompts for 5 pictures"),
-        (lambda s: (s / "prompts.json").write_text("[1, 2, 3, 4, 5]"), r"prompts.json is no list of prompts"),
+        (lambda s: (s / "prompts.json").write_text("[1, 2, 3, 4, 5]"), r"prompts.json holds no list of prompts"),
         (lambda s: (s / "prompts.json").write_text("["), r"prompts.json cannot be read as JSON"),
         (lambda s: [p.unlink() for p in s.rglob("*.png")], r"rdpo holds no pictures"),
         (lambda s: [p.unlink() for p in s.rglob("*.png")] and (s / "rdpo").rmdir(), r"rdpo is no folder"),
@@ -147,7 +147,7 @@ def test_what_does_not_pair_is_named(
 
 
 def test_one_folder_and_other_prompts_are_refused(samples: Path, tmp_path: Path) -> None:
-    with pytest.raises(SideBySideError, match="is both sides: name two folders"):
+    with pytest.raises(SideBySideError, match="is given for both sides: name two folders"):
         make_page(samples / "rdpo", samples / "euler-6" / ".." / "rdpo", tmp_path / "page", None, None, 0)
     (tmp_path / "other").mkdir()
     (samples / "euler-6").rename(tmp_path / "other" / "euler")
@@ -204,13 +204,13 @@ def test_results_in_words(samples: Path, tmp_path: Path) -> None:
     saved(page / "results.json", key, [*for_ours[:3], "tie"])
     assert results(page, []) == [
         "4 of 5 pairs judged",
-        "rdpo        3 wins    1 ties    0 losses   preferred in 100.0% [29.2%, 100.0%] of 3 decided",
-        "euler-6     0 wins    1 ties    3 losses   preferred in 0.0% [0.0%, 70.8%] of 3 decided",
-        "exact 95 % intervals; sign test against no preference: p = 0.25",
+        "rdpo        3 wins    1 ties    0 losses   preferred in 100.0% [29.2%, 100.0%] of 3 decided pairs",
+        "euler-6     0 wins    1 ties    3 losses   preferred in 0.0% [0.0%, 70.8%] of 3 decided pairs",
+        "brackets hold exact 95 % intervals; a two-sided sign test of no preference gives p = 0.25",
     ]
     saved(tmp_path / "other.json", key, ["tie"])
     lines = results(page, [page / "results.json", tmp_path / "other.json"])
-    assert lines[0] == "4 of 5 pairs judged, 2 raters, by majority"
+    assert lines[0] == "4 of 5 pairs judged by the majority of 2 raters"
     assert results(page, [tmp_path / "other.json"])[1:] == [
         "rdpo        0 wins    1 ties    0 losses",
         "euler-6     0 wins    1 ties    0 losses",
@@ -220,9 +220,12 @@ def test_results_in_words(samples: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"page": "0123456789abcdef"}, r"results.json is of page 0123456789abcdef, the folder's is [0-9a-f]{16}: give"),
+        (
+            {"page": "0123456789abcdef"},
+            r"results.json belongs to page 0123456789abcdef, the folder to page [0-9a-f]{16}: give",
+        ),
         ({"votes": [{"pair": "9", "choice": "left", "seconds": 1}]}, r"damaged: pair '9' is not on the page"),
-        ({"votes": [{"pair": "1", "choice": "tie", "seconds": 1}] * 2}, r"damaged: pair '1' is voted on twice"),
+        ({"votes": [{"pair": "1", "choice": "tie", "seconds": 1}] * 2}, r"damaged: pair '1' has two votes"),
         ({"votes": [{"pair": "1", "choice": "both", "seconds": 1}]}, r"is damaged \(votes.0.choice: Input should be"),
         ({"votes": None}, r"is damaged \(votes: "),
     ],
@@ -293,7 +296,7 @@ def test_the_server_gives_and_takes_nothing_else(server: PageServer, tmp_path: P
     assert ask(server, "PUT", "/results", text, {"Content-Length": str(1 << 30)})[0] == 400
     assert ask(server, "PUT", "/results", "{")[0] == 409
     status, said = ask(server, "PUT", "/results", text.replace(server.key.page, "0" * 16))
-    assert status == 409 and said.startswith("what the page sent is of page 0000")
+    assert status == 409 and said.startswith("what the page sent belongs to page 0000")
     assert not (server.folder / "results.json").exists()
     with pytest.raises(ConfigError, match=r"port \d+ of 127.0.0.1.*--port"):
         PageServer(server.folder, server.server_address[1])

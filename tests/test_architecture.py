@@ -50,7 +50,7 @@ PLAIN = (
     *("score.inputs", "score.rows", "score.output"),
     *("evaluation.comparison", "evaluation.validation", "evaluation.statistics", "evaluation.records"),
     *("evaluation.metrics", "evaluation.ab", "evaluation.results"),
-    *("runs.sample", "runs.tables", "runs.report", "cli"),
+    *("runs.sample", "runs.tables", "runs.report", "runs.describe", "cli"),
 )
 
 

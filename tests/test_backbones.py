@@ -24,8 +24,9 @@ from epd_ray.backbones.flow import flow_sigmas
 from epd_ray.backbones.loading import SAMPLE, fingerprint, read_index
 from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.errors import ModelError
-from epd_ray.solvers import SolverTable, epd
+from epd_ray.solvers import SolverTable
 from epd_ray.solvers.conditioned import noises
+from epd_ray.solvers.epd import epd
 from tests import tiny_models
 from tests.families import (
     FREE,

@@ -2,7 +2,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, create_autospec
 
 import pytest
@@ -14,7 +16,9 @@ from epd_ray.errors import PromptError, RewardError
 from epd_ray.evaluation.suites import evaluate as suite
 from epd_ray.evaluation.suites.settings import Request
 from epd_ray.runs import doctor, report, sample
+from epd_ray.runs import evaluate as again
 from epd_ray.runs import train as run
+from epd_ray.runs.describe import describe
 from epd_ray.telemetry.progress import LineObserver
 
 
@@ -59,8 +63,35 @@ def test_train_says_what_it_will_do_and_what_came_of_it(train):
     assert (config.rdpo.lr, config.seed, out) == (1e-3, 7, Path("mine"))
     assert isinstance(observer, LineObserver)
     *plan, headline, page, solver = result.stdout.splitlines()
-    assert plan == list(run.describe(config))
+    assert plan == list(describe(config))
     assert (headline, page, solver) == ("reward 0.7 -> 0.8", "report: mine/report.html", "solver: mine/solver")
+
+
+def test_train_says_what_it_will_do_before_it_imports_ray():
+    script = (
+        "import sys\nsys.modules['epd_ray.runs.train'] = None\nfrom epd_ray.cli import main\ntry:\n    main('train')\n"
+        "except ImportError:\n    print({'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(cli.__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == [*describe(RunConfig()), "set()"]
+
+
+def commands(app: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    for info in app.registered_commands:
+        yield (*path, info.name or info.callback.__name__)
+    for group in app.registered_groups:
+        yield from commands(group.typer_instance, *path, group.name)
+
+
+@pytest.mark.parametrize("command", [(), *commands(cli.app)], ids=" ".join)
+def test_help_shows_flags_as_flags_and_a_sentence_for_each_option(command):
+    shown = invoke(*command, "--help").stdout
+    rows = [line.strip("│ ") for line in shown.splitlines() if line.startswith("│")]
+    assert "--help" in shown and "<bool>" not in shown
+    sentences = [row for row in rows if row.startswith(("-", "*    -"))]
+    assert sentences and all(re.search(r"\w\.( |$)", " ".join(rows[rows.index(row) :])) for row in sentences)
 
 
 def test_train_names_a_new_directory(train):
@@ -94,10 +125,10 @@ def test_train_reports_all_problems_and_writes_nothing(tmp_path, train):
         (("trian",), "Did you mean 'train'?"),
         (("train", "--confg", "x"), "--config"),
         (("train", "--config", "absent.yaml"), "error: cannot read the configuration absent.yaml"),
-        (("train", "--resume", "mine", "seed=1"), "error: --resume continues with the run's own configuration"),
+        (("train", "--resume", "mine", "seed=1"), "error: --resume continues with the configuration of the run"),
         (("train", "--resume", "mine"), "error: mine is not a directory"),
         (("train", "--resume", ""), "error: . is not a run directory"),
-        (("train", "--resume", "", "seed=1"), "error: --resume continues with the run's own configuration"),
+        (("train", "--resume", "", "seed=1"), "error: --resume continues with the configuration of the run"),
         (("distill", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("sweep", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("sweep", "--resume", "s3://b/x"), "s3://b/x is a URI"),
@@ -106,8 +137,8 @@ def test_train_reports_all_problems_and_writes_nothing(tmp_path, train):
         (("tables", "convert", "sd15-rl", "--out", "s3://b/x"), "s3://b/x is a URI"),
         (("sample", "--prompt", "a star"), "--solver"),
         (("evaluate", "mine", "--count", 0), "--count"),
-        (("evaluate",), "error: give one RUN, with --count"),
-        (("evaluate", "mine", "--solver", "x"), "error: give one RUN, with --count"),
+        (("evaluate",), "error: give one RUN, which takes --count"),
+        (("evaluate", "mine", "--solver", "x"), "error: give one RUN, which takes --count"),
         (("evaluate", "--suite", "papers"), "'paper'"),
         (("evaluate", "--suite", "paper"), "error: --suite paper needs --out DIR"),
         (("evaluate", "--suite", "paper", "file.txt", "--out", "x"), "error: 'file.txt': with --suite paper expected"),
@@ -180,16 +211,16 @@ def test_sample(monkeypatch):
 
 
 def test_evaluate(monkeypatch):
-    fake = create_autospec(run.evaluate, return_value=["better"])
-    monkeypatch.setattr(run, "evaluate", fake)
+    fake = create_autospec(again.evaluate, return_value=["better"])
+    monkeypatch.setattr(again, "evaluate", fake)
     result = invoke("evaluate", "mine", "--count", 64, "--prompts", "held.txt", "--split", "validation")
     assert result.stdout.splitlines() == ["better"]
     assert fake.call_args.args[:4] == (Path("mine"), 64, Path("held.txt"), "validation")
 
 
 def test_evaluate_names_the_users_error(monkeypatch):
-    fake = create_autospec(run.evaluate, side_effect=PromptError("held.txt is empty"))
-    monkeypatch.setattr(run, "evaluate", fake)
+    fake = create_autospec(again.evaluate, side_effect=PromptError("held.txt is empty"))
+    monkeypatch.setattr(again, "evaluate", fake)
     assert invoke("evaluate", "mine").stderr == "error: held.txt is empty\n"
 
 

@@ -371,3 +371,14 @@ def test_a_file_of_the_first_format_is_read_under_the_names_of_today(tmp_path):
     assert config.format == 2
     with pytest.raises(ConfigError, match=r"rdpo\.minibatch: unknown key.*minibatch_size"):
         load_config(written(tmp_path, "format: 2\nrdpo: {minibatch: 8}\n"))
+
+
+def test_the_algorithm_has_the_same_defaults():
+    from epd_ray.rdpo.config import RDPOConfig
+    from epd_ray.rdpo.session import rdpo_config
+
+    configured, plain = vars(rdpo_config(load_config(None), [])), vars(RDPOConfig())
+    assert plain.keys() == configured.keys()
+    same = {k for k, v in plain.items() if repr(v) == repr(configured[k]) or v == configured[k]}
+    # RLlib has its own seed and log level, and a backbone's options are left out where they are the default.
+    assert plain.keys() - same == {"backbone_spec", "log_level", "seed"}

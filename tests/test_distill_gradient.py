@@ -12,8 +12,8 @@ from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.errors import ConfigError, ModelError
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
-from epd_ray.runs.trainer import descent_of, stage_one
-from epd_ray.solvers import epd
+from epd_ray.runs.stage_one import descent_of, stage_one
+from epd_ray.solvers.epd import epd
 from epd_ray.stage_one.fit import StageOne, fit_table, losses
 from epd_ray.stage_one.gradient import (
     Descent,

@@ -8,7 +8,8 @@ from epd_ray.config.loading import load_config
 from epd_ray.errors import PlacementError
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.runs import dry_run as module
-from epd_ray.runs.dry_run import Costs, Estimate, dry_run, estimate
+from epd_ray.runs.dry_run import dry_run
+from epd_ray.runs.estimate import Costs, Estimate, estimate
 from epd_ray.telemetry.memory import Memory
 from tests.conftest import SIMULATED
 from tests.fakes import Quiet
@@ -118,11 +119,11 @@ def test_what_it_says(small_ray, monkeypatch):
     text = "\n".join(" ".join(line.split()) for line in lines)
     assert observer.stages == ["starting one actor of each kind", "measuring a batch"]
     assert "rollout actors 40 x 0.5 CPU" in text and "reward sim 2 x 0.25 CPU" in text
-    assert "it does not fit: no room for the actors after" in text and "CPU: 20.75 asked" in text
+    assert "the actors do not fit the cluster: no room for the actors after" in text and "CPU: 20.75 asked" in text
     assert "training 224 7 iterations x 32" in text and "validation 40 4 times 10 prompts" in text
-    assert "comparison 96 6 solvers x 16 prompts" in text and "in all 360" in text
+    assert "comparison 96 6 solvers x 16 prompts" in text and "all together 360" in text
     assert "rollout actor 40 " in text and "reward sim actor 2 " in text and " GiB" in text
-    assert "the bottleneck is" in text or "actors wait for the update" in text
+    assert "the bottleneck is" in text or "the actors wait for updates" in text
     (found,) = seen
     # 4 batches on 40 actors: an iteration is as long as a batch takes through both stages, two of them being in flight.
     assert found.stages["fine-tuning"] == pytest.approx(7 * (BATCH + 2 * HEAD) / 2, rel=0.3)
@@ -138,4 +139,4 @@ def test_no_room_for_one_of_each_is_said(small_ray, monkeypatch):
         dry_run(config_of(), Quiet())
     lines = str(raised.value).splitlines()
     assert lines[0] == "placement" and lines[-1].endswith("has no room either: no room at all")
-    assert any(line.strip() == "all of it fits" for line in lines)
+    assert any(line.strip() == "all actors fit the cluster" for line in lines)

@@ -267,7 +267,7 @@ def test_batches_keep_order_and_pixels_are_rounded() -> None:
         sizes.append(len(prompts))
         return batch.mean(dim=(1, 2, 3)).double()
 
-    found = package._in_batches(score, images, PROMPTS, 2)
+    found = package.in_batches(score, images, PROMPTS, 2)
     assert sizes == [2, 1] and found.dtype == torch.float32 and torch.allclose(found, images.mean(dim=(1, 2, 3)))
 
 

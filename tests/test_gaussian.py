@@ -11,7 +11,8 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.gaussian import GaussianBackbone, Mixture, text_normal
 from epd_ray.backbones.simulated import SimulatedBackbone
 from epd_ray.errors import ModelError, ScheduleError
-from epd_ray.solvers import Form, SolverTable, dpm2, dpm2_table, epd
+from epd_ray.solvers import Form, SolverTable, dpm2, dpm2_table
+from epd_ray.solvers.epd import epd
 from epd_ray.solvers.schedules import check_sigmas, logsnr
 from epd_ray.types import Backbone
 

@@ -187,12 +187,12 @@ def test_conversion_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "elsewhere.safetensors").symlink_to(source)
     for target, problem in {
-        "network.pt": "is no .safetensors",
-        "out": "is no .safetensors",
-        "mine.safetensors": "is there already",
-        "dangling.safetensors": "is there already",
-        "elsewhere.safetensors": "is there already",
-        "none/out.safetensors": "is in no directory: make '.*none' first",
+        "network.pt": "does not end in .safetensors",
+        "out": "does not end in .safetensors",
+        "mine.safetensors": "already exists",
+        "dangling.safetensors": "already exists",
+        "elsewhere.safetensors": "already exists",
+        "none/out.safetensors": "is in no existing directory: create '.*none' first",
         f"{'x' * 300}.safetensors": "cannot be written",
     }.items():
         result = CliRunner().invoke(app, ["rewards", "convert", "mps", str(source), str(tmp_path / target)])

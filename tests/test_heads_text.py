@@ -67,7 +67,7 @@ def test_long_prompts_are_cut_and_said_once(
         head.score(images, ["x " * 50] * 4)
     assert [r.name for r in caplog.records] == ["epd_ray.rewards.text"]
     text = caplog.records[0].getMessage()
-    assert f"reads {length} tokens: 2 of 2 prompts are longer" in text and "\n" not in text
+    assert f"takes {length} tokens: 2 of 2 prompts are longer" in text and "\n" not in text
     assert torch.allclose(scores[0], scores[1], atol=1e-6) and scores[0] != scores[2]
 
 

@@ -211,7 +211,7 @@ HUB: list[tuple[Callable[[], Exception], type[Exception], list[str]]] = [
     (
         offline,
         errors.LocalEntryNotFoundError,
-        ["not in the local cache and the hub cannot be reached", "epd-ray fetch"],
+        ["not in the local cache, and the hub cannot be reached", "epd-ray fetch"],
     ),
     (
         lambda: errors.OfflineModeIsEnabled("Cannot reach https://huggingface.co/x: offline mode is enabled."),

@@ -24,11 +24,14 @@ from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo import session
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.runs import train as run_module
+from epd_ray.runs import evaluate as evaluate_module
 from epd_ray.runs import trainer
+from epd_ray.runs.describe import describe
+from epd_ray.runs.evaluate import evaluate
 from epd_ray.runs.report import write_report
 from epd_ray.runs.sample import SampleOptions, sample
-from epd_ray.runs.train import describe, evaluate, given_solver, resume, train
+from epd_ray.runs.stage_one import given_solver
+from epd_ray.runs.train import resume, train
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.storage.checkpoint import FORMAT, load_newest, save_best, save_checkpoint
 from epd_ray.storage.places import place_of
@@ -255,10 +258,12 @@ def test_a_checkpoint_of_a_newer_format_is_no_damage(checkpoints):
 
 def test_resume_with_other_versions_says_so(own_run, caplog, monkeypatch):
     out = own_run
-    monkeypatch.setattr(run_module, "package_versions", lambda: {**package_versions(), "torch": "9.9"})
+    monkeypatch.setattr("epd_ray.runs.train.package_versions", lambda: {**package_versions(), "torch": "9.9"})
     resume(out, Quiet())
     (said,) = [r.message for r in caplog.records]
-    assert said.startswith(f"{out} was made with other versions (torch {torch.__version__} before, 9.9 now): ")
+    assert said.startswith(
+        f"the run {out} began with other package versions (torch {torch.__version__} before, 9.9 now): "
+    )
 
 
 @pytest.mark.slow
@@ -433,7 +438,7 @@ def test_an_evaluation_that_stops_leaves_the_one_before(own_run, monkeypatch):
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "comparison", stopped)
+    monkeypatch.setattr(evaluate_module, "comparison", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate(out, 2, None, "test", Quiet())
     assert (out / "evaluations" / "test-2" / "report.html").read_text() == before
@@ -445,7 +450,7 @@ def test_an_evaluation_outlives_its_report(own_run, monkeypatch):
         raise RunDirectoryError("no report")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_report", failed)
+        patch.setattr(evaluate_module, "write_report", failed)
         with pytest.raises(RunDirectoryError, match="no report"):
             evaluate(own_run, 3, None, "test", Quiet())
     there = own_run / "evaluations" / "test-3"
@@ -464,7 +469,7 @@ def earlier(own_run):
 
 
 def replaced(run, final):
-    with run_module._draft(run, final) as target:
+    with evaluate_module.draft(run, final) as target:
         (target.path / "evaluation.json").write_text("new")
 
 
@@ -508,7 +513,7 @@ def test_an_evaluation_that_was_moved_aside_comes_back(earlier):
     """As after a kill between the two moves."""
     run, final = earlier
     final.rename(final.with_name(".test-9.old"))
-    with pytest.raises(KeyboardInterrupt), run_module._draft(run, final):
+    with pytest.raises(KeyboardInterrupt), evaluate_module.draft(run, final):
         raise KeyboardInterrupt
     assert (final / "evaluation.json").read_text() == "earlier"
     assert not list(final.parent.glob(".test-9.*"))
@@ -620,7 +625,7 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
 
 
 @pytest.mark.parametrize(
-    ("number", "fix"), [(errno.ENOSPC, "make room, or use"), (errno.EACCES, "see to its permissions, or use")]
+    ("number", "fix"), [(errno.ENOSPC, "free some space, or use"), (errno.EACCES, "change its permissions, or use")]
 )
 def test_what_a_disk_refuses_is_one_line(capsys, number, fix):
     with pytest.raises(Exit), ending():
@@ -633,9 +638,9 @@ def test_prompts_that_the_model_cuts_are_counted_once(caplog):
         def truncated(self, prompts):
             return sum(len(prompt) > 10 for prompt in prompts)
 
-    trainer.warn_of_long_prompts(Algo(), ["a" * 20, "short", "b" * 20, "c"])
+    session.warn_of_long_prompts(Algo(), ["a" * 20, "short", "b" * 20, "c"])
     assert [r.message for r in caplog.records] == ["2 of 4 prompts are longer than the model reads: their ends are cut"]
-    trainer.warn_of_long_prompts(Algo(), ["a"])
+    session.warn_of_long_prompts(Algo(), ["a"])
     assert len(caplog.records) == 1
 
 
@@ -727,5 +732,8 @@ def test_a_start_from_another_schedule_says_so(small_ray, tmp_path, caplog):
     ]
     train(load_config(None, options), tmp_path / "run", Quiet())
     said = [r.message for r in caplog.records if "was" in r.message]
-    assert any("was made for sigmas 1 ... 0.1, the run uses its model's own: 1 ... " in message for message in said)
+    assert any(
+        "was made for the sigmas 1 ... 0.1, but this run uses the sigmas of its model: 1 ... " in message
+        for message in said
+    )
     assert any("was trained at guidance_scale 3.0, the pictures are made at 7.0" in message for message in said)

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +10,7 @@ from torch import Tensor
 
 from epd_ray.backbones.simulated import SimulatedBackbone
 from epd_ray.drawing.sampler import Sampler, alike
-from epd_ray.solvers import SolverTable
+from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.conditioned import noises
 
 PROMPTS = ["red", "blue", "red", "red", "blue"]
@@ -55,3 +59,24 @@ def test_rows_are_alike_in_prompt_and_noise() -> None:
     assert found is not None and (found.rows, found.kinds) == ((0, 1, 3), (0, 1, 0, 2, 1))
     assert len(found.conditioning) == 3
     assert alike(SimulatedBackbone(), ["red", "blue", "red"], [1, 1, 2], 1.0) is None
+
+
+def test_drawing_with_a_saved_solver_needs_no_ray(tmp_path: Path) -> None:
+    """`epd-ray sample` draws in its own process: it starts without the seconds that Ray and RLlib take to import."""
+    table = SolverTable(torch.tensor([[0.5]]), torch.ones(1, 1))
+    meta = {"backbone": "simulated", "registry": "simulated"}
+    Solver(table, torch.tensor([1.0, 0.1]), "flow", meta=meta).save_pretrained(tmp_path / "solver")
+    check = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from epd_ray.cli import app\n"
+        "done = CliRunner().invoke(app, ['sample', '--solver', 'solver', '--prompt', 'a', '--out', 'a.png'])\n"
+        "assert done.exit_code == 0, done.output\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").is_file()

@@ -627,27 +627,21 @@ def test_local_paths_are_not_published(
 
 @pytest.mark.parametrize(("revision", "named"), [(None, False), ("0123abc", True)])
 def test_a_run_without_a_revision_was_on_a_directory(revision: str | None, named: bool) -> None:
-    from epd_ray.solvers.card import model_card
-
     made = make_solver(FAMILIES["sd"])
     solver = Solver(made.table, made.sigmas, "ve", meta={**made.meta, "revision": revision})
-    assert ("base_model: tiny/sd\n" in model_card(solver, "x", has_scheduler=True)) is named
+    assert ("base_model: tiny/sd\n" in solver.card("x", has_scheduler=True)) is named
 
 
 def test_a_card_of_a_lone_start_point() -> None:
-    from epd_ray.solvers.card import model_card
-
     solver = make_solver(FAMILIES["sd3"], points=1, start_point=True)
     assert solver.table.scale_dir is not None
-    card = model_card(solver, "me/fast", has_scheduler=True)
+    card = solver.card("me/fast", has_scheduler=True)
     assert "3 intervals with one point each: parallel NFE 3 " in card
     assert all(f" | 0.0000 | 1.0000 | {scale:.4f} | " in card for scale in solver.table.scale_dir[:, 0].tolist())
 
 
 def test_card() -> None:
-    from epd_ray.solvers.card import model_card
-
-    card = model_card(rewarded(), "me/fast", has_scheduler=True)
+    card = rewarded().card("me/fast", has_scheduler=True)
     assert card.startswith("---\nlibrary_name: epd-ray\npipeline_tag: text-to-image\ntags: [diffusers, ")
     for line in (
         "base_model: tiny/sd3",
@@ -665,7 +659,7 @@ def test_card() -> None:
         "| hps | 0.28 | 0.29 |",
     ):
         assert f"\n{line}" in card, line
-    plain = model_card(make_solver(FAMILIES["sd"]), "x", has_scheduler=False)
+    plain = make_solver(FAMILIES["sd"]).card("x", has_scheduler=False)
     assert "EPDScheduler" not in plain and "diffusers, " not in plain and "Mean reward" not in plain
 
 

@@ -149,7 +149,7 @@ def test_directories_that_are_not_ours_are_refused(tmp_path):
     ScoreDirectory(tmp_path / "mine", SIM).add([scored_rows(a=None)], {})
     other = {"sim": {**SIM["sim"], "options": {"target": 0.1}}}
     for heads, said in [
-        ({**SIM, "clip": {}}, "holds scores by sim, asked are clip, sim: name another --out"),
+        ({**SIM, "clip": {}}, "holds scores by sim, not by clip, sim: name another --out"),
         (other, "with options {}, now it is {'target': 0.1}: name another --out"),
     ]:
         with pytest.raises(RunDirectoryError, match=said):

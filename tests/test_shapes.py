@@ -1,8 +1,10 @@
+import json
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from epd_ray.embedded.judge import look, scene_accuracy
 from epd_ray.embedded.scenes import (
@@ -22,6 +24,7 @@ from epd_ray.embedded.scenes import (
     random_scene,
     render,
 )
+from jobs import build_shapes
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RED, BLUE = Thing("small", "red", "circle"), Thing("large", "blue", "star")
@@ -151,3 +154,21 @@ def test_outlines(shape: str, inside: list[tuple[int, int]], outside: list[tuple
     ink = coverage(shape, np.full((1, 2), 32.5, np.float32), np.full(1, 13.0, np.float32))[0]
     assert [ink[32 + y, 32 + x] for x, y in inside] == [1.0] * len(inside)
     assert [ink[32 + y, 32 + x] for x, y in outside] == [0.0] * len(outside)
+
+
+def test_a_stage_of_the_build_goes_on_from_its_checkpoint(tmp_path):
+    def stage():
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(2, 1)
+        adam = torch.optim.AdamW(linear.parameters(), lr=0.1)
+        return build_shapes.Stage("one", linear, [adam], lambda step: linear(torch.ones(4, 2)).square().mean())
+
+    first, second, restored = stage(), stage(), stage()
+    build_shapes.run_stage(first, tmp_path, 0.001, rank=0, world_size=1)
+    build_shapes.restore(restored, tmp_path / "one.pt")
+    assert restored.step == first.step > 0 and restored.elapsed == first.elapsed >= 0.06
+    assert torch.equal(restored.module.weight, first.module.weight)
+    build_shapes.run_stage(second, tmp_path, 0.002, rank=0, world_size=1)
+    assert second.step > first.step and second.elapsed >= 0.12
+    assert json.loads((tmp_path / "one.json").read_text())["step"] == second.step
+    assert 0 <= second.optimizers[0].param_groups[0]["lr"] < 0.1

@@ -13,7 +13,7 @@ from epd_ray.evaluation.comparison import SCENE_ACCURACY, SceneJudge, accuracy
 from epd_ray.rdpo.side_work import SideWork
 from epd_ray.rewards.mixing import Mixer
 from epd_ray.runs import distill as distill_run
-from epd_ray.runs.trainer import comparison
+from epd_ray.runs.compare import comparison
 from epd_ray.storage.run_directory import RunDirectory
 from epd_ray.types import Sampled
 from tests.fakes import Quiet, drawn

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from epd_ray.backbones.gaussian import Mixture
 from epd_ray.errors import ScheduleError, TableError
-from epd_ray.solvers import Form, Solver, SolverTable, dpm2, dpm2_table, epd, euler, heun, heun_table, ipndm, schedules
+from epd_ray.solvers import Form, Solver, SolverTable, dpm2, dpm2_table, euler, heun, heun_table, ipndm, schedules
+from epd_ray.solvers.epd import epd
 from epd_ray.types import Drift
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "golden_solvers.json").read_text())
@@ -191,7 +192,7 @@ def test_heun_as_a_table_costs_what_heun_does() -> None:
     solver = Solver(heun_table(4), tensor([8.0, 4.0, 2.0, 1.0, 0.5]))
     assert solver.model_evals == solver.parallel_nfe == 8
     scaled = replace(solver.table, scale_time=torch.full((4, 2), 1.1))
-    assert scaled.evaluations() == 12  # its first points are evaluated at another time
+    assert scaled.cost().model_evals == 12  # its first points are evaluated at another time
 
 
 @pytest.mark.parametrize(("solve", "calls"), [(euler, 3), (ipndm, 3), (heun, 6), (dpm2, 6)])
@@ -236,10 +237,11 @@ def test_per_sample_tables_equal_a_loop(shape: tuple[int, ...], order: int) -> N
 def test_order_of_points_does_not_matter() -> None:
     r, w, o, c = torch.rand(4, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     swap = torch.tensor([2, 0, 3, 1])
-    columns = (r, w.softmax(-1), o + 0.5, c + 0.5)
+    columns = {"positions": r, "weights": w.softmax(-1), "scale_dir": o + 0.5, "scale_time": c + 0.5}
     x, sigmas = latents(2, 3), tensor([5.0, 2.0, 0.7, 0.1])
     first, second = (
-        epd(curved, x, sigmas, SolverTable.from_unsorted(*(v[:, p] for v in columns))) for p in (slice(None), swap)
+        epd(curved, x, sigmas, SolverTable.from_unsorted(**{name: v[:, p] for name, v in columns.items()}))
+        for p in (slice(None), swap)
     )
     assert torch.equal(first, second)
 

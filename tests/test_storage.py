@@ -22,8 +22,9 @@ from pyarrow import fs
 
 from epd_ray.config.loading import load_config, to_yaml
 from epd_ray.errors import EpdRayError, ModelError, RunDirectoryError
+from epd_ray.runs.evaluate import evaluate
 from epd_ray.runs.report import write_report
-from epd_ray.runs.train import evaluate, resume, train
+from epd_ray.runs.train import resume, train
 from epd_ray.storage import lock, mirror
 from epd_ray.storage.lock import LEASE, Holder, Lease, held
 from epd_ray.storage.mirror import Mirror, StorageError, open_filesystem

@@ -250,6 +250,7 @@ def test_a_wrong_reward_is_an_error(changes: dict[str, Any], head: str, said: st
         ([row(0, advantage=float("nan"))], "advantage is nan"),
         ([row(0, action=np.array([[0.5, np.nan]]))], "action is"),
         ([row(0, weights=np.array([[0.5, np.inf]]))], "weights is"),
+        ([row(0, scale_time=np.array([[0.5, np.nan]]))], "scale_time is"),
     ],
 )
 def test_wrong_rows_are_named(rows: list[dict[str, Any]], said: str) -> None:
@@ -327,7 +328,7 @@ def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture
     run.metrics.write_text('{"iteration": 1}\n{"iteration": 2, "rewa')
     with caplog.at_level(logging.WARNING):
         assert read_metrics(run.metrics) == [{"iteration": 1}]
-    assert "line 2: torn" in caplog.text
+    assert "line 2: left incomplete" in caplog.text
     with MetricsLog(run) as metrics:
         metrics.write({"iteration": 2})
     assert read_metrics(run.metrics) == [{"iteration": 1}, {"iteration": 2}]

@@ -393,8 +393,8 @@ def test_the_headline_says_what_is_bought(measured):
     assert verdict.speed is not None and verdict.speed.ratio == pytest.approx(0.2)
     assert verdict.sentence == (
         "EPD-Solver (parallel NFE 6, 9 evaluations) against 50 steps of DDIM / Euler on 3 prompts at guidance scale "
-        "4.5, with 95 % intervals in brackets: clip +1.0000 [+1.0000, +1.0000]; a picture takes 0.20 of the time (100 ms "
-        "against 500 ms, one batch each, drawn in turns)"
+        "4.5, with 95 % intervals in brackets: clip +1.0000 [+1.0000, +1.0000]; a picture takes 0.20 of the time (100 "
+        "ms against 500 ms, one batch each, drawn in turns)"
     )
 
 

@@ -189,7 +189,7 @@ def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, 
     with pytest.raises(TableError, match="'nowhere' is no directory"):
         measured(replace(request_of, solvers=("nowhere",)))
     for reference, said in (
-        (Path("real"), "--reference is real, and nothing is there: give pictures"),
+        (Path("real"), "--reference is real, which does not exist: give a folder of pictures"),
         (tmp_path / "mine", "holds no pictures"),
         (request_of.prompts, "prompts.txt cannot be read as statistics"),
     ):

@@ -1,14 +1,19 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console, RenderableType
+from typer.testing import CliRunner
 
+from epd_ray.cli.tables import app
 from epd_ray.errors import TableError
-from epd_ray.runs.tables import convert, import_reference, list_presets, load_solver, show, show_solver
+from epd_ray.runs.presets import list_presets
+from epd_ray.runs.tables import convert, import_reference, load_solver, show_solver
 from epd_ray.solvers import Solver, SolverTable
-from epd_ray.solvers.presets import NAMES
+from epd_ray.solvers.presets import NAMES, read_preset
 from tests.test_reference import SD3, Predictor, dump
 
 
@@ -73,6 +78,29 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_show_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    show(list_presets())
-    assert "sd3-1024-rl" in capsys.readouterr().out
+def test_the_command_prints_both() -> None:
+    for command, said in ((["list"], "sd3-1024-rl"), (["show", "flux-rl"], "16 calls that wait")):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0 and said in result.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_read_as_its_solver_is(name: str) -> None:
+    solver, preset = Solver.from_pretrained(name), read_preset(name)
+    assert (preset.intervals, preset.points) == (solver.table.intervals, solver.table.points)
+    assert preset.cost == solver.cost and preset.meta == solver.meta
+
+
+def test_the_list_needs_no_torch() -> None:
+    """Importing torch alone takes longer than everything else that this command does."""
+    check = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from epd_ray.cli.tables import app\n"
+        "assert 'flux-rl' in CliRunner().invoke(app, ['list']).stdout\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules)\n"
+        "import epd_ray.runs.tables\n"
+        "assert not {'diffusers', 'transformers', 'ray', 'huggingface_hub', 'pandas', 'pyarrow'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

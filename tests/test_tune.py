@@ -10,7 +10,8 @@ from ray.tune import Callback, CheckpointConfig, RunConfig, Tuner
 
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.config import RDPOConfig, uniform_table
+from epd_ray.rdpo.config import RDPOConfig
+from epd_ray.solvers.table import uniform_table
 
 PROMPTS = [f"prompt {i}" for i in range(16)]
 GOOD = RewardSpec(head="tests.sweep_fakes:PlacedHead", num_cpus=0.1)

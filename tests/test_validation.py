@@ -209,7 +209,7 @@ def test_a_hacked_table_is_not_the_one_to_take_home(small_ray, tmp_path, monkeyp
     train(config, tmp_path / "whole", Quiet())
     first = 2 * np.flatnonzero(np.array(watched) < 0)[0]
     (said,) = [r.message for r in caplog.records if "reward hacking?" in r.message]
-    assert said.endswith(f"]: the solver stays that of iteration {first - 2}")
+    assert said.endswith(f"]: the run keeps the solver of iteration {first - 2}")
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "again", Quiet(interrupt_after=5))
     resume(tmp_path / "again", Quiet())

@@ -1,1 +1,1 @@
-"""The Ray wing: starting or joining a cluster, pools of actors that draw and score, and the path of a task."""
+"""The parts that need Ray: joining or starting a cluster, rollout and reward actors, and the tasks they are given."""

@@ -1,17 +1,18 @@
 """What the discrete-time families share: sigmas and timesteps of their training schedule, and the network's output."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import ModelError, ScheduleError
-from epd_ray.solvers.network import ve_drift
-from epd_ray.solvers.schedules import discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
+from epd_ray.solvers.network import unit_variance, ve_drift
+from epd_ray.solvers.scheduler_config import SchedulerFacts, VEPrediction
+from epd_ray.solvers.schedules import alphas_cumprod, discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+PREDICTIONS: tuple[str, ...] = get_args(VEPrediction)
+BETAS = tuple(name for name in SchedulerFacts.model_fields if name != "prediction_type")
 
 
 class DiscreteTime:
@@ -35,7 +36,7 @@ class DiscreteTime:
             raise ModelError(f"model {model!r} predicts {self.prediction_type!r}, expected one of {known}")
         if config.get("rescale_betas_zero_snr"):
             raise ModelError(f"model {model!r} starts at infinite sigma (rescale_betas_zero_snr): not supported")
-        self.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
+        self.alphas_cumprod = alphas_cumprod(scheduler.betas)
         self.facts: dict[str, JsonValue] = {"prediction_type": self.prediction_type}
         self.facts |= {key: _plain(config.get(key)) for key in BETAS if config.get(key) is not None}
         try:
@@ -68,7 +69,7 @@ class DiscreteTime:
 
 def network_input(x: Tensor, sigma: Tensor) -> Tensor:
     """x [B, ...] scaled to unit variance, as the network was trained."""
-    return x / (_spread(sigma, x) ** 2 + 1).sqrt()
+    return unit_variance(x, _spread(sigma, x))
 
 
 def _spread(sigma: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from epd_ray.solvers.scheduler_config import TRAIN_TIMESTEPS
 from epd_ray.types import Form
 
 
@@ -28,5 +29,5 @@ DOORS = {
     "StableDiffusionPipeline": Door("unet", "sample", "ve", "sd"),
     "StableDiffusionXLPipeline": Door("unet", "sample", "ve", "sdxl"),
     "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow", "sd3"),
-    "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / 1000),
+    "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / TRAIN_TIMESTEPS),
 }

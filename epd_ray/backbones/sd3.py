@@ -12,7 +12,7 @@ from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
 from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import decode_latents
 from epd_ray.errors import ModelError
-from epd_ray.solvers.scheduler_config import FLOW_FACTS
+from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.types import Form
 
 T5_TOKENS = 256  # as in the pipeline's call
@@ -87,8 +87,8 @@ class SD3Family:
         transformer = self._pipeline.transformer
         embeds, pooled = tensors
         velocity: Tensor = transformer(
-            hidden_states=x.to(transformer.dtype), timestep=(1000 * sigma).float(), encoder_hidden_states=embeds,
-            pooled_projections=pooled, return_dict=False,
+            hidden_states=x.to(transformer.dtype), timestep=(TRAIN_TIMESTEPS * sigma).float(),
+            encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False,
         )[0]  # fmt: skip
         return velocity.float()
 

@@ -23,7 +23,7 @@ from epd_ray.prompts.splits import load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.session import rdpo_config
 from epd_ray.rewards.scoring import Scorer
-from epd_ray.runs.trainer import descent_of, stage_one
+from epd_ray.runs.stage_one import descent_of, stage_one
 from epd_ray.stage_one.fit import fit_table, losses
 from epd_ray.stage_one.shard import Fit, as_table
 

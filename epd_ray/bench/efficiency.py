@@ -15,7 +15,8 @@ from epd_ray.config.run_config import RunConfig
 from epd_ray.evaluation.statistics import median_interval
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.session import algorithm
-from epd_ray.runs.trainer import distil, held_out
+from epd_ray.runs.stage_one import fit_start_table
+from epd_ray.runs.trainer import held_out
 from epd_ray.stage_one.shard import as_table
 
 REFERENCE = (
@@ -161,7 +162,7 @@ def _measured(config: RunConfig, budget: int, target: float | None) -> Curve:
     """
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
-        algo.rebase(as_table(distil(config, prompts, algo)))
+        algo.rebase(as_table(fit_start_table(config, prompts, algo)))
         curve = Curve([], [])
         for images in (0, *[check for check in CHECKS if check <= budget]):
             while algo.policy_version * algo.config.batch_plan.images < images:

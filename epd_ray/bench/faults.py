@@ -39,7 +39,7 @@ from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import EpdRayError, TaskError
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import rdpo_config
-from epd_ray.runs.trainer import stage_one
+from epd_ray.runs.stage_one import stage_one
 from epd_ray.stage_one.fit import fit_table
 
 KINDS = ("rollout", "rollout", "reward", "learner")

@@ -18,9 +18,10 @@ from epd_ray.deploy.parallelize import parallelize, restore
 from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import torch_generator
-from epd_ray.rdpo.config import uniform_table
-from epd_ray.solvers import Solver, epd, zoo
+from epd_ray.solvers import Solver, zoo
 from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.epd import epd
+from epd_ray.solvers.table import uniform_table
 from epd_ray.types import Backbone, Conditioning
 
 EULER = "euler"
@@ -98,7 +99,7 @@ def _solvers(
         together, apart = f"epd K={points}", f"epd K={points}, one after another"
         ways[together] = partial(epd, drift, x, sigmas, table)
         ways[apart] = partial(epd, one_after_another(drift, len(x)), x, sigmas, table)
-        evals[together] = evals[apart] = table.evaluations(afs=False)
+        evals[together] = evals[apart] = table.cost().model_evals
     return ways, evals
 
 

@@ -10,7 +10,8 @@ from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec
 from epd_ray.backbones.architectures import ARCHITECTURES
 from epd_ray.bench.random_models import Size
-from epd_ray.embedded.scenes import distinct_scenes
+from epd_ray.bench.settings import DEFAULTS
+from epd_ray.embedded.scenes import Scene, distinct_scenes
 from epd_ray.errors import ConfigError
 from epd_ray.rdpo.config import EMBEDDED_BACKBONE
 from epd_ray.registry import did_you_mean
@@ -103,9 +104,14 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def scenes(count: int) -> list[Scene]:
+    """This many different training scenes of the embedded model, as the default run has them."""
+    return distinct_scenes("train", count, DEFAULTS.seed, DEFAULTS.prompts.two_things)
+
+
 def prompts(count: int) -> list[str]:
-    """This many different prompts, captions of the embedded model's scenes."""
-    return [scene.caption for scene in distinct_scenes("train", count, 0, 0.5)]
+    """This many different prompts, the captions of scenes."""
+    return [scene.caption for scene in scenes(count)]
 
 
 def scorers(specs: Mapping[str, RewardSpec]) -> list[Scorer]:

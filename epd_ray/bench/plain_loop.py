@@ -18,8 +18,8 @@ from epd_ray.policy.minibatches import image_order
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.solvers import epd
 from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.epd import epd
 from epd_ray.types import Drift, FloatArray, ImageArray, RolloutRequest
 
 STAGES = ("draw", "encode", "solve", "decode", "score", "update")

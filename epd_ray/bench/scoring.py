@@ -18,17 +18,20 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from epd_ray.actors.cluster import ray_session
-from epd_ray.actors.reward_pool import RewardActor, RewardSpec
+from epd_ray.actors.configured import reward_spec
+from epd_ray.actors.reward_pool import RewardActor
+from epd_ray.bench.models import scenes
 from epd_ray.bench.record import Record
+from epd_ray.bench.settings import DEFAULTS
 from epd_ray.bench.timing import timed
-from epd_ray.embedded.scenes import distinct_scenes, render
+from epd_ray.embedded.scenes import render
 from epd_ray.randomness import Purpose, stream
 from epd_ray.score.inputs import read_index
 from epd_ray.score.pipeline import scored
 from epd_ray.score.rows import decode, pieces, score_rows
 from epd_ray.types import FloatArray, ImageArray
 
-HEAD = RewardSpec(head="clip", options={"model": "shapes-clip"})
+HEAD = reward_spec(DEFAULTS.rewards["clip"])
 ROW_GROUP = 256
 
 
@@ -75,11 +78,11 @@ def scoring(images: int = 4096, batch_size: int = 32, repeats: int = 3) -> Recor
 
 def _write(path: Path, images: int) -> Path:
     """Write a parquet file of rendered scenes with their captions."""
-    scenes = distinct_scenes("train", 256, 0, 0.5)
-    pictures = (render(scenes, stream(Purpose.RENDERING, 0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    drawn = scenes(256)
+    pictures = (render(drawn, stream(Purpose.RENDERING, 0)) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     encoded = [_png(picture) for picture in pictures]
-    captions = [scene.caption for scene in scenes]
-    rows = [i % len(scenes) for i in range(images)]
+    captions = [scene.caption for scene in drawn]
+    rows = [i % len(drawn) for i in range(images)]
     table = pa.table({"image": [encoded[i] for i in rows], "prompt": [captions[i] for i in rows]})
     pq.write_table(table, path, row_group_size=ROW_GROUP)
     return path

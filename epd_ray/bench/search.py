@@ -23,7 +23,8 @@ from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds, request_seeds, stream
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import algorithm
-from epd_ray.runs.trainer import distil, validate
+from epd_ray.runs.stage_one import fit_start_table
+from epd_ray.runs.trainer import validate
 from epd_ray.solvers import SolverTable
 from epd_ray.stage_one.shard import as_table
 
@@ -204,7 +205,7 @@ def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Fo
     prompts = load_prompts(config.prompts, config.seed)
     with algorithm(config, prompts.train) as algo:
         if first is None:
-            table = as_table(distil(config, prompts, algo))
+            table = as_table(fit_start_table(config, prompts, algo))
         else:
             table = first.table
             algo.rebase(table)

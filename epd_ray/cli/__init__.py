@@ -1,4 +1,4 @@
-"""The `epd-ray` command. What is heavy is imported inside the commands, so that --help answers at once."""
+"""The `epd-ray` command. Each command imports its heavy modules when it runs, so that --help answers at once."""
 
 import os
 import sys
@@ -8,13 +8,9 @@ import typer
 
 from epd_ray.cli import ab, evaluate, rewards, runs, score, sweep, tables
 from epd_ray.cli.common import SHOWN
+from epd_ray.cli.options import Commands
 
-app = typer.Typer(
-    epilog="Start with `epd-ray train`: no arguments, no GPU, no download.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = Commands(epilog="Start with `epd-ray train`, which needs no arguments, no GPU and no download.")
 for command in (
     runs.train,
     runs.distill,
@@ -37,7 +33,10 @@ app.add_typer(rewards.app, name="rewards")
 @app.callback()
 def common(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback behind a one-line error. It may stand anywhere.")
+        bool,
+        typer.Option(
+            "--debug", help="Show the traceback of an error beside its one-line message. The flag may stand anywhere."
+        ),
     ] = False,
 ) -> None:
     """Fine-tune the ODE solver of a frozen diffusion model with reinforcement learning, on Ray."""
@@ -45,15 +44,17 @@ def common(
 
 
 def main(*command: str) -> None:
-    """The console script; jobs/*.py are its commands, one each.
+    """Run the console script. Each file in jobs/ calls it for one command.
 
     Args:
-        command: what stands before the arguments of this process, such as "train".
+        command: the words that go before the arguments of this process, such as "train".
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of a torchvision that nothing here needs
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else notices break the progress display
-    sys.argv[1:1] = command  # so that results can say how they were made
-    if "--debug" in sys.argv[1:]:  # an option of every command: people add it at the end of the line that failed
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # otherwise it warns that torchvision is missing, which is not needed
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise notices of Ray break the progress display
+    sys.argv[1:1] = command  # results name the command that made them
+    if "--debug" in sys.argv[1:]:  # users add it at the end of the command that failed
         sys.argv.remove("--debug")
         sys.argv.insert(1, "--debug")
     app(prog_name="epd-ray")

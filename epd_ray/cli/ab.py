@@ -1,4 +1,4 @@
-"""`epd-ray ab ...`: which of two solvers' pictures people prefer."""
+"""`epd-ray ab`: a blind test in which people compare the pictures of two solvers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,25 +6,42 @@ from typing import Annotated
 import typer
 
 from epd_ray.cli.common import ending, local_path, say
+from epd_ray.cli.options import Commands
 
-app = typer.Typer(help="Blind side-by-side comparison by people.", no_args_is_help=True)
+app = Commands(help="Let people compare the pictures of two solvers side by side, blind.")
 
-PageArgument = Annotated[Path, typer.Argument(metavar="PAGE", help="A folder that `epd-ray ab make` wrote.")]
+PageArgument = Annotated[Path, typer.Argument(metavar="PAGE", help="The folder that `epd-ray ab make` wrote.")]
 
 
 @app.command()
 def make(
-    left: Annotated[Path, typer.Argument(metavar="LEFT", help="Pictures, such as RUN/images/samples/rdpo.")],
-    right: Annotated[Path, typer.Argument(metavar="RIGHT", help="Another solver's, with the same file names.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder.", parser=local_path)],
+    left: Annotated[
+        Path, typer.Argument(metavar="LEFT", help="A folder of pictures, such as RUN/images/samples/rdpo.")
+    ],
+    right: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RIGHT", help="A folder with the pictures of another solver, under the same file names."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", parser=local_path)],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="As for epd-ray score, or a .json list.", show_default="those beside them"),
+        typer.Option(
+            metavar="FILE",
+            help="The prompts of the pictures: a table of file names and prompts, one prompt a line, or a .json list.",
+            show_default="the prompt files beside the pictures",
+        ),
     ] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of sides and order.")] = 0,
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="The number of pairs, from the first file name on.", show_default="all pairs"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="The seed that decides the sides and the order of the pairs.")
+    ] = 0,
 ) -> None:
-    """Write a page that shows two folders of pictures side by side, blind."""
+    """Write a web page that shows the pictures of two folders side by side without their names."""
     with ending():
         from epd_ray.evaluation.ab.make import make_page
 
@@ -34,9 +51,9 @@ def make(
 @app.command()
 def serve(
     page: PageArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0: any that is free.")] = 8010,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port on 127.0.0.1. 0 takes any free port.")] = 8010,
 ) -> None:
-    """Show a page, and save its votes beside it."""
+    """Serve the page to browsers on this machine, and save the votes beside it."""
     with ending():
         from epd_ray.evaluation.ab.server import serve_page
 
@@ -48,10 +65,14 @@ def results(
     page: PageArgument,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RESULTS", help="Downloaded from the page, one per rater.", show_default="PAGE's own"),
+        typer.Argument(
+            metavar="RESULTS",
+            help="Files of votes that raters downloaded from the page.",
+            show_default="the votes beside the page",
+        ),
     ] = None,
 ) -> None:
-    """Un-blind a page's votes: wins, ties and losses with a 95 % interval."""
+    """Count the wins, ties and losses of the votes, with a 95 % confidence interval."""
     with ending():
         from epd_ray.evaluation.ab.tally import results as unblind
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they end, what they show. Nothing heavy is imported before a command runs."""
+"""What the commands share: common arguments, error messages and exit codes. It imports no heavy module."""
 
 import errno
 import shlex
@@ -24,41 +24,58 @@ class Shown:
     """What the command line prints beside its results.
 
     Attributes:
-        tracebacks: whether the traceback behind a one-line error is printed too (`--debug`).
+        tracebacks: whether to print the traceback of an error too (`--debug`).
     """
 
     tracebacks: bool = False
 
 
 SHOWN = Shown()
-"""Of this process; set anew by each command."""
+"""The settings of this process; each command sets them."""
 
 FULL, REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, {errno.EACCES, errno.EROFS, errno.EPERM}
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run directory, as `train` leaves it, or a URI: s3://bucket/run.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run directory that `epd-ray train` wrote, or its URI, such as s3://bucket/run."
+    ),
 ]
-ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A YAML file that holds the configuration.",
+        show_default="the default configuration",
+    ),
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Configuration changes, such as rdpo.lr=1e-3.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, such as rdpo.lr=1e-3.")
 ]
 
 
 def place(run: str) -> str | Path:
-    """Where a run lies; a URI stays as it is, since a Path would lose one of its slashes."""
+    """The place of a run as a path, or as the URI itself, because a Path would drop one of its slashes."""
     return run if "://" in run else Path(run)
 
 
 def local_path(text: str | Path) -> Path:
-    """Parses an option that is written to a local disk alone; a Path of s3://b/x would be a local folder s3:/b/x."""
+    """Parse an option that names a local path. A URI is refused: its Path would be a local folder s3:/b/x."""
     if "://" in str(text):
-        raise typer.BadParameter(f"{text} is a URI, and only runs can lie elsewhere: name a path of this machine")
+        raise typer.BadParameter(
+            f"{text} is a URI, but only run directories can be remote: give a path on this machine"
+        )
     return Path(text)
 
 
 @contextmanager
 def ending(run: str | Path | None = None) -> Iterator[None]:
-    """Turn the user's errors and Ctrl-C into clean lines and an exit code; `run` is what could be resumed."""
+    """Turn the user's errors and Ctrl-C into one line and an exit code.
+
+    Args:
+        run: the run that can be resumed after Ctrl-C, as a path or URI; None where there is none.
+    """
     try:
         yield
     except EpdRayError as error:
@@ -70,7 +87,10 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
         if error.errno not in FULL | REFUSED:
             raise
         show_traceback()
-        where, fix = error.filename or "the disk", "make room" if error.errno in FULL else "see to its permissions"
+        where, fix = (
+            error.filename or "the disk",
+            "free some space" if error.errno in FULL else "change its permissions",
+        )
         typer.echo(f"error: {where}: {error.strerror} ({fix}, or use another place)", err=True)
         raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
@@ -81,14 +101,14 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
 
 
 def show_traceback() -> None:
-    """Print the traceback of the error that is being handled, where --debug asks for it."""
+    """Print the traceback of the error that is being handled, if --debug was given."""
     if SHOWN.tracebacks:
         typer.echo(traceback.format_exc(), err=True)
 
 
 @contextmanager
 def observed() -> Iterator["Observer"]:
-    """An observer that lets go of the terminal whatever happens."""
+    """An observer of the console, which ends its display also after an error."""
     from epd_ray.telemetry.progress import console_observer
 
     observer = console_observer()
@@ -99,6 +119,6 @@ def observed() -> Iterator["Observer"]:
 
 
 def say(lines: Sequence[str]) -> None:
-    """One line each."""
+    """Print lines."""
     for line in lines:
         typer.echo(line)

@@ -1,4 +1,4 @@
-"""`epd-ray evaluate`: a run's solver on other prompts, or a suite of solvers on any model."""
+"""`epd-ray evaluate`: the solver of a run on other prompts, or a suite of solvers on any model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,36 +17,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `epd-ray evaluate` is asked for; without `suite` only `count`, `prompts` and `split` go with a run."""
+    """The options of `epd-ray evaluate`. A run takes `count`, `prompts` and `split`; the others need `suite`."""
 
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[RUN] [KEY=VALUE]...",
-            help="Without --suite, a run directory or URI. With --suite, settings such as backbone.guidance_scale=4, "
-            "and for the suite `prompts` the file of prompts.",
+            help="Without --suite, the directory or URI of a run. With --suite, settings such as "
+            "backbone.guidance_scale=4; the suite `prompts` also takes the file of its prompts here.",
         ),
     ] = None
     suite: Annotated[
         Literal["paper", "paper-fid", "embedded", "prompts"] | None,
         typer.Option(
-            help="Compare solvers on a model. paper: the solvers of the papers' tables; paper-fid: those of the FID "
-            "table; embedded and prompts: a learned solver and every rival at the same cost."
+            help="The solvers to compare on a model. paper: the solvers of the papers' tables. paper-fid: the solvers "
+            "of the papers' FID table. embedded and prompts: a learned solver, and every baseline at the same cost."
         ),
     ] = None
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SOLVER", help="A learned solver: RUN/solver, a preset, or a hub id. Repeat the option for more."
+            metavar="SOLVER", help="A learned solver: RUN/solver, a preset, or a hub id. Repeat the option for several."
         ),
     ] = None
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Short for backbone.model=MODEL.")] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model, as the setting backbone.model=MODEL names it.", show_default="the setting"
+        ),
+    ] = None
     config: ConfigOption = None
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The directory of a suite's results. A suite that was interrupted goes on there.",
+            help="The directory of the results of a suite. An interrupted suite continues there.",
             parser=local_path,
         ),
     ] = None
@@ -54,13 +59,18 @@ class EvaluateOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The papers' table to compare with.",
-            show_default="by the model's family and resolution",
+            help="The name of the papers' table to compare with.",
+            show_default="the table of the model's family and resolution",
         ),
     ] = None
     count: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="The number of held-out prompts; without prompts, of pictures."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="The number of held-out prompts, or of pictures where the model takes no prompts.",
+            show_default="all prompts, or the number of the suite",
+        ),
     ] = None
     prompts: Annotated[
         Path | None,
@@ -69,30 +79,33 @@ class EvaluateOptions:
         ),
     ] = None
     images_per_prompt: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pictures for each prompt; diversity needs at least 2.")
+        int, typer.Option(min=1, metavar="N", help="The pictures per prompt. The diversity metric needs at least 2.")
     ] = 1
     features: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The network whose features diversity and the Frechet distance compare: inception, or a CLIP model.",
+            help="The network whose features diversity and the Frechet distance compare: inception or a CLIP model.",
+            show_default="inception for the suite paper-fid",
         ),
     ] = None
     reference: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Pictures, or statistics in an .npz file, that the Frechet distance is measured to."
+            metavar="PATH",
+            help="Pictures, or an .npz file of their statistics, from which the Frechet distance is measured.",
+            show_default="no Frechet distance",
         ),
     ] = None
     split: Annotated[
         Literal["validation", "test"] | None,
-        typer.Option(help="Which held-out prompts of a run are drawn.", show_default="test"),
+        typer.Option(help="The held-out prompts of a run that are used.", show_default="test"),
     ] = None
 
 
 @taking(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Compare a run's solver with rivals on held-out prompts, or compare solvers on any model by a suite."""
+    """Compare the solver of a run with the baselines on held-out prompts, or a suite of solvers on any model."""
     with ending():
         if options.suite is None:
             _run_again(options)
@@ -101,7 +114,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def _run_again(options: EvaluateOptions) -> None:
-    """Without --suite: a run's solver and its rivals, on other prompts than at the end of the run."""
+    """Compare the solver of a run with the baselines again, on other prompts than at the end of the run."""
     given = options.arguments or []
     of_suites = (options.solver, options.model, options.config, options.out, options.table)
     if len(given) != 1 or any((*of_suites, options.features, options.reference)) or options.images_per_prompt > 1:
@@ -111,7 +124,7 @@ def _run_again(options: EvaluateOptions) -> None:
                 "(epd-ray evaluate --help)"
             ]
         )
-    from epd_ray.runs import train as run
+    from epd_ray.runs import evaluate as run
 
     with observed() as observer:
         headline = run.evaluate(place(given[0]), options.count, options.prompts, options.split or "test", observer)
@@ -119,7 +132,7 @@ def _run_again(options: EvaluateOptions) -> None:
 
 
 def _suite_of(options: EvaluateOptions) -> tuple["Request", list[str]]:
-    """The request of a suite, and the settings that were given with it."""
+    """The request of a suite, and the settings on the command line."""
     from epd_ray.evaluation.suites.settings import Request
 
     suite, given = options.suite, options.arguments or []
@@ -131,7 +144,7 @@ def _suite_of(options: EvaluateOptions) -> tuple["Request", list[str]]:
     if options.split is not None:
         raise ConfigError(["--split is for the prompts of a RUN: leave it out with --suite"])
     if options.out is None:
-        raise ConfigError([f"--suite {suite} needs --out DIR: the results go there, and an interrupted one goes on"])
+        raise ConfigError([f"--suite {suite} needs --out DIR for its results: an interrupted suite continues there"])
     request = Request(
         suite=suite,
         out=options.out,

@@ -1,4 +1,4 @@
-"""`epd-ray rewards ...`: environments of the reward packages, a server for any head, checkpoint conversion."""
+"""`epd-ray rewards`: environments of the reward packages, a server for any head, and checkpoint conversion."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 import typer
 
 from epd_ray.cli.common import ending
+from epd_ray.cli.options import Commands
 from epd_ray.errors import ConfigError
 
-app = typer.Typer(help="Reward heads: package environments, a server, conversion.", no_args_is_help=True)
+app = Commands(help="List, install, convert and serve reward heads.")
 
 
 @app.command("list")
 def list_() -> None:
-    """The heads by name."""
+    """List the names of the reward heads."""
     with ending():
         from epd_ray.rewards import HEADS
 
@@ -24,10 +25,18 @@ def list_() -> None:
 
 @app.command()
 def install(
-    name: Annotated[str, typer.Argument(help="imagereward, hpsv2, or fid (of Inception's features).")],
-    force: Annotated[bool, typer.Option(help="Build it again.")] = False,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="The package: imagereward, hpsv2, or fid, which extracts the Inception features of the FID.",
+        ),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Build the environment again even if it is there already.")
+    ] = False,
 ) -> None:
-    """Build the Python environment of a published package: a reward's for `backend: package`, or the FID's."""
+    """Build the Python environment of a published package, as a reward head with `backend: package` needs it."""
     with ending():
         from epd_ray.actors.environments import install as build
 
@@ -36,11 +45,13 @@ def install(
 
 @app.command()
 def convert(
-    head: Annotated[Literal["mps"], typer.Argument(help="Which head's checkpoint.")],
-    source: Annotated[Path, typer.Argument(help="A pickled module; nothing in it is run.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
+    head: Annotated[Literal["mps"], typer.Argument(metavar="HEAD", help="The head whose checkpoint it is: mps.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The checkpoint, a pickled module. None of its code is run.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
 ) -> None:
-    """Turn a checkpoint that is a pickled module into safetensors, once."""
+    """Convert a checkpoint that is a pickled module to a safetensors file."""
     with ending():
         from epd_ray.rewards.checkpoints import convert_module
 
@@ -49,14 +60,26 @@ def convert(
 
 @app.command()
 def serve(
-    head: Annotated[str, typer.Argument(help="A head's name (epd-ray rewards list), or module:Class.")],
-    options: Annotated[str, typer.Option(metavar="JSON", help="The head's constructor arguments.")] = "{}",
-    host: Annotated[str, typer.Option(help="Loopback unless you say otherwise.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="Processes that score.")] = 1,
-    num_gpus: Annotated[float, typer.Option(min=0, help="Per replica.")] = 0.0,
+    head: Annotated[
+        str,
+        typer.Argument(metavar="HEAD", help="The name of a head (see epd-ray rewards list), or module:Class."),
+    ],
+    options: Annotated[
+        str, typer.Option(metavar="JSON", help="The constructor arguments of the head, as a JSON object.")
+    ] = "{}",
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="The address to listen on. By default only this machine can connect.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="The number of processes that score.")] = 1,
+    num_gpus: Annotated[
+        float,
+        typer.Option(
+            min=0, help="The GPUs that each replica reserves, a share of one or several. 0 scores on the CPU."
+        ),
+    ] = 0.0,
 ) -> None:
-    """Serve a head over HTTP, for the `http` head of other machines."""
+    """Serve a head over HTTP, so that runs on other machines can use it through the head `http`."""
     with ending():
         try:
             arguments = json.loads(options)

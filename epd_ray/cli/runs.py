@@ -1,4 +1,4 @@
-"""Commands on runs and solvers, and those that look at the machine."""
+"""The commands that make runs and solvers, and those that examine or measure the machine."""
 
 import time
 from dataclasses import dataclass
@@ -26,22 +26,33 @@ def train(
     config: ConfigOption = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="New run directory, or s3://bucket/run.", show_default="runs/<time>-<name>"),
+        typer.Option(
+            metavar="DIR",
+            help="The run directory to write, or a URI such as s3://bucket/run.",
+            show_default="runs/<time>-<name>",
+        ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="The directory or URI of a run to continue from its last checkpoint."),
+    ] = None,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Continue the run where --out holds it already: for schedulers.")
+        bool, typer.Option("--retry", help="Continue the run if --out holds it already. Job schedulers need this flag.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Place the actors, measure one batch, and say what the run would take.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Start one actor of each kind, measure one batch, and print the memory and the hours of the run.",
+        ),
     ] = False,
 ) -> None:
     """Fine-tune a solver, compare it with the baselines, and write a report."""
     with ending():
         if resume is not None and (config or out or overrides or dry_run or retry):
-            raise ConfigError(["--resume continues with the run's own configuration: leave out everything else"])
+            raise ConfigError(["--resume continues with the configuration of the run: leave out everything else"])
         if retry and (out is None or dry_run):
-            raise ConfigError(["--retry continues the run in --out: give --out, and no --dry-run"])
+            raise ConfigError(["--retry continues the run in --out: give --out, and leave out --dry-run"])
         if resume is None:
             from epd_ray.config.loading import load_config
 
@@ -57,11 +68,13 @@ def train(
         else:
             path = place(resume)
     with ending(path):
+        if resume is None:
+            from epd_ray.runs.describe import describe
+
+            say(describe(settings))  # before the imports that take seconds
         from epd_ray.runs import train as run
         from epd_ray.storage.places import inside
 
-        if resume is None:
-            say(run.describe(settings))
         with observed() as observer:
             if resume is None:
                 headline = run.train(settings, path, observer, again=retry)
@@ -73,41 +86,50 @@ def train(
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """What `epd-ray sample` is asked for."""
+    """The options of `epd-ray sample`."""
 
     solver: Annotated[
         str,
-        typer.Option(metavar="SOLVER", help="RUN/solver, a preset (see epd-ray tables list), or a hub id."),
+        typer.Option(metavar="SOLVER", help="The solver: RUN/solver, a preset (see epd-ray tables list), or a hub id."),
     ]
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw. Repeat the option for more.")]
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise of the first picture.")] = 0
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture file.", parser=local_path)] = Path("sample.png")
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="The prompt of a picture. Repeat the option for several.")
+    ]
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="The noise seed of the first picture. Each further picture adds 1.")
+    ] = 0
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture file to write.", parser=local_path)] = Path(
+        "sample.png"
+    )
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="A pipeline directory, a hub id, or an embedded model's name.",
+            help="The model: a pipeline directory, a hub id, or the name of an embedded model.",
             show_default="the model that the solver was made for",
         ),
     ] = None
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Scale of classifier-free guidance.", show_default="the solver's own"),
+        typer.Option(min=0, help="The scale of classifier-free guidance.", show_default="the scale of the solver"),
     ] = None
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels per side.", show_default="the solver's own")] = (
-        None
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=8, help="Pixels per side of the picture.", show_default="the resolution of the solver"),
+    ] = None
+    device: Annotated[str, typer.Option(help="A torch device, or auto, which takes cuda, then mps, then cpu.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="The precision of the network: auto, float32, bfloat16 or float16.")] = (
+        "auto"
     )
-    device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu), or a torch device.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="Precision of the network: auto, float32, bfloat16 or float16.")] = "auto"
     family: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:CLASS", help="A backbone class of your own.", show_default="the solver's own"),
+        typer.Option(metavar="MODULE:CLASS", help="Your own backbone class.", show_default="the class of the solver"),
     ] = None
 
 
 @taking(SampleCommand)
 def sample(command: SampleCommand) -> None:
-    """Draw prompts with a learned solver, side by side in one picture."""
+    """Draw a picture per prompt with a learned solver, and write them side by side into one file."""
     with ending():
         from diffusers.utils.logging import disable_progress_bar
         from transformers.utils.logging import disable_progress_bar as disable_too
@@ -124,7 +146,7 @@ def sample(command: SampleCommand) -> None:
 
 
 def report(path: RunArgument) -> None:
-    """Write a run's report.html again."""
+    """Write the report.html of a run again."""
     with ending():
         from epd_ray.runs.report import write_report
         from epd_ray.storage.places import inside, place_of
@@ -137,14 +159,16 @@ def report(path: RunArgument) -> None:
 def results(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="SOURCE...", help="Directories of evaluate --suite, and files of bench --out."),
+        typer.Argument(
+            metavar="SOURCE...", help="Directories of `evaluate --suite --out`, and files of `bench --out`."
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the document goes.", parser=local_path)] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of the document.", parser=local_path)] = Path(
         "results"
     ),
-    title: Annotated[str, typer.Option(metavar="TEXT", help="Of the document.")] = "What was measured",
+    title: Annotated[str, typer.Option(metavar="TEXT", help="The title of the document.")] = "What was measured",
 ) -> None:
-    """Join what suites and benchmarks measured into one document, each figure under its command."""
+    """Join the results of suites and benchmarks into one document, which names the command of each figure."""
     with ending():
         from epd_ray.evaluation.results import write_document
 
@@ -157,11 +181,14 @@ def distill(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="New solver directory.", show_default="solvers/<time>-<name>", parser=local_path
+            metavar="DIR",
+            help="The solver directory to write.",
+            show_default="solvers/<time>-<name>",
+            parser=local_path,
         ),
     ] = None,
 ) -> None:
-    """Stage 1 alone, without rewards: a solver that follows a finer one, also for unconditional models."""
+    """Fit a solver to a finer one without any reward (stage 1 alone). Unconditional models work too."""
     with ending():
         from epd_ray.config.loading import load_config
         from epd_ray.runs.distill import distill as fit
@@ -174,7 +201,7 @@ def distill(
 
 
 def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> None:
-    """Place a configuration's weights on every node, once."""
+    """Download the weights that a configuration needs to every node of the cluster."""
     with ending():
         from epd_ray.config.loading import load_config
         from epd_ray.runs.fetch import fetch as place
@@ -185,7 +212,7 @@ def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> N
 
 
 def doctor() -> None:
-    """Say what is installed, which device is used, and what is missing."""
+    """Show the installed versions, the device that is used, and what is missing."""
     with ending():
         from epd_ray.runs.doctor import examine, show
 
@@ -198,42 +225,45 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="CASE",
-            help="overhead, overlap, efficiency, search, distill, batching, latency, step, throughput, scale, flat, "
-            "faults, scoring. None: all of them, which takes hours; with --model those that take one.",
+            help="The benchmarks: overhead, overlap, efficiency, search, distill, batching, latency, step, throughput, "
+            "scale, flat, faults and scoring.",
+            show_default="all benchmarks, which takes hours; with --model, those that take a model",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Of batching, latency, step and throughput: shapes, or random weights in a published architecture "
-            "(sd15-random, sdxl-random, sd3-random, flux-random).",
-            show_default="the case's own",
+            help="The model of batching, latency, step and throughput: shapes, or random weights in a published "
+            "architecture (sd15-random, sdxl-random, sd3-random, flux-random).",
+            show_default="the model of the benchmark",
         ),
     ] = None,
     size: Annotated[
-        Literal["full", "small"] | None, typer.Option(help="Of random models.", show_default="full on a GPU")
+        Literal["full", "small"] | None,
+        typer.Option(help="The size of a model with random weights.", show_default="full on a GPU, else small"),
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile", help="The network of a random model, with torch.compile.")
+        bool | None,
+        typer.Option("--compile", help="Compile the network of a model with random weights by torch.compile."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the records there, as JSON.", parser=local_path)
+        Path | None, typer.Option(metavar="FILE", help="A JSON file that also receives the results.", parser=local_path)
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds 0 to this, exclusive, of efficiency (5) and search (3).")
+        int | None, typer.Option(min=1, help="The number of seeds of efficiency and search.", show_default="5 and 3")
     ] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where efficiency and search keep what they have measured, and go on from after a stop.",
+            help="The directory in which efficiency and search keep their results, to continue after a stop.",
             show_default="bench",
             parser=local_path,
         ),
     ] = None,
 ) -> None:
-    """Measure this system against something in the same run."""
+    """Run benchmarks, which measure this package and a point of comparison in the same process."""
     with ending():
         from epd_ray.bench.cases import Options
         from epd_ray.bench.kept import FOLDER

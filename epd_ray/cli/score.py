@@ -1,4 +1,4 @@
-"""`epd-ray score`: rewards of pictures that are there already."""
+"""`epd-ray score`: the rewards of pictures that exist already."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,44 +16,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """What `epd-ray score` is asked for."""
+    """The arguments of `epd-ray score`."""
 
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A folder of pictures, .tar or .parquet files, or a pattern of them."),
+        typer.Argument(
+            metavar="SOURCE", help="A folder of pictures, a .tar or .parquet file, or a pattern of such files."
+        ),
     ]
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", help="The directory of the scores. What is there already is kept.", parser=local_path
+            metavar="DIR",
+            help="The directory of the scores. Pictures that have scores there are not scored again.",
+            parser=local_path,
         ),
     ]
     overrides: OverridesArgument = None
     heads: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Reward heads, such as clip,hpsv2 (see epd-ray rewards list)."),
+        typer.Option(
+            metavar="NAMES",
+            help="The reward heads, separated by commas, such as clip,hpsv2 (see epd-ray rewards list).",
+        ),
     ] = None
     config: ConfigOption = None
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The prompts of a folder: a table of file names and prompts, or one prompt a line.",
-            show_default="x.txt beside x.png",
+            help="The prompts of a folder of pictures: a table of file names and prompts, or one prompt a line.",
+            show_default="the file x.txt beside x.png",
         ),
     ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call of a head.")] = 32
+    batch_size: Annotated[int, typer.Option(min=1, help="The number of pictures in one call of a head.")] = 32
     max_errors: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of all rows that may fail before the command does.")
+        float,
+        typer.Option(
+            min=0, max=1, help="The share of the pictures that may fail, from 0 to 1, before the command fails."
+        ),
     ] = 0.01
     address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster.", show_default="a Ray of the command's own")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The address of the Ray cluster to use.",
+            show_default="Ray is started on this machine",
+        ),
     ] = None
 
 
 @taking(ScoreCommand)
 def score(command: ScoreCommand) -> None:
-    """Score the pictures of a folder, of tars or of Parquet files. Run it again to score what is missing or failed."""
+    """Score pictures in a folder, in .tar or in .parquet files. A second call scores what is missing or failed."""
     with ending():
         c = command
         settings = _settings(c.heads, c.config, list(c.overrides or []), c.address)
@@ -71,11 +86,11 @@ def score(command: ScoreCommand) -> None:
 
 
 def _settings(heads: str | None, config: Path | None, overrides: list[str], address: str | None) -> "RunConfig":
-    """The configuration with the heads that were named: of the registry, or of the file.
+    """The configuration with the named heads, which come from the registry or from the configuration file.
 
     Raises:
-        ConfigError: no heads, or wrong settings.
-        UnknownNameError: a head that is not there.
+        ConfigError: no head is named, or a setting is wrong.
+        UnknownNameError: a named head does not exist.
     """
     from epd_ray.config.loading import load_config
     from epd_ray.registry import did_you_mean
@@ -100,5 +115,5 @@ def _settings(heads: str | None, config: Path | None, overrides: list[str], addr
 
 
 def _short(name: str) -> str:
-    """hpsv2 for hpsv2.1: a head's name in configurations and columns has no dot."""
+    """The name of a head without its version: hpsv2 for hpsv2.1, because names in configurations have no dot."""
     return name.partition(".")[0]

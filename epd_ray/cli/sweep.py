@@ -1,4 +1,4 @@
-"""`epd-ray sweep`: many runs with other values."""
+"""`epd-ray sweep`: many runs with different values of some keys of the configuration."""
 
 import shlex
 import time
@@ -16,16 +16,18 @@ def sweep(
     config: ConfigOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="New directory.", show_default="sweeps/<time>-<name>", parser=local_path),
+        typer.Option(
+            metavar="DIR", help="The directory to write.", show_default="sweeps/<time>-<name>", parser=local_path
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with this sweep.", parser=local_path)
+        Path | None, typer.Option(metavar="DIR", help="The directory of a sweep to continue.", parser=local_path)
     ] = None,
 ) -> None:
-    """Try values of a run's keys on Ray Tune, and keep the solver with the best held-out reward."""
+    """Try values of some keys of the configuration with Ray Tune, and keep the solver with the best held-out reward."""
     with ending():
         if resume and (config or out or overrides):
-            raise ConfigError(["--resume goes on with the sweep's own configuration: leave out everything else"])
+            raise ConfigError(["--resume continues with the configuration of the sweep: leave out everything else"])
         from epd_ray.sweep import tuner as runner
         from epd_ray.sweep.space import load_plan
 

@@ -1,45 +1,55 @@
-"""`epd-ray tables ...`: solver tables that ship with the package, the reference's files, and one's own."""
+"""`epd-ray tables`: the solver tables of the package, of the reference implementation, and of the user."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epd_ray.cli.common import ending, local_path
+from epd_ray.cli.options import Commands
 
-app = typer.Typer(help="Solver tables: presets, the reference's files, your own.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = Commands(help="List, show, import and convert solver tables.")
 
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOLVER", help="A preset, a directory, a *.pkl of the reference, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="SOLVER",
+        help="A preset, a solver directory, a *.pkl file of the reference implementation, or a hub id.",
+    ),
 ]
-OutOption = Annotated[Path, typer.Option(metavar="DIR", help="New solver directory.", parser=local_path)]
+OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The solver directory to write.", parser=local_path)]
 
 
 @app.command("list")
 def list_() -> None:
-    """The presets: what they are for and what they cost."""
+    """List the presets with their models and costs."""
     with ending():
-        from epd_ray.runs.tables import list_presets, show
+        from epd_ray.runs.presets import list_presets  # reads the files without torch, which takes long to import
 
-        show(list_presets())
+        _print(list_presets())
 
 
 @app.command()
 def show(solver: SourceArgument) -> None:
-    """Print a solver: costs, origin, and its table."""
+    """Print the costs, the origin and the table of a solver."""
     with ending():
-        from epd_ray.runs.tables import show as print_it
         from epd_ray.runs.tables import show_solver
 
-        print_it(show_solver(solver))
+        _print(show_solver(solver))
 
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A *.pkl of the reference; nothing in it is run.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A *.pkl file of the reference implementation. None of its code is run."),
+    ],
     out: OutOption,
 ) -> None:
-    """Read a solver file of the reference."""
+    """Convert a solver file of the reference implementation to a solver directory."""
     with ending():
         from epd_ray.runs.tables import import_reference
 
@@ -48,8 +58,14 @@ def import_(
 
 @app.command()
 def convert(solver: SourceArgument, out: OutOption) -> None:
-    """Write any solver as a directory that EPDScheduler.from_pretrained opens."""
+    """Write any solver to a directory that EPDScheduler.from_pretrained opens."""
     with ending():
         from epd_ray.runs.tables import convert as convert_it
 
         typer.echo(f"solver: {convert_it(solver, out)}")
+
+
+def _print(content: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console().print(content, highlight=False)

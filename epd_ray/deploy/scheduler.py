@@ -14,14 +14,13 @@ from torch import Tensor
 from epd_ray.errors import TableError
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
-from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, facts_of, parse_facts, scheduler_config
+from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, facts_of, parse_facts
 from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
+from epd_ray.solvers.table import Rows
 from epd_ray.types import Form
 from epd_ray.weights.hub import explain
 
 log = logging.getLogger(__name__)
-
-Rows = list[list[float]]
 
 
 class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships no types
@@ -54,6 +53,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         ScheduleError: sigmas that do not decrease or reach 0.
     """
 
+    # The arguments are as many as they are because diffusers keeps a scheduler's configuration as the arguments of its
+    # constructor, plain JSON values all of them: scheduler_config.json is read back as EPDScheduler(**values).
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
@@ -84,11 +85,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         }  # fmt: skip
         self.network = Network(parse_facts(facts, form))
         self.form = cast(Form, form)
-        columns = [
-            None if c is None else torch.tensor(c, dtype=torch.float64)
-            for c in (positions, weights, scale_dir, scale_time)
-        ]
-        table = SolverTable(*columns)  # type: ignore[arg-type]
+        table = SolverTable.from_lists(
+            {"positions": positions, "weights": weights, "scale_dir": scale_dir, "scale_time": scale_time}
+        )
         self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, solver_order)
         self.register_to_config(use_flow_sigmas=form == "flow")
         self._warned = False
@@ -112,7 +111,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             TableError: a network about which too little is known, or another one than the pipeline's.
         """
         theirs = None if like is None else facts_of(like.config, solver.form)
-        config = scheduler_config(solver, theirs if solver.meta.get("scheduler") is None else None)
+        config = solver.scheduler_config(theirs if solver.meta.get("scheduler") is None else None)
         if config is None:
             raise TableError(
                 "the solver does not say what its network predicts "

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError
-from epd_ray.solvers import Solver, SolverTable, epd, zoo
+from epd_ray.solvers import Solver, SolverTable, zoo
 from epd_ray.solvers.conditioned import conditioned_drift
-from epd_ray.solvers.epd import analytic_drift
+from epd_ray.solvers.costs import Cost
+from epd_ray.solvers.epd import analytic_drift, epd
 from epd_ray.solvers.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
 from epd_ray.types import Backbone, Conditioning, Drift
 
@@ -52,16 +53,19 @@ class Sampler:
         return self.kind != EPD and zoo.find(self.kind).ends_at_zero
 
     @property
+    def cost(self) -> Cost:
+        """The evaluations of the drift that one picture takes."""
+        return zoo.find(self.kind).cost(self.intervals, self.afs) if self.table is None else self.table.cost(self.afs)
+
+    @property
     def parallel_nfe(self) -> int:
-        """Sequential depth."""
-        if self.table is not None:
-            return self.table.depth(self.afs)
-        return zoo.find(self.kind).parallel_nfe(self.intervals) - self.afs
+        """The longest chain of evaluations that wait for each other."""
+        return self.cost.parallel_nfe
 
     @property
     def model_evals(self) -> int:
-        """All evaluations of the drift (guidance doubles the network's share of each)."""
-        return self.parallel_nfe if self.table is None else self.table.evaluations(self.afs)
+        """All evaluations of the drift; with classifier-free guidance each one is two passes of the network."""
+        return self.cost.model_evals
 
     def with_table(self, table: SolverTable) -> "Sampler":
         """The same sampler with another table."""
@@ -114,8 +118,8 @@ def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, af
     zoo.require_installed([name])
     (kind, schedule), method = zoo.split(name), zoo.find(name)
     intervals = method.intervals(parallel_nfe + afs)
-    if method.parallel_nfe(intervals) - afs != parallel_nfe:
-        near = {method.parallel_nfe(n) - afs for n in (max(1, intervals - 1), intervals)}
+    if method.cost(intervals, afs).parallel_nfe != parallel_nfe:
+        near = {method.cost(n, afs).parallel_nfe for n in (max(1, intervals - 1), intervals)}
         possible = " or ".join(str(n) for n in sorted(near))
         raise ValueError(
             f"{name} has {method.evals} evaluations an interval, parallel NFE {parallel_nfe} is impossible "

@@ -9,12 +9,11 @@ from pydantic import JsonValue
 from epd_ray.drawing.sampler import Sampler, alike, to_uint8
 from epd_ray.errors import ModelError
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
-from epd_ray.solvers import SolverTable
 from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
 from epd_ray.stage_one.least_squares import NormalEquations, normal_equations
 from epd_ray.stage_one.shard import Points, Shard, ShardStates
-from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob, RolloutRequest
+from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,9 @@ class RolloutWorker:
         table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
         sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
+        columns = {name: values.float().numpy() for name, values in table.columns().items()}  # each [B, N, K]
         rollouts = tuple(
-            _rollout(request, action, float(value), table, i)
+            Rollout(request.rollout_id, action.numpy(), float(value), **{name: c[i] for name, c in columns.items()})
             for i, (request, action, value) in enumerate(zip(job.requests, actions, log_probs, strict=True))
         )
         return Generated(rollouts, images)
@@ -108,14 +108,6 @@ class RolloutWorker:
             raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")
         images: ImageArray = to_uint8(pictures).numpy()
         return images
-
-
-def _rollout(request: RolloutRequest, action: torch.Tensor, value: float, table: SolverTable, index: int) -> Rollout:
-    """A request's answer, with its table [N, K] of the batch's."""
-    parts = (table.positions, table.weights, table.scale_dir, table.scale_time)
-    positions, weights, *scales = (None if part is None else part[index].float().numpy() for part in parts)
-    assert positions is not None and weights is not None
-    return Rollout(request.rollout_id, action.numpy(), value, positions, weights, *scales)
 
 
 def log_prob(policy: TableDistribution, actions: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Reads a scene off the pixels. Shares no network, weight or feature with the models that it judges."""
+"""Recognises a scene from its pixels. The judge shares no network, weight or feature with the models that it judges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from epd_ray.embedded.scenes import (
     coverage,
 )
 
-CONTRAST = 0.25  # RGB distance from the ground at which a pixel belongs to an object
-SPECK = 16  # pixels: smaller blobs are noise; the smallest object has about 70
-MIN_OVERLAP = 0.72  # intersection over union with the best fitting ideal shape
-MIN_PURITY = 0.7  # share of a blob's pixels that carry its colour
-SIZE_BORDER = 9.5  # pixels of radius between "small" (up to 7.5) and "large" (from 11.5)
-PLACE_BORDERS = (CANVAS / 2 - 8, CANVAS / 2 + 8)  # between the three columns (or rows), pixels
-REFERENCE_RADIUS = 10.0
+CONTRAST = 0.25  # a pixel belongs to an object when its RGB distance from the background is larger
+SPECK = 16  # blobs with fewer pixels are noise; the smallest object has about 70
+MIN_OVERLAP = 0.72  # smallest intersection over union with the best fitting ideal shape
+MIN_PURITY = 0.7  # smallest share of a blob's pixels that have its colour
+SIZE_BORDER = 9.5  # radius in pixels between "small" (at most 7.5) and "large" (at least 11.5)
+PLACE_BORDERS = (CANVAS / 2 - 8, CANVAS / 2 + 8)  # borders between the three columns, or rows, in pixels
+REFERENCE_RADIUS = 10.0  # pixels
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A blob: what it looks like and where its centre is, x and y in pixels."""
+    """A recognised object, and its centre in pixels from the left (x) and from the top (y)."""
 
     thing: Thing
     x: float
@@ -53,35 +53,36 @@ def _nearest(pixels: Array, palette: dict[str, tuple[float, float, float]]) -> n
 
 
 def look(image: Array) -> tuple[str, list[Seen]] | None:
-    """The ground's name and the objects on it, or None when a blob is no known shape or not of one colour.
+    """The name of the background and the objects on it; None when a blob has no known shape, or several colours.
 
     Args:
         image: [3, 64, 64], float in [0, 1].
     """
     border = np.concatenate([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], axis=1).T
-    ground = np.median(border, axis=0)
-    background = list(BACKGROUNDS)[int(_nearest(ground[None], BACKGROUNDS)[0])]
-    mask = np.linalg.norm(image - ground[:, None, None], axis=0) > CONTRAST
+    behind = np.median(border, axis=0)
+    background = list(BACKGROUNDS)[int(_nearest(behind[None], BACKGROUNDS)[0])]
+    mask = np.linalg.norm(image - behind[:, None, None], axis=0) > CONTRAST
     labels, count = ndimage.label(mask)
     seen = []
     for label in range(1, count + 1):
         if (labels == label).sum() < SPECK:
             continue
-        found = _identify(labels == label, image, ground)
+        found = _identify(labels == label, image, behind)
         if found is None:
             return None
         seen.append(found)
     return background, seen
 
 
-def _identify(blob: npt.NDArray[np.bool_], image: Array, ground: Array) -> Seen | None:
+def _identify(blob: npt.NDArray[np.bool_], image: Array, behind: Array) -> Seen | None:
+    """The object that the pixels of a blob [64, 64] show, given the background's colour [3]; None if there is none."""
     ink = np.array(list(COLOURS.values()), np.float32)[_nearest(np.median(image[:, blob], axis=1)[None], COLOURS)[0]]
-    step = (ink - ground)[:, None, None]
-    covered = (step * (image - ground[:, None, None])).sum(0) / (step**2).sum()
-    blob = blob & (covered > 0.5)  # the outline, where half a pixel is object
+    step = (ink - behind)[:, None, None]
+    covered = (step * (image - behind[:, None, None])).sum(0) / (step**2).sum()
+    blob = blob & (covered > 0.5)  # keep pixels of which the object covers more than half
     if blob.sum() < SPECK:
         return None
-    inner = ndimage.binary_erosion(blob)  # the rim mixes with the ground and would vote for other colours
+    inner = ndimage.binary_erosion(blob)  # pixels at the rim mix with the background and would vote for other colours
     votes = np.bincount(_nearest(image[:, inner if inner.any() else blob].T, COLOURS), minlength=len(COLOURS))
     if votes.max() < MIN_PURITY * votes.sum():
         return None
@@ -103,7 +104,12 @@ def _identify(blob: npt.NDArray[np.bool_], image: Array, ground: Array) -> Seen 
 
 
 def agrees(image: Array, scene: Scene) -> bool:
-    """Whether the picture shows exactly this scene: every attribute of every thing, their layout, the ground."""
+    """Whether a picture shows exactly this scene: every attribute of every object, their layout, and the background.
+
+    Args:
+        image: [3, 64, 64], float in [0, 1].
+        scene: the scene that the picture should show.
+    """
     found = look(image)
     if found is None:
         return False
@@ -124,5 +130,5 @@ def agrees(image: Array, scene: Scene) -> bool:
 
 
 def scene_accuracy(images: Array, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
-    """Per picture, whether it shows its scene. images [B, 3, 64, 64], float in [0, 1]; returns bool [B]."""
+    """For each of B pictures, whether it shows its scene, bool [B]; images are [B, 3, 64, 64], float in [0, 1]."""
     return np.array([agrees(image, scene) for image, scene in zip(images, scenes, strict=True)], bool)

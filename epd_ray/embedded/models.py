@@ -1,4 +1,4 @@
-"""The embedded models: `shapes` (text to image) and `shapes-clip` (its preference model)."""
+"""Directories of the embedded models: `shapes` (text to image) and `shapes-clip` (its CLIP model)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +10,10 @@ EMBEDDED = {name: Path(__file__).parent / name for name in ("shapes", "shapes-cl
 
 
 def resolve_model(model: str) -> str:
-    """An embedded model's name -> its directory; a directory or a hub id ("owner/name") stays what it is.
+    """The directory of an embedded model; any other directory or hub id ("owner/name") is returned unchanged.
 
     Raises:
-        ModelError: neither a directory nor anything that could be a hub id.
+        ModelError: `model` is not a directory and cannot be a hub id.
     """
     if model in EMBEDDED:
         return str(EMBEDDED[model])
@@ -25,11 +25,16 @@ def resolve_model(model: str) -> str:
 
 
 def require_vocabulary(model: str, tokenizers: Iterable[Any]) -> None:
-    """Refuse tokenizers without words: transformers makes such a one up, silently, where its files are missing.
+    """Refuse tokenizers without a vocabulary, which transformers silently creates when files are missing.
+
+    Args:
+        model: name of the model, for the message.
+        tokenizers: tokenizers of transformers.
 
     Raises:
-        ModelError: a tokenizer that knows its special tokens alone.
+        ModelError: a tokenizer has no other tokens than its special tokens.
     """
     for tokenizer in tokenizers:
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise ModelError(f"model {model!r} has a {type(tokenizer).__name__} without words: its files are missing")
+            kind = type(tokenizer).__name__
+            raise ModelError(f"model {model!r} has a {kind} without words: its files are missing, fetch them again")

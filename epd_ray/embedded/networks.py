@@ -1,4 +1,4 @@
-"""The embedded model's networks: all small, all in the layouts of the real ones."""
+"""The networks of the embedded models, as small instances of the usual diffusers and transformers classes."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ from epd_ray.embedded import scenes as world
 
 Network = TypeVar("Network", bound=nn.Module)
 
-TOKENS = 20  # the longest caption is 15 words, 17 tokens with its two ends
+TOKENS = 20  # the longest caption has 15 words, which are 17 tokens with start and end
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE in which each word of the captions is one token; other text falls apart into bytes."""
+    """CLIP's byte-level BPE tokenizer with one token for each word of the captions; other text is split into bytes."""
     things = [*world.SIZES, *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.PLACES, *world.RELATIONS]
     words = sorted({w for t in things for w in t.split()} | {"a", "an", "on", "and", "background", "with", "the"})
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -45,7 +45,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [B, 20], int64, padded as the SD3 pipeline pads."""
+    """The token ids [B, 20] of B captions, int64, padded as in the SD3 pipeline."""
     ids: Tensor = tokenizer(
         captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
@@ -61,7 +61,7 @@ def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextCo
 
 
 def make_vae() -> AutoencoderKL:
-    """64 px to 8 x 16 x 16."""
+    """An autoencoder that maps pictures [B, 3, 64, 64] to latents [B, 8, 16, 16]."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -79,7 +79,7 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class Denoiser(nn.Module):
-    """The transformer with its two text encoders, trained together; the pipeline saves them apart."""
+    """The transformer and its two text encoders, which are trained together and saved separately in the pipeline."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -96,7 +96,14 @@ class Denoiser(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, empty: int) -> Tensor:
-        """Velocity at x [B, 8, 16, 16], sigma [B]; `empty` zero tokens stand where T5's would."""
+        """The velocity [B, 8, 16, 16] at latents x and sigma [B].
+
+        Args:
+            x: [B, 8, 16, 16].
+            sigma: [B], in [0, 1].
+            tokens: token ids [B, 20].
+            empty: number of zero tokens that take the place of SD3's third text encoder, T5.
+        """
         outs = [e(tokens, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
         hidden = torch.cat([o.hidden_states[-2] for o in outs], dim=-1)
         hidden = torch.cat([hidden, hidden.new_zeros(len(x), empty, hidden.shape[-1])], dim=1)
@@ -112,7 +119,11 @@ class Denoiser(nn.Module):
 
 
 def load_ema(module: Network, path: Path) -> Network:
-    """The averaged weights of a stage, or a hint which stage is missing."""
+    """Load the averaged (EMA) weights of a training stage into its module.
+
+    Raises:
+        FileNotFoundError: the stage has not run.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run the {path.stem} stage of jobs/build_shapes.py first")
     module.load_state_dict(torch.load(path, weights_only=True)["ema"], strict=False)

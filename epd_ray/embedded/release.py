@@ -1,4 +1,4 @@
-"""What ships of the embedded model: its folders, their measured figures, and the cards that state them."""
+"""Writes the folders of the embedded models, measures the models, and writes their model cards with the figures."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,23 @@ from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.networks import TOKENS, Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
 from epd_ray.randomness import Purpose, stream, torch_generator
 
-SHIFT = 2.0  # of the shipped scheduler
-GUIDANCE = 4.0  # at which the model is measured
-SCENES = 150  # of each kind that it is measured on; there are no more than 173 held-out ones with one object
+SHIFT = 2.0  # shift of the sigmas in the shipped scheduler
+GUIDANCE = 4.0  # guidance scale at which the model is measured
+SCENES = 150  # number of test scenes with one and with two objects; only 173 test scenes with one object exist
 
 
 def release(out: Path, assets: Path, prompts: int, steps: int) -> dict[str, float]:
-    """Write the two model folders from the checkpoints in `out`, measure them on held-out scenes, write their cards."""
+    """Write the two model folders, measure both models on held-out scenes, and write their model cards.
+
+    Args:
+        out: folder with the checkpoints of jobs/build_shapes.py.
+        assets: folder in which the model folders are written.
+        prompts: number of captions among which shapes-clip must find the right one.
+        steps: number of Euler steps with which shapes is measured.
+
+    Returns:
+        The measured shares, in [0, 1], by name.
+    """
     tokenizer = make_tokenizer()
     export_pipeline(out, assets / "shapes", tokenizer)
     export_clip(out, assets / "shapes-clip", tokenizer)
@@ -34,7 +44,7 @@ def release(out: Path, assets: Path, prompts: int, steps: int) -> dict[str, floa
 
 
 def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """A StableDiffusion3Pipeline in the diffusers layout; half-precision weights, which any dtype opens."""
+    """Save a StableDiffusion3Pipeline in the diffusers layout, with float16 weights."""
     denoiser = Denoiser(tokenizer)
     load_ema(denoiser, out / "transformer.pt")
     latents = json.loads((out / "latents.json").read_text())
@@ -49,7 +59,7 @@ def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def export_clip(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """A CLIPModel with its tokenizer and image processor."""
+    """Save a CLIPModel with its tokenizer and image processor, with float16 weights."""
     clip = load_ema(make_clip(tokenizer), out / "clip.pt")
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -60,7 +70,7 @@ def export_clip(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def measure_pipeline(folder: Path, count: int, steps: int) -> dict[str, float]:
-    """Share of held-out scenes drawn right, by a judge that reads pixels: one and two objects apart."""
+    """The shares of `count` held-out scenes that are drawn right, for scenes with one object and with two objects."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
     )
@@ -81,7 +91,7 @@ def measure_pipeline(folder: Path, count: int, steps: int) -> dict[str, float]:
 
 
 def measure_clip(folder: Path, prompts: int) -> dict[str, float]:
-    """Share of held-out pictures whose own caption is the nearest of `prompts` held-out ones."""
+    """The share of held-out pictures whose embedding is nearest to their own caption's among `prompts` captions."""
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
@@ -95,7 +105,12 @@ def measure_clip(folder: Path, prompts: int) -> dict[str, float]:
 
 
 def card_values(figures: dict[str, float], stages: dict[str, dict[str, float]]) -> dict[str, object]:
-    """Flat values for the cards."""
+    """The values of the fields in PIPELINE_CARD and CLIP_CARD.
+
+    Args:
+        figures: measured shares, in [0, 1], by name.
+        stages: maps each training stage to its seconds, steps and processes.
+    """
     values: dict[str, object] = {k: f"{100 * v:.1f} %" for k, v in figures.items()}
     for name, stage in stages.items():
         values[f"{name}_minutes"] = round(stage["seconds"] / 60)

@@ -1,6 +1,6 @@
-"""The world of the embedded model: flat-coloured shapes on a plain ground, each scene with its caption.
+"""The scenes of the embedded model: flat-coloured shapes on a plain background, each scene with its caption.
 
-One object has a place on the canvas, two objects have a relation. Everything is drawn from signed distances, so a
+A single object has a place on the canvas; two objects have a relation. Shapes are drawn from signed distances, so a
 batch renders in a few milliseconds and edges are anti-aliased.
 """
 
@@ -34,8 +34,8 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "black": (0.0, 0.0, 0.0),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, tuple[float, float]] = {"small": (6.0, 7.5), "large": (11.5, 13.5)}  # radius range, pixels
-PLACES: dict[str, tuple[int, int]] = {  # column, row of a 3 x 3 grid
+SIZES: dict[str, tuple[float, float]] = {"small": (6.0, 7.5), "large": (11.5, 13.5)}  # range of the radius in pixels
+PLACES: dict[str, tuple[int, int]] = {  # column and row in a 3 x 3 grid
     "in the center": (1, 1),
     "at the left": (0, 1),
     "at the right": (2, 1),
@@ -57,7 +57,7 @@ MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One object: "small red circle"."""
+    """One object, such as "small red circle"."""
 
     size: str
     colour: str
@@ -69,7 +69,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a ground; `layout` is a key of PLACES (one thing) or RELATIONS (two)."""
+    """One or two objects on a background.
+
+    Attributes:
+        things: the objects.
+        layout: a key of PLACES for one object, of RELATIONS for two.
+        background: a key of BACKGROUNDS.
+    """
 
     things: tuple[Thing, ...]
     layout: str
@@ -77,19 +83,22 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The text that the model is trained on, at most 15 words."""
+        """The text that describes the scene in training and in prompts, at most 15 words."""
         where = self.layout if len(self.things) == 1 else f"{self.layout} {_article(self.things[1])}"
         return f"{_article(self.things[0])} {where} on a {self.background} background"
 
     def canonical(self) -> "Scene":
-        """The same scene told from its smaller thing: "A above B" and "B below A" become one."""
+        """The same scene with its objects in sorted order, so that "A above B" and "B below A" are equal."""
         if len(self.things) == 2 and self.things[1] < self.things[0]:
             return Scene(self.things[::-1], MIRRORED[self.layout], self.background)
         return self
 
     @property
     def split(self) -> Split:
-        """Fixed by the caption alone, so no run ever trains on a held-out scene told the other way round."""
+        """The split, which a hash of the canonical caption determines: 80 % train, 10 % validation, 10 % test.
+
+        "A above B" and "B below A" are therefore in the same split.
+        """
         tenth = zlib.crc32(self.canonical().caption.encode()) % 10
         return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
 
@@ -99,7 +108,7 @@ def _article(thing: Thing) -> str:
 
 
 def parse(caption: str) -> Scene | None:
-    """The scene that a caption tells, or None when it is no caption of this world."""
+    """The scene that a caption describes, or None when the text is not a caption of such a scene."""
     match = _CAPTION.fullmatch(caption)
     if match is None:
         return None
@@ -121,7 +130,7 @@ _CAPTION = _caption_pattern()
 
 
 def random_scene(rng: np.random.Generator, num_things: int) -> Scene:
-    """A scene of one or two different things, uniform over every attribute."""
+    """A random scene of one object, or of two different objects; every attribute is uniformly distributed."""
 
     def pick(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -138,7 +147,7 @@ def random_scene(rng: np.random.Generator, num_things: int) -> Scene:
 
 
 def random_scenes(rng: np.random.Generator, split: Split, two_things: float = 0.6) -> Iterator[Scene]:
-    """Endless scenes of one split; `two_things` is the share with two objects."""
+    """An endless sequence of random scenes of one split; `two_things` in [0, 1] is the share with two objects."""
     while True:
         scene = random_scene(rng, 2 if rng.random() < two_things else 1)
         if scene.split == split:
@@ -146,7 +155,10 @@ def random_scenes(rng: np.random.Generator, split: Split, two_things: float = 0.
 
 
 def distinct_scenes(split: Split, count: int, seed: int, two_things: float) -> list[Scene]:
-    """`count` scenes of a split, no two alike; the same ones for the same arguments."""
+    """`count` different scenes of a split; equal arguments give equal scenes.
+
+    This never returns if the split has fewer scenes (see epd_ray.prompts.splits.ONE_THING and TWO_THINGS).
+    """
     found: dict[Scene, Scene] = {}
     for scene in random_scenes(stream(Purpose.SCENES, seed), split, two_things):
         found.setdefault(scene.canonical(), scene)
@@ -168,7 +180,7 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
     if which == 1:
         layouts = tuple(PLACES) if len(scene.things) == 1 else tuple(RELATIONS)
         return replace(scene, layout=other(layouts, scene.layout))
-    if which == 2 and len(scene.things) == 2:  # the binding swapped: the words stay, their owners change
+    if which == 2 and len(scene.things) == 2:  # the two objects exchange their colours; the caption's words stay
         first, second = scene.things
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
         if swapped != scene.things and swapped[0] != swapped[1]:
@@ -179,13 +191,13 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
     options = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}[attribute]
     changed = replace(thing, **{attribute: other(options, getattr(thing, attribute))})
     things = tuple(changed if i == index else t for i, t in enumerate(scene.things))
-    if len(set(things)) < len(things):  # the change made twins: alter something else
+    if len(set(things)) < len(things):  # both objects became equal: change something else
         return altered(scene, rng)
     return replace(scene, things=things)
 
 
 def render(scenes: Sequence[Scene], rng: np.random.Generator) -> Array:
-    """Draw the scenes with jittered places and radii. Returns images [B, 3, 64, 64], float32 in [0, 1]."""
+    """Draw B scenes with random offsets and radii; returns images [B, 3, 64, 64], float32 in [0, 1]."""
     images = np.array([BACKGROUNDS[s.background] for s in scenes], np.float32)[:, :, None, None]
     images = np.broadcast_to(images, (len(scenes), 3, CANVAS, CANVAS)).copy()
     centers, radii = zip(*(_layout(scene, rng) for scene in scenes), strict=True)
@@ -203,7 +215,7 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator) -> Array:
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Centres [n, 2] (x, y) and radii [n] of a scene's things, in pixels."""
+    """Centres [n, 2] (x, y) and radii [n] of the scene's n objects, in pixels."""
     radii = np.array([rng.uniform(*SIZES[t.size]) for t in scene.things], np.float32)
     middle = CANVAS / 2
     if len(scene.things) == 1:
@@ -216,12 +228,12 @@ def _layout(scene: Scene, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def coverage(shape: str, centers: Array, radii: Array) -> Array:
-    """How much of each pixel a shape covers.
+    """The share of each pixel that a shape covers.
 
     Args:
         shape: one of SHAPES.
-        centers: [B, 2] x and y, pixels.
-        radii: [B], pixels.
+        centers: [B, 2], x and y in pixels.
+        radii: [B], in pixels.
 
     Returns:
         [B, 64, 64], float32 in [0, 1].
@@ -234,19 +246,19 @@ def coverage(shape: str, centers: Array, radii: Array) -> Array:
 
 
 def _signed_distance(shape: str, x: Array, y: Array, r: Array) -> Array:
-    """Distance to the outline in pixels, negative inside; the five shapes have similar areas at equal r."""
+    """Distance to the outline in pixels, negative inside; the five shapes have similar areas for equal radius r."""
     if shape == "circle":
         return np.asarray(np.hypot(x, y) - 0.95 * r)
     if shape == "square":
         return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.85 * r)
     if shape == "triangle":
-        side = math.cos(math.pi / 6) * np.abs(x) - 0.5 * y  # the two slanted sides; y points down
+        side = math.cos(math.pi / 6) * np.abs(x) - 0.5 * y  # the two slanted sides; y increases downwards
         return np.asarray(np.maximum(side, y) - 0.56 * r)
     if shape == "cross":
         long, short = 1.0 * r, 0.36 * r
         upright = np.maximum(np.abs(x) - short, np.abs(y) - long)
         return np.asarray(np.minimum(upright, np.maximum(np.abs(x) - long, np.abs(y) - short)))
-    # Star: fold the plane into half of one of its five points, where the outline is a single line.
+    # Star: symmetry maps the plane to half of one of its five points, in which the outline is a straight line.
     point = 2 * math.pi / 5
     angle = np.abs((np.arctan2(x, -y) + point / 2) % point - point / 2)
     length = np.hypot(x, y)

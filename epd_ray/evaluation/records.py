@@ -103,4 +103,4 @@ class Column:
     @property
     def costs(self) -> str:
         """The solver's parallel NFE and evaluations, or "" before the evaluation is written."""
-        return f"parallel NFE {self.row.parallel_nfe} · {self.row.model_evals} evals" if self.row else ""
+        return f"parallel NFE {self.row.parallel_nfe} · {self.row.model_evals} evaluations" if self.row else ""

@@ -1,4 +1,4 @@
-"""What several commands measured, as one document: every figure under the command that made it."""
+"""One document of what several commands measured, with each figure beside the command that made it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ DOCUMENT, PAGE = "results.md", "results.html"
 
 @dataclass(frozen=True)
 class Section:
-    """What one command gave.
+    """What one command measured.
 
     Attributes:
-        title: of the section.
-        body: Markdown without headings.
-        made_by: the commands, and what they ran on.
+        title: the section's title.
+        body: the section's Markdown, without headings.
+        made_by: the commands, and the machine that they ran on.
     """
 
     title: str
@@ -34,28 +34,28 @@ class Section:
     made_by: Provenance
 
     def markdown(self) -> str:
-        """The section with its heading and its commands."""
+        """The section's Markdown with its heading and its commands."""
         commands = "\n".join(self.made_by.commands)
         return f"## {self.title}\n\n{self.body}\n\n```bash\n{commands}\n```\n\n{self.made_by.where}.\n"
 
 
 def write_document(title: str, sources: Sequence[Path], out: Path) -> list[str]:
-    """Write results.md and results.html from what suites and benchmarks left.
+    """Write results.md and results.html from the results of suites and benchmarks.
 
     Args:
-        title: of the document.
+        title: the document's title.
         sources: directories of `evaluate --suite` and files of `bench --out`, in the order of the sections.
-        out: a directory, made where it is missing.
+        out: the directory of the document; it is made if it is missing.
 
     Returns:
-        Where the two files are, in lines.
+        The paths of the two files, as lines for the terminal.
 
     Raises:
-        RunDirectoryError: a source that is neither or cannot be read, and then nothing is written; or the disk refuses.
+        RunDirectoryError: a source is neither of these or cannot be read, and nothing is written; or the disk refuses.
     """
     sections = [section for source in sources for section in read_sections(source)]
     document = "\n".join([f"# {title}", "", *(section.markdown() for section in sections)])
-    # CommonMark without raw HTML: a prompt or a file name stays text.
+    # Raw HTML is off, so that a prompt or a file name cannot put markup into the page.
     body = Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(document))
     page = page_template("results.html.j2").render(title=title, body=body)
     out.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ def write_document(title: str, sources: Sequence[Path], out: Path) -> list[str]:
 
 
 def read_sections(source: Path) -> list[Section]:
-    """One section for a suite, one for each case of a benchmark.
+    """Read a source as sections: one for a suite, or one for each case of a benchmark.
 
     Raises:
-        RunDirectoryError: neither, or damaged.
+        RunDirectoryError: the source is neither of these, or is damaged.
     """
     if not (source / "results.md").is_file() and not (source.suffix == ".json" and source.is_file()):
         raise RunDirectoryError(
@@ -89,10 +89,10 @@ def _suite(source: Path) -> Section:
 
 
 def _record(source: Path) -> tuple[dict[str, dict[str, Any]], Provenance]:
-    """Figures by case, and who made them.
+    """Read a benchmark's figures by case, and the commands that made them.
 
     Raises:
-        OSError, ValueError: none, or damaged.
+        OSError, ValueError: there is no such file, or it is damaged.
     """
     record = json.loads(source.read_text(encoding="utf-8"))
     cases = record.get("cases") if isinstance(record, dict) else None
@@ -102,7 +102,7 @@ def _record(source: Path) -> tuple[dict[str, dict[str, Any]], Provenance]:
 
 
 def _tables(found: Mapping[str, Any]) -> list[str]:
-    """A benchmark's record in Markdown: its single figures, then a row for each name that has several."""
+    """Write a benchmark's figures as Markdown: a table of single figures, then one with a row for each group."""
     single, rows = figures_of(found)
     lines = markdown([["figure", "value"], *([name, text(value)] for name, value in single.items())]) if single else []
     if rows:

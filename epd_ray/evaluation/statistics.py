@@ -1,4 +1,4 @@
-"""Means with an honest interval."""
+"""Means, paired differences and medians, each with an interval that says how uncertain it is."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,18 @@ from epd_ray.randomness import Purpose, stream
 Values = Sequence[float] | npt.NDArray[np.floating]
 
 RESAMPLES = 9999
-HELD = 10**7  # resampled values at a time: 80 MB
+HELD = 10**7  # the number of resampled values in memory at a time, which take 80 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval, of 95 % unless said otherwise; ends that are NaN are not known."""
+    """A mean with its interval, which is one of 95 % unless stated otherwise.
+
+    Attributes:
+        mean: the mean.
+        low: the lower end of the interval; NaN if the interval is not known.
+        high: the upper end of the interval; NaN if the interval is not known.
+    """
 
     mean: float
     low: float
@@ -26,23 +32,25 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Whether there is more than the mean."""
+        """Whether the interval is known."""
         return not (math.isnan(self.low) or math.isnan(self.high))
 
 
 def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """The mean of a sample, with the percentile bootstrap's interval.
+    """Compute the mean of a sample with the interval of the percentile bootstrap.
 
     Args:
-        values: [n], finite, n >= 1; the units that were drawn independently (prompts, not pictures of one prompt).
-        seed: of the resampling; the same values and seed give the same interval.
-        confidence: of the interval, in (0, 1).
+        values: [n], finite, n >= 1, from units that are independent of each other (prompts, not pictures of one
+            prompt).
+        seed: the seed of the resampling; the same values and seed give the same interval.
+        confidence: the confidence level of the interval, above 0 and below 1.
 
     Returns:
-        Zero width where all values are equal, and so also for a single value, which says nothing about spread.
+        The mean and its interval. The interval has zero width if all values are equal, and so also for a single value,
+        which tells nothing about the spread.
 
     Raises:
-        ValueError: no values, more than one dimension, or a value that is not finite.
+        ValueError: there are no values, they have more than one dimension, or one of them is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or sample.size == 0:
@@ -67,17 +75,17 @@ def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -
 
 
 def student_mean(values: Values, *, confidence: float = 0.95) -> Interval:
-    """The mean of a few independent runs, with Student's interval; a bootstrap of so few is too narrow.
+    """Compute the mean of a few independent runs with Student's interval, because a bootstrap interval is too narrow.
 
     Args:
         values: [n], finite, n >= 1.
-        confidence: of the interval, in (0, 1).
+        confidence: the confidence level of the interval, above 0 and below 1.
 
     Returns:
-        Infinite width for a single value.
+        The mean and its interval, which is infinitely wide for a single value.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
@@ -90,16 +98,16 @@ def student_mean(values: Values, *, confidence: float = 0.95) -> Interval:
 
 
 def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """The mean of a - b over pairs, with its interval.
+    """Compute the mean of a - b over pairs with its bootstrap interval.
 
     Args:
         a: [n], finite.
         b: [n], finite; b[i] was measured on the same prompt and seed as a[i].
-        seed: of the resampling.
-        confidence: of the interval, in (0, 1).
+        seed: the seed of the resampling.
+        confidence: the confidence level of the interval, above 0 and below 1.
 
     Raises:
-        ValueError: different shapes, or values that `bootstrap_mean` refuses.
+        ValueError: a and b have different shapes, or values that `bootstrap_mean` refuses.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
@@ -109,13 +117,13 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float 
 
 @dataclass(frozen=True)
 class MedianInterval:
-    """A median between two of the values that it was taken of.
+    """A median with an interval between two of the values.
 
     Attributes:
-        median: infinite where half of the values are.
-        low: a value.
-        high: a value.
-        coverage: how often such an interval holds the population's median, whatever the distribution.
+        median: the median; infinite if half of the values are.
+        low: the value at the lower end of the interval.
+        high: the value at the upper end of the interval.
+        coverage: the probability that an interval made this way contains the true median, whatever the distribution.
     """
 
     median: float
@@ -125,19 +133,23 @@ class MedianInterval:
 
 
 def median_interval(values: Values) -> MedianInterval:
-    """The median with its interval by order statistics: at least 95 %, or the whole range where that is less.
+    """Compute the median with its interval by order statistics.
 
     Args:
-        values: [n], n >= 1; infinite ones (never reached) count as larger than all others.
+        values: [n], n >= 1. Infinite values, which stand for "never reached", count as larger than all others.
+
+    Returns:
+        The median with the narrowest such interval that covers at least 95 %; with too few values it is their whole
+        range, which covers less.
 
     Raises:
-        ValueError: no values, more than one dimension, or one that is not a number.
+        ValueError: there are no values, they have more than one dimension, or one of them is NaN.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     if ordered.ndim != 1 or ordered.size == 0 or np.isnan(ordered).any():
         raise ValueError(f"values are {list(values)}, expected at least one and no NaN")
     n = ordered.size
-    tails = stats.binom.cdf(np.arange(n), n, 0.5)  # chance of at most i values below the median
+    tails = stats.binom.cdf(np.arange(n), n, 0.5)  # the probability of at most i values below the median
     cut = int(max(0, (tails <= 0.025).sum() - 1))
     middle = ordered[(n - 1) // 2 : n // 2 + 1]
     return MedianInterval(

@@ -1,12 +1,12 @@
-"""The held-out curve of a run: every prompt's scores at each validation, what was gained, what was lost.
+"""The held-out curve of a run: the scores of every prompt at each validation, and what was gained and lost since.
 
-Each validation draws the same prompts with the same seeds, so that two of them are compared prompt by prompt: most of a
-mean's uncertainty is the prompts', which such a difference leaves out.
+Each validation draws the same prompts from the same seeds, so that two validations are compared prompt by prompt. Most
+of the uncertainty of a mean score comes from the choice of prompts, and the difference of two scores is free of it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,27 @@ import torch
 from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.table import COLUMN_NAMES
 from epd_ray.storage.run_directory import whole
 from epd_ray.types import FloatArray
 
 SCHEMA_VERSION = 1
-ALARM_CONFIDENCE = 0.99  # many heads are looked at many times
+ALARM_CONFIDENCE = 0.99  # higher than 95 %, because many heads are tested at many validations
 STOPPED = {
     "patience": "the held-out reward has stopped getting better",
-    "alarm": "what is not trained on fell while the reward rose",
+    "alarm": "a head that is not trained on fell while the reward rose",
 }
-"""Why fine-tuning may end before its last iteration."""
+"""Why fine-tuning ended before its last iteration, in words for people."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One table on the validation prompts.
+    """The scores of one table on the validation prompts.
 
     Attributes:
-        iteration: updates behind it; 0 is the table of the start.
-        reward: [B], what is learned from.
-        scores: head -> raw scores [B]; scene accuracy too, where the prompts are scenes.
+        iteration: the number of updates before this validation; 0 is the table at the start.
+        reward: [B], the reward that is learned from.
+        scores: reward head -> raw scores [B]; "scene_accuracy" too if the prompts describe scenes.
     """
 
     iteration: int
@@ -47,11 +48,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class Fall:
-    """A head that lost while the reward gained.
+    """A head whose score fell while the reward rose.
 
     Attributes:
-        head: its name.
-        drop: its paired difference to the start, with its 99 % interval, all of it below 0.
+        head: the head's name.
+        drop: the paired difference of its score to the start; the whole 99 % interval is below 0.
     """
 
     head: str
@@ -64,14 +65,15 @@ class Fall:
 
 @dataclass(frozen=True)
 class Curve:
-    """The validations of a run so far, the start's first.
+    """The validations of a run so far.
 
     Attributes:
         prompts: B prompts.
-        seeds: their noise seeds.
-        trained: the heads that are learned from; all other scores are only watched.
-        validations: in order of iteration.
-        progress: index of the last one that was better than the one so marked before it, its paired interval above 0.
+        seeds: B noise seeds, one for each prompt.
+        trained: the names of the heads that are learned from; all other heads are watched.
+        validations: the validations in order of iteration; the first is that of the start.
+        progress: the index of the last validation that made progress: the whole 95 % interval of its paired difference
+            to the previous one that made progress is above 0.
     """
 
     prompts: tuple[str, ...]
@@ -82,21 +84,21 @@ class Curve:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """All that is scored."""
+        """The names of all scores."""
         return tuple(self.validations[0].scores) if self.validations else ()
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """What is scored and not learned from."""
+        """The names of the scores that nothing is learned from."""
         return tuple(head for head in self.heads if head not in self.trained)
 
     @property
     def stalled(self) -> int:
-        """Validations since the last progress."""
+        """The number of validations since the last progress."""
         return max(0, len(self.validations) - 1 - self.progress)
 
     def extended(self, found: Validation) -> "Curve":
-        """With one more validation."""
+        """This curve with one more validation."""
         validations = (*self.validations, found)
         if len(validations) == 1:
             return replace(self, validations=validations)
@@ -104,18 +106,18 @@ class Curve:
         return replace(self, validations=validations, progress=len(self.validations) if gain.low > 0 else self.progress)
 
     def gain(self, index: int = -1) -> Interval:
-        """Paired difference of a validation's reward to the start's."""
+        """The paired difference of a validation's reward to the reward at the start."""
         return paired_difference(self.validations[index].reward, self.validations[0].reward)
 
     def head_gain(self, head: str, index: int = -1, confidence: float = 0.95) -> Interval:
-        """The same of one head's raw scores."""
+        """The paired difference of a head's raw scores at a validation to those at the start."""
         now, start = (self.validations[i].scores[head] for i in (index, 0))
         return paired_difference(now, start, confidence=confidence)
 
     def falls(self, index: int = -1) -> list[Fall]:
-        """Reward hacking: watched heads significantly below the start, while the reward is significantly above it.
+        """Find reward hacking: watched heads significantly below the start while the reward is significantly above it.
 
-        The heads' intervals are of 99 %: one that nothing happens to still falls in 1 of 200 such validations.
+        A head's interval is one of 99 %, so a head that does not change counts as fallen at 1 of 200 validations.
         """
         if not self.validations or self.gain(index).low <= 0:
             return []
@@ -123,21 +125,21 @@ class Curve:
         return [fall for fall in found if fall.drop.high < 0]
 
     def onset(self, index: int = -1) -> list[Fall]:
-        """Of a validation's falls those that the one before did not have."""
+        """The falls of a validation that the validation before did not have."""
         index %= len(self.validations)
         before = {fall.head for fall in self.falls(index - 1)} if index else set()
         return [fall for fall in self.falls(index) if fall.head not in before]
 
     def alarm(self, index: int = -1) -> str | None:
-        """What to say at the onset of a fall."""
+        """A line for people if a head begins to fall at this validation; else None."""
         if not (begun := self.onset(index)):
             return None
         where = f"at iteration {self.validations[index].iteration} the held-out reward is up by"
         fell = "; ".join(map(str, begun))
-        return f"reward hacking? {where} {self.gain(index).mean:+.4f}, but what it is not trained on fell: {fell}"
+        return f"reward hacking? {where} {self.gain(index).mean:+.4f}, but heads that are not trained on fell: {fell}"
 
     def metrics(self) -> dict[str, float]:
-        """A row's entries for the last validation."""
+        """The last validation's entries in a row of metrics.jsonl."""
         last = self.validations[-1]
         reward, gain = bootstrap_mean(last.reward), self.gain()
         alarm = {"alarm/reward_hacking": float(bool(self.falls()))} if self.watched else {}
@@ -154,18 +156,18 @@ class Curve:
         }
 
     def state(self) -> dict[str, Any]:
-        """Numbers and arrays, to go on exactly."""
+        """The state as numbers and arrays, from which `restored` goes on exactly."""
         rows = [{"iteration": v.iteration, "reward": v.reward, "scores": dict(v.scores)} for v in self.validations]
         return {"progress": self.progress, "validations": rows}
 
     def restored(self, state: Mapping[str, Any]) -> "Curve":
-        """On the same prompts, as it was at `state`."""
+        """The curve on the same prompts, as it was when `state` was called."""
         return replace(
             self, validations=tuple(Validation(**v) for v in state["validations"]), progress=state["progress"]
         )
 
     def table(self) -> pa.Table:
-        """One row per validation and prompt."""
+        """A table with one row for each validation and prompt."""
         count, times = len(self.prompts), len(self.validations)
         columns = {
             "iteration": pa.array(np.repeat([v.iteration for v in self.validations], count), pa.int32()),
@@ -180,43 +182,56 @@ class Curve:
 
 @dataclass
 class Best:
-    """The best table so far by held-out reward."""
+    """The best table so far by held-out reward.
+
+    Attributes:
+        reward: the mean held-out reward; -inf before the first validation.
+        iteration: the number of updates before the table; -1 before the first validation.
+        positions, weights, scale_dir, scale_time: the table's columns as numpy arrays; None if it lacks one.
+    """
 
     reward: float = -np.inf
     iteration: int = -1
-    positions: Any = None
-    weights: Any = None
-    scale_dir: Any = None
-    scale_time: Any = None
+    columns: dict[str, Any] = field(default_factory=dict)  # of the table, as arrays [N, K]; empty before the first
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a table yet."""
+        return bool(self.columns)
 
     @property
     def table(self) -> SolverTable:
-        def tensor(values: Any) -> torch.Tensor | None:
-            return None if values is None else torch.as_tensor(np.array(values))
-
-        positions, weights = tensor(self.positions), tensor(self.weights)
-        assert positions is not None and weights is not None
-        return SolverTable(positions, weights, tensor(self.scale_dir), tensor(self.scale_time))
+        """The table."""
+        return SolverTable(**{name: torch.as_tensor(np.array(values)) for name, values in self.columns.items()})
 
     @property
     def about(self) -> dict[str, Any]:
-        """What its solver says of how it came about."""
+        """What the saved solver says about its origin."""
         stage = "rdpo" if self.iteration else "distilled"
         return {"stage": stage, "iteration": self.iteration, "validation_reward": round(self.reward, 6)}
 
     def take(self, table: SolverTable, reward: float, iteration: int) -> bool:
-        """Keep the table if it is better."""
+        """Keep a table if its reward is higher than the best so far; return whether it is."""
         if reward <= self.reward:
             return False
         self.reward, self.iteration = reward, iteration
-        for name in ("positions", "weights", "scale_dir", "scale_time"):
-            values = getattr(table, name)
-            setattr(self, name, None if values is None else values.numpy())
+        self.columns = {name: values.numpy() for name, values in table.columns().items()}
         return True
+
+    def state(self) -> dict[str, Any]:
+        """Numbers and arrays for a checkpoint; None for each column that the table does not have."""
+        absent = dict.fromkeys(COLUMN_NAMES)
+        return {"reward": self.reward, "iteration": self.iteration, **absent, **self.columns}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Best":
+        """The best table as it was at `state`."""
+        columns = {name: state[name] for name in COLUMN_NAMES if state.get(name) is not None}
+        return cls(state["reward"], state["iteration"], columns)
 
 
 def write_curve(path: Path, curve: Curve) -> None:
-    """Every prompt's scores as Parquet, whole or not at all.
+    """Write the scores of every prompt as Parquet, whole or not at all.
 
     Raises:
         RunDirectoryError: the disk refuses.
@@ -226,10 +241,10 @@ def write_curve(path: Path, curve: Curve) -> None:
 
 
 def read_curve(path: Path) -> Curve | None:
-    """What `write_curve` wrote; None where there is no such file.
+    """Read what `write_curve` wrote; None if there is no such file.
 
     Raises:
-        RunDirectoryError: it cannot be read.
+        RunDirectoryError: the file cannot be read.
     """
     if not path.is_file():
         return None

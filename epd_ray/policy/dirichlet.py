@@ -22,6 +22,7 @@ from torch.distributions import Dirichlet, LogNormal, kl_divergence
 from epd_ray.errors import TableError
 from epd_ray.randomness import Purpose, stream
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.interval import bounded_time_scale, inner_sigma, largest_sigma
 from epd_ray.types import FloatArray, Form
 
 INITIAL_LOG_STD = -3.0
@@ -231,11 +232,12 @@ def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTa
         sigmas: [N+1], decreasing, > 0.
         form: of the ODE; nothing is clamped in "ve".
     """
-    if form != "flow" or table.scale_time is None:
+    grid = sigmas.double()[:, None]
+    largest = largest_sigma(form, grid[0])
+    if largest is None or table.scale_time is None:
         return table
-    grid, positions = sigmas.double()[:, None], table.positions.double()
-    inner = grid[1:] ** positions * grid[:-1] ** (1 - positions)
-    return replace(table, scale_time=table.scale_time.minimum((grid[0] / inner).to(table.scale_time)))
+    inner = inner_sigma(grid[:-1], grid[1:], table.positions.double())
+    return replace(table, scale_time=bounded_time_scale(table.scale_time, inner, largest))
 
 
 def bound_concentration(parameters: Tensor, space: TableSpace, bound: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompts from files: text, CSV, Parquet or JSON lines. No file is repaired; what is wrong is named with its line."""
+"""Reads prompts from text, CSV, Parquet and JSON Lines files. Wrong files raise an error that names the line."""
 
 import codecs
 import csv
@@ -13,20 +13,20 @@ import pyarrow.parquet as pq
 from epd_ray.errors import PromptError
 
 COLUMNS = ("prompt", "caption", "text", "captions")
-"""Where the prompts are, in a file with columns: the first of these that it has, else its only column."""
+"""In a file with columns, the first of these that exists holds the prompts; a single column may have any name."""
 
-_Lines = list[tuple[int, str]]  # number in the file, from 1, and what it says
+_Lines = list[tuple[int, str]]  # line number from 1, and the text
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, in order; duplicates stay.
+    """The prompts of a file in their order, duplicates included.
 
     Args:
-        path: .csv with a header (COCO caption files as they are), .parquet or .jsonl with a column "prompt", "caption"
-            or "text"; anything else is text with one prompt per line.
+        path: a .csv file with a header (such as COCO's caption files), a .parquet or .jsonl file, each with a column in
+            COLUMNS; any other file is text with one prompt per line.
 
     Raises:
-        PromptError: no such file, nothing in it, no such column, a blank prompt, or bytes that are not UTF-8.
+        PromptError: the file is missing, empty or not UTF-8, has no column of prompts, or holds a blank prompt.
     """
     path = Path(path)
     read = _READERS.get(path.suffix.lower(), _read_text)
@@ -45,14 +45,14 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def pick_column(names: Sequence[str], where: str | Path) -> str:
-    """The column that holds the prompts.
+    """The name of the column that holds the prompts.
 
     Args:
-        names: of all columns.
+        names: names of all columns.
         where: the file, for the message.
 
     Raises:
-        PromptError: several columns, none of them known.
+        PromptError: there are several columns, none of which is in COLUMNS.
     """
     by_name = {name.strip().lower(): name for name in reversed(names)}
     for known in COLUMNS:
@@ -78,10 +78,10 @@ def _read_csv(path: Path) -> _Lines:
         if header is None:
             return found
         index = header.index(pick_column(header, path))
-        alone = header[0].strip() if len(header) == 1 and header[0].strip().lower() not in COLUMNS else ""
-        if ";" in alone or "\t" in alone:
-            raise PromptError(f"{path}, line 1: {alone[:60]!r} is one column (separate columns with commas)")
-        if " " in alone:
+        only = header[0].strip() if len(header) == 1 and header[0].strip().lower() not in COLUMNS else ""
+        if ";" in only or "\t" in only:
+            raise PromptError(f"{path}, line 1: {only[:60]!r} is one column (separate columns with commas)")
+        if " " in only:
             raise PromptError(
                 f"{path}, line 1: {header[0][:60]!r} is no column name (add a header such as {COLUMNS[0]})"
             )
@@ -103,7 +103,7 @@ def _read_jsonl(path: Path) -> _Lines:
     for number, line in _read_text(path):
         try:
             record = json.loads(line) if line.strip() else {COLUMNS[0]: ""}
-        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
             raise PromptError(f"{path}, line {number}: not JSON ({str(error).partition(': ')[0]})") from error
         if isinstance(record, str):
             found.append((number, record))
@@ -112,7 +112,7 @@ def _read_jsonl(path: Path) -> _Lines:
         if not isinstance(record, dict):
             raise PromptError(f"{where}: {type(record).__name__}, expected an object with a key {COLUMNS[0]!r}")
         key = pick_column([str(name) for name in record], where)
-        found.append((number, _one_text(record[key], key, where)))
+        found.append((number, _first_text(record[key], key, where)))
     return found
 
 
@@ -122,11 +122,11 @@ def _read_parquet(path: Path) -> _Lines:
         values = pq.read_table(path, columns=[column]).column(0).to_pylist()
     except pa.ArrowInvalid as error:
         raise PromptError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from error
-    return [(n, _one_text(value, column, f"{path}, row {n}")) for n, value in enumerate(values, start=1)]
+    return [(n, _first_text(value, column, f"{path}, row {n}")) for n, value in enumerate(values, start=1)]
 
 
-def _one_text(value: object, column: str, where: str) -> str:
-    """A prompt; of several captions of one picture the first, since one prompt per picture is what COCO scores use."""
+def _first_text(value: object, column: str, where: str) -> str:
+    """The prompt in a cell; of a list of captions the first, because scores on COCO use one prompt per picture."""
     if isinstance(value, list) and value:
         value = value[0]
     if value is None:
@@ -150,4 +150,4 @@ _READERS: dict[str, Callable[[Path], _Lines]] = {
     ".jsonl": _read_jsonl,
 }
 SUFFIXES = tuple(_READERS)
-"""The kinds of files that `read_prompts` knows."""
+"""The file name endings that `read_prompts` knows; a file with any other is read as text."""

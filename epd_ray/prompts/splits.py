@@ -1,4 +1,4 @@
-"""Training prompts and held-out ones: of the embedded model's world, written for this project, or from a file."""
+"""Splits prompts for training, validation and test; they are captions of scenes, built in, or from a file."""
 
 import csv
 from dataclasses import dataclass
@@ -10,20 +10,21 @@ from epd_ray.errors import PromptError
 from epd_ray.prompts.files import read_prompts
 
 SHAPES, BUILTIN = "shapes", "builtin"
-"""Sources that need no file: captions of the embedded model's world, and prompts written for this project."""
+"""Sources without a file: captions of the embedded model's scenes, and prompts that were written for this project."""
 
-ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}  # how many scenes there are
+ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}
 TWO_THINGS: dict[Split, int] = {"train": 16961, "validation": 2155, "test": 2124}
+"""Number of different scenes with one and with two objects."""
 
 BUILTIN_FILES: dict[Split, Path] = {
     split: Path(__file__).parent / "builtin" / f"{split}.csv" for split in ("train", "validation", "test")
 }
-"""Columns category and prompt; the categories take turns, so that the first n rows of a split hold all of them."""
+"""Files with the columns category and prompt. Categories alternate, so the first rows of a file contain all of them."""
 
 
 @dataclass(frozen=True)
 class BuiltinPrompt:
-    """A prompt that comes with the package, and what it tries."""
+    """A prompt that comes with the package, and its category, such as "counts" or "relations"."""
 
     category: str
     prompt: str
@@ -31,7 +32,7 @@ class BuiltinPrompt:
 
 @dataclass(frozen=True)
 class PromptSplits:
-    """Three lists that share no prompt."""
+    """Prompts for training, validation and test; no prompt is in two of the lists."""
 
     train: list[str]
     validation: list[str]
@@ -39,14 +40,14 @@ class PromptSplits:
 
 
 class Wanted(Protocol):
-    """Where prompts come from and how many of each split are wanted; the section `prompts` of a configuration is one.
+    """The source of the prompts and the number of prompts per split, such as the section `prompts` of a configuration.
 
     Attributes:
-        train: SHAPES, BUILTIN, or the path of a file.
-        num_train: number of training prompts; a file gives all that it holds.
+        train: SHAPES, BUILTIN, or the path of a prompt file.
+        num_train: number of training prompts; has no effect on a file, all of whose other prompts are for training.
         validation: number of validation prompts.
         test: number of test prompts.
-        two_things: share of SHAPES captions with two objects, in [0, 1].
+        two_things: share of captions with two objects, in [0, 1]; only for SHAPES.
     """
 
     @property
@@ -62,29 +63,22 @@ class Wanted(Protocol):
 
 
 def load_prompts(wanted: Wanted, seed: int) -> PromptSplits:
-    """The prompts of a run; the same ones for the same arguments.
+    """The prompts of a run; equal arguments give equal prompts.
 
     Args:
-        wanted: the source and the number of prompts of each split. The last distinct prompts of a file are held out,
-            those for validation before those for the test.
-        seed: of the scenes; a file's order is its own, as is that of the built-in prompts.
+        wanted: the source, and the number of prompts of each split. Of a file's distinct prompts, the last `test` ones
+            are for the test and the `validation` ones before them for validation.
+        seed: seed with which scenes are drawn; it has no effect on prompts of a file and built-in prompts.
 
     Raises:
-        PromptError: a file that cannot be used, or fewer prompts than are asked for.
+        PromptError: a file cannot be used, or the source has too few prompts.
     """
+    counts: dict[Split, int] = {"train": wanted.num_train, "validation": wanted.validation, "test": wanted.test}
     if wanted.train == SHAPES:
-        return PromptSplits(
-            train=_captions("train", wanted.num_train, seed, wanted.two_things),
-            validation=_captions("validation", wanted.validation, seed, wanted.two_things),
-            test=_captions("test", wanted.test, seed, wanted.two_things),
-        )
+        return PromptSplits(**{s: _captions(s, count, seed, wanted.two_things) for s, count in counts.items()})
     if wanted.train == BUILTIN:
-        return PromptSplits(
-            train=_first("train", wanted.num_train),
-            validation=_first("validation", wanted.validation),
-            test=_first("test", wanted.test),
-        )
-    prompts = list(dict.fromkeys(read_prompts(wanted.train)))  # a prompt in two places would leak into the test
+        return PromptSplits(**{split: _first_builtin(split, count) for split, count in counts.items()})
+    prompts = list(dict.fromkeys(read_prompts(wanted.train)))  # a prompt that occurs twice would be in two splits
     held_out = wanted.validation + wanted.test
     if len(prompts) <= held_out:
         raise PromptError(
@@ -97,19 +91,15 @@ def load_prompts(wanted: Wanted, seed: int) -> PromptSplits:
 
 
 def builtin_prompts(split: Split) -> list[BuiltinPrompt]:
-    """All prompts of a split that come with the package, each category in turn.
+    """All built-in prompts of a split: 432 for "train", 60 for "validation", 132 for "test".
 
-    Args:
-        split: train, validation or test; no prompt is in two of them.
-
-    Returns:
-        432, 60 or 132 prompts of 12 categories.
+    The 12 categories alternate. No prompt is in two splits.
     """
     with BUILTIN_FILES[split].open(encoding="utf-8", newline="") as file:
         return [BuiltinPrompt(row["category"], row["prompt"]) for row in csv.DictReader(file)]
 
 
-def _first(split: Split, count: int) -> list[str]:
+def _first_builtin(split: Split, count: int) -> list[str]:
     prompts = [row.prompt for row in builtin_prompts(split)]
     if count > len(prompts):
         raise PromptError(f"{count} {split} prompts asked, {len(prompts)} are built in (ask for fewer, or give a file)")

@@ -26,19 +26,10 @@ from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rewards.mixing import Mixer, Mode
-from epd_ray.solvers import SolverTable
+from epd_ray.solvers.table import SolverTable, uniform_table
 
 EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20}, guidance_scale=7.0)
 EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
-
-
-def uniform_table(intervals: int, points: int, start_point: bool = False) -> SolverTable:
-    """Evenly spaced positions with equal weights: where to start without stage 1."""
-    import torch
-
-    segments = points + 1 - start_point
-    positions = torch.arange(1 - start_point, segments, dtype=torch.float64) / segments
-    return SolverTable(positions.repeat(intervals, 1), torch.full((intervals, points), 1 / points, dtype=torch.float64))
 
 
 class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]

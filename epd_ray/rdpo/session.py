@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from epd_ray.actors.cluster import ray_session, warn_of_idle_gpus
@@ -10,10 +10,12 @@ from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import ClusterConfig, RDPOSection
+from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.prompts.splits import SHAPES
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.config import RDPOConfig, uniform_table
+from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.table import uniform_table
 
 FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
@@ -125,3 +127,8 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
         finally:
             algo.stop()
             shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own
+
+
+def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
+    """Log one line where the model of an algorithm does not read some prompts to their ends."""
+    warn_of_truncation(algo.truncated(prompts), len(prompts))

@@ -1,4 +1,4 @@
-"""The drawings of a run's page: its held-out curve, its table."""
+"""The drawings on a run's page: the reward curve, and the solver's table."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ from epd_ray.solvers import Solver
 
 PAPER, INK, MUTED, RULE, ACCENT = "#ffffff", "#1b1d20", "#6b7078", "#d9dbdf", "#c2410c"
 THEMED = {PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent"}
-"""Colours of the pictures -> the page's CSS variables, so that an inline drawing follows the reader's theme."""
+"""Colour in a drawing -> the page's CSS variable, so that an inline drawing follows the reader's theme."""
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -38,21 +38,30 @@ STYLE = {
 
 
 def publish(figure: Figure, path: Path) -> Markup:
-    """Save the PNG, and return the drawing as SVG in the page's own colours and font."""
+    """Save a figure as PNG, and return it as SVG that uses the page's colours and font.
+
+    Args:
+        figure: a figure drawn with STYLE.
+        path: the PNG file; its stem makes the ids in the SVG unique within the page.
+    """
     figure.savefig(path, dpi=200, facecolor=PAPER)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)  # ids are shared by the whole page
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)  # ids must be unique in the page
     for colour, name in THEMED.items():
         svg = svg.replace(colour, f"var(--{name})")
     return Markup(svg)
 
 
 def reward_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Reward over iterations; below it what the held-out prompts gained over the start, with its paired interval."""
+    """Draw the reward over the iterations and, below it, the gain on held-out prompts over the start with its interval.
+
+    Args:
+        rows: the rows of metrics.jsonl; the lower part is left out if none has a gain.
+    """
     checks = [row for row in rows if "validation/reward" in row]
     gains = [row for row in checks if "validation/gain" in row]
     figure = Figure(figsize=(7.2, 5.2 if gains else 3.4), layout="constrained")
@@ -69,7 +78,7 @@ def reward_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def _draw_rewards(axes: Axes, rows: Sequence[Mapping[str, float]], checks: Sequence[Mapping[str, float]]) -> None:
-    """Training batches, and the mean table on the validation split."""
+    """Draw the mean reward of each training batch, and that of the mean table on the validation prompts."""
     batches = [(row["iteration"], row["reward/mean"]) for row in rows if "reward/mean" in row]
     if batches:
         marker = "." if len(batches) < 3 else ""
@@ -106,8 +115,15 @@ def _plain(axes: Axes, label: str) -> None:
 
 
 def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
-    """Where each interval looks (circles on its line), and how far each drift there carries: area and number are weight
-    times direction scale. `ours` in colour."""
+    """Draw the points of solver tables: a line for each interval, and a circle at each point.
+
+    The area of a circle, and the number beside it if there are at most 3 points, is the point's weight times its
+    direction scale.
+
+    Args:
+        tables: key -> solver, all with the same sigmas.
+        ours: the key of the solver that is drawn in colour.
+    """
     intervals = max(solver.table.intervals for solver in tables.values())
     figure = Figure(figsize=(7.2, 0.8 + 0.66 * intervals), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What the pages have in common: templates in one style, pictures inside the file, signed numbers."""
+"""What all pages share: templates in one style, pictures inside the file, and signed numbers."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from epd_ray.errors import RunDirectoryError
 
 
 def page_template(name: str) -> Template:
-    """A template of the package; templates/style.css is the look of them all."""
+    """Open a template of the package; all of them include templates/style.css."""
     environment = Environment(
         loader=PackageLoader("epd_ray.report"),
         autoescape=True,
@@ -26,21 +26,28 @@ def page_template(name: str) -> Template:
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, minus as a minus sign."""
+    """Write a number with its sign, and with a minus sign in place of a hyphen."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def digits(widths: Sequence[float]) -> int:
-    """Decimals for two digits of half the narrowest of intervals' widths, between 3 and 5."""
+    """Choose how many decimals show two digits of the uncertainty.
+
+    Args:
+        widths: the widths of the intervals of some values; half of the narrowest one counts as the uncertainty.
+
+    Returns:
+        A number of decimals from 3 to 5.
+    """
     narrowest = min((width / 2 for width in widths if width > 0), default=0.01)
     return min(5, max(3, 1 - math.floor(math.log10(narrowest))))
 
 
 def open_picture(path: Path) -> Image.Image | None:
-    """RGB, or None where there is no such file.
+    """Open a picture as RGB; None if there is no such file.
 
     Raises:
-        RunDirectoryError: a file that is no picture.
+        RunDirectoryError: the file is no picture.
     """
     if not path.is_file():
         return None
@@ -51,10 +58,12 @@ def open_picture(path: Path) -> Image.Image | None:
 
 
 def data_uri(path: Path) -> str | None:
-    """A picture of at most 384 pixels, lossless where it is small anyway; None where there is no such file.
+    """Read a picture as a data URI, reduced to at most 384 pixels a side; None if there is no such file.
+
+    Pictures of at most 128 pixels a side are stored without loss.
 
     Raises:
-        RunDirectoryError: a file that is no picture.
+        RunDirectoryError: the file is no picture.
     """
     if (picture := open_picture(path)) is None:
         return None

@@ -1,4 +1,4 @@
-"""A measurement's record as a table to read."""
+"""The figures of a benchmark as tables for the terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,11 +8,14 @@ from rich.table import Table
 
 
 def show(case: str, record: Mapping[str, Any]) -> RenderableType:
-    """A case's figures; those named a/b/figure as a table of the a/b and their figures, along its longer side.
+    """Arrange a benchmark case's figures for the terminal.
+
+    Figures without a group are listed. Figures named a/b/figure form a table of groups (a/b) and figures, with the
+    longer side down.
 
     Args:
-        case: its name.
-        record: names, or nested mappings of names, to values.
+        case: the name of the case.
+        record: figures by name; nested mappings count as groups.
     """
     plain = Table(show_header=False, box=None, pad_edge=False)
     single, rows = figures_of(record)
@@ -27,7 +30,7 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
         wide = Table("", *figures, box=None, pad_edge=False)
         for column in wide.columns:
             column.justify = "left" if column is wide.columns[0] else "right"
-            column.overflow = "fold"  # a name that is cut says nothing
+            column.overflow = "fold"  # because a name that is cut off cannot be read
         for head, row in rows.items():
             wide.add_row(head, *(text(row[figure]) if figure in row else "" for figure in figures))
         parts.append(wide)
@@ -35,7 +38,7 @@ def show(case: str, record: Mapping[str, Any]) -> RenderableType:
 
 
 def figures_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A record's single figures, and those named a/b/figure as a/b -> figure -> value."""
+    """Split a record into its single figures, and the groups a/b -> figure -> value of those named a/b/figure."""
     single: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     for path, value in _flat(record):
@@ -53,7 +56,7 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 
 def text(value: Any) -> str:
-    """A figure for people."""
+    """Write a figure for people: numbers with four digits, and "-" for None."""
     if value is None:
         return "-"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,7 @@
-"""Preference models behind one protocol: score(images [B, 3, H, W] in [0, 1], prompts) -> float32 [B]."""
+"""Reward heads: models that score images [B, 3, H, W] in [0, 1] against prompts, and the mixing of their scores.
+
+HEADS maps the names that configurations use to the classes.
+"""
 
 from typing import TYPE_CHECKING
 

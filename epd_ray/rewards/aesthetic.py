@@ -21,19 +21,19 @@ CHECKPOINTS = (
 
 
 class AestheticHead:
-    """How much people would like the picture, about 1 to 10, whatever the prompt.
+    """Scores how much people would like a picture, from about 1 to 10; the prompt has no influence.
 
     Args:
-        model: directory or hub id with sac+logos+ava1-l14-linearMSE.pth.
+        model: directory or hub id that holds sac+logos+ava1-l14-linearMSE.pth.
         revision: branch, tag or commit of `model` on the hub.
-        device: as everywhere.
-        dtype: of the image tower ("auto": float16 on CUDA, else float32); what follows it is float32.
-        batch_size: pictures per forward pass.
-        clip: directory or hub id of the CLIP model; by default the model directory itself where it holds one, else
-            OpenAI's ViT-L/14.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of the image tower ("auto": float16 on CUDA, else float32); later layers run in float32.
+        batch_size: number of pictures per forward pass.
+        clip: directory or hub id of the CLIP model; None takes the model directory if it holds one, else OpenAI's
+            ViT-L/14.
 
     Raises:
-        ModelError: one of the two is missing or damaged, or they do not fit together.
+        ModelError: the predictor or the CLIP model is missing or damaged, or their sizes differ.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class AestheticHead:
         del network.text_model
         width, takes = network.config.projection_dim, layers[0].in_features
         if width != takes:
-            raise ModelError(f"the predictor takes {takes} numbers, CLIP model {base!r} gives {width}: give its own")
+            raise ModelError(
+                f"aesthetic predictor {model!r} takes embeddings of {takes} numbers, but CLIP model {base!r} gives"
+                f" {width}: set `clip` to the CLIP model that the predictor was trained with"
+            )
         self._network = network.to(self._device, self._dtype).eval().requires_grad_(False)
         self._layers = layers.to(self._device)
 

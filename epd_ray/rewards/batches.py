@@ -1,4 +1,4 @@
-"""Where a head's network runs, in which precision, and how many pictures at a time."""
+"""What the heads share: device and precision of their networks, and scoring in batches."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,22 +10,22 @@ from epd_ray.weights.devices import pick_device, pick_dtype
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a head's network; "auto" is float16 on CUDA and float32 elsewhere.
+    """The torch device and dtype of a head's network; dtype "auto" is float16 on CUDA and float32 elsewhere.
 
     Raises:
-        ConfigError: no such device or dtype.
+        ConfigError: the device is not available, or the dtype is unknown.
     """
-    where = pick_device(device)
+    found = pick_device(device)
     if dtype == "auto":
-        return where, torch.float16 if where.type == "cuda" else torch.float32
-    return where, pick_dtype(dtype)
+        return found, torch.float16 if found.type == "cuda" else torch.float32
+    return found, pick_dtype(dtype)
 
 
 def check_batch_size(batch_size: int) -> int:
-    """`batch_size` itself.
+    """Return `batch_size` if it is valid.
 
     Raises:
-        ConfigError: less than 1.
+        ConfigError: it is less than 1.
     """
     if batch_size < 1:
         raise ConfigError([f"batch_size {batch_size} is less than 1: give the number of pictures per forward pass"])
@@ -35,10 +35,13 @@ def check_batch_size(batch_size: int) -> int:
 def in_batches(
     score: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: Sequence[str], batch_size: int
 ) -> Tensor:
-    """Scores [B], float32 on the CPU, `batch_size` rows at a time.
+    """Score B pictures, `batch_size` at a time; returns float32 [B] on the CPU.
 
     Args:
-        score: images [b, 3, H, W] and b prompts to [b].
+        score: returns the scores [b] of images [b, 3, H, W] and b prompts.
+        images: [B, 3, H, W], float in [0, 1].
+        prompts: B texts.
+        batch_size: number of pictures per call of `score`, at least 1.
     """
     rows = range(0, len(images), batch_size)
     parts = [score(images[i : i + batch_size], list(prompts[i : i + batch_size])).float().cpu() for i in rows]

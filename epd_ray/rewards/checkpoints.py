@@ -1,4 +1,4 @@
-"""Weights from files: tensors alone are read, nothing in a file is ever executed."""
+"""Reads model weights from files. Only tensors are read; no code in a file is ever executed."""
 
 import os
 import zipfile
@@ -27,10 +27,16 @@ CONVERT = "save its state dict as safetensors"
 
 
 def find_file(model: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """The first of `names` that a directory or a hub repository has; from the hub, by way of its cache.
+    """The path of the first file of `names` that a directory or a hub repository holds; hub files are cached.
+
+    Args:
+        model: directory, hub id, or name of an embedded model.
+        names: file names in the order of preference.
+        revision: branch, tag or commit on the hub; None is the default branch.
 
     Raises:
-        ModelError: none of them is there.
+        ModelError: none of the files is there.
+        LocalEntryNotFoundError: the hub cannot be reached, and none of the files is in its cache.
     """
     location = resolve_model(model)
     if Path(location).is_dir():
@@ -41,7 +47,7 @@ def find_file(model: str, names: Sequence[str], revision: str | None = None) -> 
     for name in names:
         try:
             return Path(hf_hub_download(location, name, revision=revision))
-        except LocalEntryNotFoundError:  # no network: what is in the cache must do
+        except LocalEntryNotFoundError:  # without a network, use whichever of the files is cached
             cached = (try_to_load_from_cache(location, other, revision=revision) for other in names)
             found = next((Path(path) for path in cached if isinstance(path, str)), None)
             if found is None:
@@ -49,26 +55,34 @@ def find_file(model: str, names: Sequence[str], revision: str | None = None) -> 
             return found
         except EntryNotFoundError:
             continue
-    raise ModelError(f"repository {model!r} has no {' or '.join(names)}: give one that does, or a directory")
+    raise ModelError(f"repository {model!r} has no {' or '.join(names)}: give a repository or directory that has one")
 
 
 def companion(model: str, given: str | None, default: str, files: Sequence[str]) -> str:
-    """Where a head's tokenizer, image processor or base model comes from.
+    """The directory or hub id from which a head loads its tokenizer, image processor or base model.
 
-    What was asked for, else the model's own directory where it has such files, else the named repository.
+    Args:
+        model: the head's model, whose own directory is used if it holds one of `files` and `given` is None.
+        given: what the user asked for, or None.
+        default: hub id that is used otherwise.
+        files: file names, one of which such a directory holds.
+
+    Raises:
+        ModelError: the result is neither a directory nor a hub id.
     """
     own = Path(resolve_model(model))
     return resolve_model(given or (str(own) if any((own / name).is_file() for name in files) else default))
 
 
 def read_tensors(path: Path, convert: str = CONVERT) -> Tensors:
-    """The state dict of a .safetensors file, or of a .pt or .pth file, there on its own or under "state_dict".
+    """Read a state dict from a .safetensors, .pt or .pth file; in the latter two it may be under the key "state_dict".
 
     Args:
-        convert: what to do about a file that holds more than tensors, for the message.
+        path: the file.
+        convert: advice in the error message for a file that holds more than tensors.
 
     Raises:
-        ModelError: a pickle, a TorchScript archive, a damaged file, or one without tensors.
+        ModelError: the file is a pickle, a TorchScript archive or damaged, or holds no tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -81,8 +95,8 @@ def read_tensors(path: Path, convert: str = CONVERT) -> Tensors:
         raise ModelError(f"{path.name} holds more than tensors and could run code when opened: {convert}") from error
     except ModelError:
         raise
-    except Exception as error:  # a file that is cut short makes torch raise half a dozen kinds
-        raise ModelError(f"{str(path)!r} cannot be read ({_short(error)}): is it whole?") from error
+    except Exception as error:  # torch raises many kinds of exceptions for a truncated file
+        raise ModelError(f"{str(path)!r} cannot be read ({_first_sentence(error)}): fetch or copy it again") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path.name} holds no state dict (name -> tensor): {convert}")
@@ -95,10 +109,14 @@ def is_torchscript(path: Path) -> bool:
 
 
 def check_loaded(report: Mapping[str, Any], what: str) -> None:
-    """Refuse a network that transformers filled up with random weights.
+    """Refuse a network for which transformers initialised missing weights at random.
+
+    Args:
+        report: the loading info that `from_pretrained` returned.
+        what: kind and name of the model, for the error message.
 
     Raises:
-        ModelError: the checkpoint lacks weights, or has some of another shape.
+        ModelError: weights are missing from the checkpoint, or have another shape there.
     """
     wrong = sorted(report["missing_keys"]) + sorted(str(m[0]) for m in report["mismatched_keys"])
     if wrong:
@@ -107,20 +125,20 @@ def check_loaded(report: Mapping[str, Any], what: str) -> None:
 
 
 def part(tensors: Tensors, prefix: str) -> Tensors:
-    """What stands under a prefix, without it."""
+    """The tensors whose names start with a prefix; the prefix is removed from the names."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def count_layers(tensors: Tensors, prefix: str) -> int:
-    """How many numbers follow a prefix ("encoder.layers." has 24)."""
+    """The number of layers, counted as the distinct indices that follow a prefix such as "encoder.layers."."""
     return len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
 
 
 def linear_layers(tensors: Tensors, prefix: str) -> nn.Sequential:
-    """The linear layers at prefix<number>.weight, in order; the dropout between them does nothing here.
+    """The linear layers named prefix<number>.weight, in order; dropout between them is inactive when scoring.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the checkpoint has no such layers.
     """
     chain = part(tensors, prefix)
     numbers = sorted({int(key.split(".")[0]) for key in chain})
@@ -136,39 +154,40 @@ def linear_layers(tensors: Tensors, prefix: str) -> nn.Sequential:
 
 
 class Inert:
-    """What stands for a pickle's classes and functions: takes any arguments and any state, and does nothing."""
+    """Replaces the classes and functions that a pickle names; it accepts any arguments and state, and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
 
 def convert_module(source: Path, target: Path) -> int:
-    """Write the state dict of a pickled module (torch.save(model)) as safetensors, executing nothing of the file.
+    """Write the state dict of a pickled module (torch.save(model)) as safetensors, without executing code of the file.
 
-    Every name in the pickle that torch's weights-only reader does not trust stands for an inert class, which only
-    remembers its attributes; the reader refuses whatever else a pickle can do.
+    Torch's weights-only reader refuses names that it does not trust. Here each of those names is bound to an inert
+    class that only stores its attributes; the reader still refuses everything else that a pickle can do.
 
     Args:
-        target: a .safetensors that is not there yet, in a directory that is.
+        source: file that torch.save(model) wrote.
+        target: path ending in .safetensors that does not exist yet, in an existing directory.
 
     Returns:
-        The number of tensors.
+        The number of tensors written.
 
     Raises:
-        ModelError: not such a file, or a target that cannot be written.
+        ModelError: the source holds no such module, or the target cannot be written.
     """
     if target.suffix != ".safetensors":
-        raise ModelError(f"target {str(target)!r} is no .safetensors: give it that ending")
+        raise ModelError(f"target {str(target)!r} does not end in .safetensors: give it that ending")
     if os.path.lexists(target):
-        raise ModelError(f"target {str(target)!r} is there already: remove it, or give another name")
+        raise ModelError(f"target {str(target)!r} already exists: remove it, or give another name")
     if not target.parent.is_dir():
-        raise ModelError(f"target {str(target)!r} is in no directory: make {str(target.parent)!r} first")
+        raise ModelError(f"target {str(target)!r} is in no existing directory: create {str(target.parent)!r} first")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         stand_ins: list[Any] = [(type("StandIn", (Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             module = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # as in read_tensors
-        raise ModelError(f"{str(source)!r} cannot be converted: {_short(error)}") from error
+        raise ModelError(f"{str(source)!r} cannot be converted: {_first_sentence(error)}") from error
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in saved_tensors(module)}
     if not tensors:
         raise ModelError(f"{str(source)!r} holds no module: give the file that torch.save(model) wrote")
@@ -176,24 +195,23 @@ def convert_module(source: Path, target: Path) -> int:
         save_file(tensors, target)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            target.unlink()  # half a file
-        raise ModelError(f"target {str(target)!r} cannot be written: {_short(error)}") from error
+            target.unlink()  # it may be half written
+        raise ModelError(f"target {str(target)!r} cannot be written: {_first_sentence(error)}") from error
     return len(tensors)
 
 
-def _short(error: Exception) -> str:
-    """The first sentence of what it says."""
+def _first_sentence(error: Exception) -> str:
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     return sentence[:200] or type(error).__name__
 
 
 def saved_tensors(module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors that state_dict() would give, from a stand-in's attributes."""
+    """The names and tensors that the module's state_dict() would return, read from the attributes of its stand-in."""
     if not isinstance(module, Inert):
         return
     state = vars(module)
-    passing = state.get("_non_persistent_buffers_set") or ()
-    buffers = {name: value for name, value in (state.get("_buffers") or {}).items() if name not in passing}
+    not_saved = state.get("_non_persistent_buffers_set") or ()
+    buffers = {name: value for name, value in (state.get("_buffers") or {}).items() if name not in not_saved}
     for name, value in {**(state.get("_parameters") or {}), **buffers}.items():
         if isinstance(value, Tensor):
             yield prefix + name, value

@@ -1,4 +1,4 @@
-"""CLIP score, over any transformers CLIPModel."""
+"""CLIP score, computed with any transformers CLIPModel."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ from epd_ray.weights.hub import opening
 
 
 class ClipHead:
-    """Cosine between image and text embeddings (Radford et al. 2021; CLIPScore, Hessel et al. 2021).
+    """Scores by the cosine of image and text embedding (Radford et al. 2021; CLIPScore, Hessel et al. 2021).
 
-    Pictures go through the model's own image processor in its PIL form, as the models were trained.
+    Pictures are resized with PIL by the model's own image processor, as in the model's training.
 
     Args:
-        model: a CLIPModel directory, a hub id, or the name of an embedded model.
-        revision: branch, tag or commit on the hub.
-        device: as everywhere.
-        dtype: of the network ("auto": float16 on CUDA, else float32); the score is float32.
-        batch_size: pictures per forward pass.
-        scaled: multiply by the model's exp(logit_scale), as PickScore does.
+        model: directory of a CLIPModel, hub id, or name of an embedded model.
+        revision: branch, tag or commit of `model` on the hub.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of the network ("auto": float16 on CUDA, else float32); the cosine is computed in float32.
+        batch_size: number of pictures per forward pass.
+        scaled: multiply the cosine by the model's exp(logit_scale), as PickScore does.
 
     Raises:
-        ModelError: the model is missing, damaged, or no CLIPModel.
+        ModelError: the model is missing, damaged, or not a CLIPModel.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ClipHead:
         from transformers import CLIPTokenizer
 
         self.model_id, self.revision, self.scaled = model, revision, scaled
-        where, precision = place(device, dtype)
+        torch_device, torch_dtype = place(device, dtype)
         location = resolve_model(model)
         with opening(model, "CLIP model"):
             network = open_clip_model(location, revision, f"CLIP model {model!r}")
@@ -50,7 +50,7 @@ class ClipHead:
         length = network.config.text_config.max_position_embeddings
         self._towers = ClipTowers(
             network, PromptTokenizer(tokenizer, length, head=f"clip ({model})", cleaned=True), pixels,
-            device=where, dtype=precision, batch_size=check_batch_size(batch_size),
+            device=torch_device, dtype=torch_dtype, batch_size=check_batch_size(batch_size),
         )  # fmt: skip
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -17,18 +17,18 @@ CHECKPOINTS = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
 
 
 class HpsV21Head:
-    """Cosine of the image and text embeddings, around 0.2 to 0.35.
+    """Scores by the cosine of image and text embedding; most scores lie between 0.2 and 0.35.
 
-    The middle of a picture that is not square is scored (the hpsv2 package adds black bars instead).
+    Of a picture that is not square the central square is scored (the hpsv2 package adds black bars instead).
 
     Args:
-        model: directory or hub id with HPS_v2.1_compressed.pt or .safetensors, in open_clip's layout.
+        model: directory or hub id that holds HPS_v2.1_compressed.pt or .safetensors, with open_clip's weight names.
         revision: branch, tag or commit of `model` on the hub.
-        device: as everywhere.
-        dtype: of the network ("auto": float16 on CUDA, else float32); the score is float32.
-        batch_size: pictures per forward pass.
-        tokenizer: directory or hub id of CLIP's BPE; by default the model directory's own where it has one, else
-            that of OpenAI's CLIP.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of the network ("auto": float16 on CUDA, else float32); the cosine is computed in float32.
+        batch_size: number of pictures per forward pass.
+        tokenizer: directory or hub id of CLIP's tokenizer; None takes the model directory if it holds one, else
+            OpenAI's CLIP.
 
     Raises:
         ModelError: the model is missing, damaged, or of another kind.
@@ -47,18 +47,18 @@ class HpsV21Head:
         from transformers import CLIPTokenizer
 
         self.model_id, self.revision = model, revision
-        where, precision = place(device, dtype)
-        tokens_from = companion(model, tokenizer, "openai/clip-vit-large-patch14", TOKENIZER_FILES)
+        torch_device, torch_dtype = place(device, dtype)
+        tokenizer_source = companion(model, tokenizer, "openai/clip-vit-large-patch14", TOKENIZER_FILES)
         with opening(model, "HPSv2.1 model"):
             tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
             network = build_clip(from_open_clip(tensors), f"HPSv2.1 model {model!r}")
-        words = open_tokenizer(CLIPTokenizer, tokens_from)
+        clip_tokenizer = open_tokenizer(CLIPTokenizer, tokenizer_source)
         length = network.config.text_config.max_position_embeddings
         self._towers = ClipTowers(
             network,
-            PromptTokenizer(words, length, head="hpsv2.1", cleaned=True, padding=0),  # open_clip's
+            PromptTokenizer(clip_tokenizer, length, head="hpsv2.1", cleaned=True, padding=0),  # open_clip pads with 0
             partial(tensor_pixels, size=network.config.vision_config.image_size),
-            device=where, dtype=precision, batch_size=check_batch_size(batch_size),
+            device=torch_device, dtype=torch_dtype, batch_size=check_batch_size(batch_size),
         )  # fmt: skip
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A reward model that somebody else runs, asked over HTTP."""
+"""A reward head that sends pictures and prompts to a server over HTTP."""
 
 import asyncio
 import base64
@@ -19,35 +19,38 @@ from PIL import Image
 from torch import Tensor
 
 from epd_ray.errors import ConfigError, RewardError
+from epd_ray.rewards.preprocess import to_bytes
 from epd_ray.types import FloatArray
 
-SHOWN = 200  # characters of an answer that an error quotes
+QUOTED = 200  # most characters of an answer that an error message quotes
 
 
 class HttpHead:
-    """Scores from a server; `epd-ray rewards serve` is one.
+    """Scores that a server computes, such as one started by `epd-ray rewards serve`.
 
-    The protocol: POST of JSON {"images": [text, ...], "format": "png" or "npy", "prompts": [text, ...]} to the URL, as
-    many prompts as images. An image is the base64 of a file: png, 8-bit RGB; npy, NumPy's float32 [3, H, W] in [0, 1],
-    which keeps what PNG rounds to 8 bits. The answer is status 200 and JSON {"scores": [number, ...]}, a finite number
-    per image, in order. Connections are kept for further requests. 429 and 5xx, lost connections and time-outs are
-    tried again, after a growing pause or the answer's Retry-After. Redirects are not followed. Whatever else comes is
-    an error, never a score.
+    The head POSTs JSON {"images": [text, ...], "format": "png" or "npy", "prompts": [text, ...]} with one prompt per
+    image. Each image is a file in base64: png holds 8-bit RGB, npy a NumPy array [3, H, W], float32 in [0, 1]. The
+    server answers with status 200 and JSON {"scores": [number, ...]}, one finite number per image in the same order.
+    Connections are reused. Status 429 or 5xx, lost connections and timeouts are retried after a growing pause, or after
+    the answer's Retry-After. Redirects are not followed. Any other answer raises an error.
 
     Args:
-        url: where to post. It is saved with the run: no password goes into it.
-        token_env: name of the environment variable, where the head runs, that holds a token; sent as bearer
-            authentication.
-        timeout: seconds for one attempt, from the connection to the answer's last byte.
-        retries: attempts after the first.
-        concurrency: requests at a time.
-        batch_size: images per request.
-        format: png, or npy where exact values matter more than size.
-        max_request_bytes: a larger body is not sent.
-        max_response_bytes: of a larger answer no more is read.
+        url: http or https address. It is saved with the run, so it must not contain a password.
+        token_env: name of the environment variable that holds a token for bearer authentication, on the machine where
+            the head runs; None sends no token.
+        timeout: seconds for one attempt, from connecting to the answer's last byte.
+        retries: number of attempts after the first one.
+        concurrency: largest number of requests at the same time.
+        batch_size: number of images per request.
+        format: "png", or "npy" for exact pixel values in larger requests.
+        max_request_bytes: largest request body; a larger one raises an error.
+        max_response_bytes: largest answer; a larger one raises an error.
+
+    Raises:
+        ConfigError: an argument is out of its range, or the environment variable holds no token.
     """
 
-    pause, longest_pause = 0.5, 8.0  # seconds before the first retry; then twice as long each time
+    pause, longest_pause = 0.5, 8.0  # seconds before the first retry, doubled before each further one up to the second
 
     def __init__(
         self,
@@ -62,10 +65,10 @@ class HttpHead:
         max_request_bytes: int = 64 << 20,
         max_response_bytes: int = 1 << 20,
     ) -> None:
-        self._url, self.model_id = _checked(url)
-        low = {"timeout": timeout, "max_request_bytes": max_request_bytes, "max_response_bytes": max_response_bytes}
+        self._url, self.model_id = _parsed(url)
+        sizes = {"timeout": timeout, "max_request_bytes": max_request_bytes, "max_response_bytes": max_response_bytes}
         problems = [
-            f"http reward head: {name} is {value}, expected above 0" for name, value in low.items() if value <= 0
+            f"http reward head: {name} is {value}, expected above 0" for name, value in sizes.items() if value <= 0
         ]
         counts = {"retries": (retries, 0), "concurrency": (concurrency, 1), "batch_size": (batch_size, 1)}
         problems += [
@@ -84,68 +87,68 @@ class HttpHead:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="http reward head", daemon=True)
         thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, thread, self._client)  # at the process's end, too
+        self._close = weakref.finalize(self, _close, self._loop, thread, self._client)  # also when the process exits
 
     def close(self) -> None:
-        """Give up the connections; nothing can be scored any more."""
-        self._end()
+        """Close the connections; `score` cannot be called afterwards."""
+        self._close()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         starts = range(0, len(images), self.batch_size)
         batches = [(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in starts]
         with ThreadPoolExecutor(self.concurrency) as pool:
-            parts = list(pool.map(lambda batch: self._batch(*batch), batches))
+            parts = list(pool.map(lambda batch: self._score_batch(*batch), batches))
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
 
-    def _batch(self, images: Tensor, prompts: Sequence[str]) -> FloatArray:
+    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> FloatArray:
         encode = _png if self.format == "png" else _npy
         files = [base64.b64encode(encode(image)).decode() for image in images]
         body = json.dumps({"images": files, "format": self.format, "prompts": list(prompts)}).encode()
         if len(body) > self.max_request_bytes:
             sizes = f"{len(body)} bytes for {len(images)} images, more than max_request_bytes={self.max_request_bytes}"
             raise RewardError(self.model_id, f"a request would take {sizes}: lower batch_size or raise the bound")
-        pauses = tenacity.wait_exponential_jitter(self.pause, self.longest_pause, jitter=self.pause)
+        growing_pause = tenacity.wait_exponential_jitter(self.pause, self.longest_pause, jitter=self.pause)
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.retries + 1),
-            wait=lambda state: max(pauses(state), _asked_to_wait(state)),
-            retry=tenacity.retry_if_exception_type(_PassingError),
+            wait=lambda state: max(growing_pause(state), _retry_after(state)),
+            retry=tenacity.retry_if_exception_type(_TransientError),
             reraise=True,
         )
         try:
-            return attempts(self._ask, body, len(images))
-        except _PassingError as error:
+            return attempts(self._attempt, body, len(images))
+        except _TransientError as error:
             raise RewardError(self.model_id, f"{error}, at {self.retries + 1} attempts") from error
 
-    def _ask(self, body: bytes, count: int) -> FloatArray:
-        """One attempt.
+    def _attempt(self, body: bytes, count: int) -> FloatArray:
+        """Send one request and read the scores of its `count` images.
 
         Raises:
-            _PassingError: worth another attempt.
-            RewardError: not worth one.
+            _TransientError: another attempt may succeed.
+            RewardError: another attempt would fail, too.
         """
         try:
             response, answer = asyncio.run_coroutine_threadsafe(self._exchange(body), self._loop).result()
         except TimeoutError:
-            raise _PassingError(f"took longer than {self.timeout:g} s") from None
+            raise _TransientError(f"took longer than {self.timeout:g} s") from None
         except httpx2.TransportError as error:
-            raise _PassingError(f"lost the connection ({_line(str(error)) or type(error).__name__})") from None
+            raise _TransientError(f"lost the connection ({_line(str(error)) or type(error).__name__})") from None
         status = response.status_code
         if status == 429 or status >= 500:
-            raise _PassingError(f"answered {status} ({_said(answer)})", response.headers.get("Retry-After", ""))
+            raise _TransientError(f"answered {status} ({_quoted(answer)})", response.headers.get("Retry-After", ""))
         if status != 200:
-            hint = "redirects are not followed" if 300 <= status < 400 else _said(answer)
+            hint = "redirects are not followed" if 300 <= status < 400 else _quoted(answer)
             raise RewardError(self.model_id, f"answered {status} ({hint})")
         return self._scores(answer, count)
 
     async def _exchange(self, body: bytes) -> tuple[httpx2.Response, bytes]:
-        """The answer's status and headers, and its body.
+        """The response (status and headers), and its body.
 
-        The client's own time-out is between two bytes; a task's can end an attempt wherever the server keeps it.
+        asyncio.timeout limits the whole attempt; the client's own timeout would only limit the wait for the next bytes.
 
         Raises:
-            TimeoutError: no whole answer in time.
-            httpx2.TransportError: no answer at all.
-            RewardError: a larger answer than asked for.
+            TimeoutError: the whole answer did not arrive in time.
+            httpx2.TransportError: the connection failed.
+            RewardError: the answer is larger than max_response_bytes.
         """
         answer = b""
         async with (
@@ -162,46 +165,46 @@ class HttpHead:
         try:
             found = json.loads(answer)
         except (ValueError, RecursionError):
-            raise RewardError(self.model_id, f"answered with what is not JSON ({_said(answer)})") from None
+            raise RewardError(self.model_id, f"answered with what is not JSON ({_quoted(answer)})") from None
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, list):
-            raise RewardError(self.model_id, f'answered without a list "scores" ({_said(answer)})')
+            raise RewardError(self.model_id, f'answered without a list "scores" ({_quoted(answer)})')
         if len(scores) != count:
             raise RewardError(self.model_id, f"gave {len(scores)} scores for {count} images")
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 3.4e38:
-                raise RewardError(self.model_id, f"gave {_line(repr(score))}, which is no finite float32")
+                raise RewardError(self.model_id, f"gave {_line(repr(score))}, which is not a finite float32")
         return np.array(scores, np.float32)
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
     asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
 
 
-class _PassingError(Exception):
-    """What another attempt may mend; `after` is the answer's Retry-After."""
+class _TransientError(Exception):
+    """A failure that another attempt may not have; `after` is the answer's Retry-After in seconds, 0 if it has none."""
 
     def __init__(self, problem: str, after: str = "") -> None:
         super().__init__(problem)
         self.after = float(after) if after.isdecimal() else 0.0
 
 
-def _asked_to_wait(state: tenacity.RetryCallState) -> float:
+def _retry_after(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    return min(error.after, HttpHead.longest_pause) if isinstance(error, _PassingError) else 0.0
+    return min(error.after, HttpHead.longest_pause) if isinstance(error, _TransientError) else 0.0
 
 
-def _checked(url: str) -> tuple[httpx2.URL, str]:
-    """The URL, and what of it may be shown: not the query.
+def _parsed(url: str) -> tuple[httpx2.URL, str]:
+    """The URL, and its text without the query, which may hold a secret, for error messages.
 
     Raises:
-        ConfigError: holds a user or password, is not http, or has no host.
+        ConfigError: the URL holds a user or password, is not http or https, or has no host.
     """
-    if "@" in url.partition("?")[0]:  # wherever it is: a password with a slash in it reads as host, port and path
-        fix = "put the token into an environment variable and name it in token_env (an @ in a path is %40)"
+    if "@" in url.partition("?")[0]:  # even in the path, because a password with a slash parses as host, port and path
+        fix = "put the token into an environment variable and name it in token_env (write an @ in a path as %40)"
         raise ConfigError([f"http reward head: url holds an @, as in user:password@host: {fix}"])
     try:
         parsed = httpx2.URL(url)
@@ -214,10 +217,10 @@ def _checked(url: str) -> tuple[httpx2.URL, str]:
 
 
 def _authorization(token_env: str | None) -> dict[str, str]:
-    """The header that carries the token, if there is to be one.
+    """The Authorization header for the token in an environment variable; no header if `token_env` is None.
 
     Raises:
-        ConfigError: the variable is not set, or holds what no header can; the value is never shown.
+        ConfigError: the variable is not set, or its value cannot stand in a header. The message never shows the value.
     """
     if token_env is None:
         return {}
@@ -231,7 +234,7 @@ def _authorization(token_env: str | None) -> dict[str, str]:
 
 def _png(image: Tensor) -> bytes:
     file = io.BytesIO()
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = to_bytes(image).permute(1, 2, 0).numpy()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
@@ -242,10 +245,10 @@ def _npy(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _said(answer: bytes) -> str:
-    return _line(answer[: 4 * SHOWN].decode(errors="replace")) or "nothing"
+def _quoted(answer: bytes) -> str:
+    return _line(answer[: 4 * QUOTED].decode(errors="replace")) or "nothing"
 
 
 def _line(text: str) -> str:
-    """One printable line of it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
+    """The text in one line, without control characters and at most QUOTED characters long."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:QUOTED]

@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (Xu et al. 2023): BLIP whose text tower reads the prompt with the picture in view."""
+"""ImageReward v1.0 (Xu et al. 2023): a BLIP model whose text encoder attends to the picture as it reads the prompt."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
 from epd_ray.weights.hub import opening
 
 CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw value over the training pictures
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's output over ImageReward's training pictures
 TEXT_LENGTH = 35
 VISION_HEAD_WIDTH = 64
 
@@ -46,16 +46,16 @@ MED_FIELDS = (
 
 
 class ImageRewardHead:
-    """Standardised human preference: 0 on the training pictures' average, mostly within -2.5 and 2.
+    """Scores human preference, standardised to mean 0 on ImageReward's training pictures; mostly between -2.5 and 2.
 
     Args:
-        model: directory or hub id with ImageReward.pt or .safetensors, and med_config.json.
+        model: directory or hub id that holds ImageReward.pt or .safetensors, and med_config.json.
         revision: branch, tag or commit of `model` on the hub.
-        device: as everywhere.
-        dtype: of the two towers ("auto": float16 on CUDA, else float32); what follows them is float32.
-        batch_size: pictures per forward pass.
-        tokenizer: directory or hub id of BERT's word pieces; by default the model directory's own where it has some,
-            else those of bert-base-uncased.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of both encoders ("auto": float16 on CUDA, else float32); later layers run in float32.
+        batch_size: number of pictures per forward pass.
+        tokenizer: directory or hub id of BERT's tokenizer; None takes the model directory if it holds one, else
+            bert-base-uncased.
 
     Raises:
         ModelError: the model is missing, damaged, or of another kind.
@@ -75,20 +75,20 @@ class ImageRewardHead:
     ) -> None:
         self.model_id, self.revision, self.batch_size = model, revision, check_batch_size(batch_size)
         self._device, self._dtype = place(device, dtype)
-        tokens_from = companion(model, tokenizer, "google-bert/bert-base-uncased", TOKENIZER_FILES)
+        tokenizer_source = companion(model, tokenizer, "google-bert/bert-base-uncased", TOKENIZER_FILES)
         with opening(model, "ImageReward model"):
             med = json.loads(find_file(model, ["med_config.json"], revision).read_text())
             tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
             vision = build_vision(part(tensors, "blip.visual_encoder."), model)
             text = build_text(part(tensors, "blip.text_encoder."), med, vision.config.hidden_size, model)
             layers = linear_layers(tensors, "mlp.layers.")
-        words = open_bert_tokenizer(tokens_from)
-        if len(words) > text.config.vocab_size:
+        bert_tokenizer = open_bert_tokenizer(tokenizer_source)
+        if len(bert_tokenizer) > text.config.vocab_size:
             raise ModelError(
-                f"tokenizer {tokens_from!r} has {len(words)} words, ImageReward model {model!r} knows"
-                f" {text.config.vocab_size}: give the one that it was trained with"
+                f"tokenizer {tokenizer_source!r} has {len(bert_tokenizer)} tokens, ImageReward model {model!r} has"
+                f" {text.config.vocab_size}: give the tokenizer that the model was trained with"
             )
-        self._tokens = PromptTokenizer(words, TEXT_LENGTH, head="imagereward")
+        self._tokens = PromptTokenizer(bert_tokenizer, TEXT_LENGTH, head="imagereward")
         self._vision = vision.to(self._device, self._dtype).eval().requires_grad_(False)
         self._text = text.to(self._device, self._dtype).eval().requires_grad_(False)
         self._layers = layers.to(self._device)
@@ -106,28 +106,28 @@ class ImageRewardHead:
             attention_mask=tokens.attention_mask,
             encoder_hidden_states=patches,
             encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=self._device),
-            is_decoder=False,  # every word sees the whole prompt
+            is_decoder=False,  # no causal mask: each token attends to the whole prompt
         ).last_hidden_state
         raw: Tensor = self._layers(hidden[:, 0].float())
         return (raw.squeeze(-1) - MEAN) / STD
 
 
 def open_bert_tokenizer(location: str) -> Any:
-    """BERT's word pieces with BLIP's two words behind them: "[DEC]" and "[ENC]".
+    """BERT's tokenizer, to which BLIP's two tokens "[DEC]" and "[ENC]" are added.
 
     Raises:
-        ModelError: the files are missing.
+        ModelError: the tokenizer's files are missing.
     """
     from transformers import BertTokenizer
 
-    words = open_tokenizer(BertTokenizer, location)
-    words.add_special_tokens({"bos_token": "[DEC]"})
-    words.add_tokens(["[ENC]"], special_tokens=True)
-    return words
+    tokenizer = open_tokenizer(BertTokenizer, location)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    return tokenizer
 
 
 def build_vision(tensors: Tensors, model: str) -> Any:
-    """BLIP's image tower, of the sizes that the weights have.
+    """BLIP's image encoder in float32; its layer sizes follow from the shapes of the weights.
 
     Raises:
         ModelError: weights are missing.
@@ -145,7 +145,7 @@ def build_vision(tensors: Tensors, model: str) -> Any:
         image_size=round(patches**0.5) * patch,
         patch_size=patch,
         hidden_act="gelu",
-        layer_norm_eps=1e-6,  # timm's; transformers' default differs
+        layer_norm_eps=1e-6,  # timm's value, which is not transformers' default
     )
     network, report = BlipVisionModel.from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32,
@@ -156,7 +156,7 @@ def build_vision(tensors: Tensors, model: str) -> Any:
 
 
 def vision_name(key: str) -> str:
-    """timm's name of a weight in transformers' terms."""
+    """The name that transformers gives to a weight, from timm's name."""
     if key in VISION_NAMES:
         return VISION_NAMES[key]
     key = re.sub(r"^blocks\.", "encoder.layers.", key)
@@ -166,17 +166,19 @@ def vision_name(key: str) -> str:
 
 
 def build_text(tensors: Tensors, med: dict[str, Any], image_width: int, model: str) -> Any:
-    """BLIP's text tower, as med_config.json describes it, with cross-attention to the image's patches.
+    """BLIP's text encoder in float32, with cross-attention to the image patches; med_config.json gives its sizes.
 
     Raises:
-        ModelError: weights are missing.
+        ModelError: weights or fields of med_config.json are missing.
     """
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     missing = [field for field in MED_FIELDS if field not in med]
     if missing:
-        raise ModelError(f"ImageReward model {model!r}: med_config.json lacks {', '.join(missing)}")
+        raise ModelError(
+            f"ImageReward model {model!r}: med_config.json lacks {', '.join(missing)}: fetch the published file again"
+        )
     config = BlipTextConfig(
         **{field: med[field] for field in MED_FIELDS}, encoder_hidden_size=image_width, is_decoder=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=0, sep_token_id=None,

@@ -1,4 +1,4 @@
-"""From raw scores to the reward, with the running state that a z-score needs."""
+"""Mixes the heads' raw scores into the reward, and keeps the running statistics that a z-score needs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,27 +10,28 @@ from epd_ray.types import FloatArray
 
 Mode = Literal["none", "reference", "zscore"]
 WINDOW = 1024
-"""Images that a running z-score looks back on."""
+"""Number of most recent training images whose scores define the running z-score."""
 
 
 class Mixer:
-    """The weighted mean over heads, normalised the same way for a whole batch.
+    """Computes rewards as the weighted mean of the heads' normalised scores.
 
     Args:
-        weights: head's name in the run -> its share.
-        kinds: head's name in the run -> its registry name.
-        mode: "none", the raw values; "reference", its clamps; "zscore", over the last WINDOW training images.
+        weights: maps each head's name in the run to its weight, >= 0.
+        kinds: maps each head's name in the run to its name in the registry HEADS.
+        mode: how raw scores are normalised: "none" keeps them, "reference" applies the formulas in REFERENCE, "zscore"
+            subtracts the mean and divides by the standard deviation over the last WINDOW training images.
     """
 
     def __init__(self, weights: Mapping[str, float], kinds: Mapping[str, str], mode: Mode) -> None:
         self._weights, self._mode = dict(weights), mode
-        learned_from = [name for name, weight in weights.items() if weight] if mode == "reference" else []
-        self._fixed = {name: REFERENCE[kinds[name]] for name in learned_from}
+        weighted = [name for name, weight in weights.items() if weight] if mode == "reference" else []
+        self._fixed = {name: REFERENCE[kinds[name]] for name in weighted}
         self._seen: dict[str, FloatArray] = {}
         self._anchor: dict[str, FloatArray] = {}
 
     def observe(self, batches: Sequence[Mapping[str, FloatArray]]) -> None:
-        """Take an iteration's raw scores into the window."""
+        """Add an iteration's raw scores to the window of the running z-score."""
         if self._mode != "zscore":
             return
         for name in self._weights:
@@ -38,11 +39,14 @@ class Mixer:
             self._seen[name] = np.concatenate(values)[-WINDOW:]
 
     def train(self, scores: Mapping[str, FloatArray]) -> FloatArray:
-        """Rewards [B] of training images, against the window."""
+        """The rewards [B] of training images; a z-score uses the window of recent training images."""
         return mix(scores, self._weights, self._normalisations(self._seen))
 
     def held_out(self, scores: Mapping[str, FloatArray]) -> FloatArray:
-        """Rewards [B] that stay comparable through a run: a z-score is against the first scores ever given here."""
+        """The rewards [B] of evaluation images; a z-score uses the scores of this method's first call in the run.
+
+        Rewards of different iterations therefore stay comparable.
+        """
         if self._mode == "zscore" and not self._anchor:
             self._anchor = {name: np.asarray(values, np.float32) for name, values in scores.items()}
         return mix(scores, self._weights, self._normalisations(self._anchor))
@@ -51,10 +55,10 @@ class Mixer:
         return self._fixed or {name: standardise(values) for name, values in seen.items()}
 
     def state(self) -> dict[str, Any]:
-        """Arrays by head, to go on exactly."""
+        """The running statistics as arrays by head, for a checkpoint."""
         return {"seen": dict(self._seen), "anchor": dict(self._anchor)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from the result of `state`."""
         self._seen = {name: np.asarray(v, np.float32) for name, v in state["seen"].items()}
         self._anchor = {name: np.asarray(v, np.float32) for name, v in state["anchor"].items()}

@@ -1,4 +1,4 @@
-"""MPS, the multi-dimensional preference score (Zhang et al. 2024), overall preference."""
+"""MPS, the multi-dimensional preference score (Zhang et al. 2024), with its condition for overall preference."""
 
 import re
 from collections.abc import Sequence
@@ -32,22 +32,22 @@ CONDITION = (
     "texture, quantity, attributes, position, number, location, word, things."
 )
 THRESHOLD = 0.3
-"""Words of the prompt whose likeness to the condition is a smaller share of the largest one are not looked at."""
+"""A prompt token is masked when its similarity to the condition is at most this share of the prompt's largest one."""
 
 
 class MpsHead:
-    """exp(logit_scale) * cosine of the prompt's embedding and the picture's, the latter having read the prompt.
+    """Scores by exp(logit_scale) * cosine of the prompt's embedding and an image embedding that depends on the prompt.
 
     Args:
-        model: directory or hub id with MPS_overall_checkpoint.safetensors or model.safetensors. The published
-            MPS_overall_checkpoint.pth is a pickled program: `epd-ray rewards convert mps` makes the former of it.
+        model: directory or hub id that holds MPS_overall_checkpoint.safetensors or model.safetensors. The published
+            MPS_overall_checkpoint.pth is a pickle: convert it to safetensors with `epd-ray rewards convert mps`.
         revision: branch, tag or commit of `model` on the hub.
-        device: as everywhere.
-        dtype: of the network ("auto": float16 on CUDA, else float32); the score is float32.
-        batch_size: pictures per forward pass.
-        processor: directory or hub id of tokenizer and image processor; by default the model directory's own where it
-            has them, else those of the model that MPS started from.
-        condition: what to look at, in words.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of the network ("auto": float16 on CUDA, else float32); the cosine is computed in float32.
+        batch_size: number of pictures per forward pass.
+        processor: directory or hub id of tokenizer and image processor; None takes the model directory if it holds
+            them, else LAION, which MPS was fine-tuned from.
+        condition: words that describe what the score is about; prompt tokens unlike all of them are masked.
 
     Raises:
         ModelError: the model is missing, damaged, or of another kind.
@@ -68,21 +68,21 @@ class MpsHead:
 
         self.model_id, self.revision, self.batch_size = model, revision, check_batch_size(batch_size)
         self._device, self._dtype = place(device, dtype)
-        tokens_from = companion(model, processor, LAION, TOKENIZER_FILES)
-        pixels_from = companion(model, processor, LAION, PROCESSOR_FILES)
+        tokenizer_source = companion(model, processor, LAION, TOKENIZER_FILES)
+        processor_source = companion(model, processor, LAION, PROCESSOR_FILES)
         with opening(model, "MPS model"):
             tensors = read_mps(model, revision)
             network = build_clip(part(tensors, "model."), f"MPS model {model!r}")
             cross = build_cross(part(tensors, "cross_model."), model)
-        with opening(pixels_from, "image processor"):
-            self._pixels = open_clip_processor(pixels_from)
+        with opening(processor_source, "image processor"):
+            self._pixels = open_clip_processor(processor_source)
         self._scale = float(network.logit_scale.detach().exp())
         self._network = network.to(self._device, self._dtype).eval().requires_grad_(False)
         self._cross = cross.to(self._device, self._dtype)
-        words = open_tokenizer(CLIPTokenizer, tokens_from)
+        tokenizer = open_tokenizer(CLIPTokenizer, tokenizer_source)
         length = network.config.text_config.max_position_embeddings
-        self._tokens = PromptTokenizer(words, length, head="mps")
-        self._condition = self._read([condition])[0][0]  # [T, D]
+        self._tokens = PromptTokenizer(tokenizer, length, head="mps")
+        self._condition = self._embed([condition])[0][0]  # [T, D]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return in_batches(self._score, images, prompts, self.batch_size)
@@ -90,52 +90,55 @@ class MpsHead:
     @torch.inference_mode()
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = self._pixels(images).to(self._device, self._dtype)
-        words, sentence = self._read(prompts)
-        # The last layer's patches as they are: without the norm that CLIP puts on the first of them.
+        tokens, sentence = self._embed(prompts)
+        # MPS projects the last layer's output without the layer norm that CLIP applies to its first patch.
         patches = self._network.visual_projection(self._network.vision_model(pixel_values=pixels).last_hidden_state)
-        looked_at = relevant(words.float(), self._condition.float())
-        picture = self._cross(patches, words, looked_at)[:, 0]
+        mask = relevant(tokens.float(), self._condition.float())
+        picture = self._cross(patches, tokens, mask)[:, 0]
         return self._scale * cosine_similarity(sentence.float(), picture.float(), dim=-1)
 
     @torch.inference_mode()
-    def _read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of every token [B, T, D] and of the whole prompt [B, D]."""
-        # No attention mask: the model was trained with its padding tokens in view.
+        # Without an attention mask, because the model was trained with attention to padding tokens.
         out = self._network.text_model(input_ids=self._tokens(prompts).input_ids.to(self._device))
         project = self._network.text_projection
         return project(out.last_hidden_state), project(out.pooler_output)
 
 
-def relevant(words: Tensor, condition: Tensor) -> Tensor:
-    """Which tokens [B, T] of the prompts [B, T, D] bear on the condition [C, D]; the likest always does."""
-    likeness = (words @ condition.T).amax(dim=-1)
-    looked_at: Tensor = likeness / likeness.amax(dim=-1, keepdim=True) > THRESHOLD
-    return looked_at
+def relevant(tokens: Tensor, condition: Tensor) -> Tensor:
+    """Mask [B, T], True for the prompt tokens [B, T, D] that are similar to the condition's tokens [C, D].
+
+    The most similar token of each prompt is always True.
+    """
+    similarity = (tokens @ condition.T).amax(dim=-1)
+    mask: Tensor = similarity / similarity.amax(dim=-1, keepdim=True) > THRESHOLD
+    return mask
 
 
 def read_mps(model: str, revision: str | None) -> Tensors:
-    """The published model's state dict: "model." is a CLIPModel, "cross_model." what reads the prompt into the picture.
+    """The model's state dict: names with prefix "model." are a CLIPModel's, "cross_model." the cross-attention layers'.
 
     Raises:
-        ModelError: the file is missing, is the published pickle, or another model's.
+        ModelError: the file is missing or damaged, or is the published pickle.
     """
     path = find_file(model, CHECKPOINTS, revision)
     convert = f"convert it once: epd-ray rewards convert mps {path} {path.with_suffix('.safetensors')}"
     tensors = read_tensors(path, convert)
-    tensors = part(tensors, "mps.") or tensors  # as the repository that is the default names them
+    tensors = part(tensors, "mps.") or tensors  # the default repository puts this prefix before all names
     return {key: value for key, value in tensors.items() if not key.endswith(".position_ids")}
 
 
 class CrossLayer(nn.Module):
-    """The patches look at the prompt, then at each other; each time beside a gated feed-forward layer.
+    """The image patches attend to the prompt, then to each other; each attention is parallel to a SwiGLU layer.
 
-    All heads share one key and one value per token.
+    All attention heads share one key and one value per token.
 
     Args:
-        dim: of patches and tokens.
-        head: width of a head.
-        heads: their number.
-        inner: width of the feed-forward layers.
+        dim: width of patches and tokens.
+        head: width of an attention head.
+        heads: number of attention heads.
+        inner: inner width of the feed-forward layers.
 
     Source: Kwai-Kolors/MPS, Cross_model; the parallel layers are PaLM's.
     """
@@ -154,15 +157,22 @@ class CrossLayer(nn.Module):
         self.self_out = nn.Linear(heads * head, dim, bias=False)
         self.self_down = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, patches: Tensor, words: Tensor, looked_at: Tensor, angles: Tensor) -> Tensor:
-        """Patches [B, P, D], words [B, T, D] of which some are looked at [B, T]; angles [P, head]."""
+    def forward(self, patches: Tensor, tokens: Tensor, mask: Tensor, angles: Tensor) -> Tensor:
+        """New patches [B, P, D].
+
+        Args:
+            patches: [B, P, D].
+            tokens: [B, T, D].
+            mask: [B, T], bool, True for the tokens that patches attend to.
+            angles: [P, head], the rotary angles of the patches.
+        """
         x = self.cross_norm(patches)
-        key, value = self.key_value(words).chunk(2, dim=-1)
-        seen = self._attend(self.query(x), key, value, looked_at[:, None, None])
-        patches = patches + self.cross_out(seen) + self.cross_down(gate(self.cross_up(x)))
+        key, value = self.key_value(tokens).chunk(2, dim=-1)
+        attended = self._attend(self.query(x), key, value, mask[:, None, None])
+        patches = patches + self.cross_out(attended) + self.cross_down(gate(self.cross_up(x)))
         query, key, value, up = self.fused(self.self_norm(patches)).split(self.widths, dim=-1)
-        seen = self._attend(query, key, value, None, angles)
-        mixed: Tensor = patches + self.self_out(seen) + self.self_down(gate(up))
+        attended = self._attend(query, key, value, None, angles)
+        mixed: Tensor = patches + self.self_out(attended) + self.self_down(gate(up))
         return mixed
 
     def _attend(
@@ -178,29 +188,29 @@ class CrossLayer(nn.Module):
 
 
 class CrossModel(nn.Module):
-    """Layers in a row, with the rotary angles of the patches.
+    """A sequence of CrossLayers, with rotary angles for the patches.
 
     Args:
-        layers: in order.
-        frequencies: [head / 2], as the checkpoint has them.
+        layers: the layers in order.
+        frequencies: [head / 2], rotary frequencies in the checkpoint's precision.
     """
 
     def __init__(self, layers: list[CrossLayer], frequencies: Tensor) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.frequencies = frequencies  # no buffer: to() must not round them
+        self.frequencies = frequencies  # not a buffer, because to() would round a buffer
 
-    def forward(self, patches: Tensor, words: Tensor, looked_at: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         # In the precision of the checkpoint's frequencies, because the network was trained with angles so rounded.
         steps = torch.arange(patches.shape[1], dtype=self.frequencies.dtype)
         angles = torch.outer(steps, self.frequencies).repeat(1, 2).to(patches.device)
         for layer in self.layers:
-            patches = layer(patches, words, looked_at, angles)
+            patches = layer(patches, tokens, mask, angles)
         return patches
 
 
 def gate(x: Tensor) -> Tensor:
-    """SwiGLU: the first half times the swish of the second."""
+    """SwiGLU: the first half of the last dimension times the swish of the second half."""
     value, switch = x.chunk(2, dim=-1)
     return value * silu(switch)
 
@@ -227,10 +237,10 @@ LAYER_NAMES = {
 
 
 def build_cross(tensors: Tensors, model: str) -> Any:
-    """The cross model in float32, of the sizes that the weights have.
+    """The cross-attention layers in float32; their sizes follow from the shapes of the weights.
 
     Raises:
-        ModelError: weights are missing or of other shapes.
+        ModelError: weights are missing, or have shapes that do not fit together.
     """
     try:
         inner_heads, dim = tensors["layers.0.0.fn.to_q.weight"].shape

@@ -1,6 +1,7 @@
-"""The published packages, two of them as heads, for actors whose environment holds them (see environments).
+"""Reward heads that run the published packages themselves, for actors in a virtual environment of their own.
 
-Nothing here needs more than torch, numpy and Pillow at import: the environments have little else of this package's.
+`epd-ray rewards install` makes those environments (epd_ray.actors.environments). They lack most of this package's
+dependencies, so importing this module requires only torch, numpy and Pillow.
 """
 
 import importlib
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from epd_ray.errors import ModelError
+from epd_ray.rewards.batches import in_batches
+from epd_ray.rewards.preprocess import to_bytes
 from epd_ray.weights.devices import pick_device
 
 MISSING_OPERATORS = ("nms", "qnms")
@@ -24,14 +27,14 @@ FID_FIX = "start it by FeaturePool, and run `epd-ray rewards install fid` on eve
 
 
 def _imagereward() -> ModuleType:
-    """The package, without its training half, which drags in diffusers and datasets."""
+    """The package ImageReward, without its training code, which imports diffusers and datasets."""
     _torchvision()
     sys.modules.setdefault("ImageReward.ReFL", ModuleType("ImageReward.ReFL"))
     return _package("ImageReward")
 
 
 def _hpsv2() -> ModuleType:
-    """The package's copy of open_clip, which imports `turtle`, and so tkinter, for nothing."""
+    """The hpsv2 package's copy of open_clip; an empty module replaces `turtle`, which it imports without need."""
     _torchvision()
     turtle = ModuleType("turtle")
     turtle.__dict__["forward"] = None
@@ -40,19 +43,22 @@ def _hpsv2() -> ModuleType:
 
 
 def _fid() -> ModuleType:
-    """torch-fidelity's Inception, for metrics.inception."""
+    """torch-fidelity's Inception network, which epd_ray.evaluation.metrics.inception uses."""
     _torchvision(FID_FIX)
     return _package("torch_fidelity.feature_extractor_inceptionv3", FID_FIX)
 
 
 PACKAGES: dict[str, Callable[[], ModuleType]] = {"imagereward": _imagereward, "hpsv2": _hpsv2, "fid": _fid}
-"""How each environment's package is imported."""
+"""Maps each environment's name to the function that imports its package."""
 
-_operators: list[torch.library.Library] = []  # torch forgets operators whose library object is gone
+_operators: list[torch.library.Library] = []  # kept, because torch drops operators when their Library is collected
 
 
 def _torchvision(fix: str = HEADS_FIX) -> None:
-    """Import torchvision; its CUDA build beside CPU torch lacks two operators, which nothing here calls."""
+    """Import torchvision; where its CUDA build meets CPU torch, define the two operators that it misses.
+
+    The packages never call these operators.
+    """
     try:
         _package("torchvision", fix)
     except RuntimeError as error:
@@ -73,13 +79,16 @@ def _package(name: str, fix: str = HEADS_FIX) -> ModuleType:
 
 
 class PackageImageReward:
-    """ImageReward (Xu et al. 2023) by the package image-reward itself.
+    """ImageReward (Xu et al. 2023), computed by the published package image-reward.
 
     Args:
-        model: a directory with ImageReward.pt and med_config.json, and vocab.txt where bert-base-uncased cannot be
-            fetched; None for the package's own download.
-        device: as everywhere.
-        batch_size: images per forward pass.
+        model: directory that holds ImageReward.pt and med_config.json, and also vocab.txt if bert-base-uncased cannot
+            be downloaded; None lets the package download its files.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        batch_size: number of images per forward pass.
+
+    Raises:
+        ModelError: the package or a file is missing, or the weights do not fit.
     """
 
     def __init__(self, *, model: str | None = None, device: str = "auto", batch_size: int = 16) -> None:
@@ -87,19 +96,19 @@ class PackageImageReward:
         self.model_id, self.batch_size = model or "THUDM/ImageReward", batch_size
         self.device = pick_device(device)
         if model is None:
-            cache = str(Path.home() / ".cache" / "ImageReward")
+            cache = str(Path.home() / ".cache" / "ImageReward")  # where the package itself keeps its downloads
             download = package.utils.ImageReward_download
-            weights, layout = (Path(download(name, cache)) for name in ("ImageReward.pt", "med_config.json"))
+            weights, config = (Path(download(name, cache)) for name in ("ImageReward.pt", "med_config.json"))
         else:
-            weights, layout = _files(model, "ImageReward.pt", "med_config.json")
+            weights, config = _files(model, "ImageReward.pt", "med_config.json")
             _use_vocabulary(weights.parent)
-        self.network = package.ImageReward(med_config=str(layout), device=self.device)
+        self.network = package.ImageReward(med_config=str(config), device=self.device)
         _load(self.network, weights, lambda saved: saved)
         self.network.to(self.device).eval()
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return _in_batches(self._score, images, prompts, self.batch_size)
+        return in_batches(self._score, images, prompts, self.batch_size)
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         tokens = self.network.blip.tokenizer(
@@ -111,13 +120,17 @@ class PackageImageReward:
 
 
 class PackageHpsv2:
-    """HPS v2.1 (Wu et al. 2023) by the package hpsv2 itself, loaded once rather than on every call.
+    """HPS v2.1 (Wu et al. 2023), computed by the published package hpsv2; the network is loaded once, not per call.
 
     Args:
-        model: a directory with HPS_v2.1_compressed.pt, and ViT-H-14.json where the network has another size; None for
-            the package's own download.
-        device: as everywhere; as in the package, a GPU computes in mixed precision.
-        batch_size: images per forward pass.
+        model: directory that holds HPS_v2.1_compressed.pt, and also ViT-H-14.json if the network has other sizes; None
+            downloads the published file.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU. CUDA computes in mixed
+            precision, as in the package.
+        batch_size: number of images per forward pass.
+
+    Raises:
+        ModelError: the package or a file is missing, or the weights do not fit.
     """
 
     def __init__(self, *, model: str | None = None, device: str = "auto", batch_size: int = 16) -> None:
@@ -129,19 +142,19 @@ class PackageHpsv2:
             weights = Path(fetch("xswu/HPSv2", "HPS_v2.1_compressed.pt"))
         else:
             (weights,) = _files(model, "HPS_v2.1_compressed.pt")
-            layout = weights.parent / "ViT-H-14.json"
-            if layout.is_file():
-                package.add_model_config(layout)
+            config = weights.parent / "ViT-H-14.json"
+            if config.is_file():
+                package.add_model_config(config)
         self.network, _, self.preprocess = package.create_model_and_transforms(
             "ViT-H-14", pretrained=None, precision="amp", device=self.device, light_augmentation=True, output_dict=True
-        )  # pretrained: the package would fetch LAION's weights, to overwrite them
+        )  # pretrained=None, because the package would download LAION's weights, which are overwritten here
         _load(self.network, weights, lambda saved: saved["state_dict"])
         self.network.eval()
         self.tokenize = package.get_tokenizer("ViT-H-14")
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return _in_batches(self._score, images, prompts, self.batch_size)
+        return in_batches(self._score, images, prompts, self.batch_size)
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         tokens = self.tokenize(prompts).to(self.device)
@@ -152,10 +165,10 @@ class PackageHpsv2:
 
 
 def _files(model: str, *names: str) -> list[Path]:
-    """The files of a model directory.
+    """The paths of the named files in a model directory.
 
     Raises:
-        ModelError: one is missing.
+        ModelError: a file is missing.
     """
     files = [Path(model).expanduser() / name for name in names]
     for file in files:
@@ -165,7 +178,7 @@ def _files(model: str, *names: str) -> list[Path]:
 
 
 def _use_vocabulary(folder: Path) -> None:
-    """Let the package's tokenizer read `folder` where it would ask the hub, if the words are there."""
+    """Let the package load its tokenizer from `folder` instead of the hub, if vocab.txt is there."""
     if not (folder / "vocab.txt").is_file():
         return
     blip = _package("ImageReward.models.BLIP.blip")
@@ -180,31 +193,29 @@ def _use_vocabulary(folder: Path) -> None:
 
 
 def _load(network: torch.nn.Module, weights: Path, pick: Callable[[Any], dict[str, Tensor]]) -> None:
-    """Load a checkpoint into a network, and refuse one that leaves a part of it random (as the package would not).
+    """Load a checkpoint into a network. Unlike the packages, refuse one that leaves weights at their random values.
+
+    Args:
+        network: the network to fill.
+        weights: file of the checkpoint.
+        pick: returns the state dict from what the file holds.
 
     Raises:
-        ModelError: the file cannot be read, or does not fit.
+        ModelError: the file cannot be read, or lacks weights of the network.
     """
     try:
         saved = pick(torch.load(weights, map_location="cpu", weights_only=True))
         missing = network.load_state_dict(saved, strict=False).missing_keys
-    except Exception as error:  # torch raises half a dozen kinds here, one of them pickle's
+    except Exception as error:  # torch raises many kinds of exceptions for a damaged file
         raise ModelError(f"{weights} cannot be loaded: {str(error).splitlines()[0]}") from error
     lost = [name for name in missing if not name.endswith("position_ids")]
     if lost:
-        raise ModelError(f"{weights} lacks {len(lost)} of the network's tensors, such as {lost[0]}: not this model's")
+        raise ModelError(
+            f"{weights} lacks {len(lost)} of the network's tensors, such as {lost[0]}: give the published checkpoint"
+        )
 
 
 def _preprocessed(transform: Callable[[Image.Image], Tensor], images: Tensor) -> Tensor:
-    """Pixels [B, 3, S, S] by a package's own transform; images are rounded to 8 bits first, as a file would be."""
-    arrays = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Pixels [B, 3, S, S] from images [B, 3, H, W] in [0, 1], by a package's own transform of 8-bit pictures."""
+    arrays = to_bytes(images).permute(0, 2, 3, 1).numpy()
     return torch.stack([transform(Image.fromarray(np.ascontiguousarray(array))) for array in arrays])
-
-
-def _in_batches(
-    score: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: Sequence[str], size: int
-) -> Tensor:
-    """Scores [B], float32 on the CPU."""
-    starts = range(0, len(images), size)
-    parts = [score(images[i : i + size], list(prompts[i : i + size])).float().cpu() for i in starts]
-    return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 fine-tuned on people's picks."""
+"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 fine-tuned on people's choices between two pictures."""
 
 from collections.abc import Sequence
 
@@ -12,25 +12,25 @@ from epd_ray.rewards.towers import ClipTowers, open_clip_model, open_clip_proces
 from epd_ray.weights.hub import opening
 
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Whose tokenizer and image processor PickScore and MPS were trained and published with."""
+"""The model whose tokenizer and image processor PickScore and MPS were trained with."""
 
 
 class PickScoreHead:
-    """exp(logit_scale) * cosine of the image and text embeddings, around 15 to 25.
+    """Scores by exp(logit_scale) * cosine of image and text embedding; most scores lie between 15 and 25.
 
-    Prompts go to transformers' tokenizer as they are, as in the published example.
+    Prompts are tokenized unchanged, as in the published example.
 
     Args:
-        model: a CLIPModel directory or hub id.
+        model: directory or hub id of a CLIPModel.
         revision: branch, tag or commit of `model` on the hub.
-        device: as everywhere.
-        dtype: of the network ("auto": float16 on CUDA, else float32); the score is float32.
-        batch_size: pictures per forward pass.
-        processor: directory or hub id of tokenizer and image processor; by default the model directory's own where it
-            has them, else those of the model that PickScore started from.
+        device: name of a torch device; "auto" takes the GPU if there is one, else the CPU.
+        dtype: precision of the network ("auto": float16 on CUDA, else float32); the cosine is computed in float32.
+        batch_size: number of pictures per forward pass.
+        processor: directory or hub id of tokenizer and image processor; None takes the model directory if it holds
+            them, else LAION, which PickScore was fine-tuned from.
 
     Raises:
-        ModelError: the model is missing, damaged, or no CLIPModel.
+        ModelError: the model is missing, damaged, or not a CLIPModel.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class PickScoreHead:
         from transformers import CLIPTokenizer
 
         self.model_id, self.revision = model, revision
-        where, precision = place(device, dtype)
-        tokens_from = companion(model, processor, LAION, TOKENIZER_FILES)
-        pixels_from = companion(model, processor, LAION, PROCESSOR_FILES)
+        torch_device, torch_dtype = place(device, dtype)
+        tokenizer_source = companion(model, processor, LAION, TOKENIZER_FILES)
+        processor_source = companion(model, processor, LAION, PROCESSOR_FILES)
         with opening(model, "PickScore model"):
             network = open_clip_model(resolve_model(model), revision, f"PickScore model {model!r}")
-        tokenizer = open_tokenizer(CLIPTokenizer, tokens_from)
-        with opening(pixels_from, "image processor"):
-            pixels = open_clip_processor(pixels_from)
+        tokenizer = open_tokenizer(CLIPTokenizer, tokenizer_source)
+        with opening(processor_source, "image processor"):
+            pixels = open_clip_processor(processor_source)
         length = network.config.text_config.max_position_embeddings
         self._towers = ClipTowers(
             network, PromptTokenizer(tokenizer, length, head="pickscore"), pixels,
-            device=where, dtype=precision, batch_size=check_batch_size(batch_size),
+            device=torch_device, dtype=torch_dtype, batch_size=check_batch_size(batch_size),
         )  # fmt: skip
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

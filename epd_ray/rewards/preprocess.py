@@ -1,7 +1,7 @@
-"""Pictures to network pixels, exactly as the preference models' own packages make them, without torchvision.
+"""Preprocesses pictures exactly as the preference models' own packages do, but without torchvision.
 
-The rounding matters: resizing a float tensor instead of the 8-bit picture, or with another backend, moves pixels by
-0.02, and scores with them.
+Rounding and resizing must be the same: resizing floats instead of the 8-bit picture, or with another library, changes
+pixels by up to 0.02, and therefore the scores.
 """
 
 import numpy as np
@@ -15,12 +15,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as uint8 on the CPU, rounded as a saved file would be."""
+    """Images [..., H, W] in [0, 1] as uint8 in [0, 255] on the CPU, rounded as in an 8-bit image file."""
     return (images * 255).round().to(torch.uint8).cpu()
 
 
 def pil_pixels(images: Tensor, size: int) -> Tensor:
-    """Pixels [B, 3, size, size] by way of PIL: resize the 8-bit picture, crop its centre, normalise.
+    """Pixels [B, 3, size, size] from images [B, 3, H, W] in [0, 1]: resize in 8 bits with PIL, crop, normalise.
 
     Source: the transform of OpenAI's CLIP package, which image-reward and the aesthetic predictor share.
     """
@@ -31,9 +31,9 @@ def pil_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def tensor_pixels(images: Tensor, size: int) -> Tensor:
-    """Pixels [B, 3, size, size] by way of tensors: the 8-bit picture becomes floats first, then is resized.
+    """Pixels [B, 3, size, size] from images [B, 3, H, W] in [0, 1]: resize 8-bit values as floats, crop, normalise.
 
-    Source: HPSv2's transform. Values may leave [0, 1] before they are normalised, as they do there.
+    Source: HPSv2's transform. As in that transform, resized values may lie slightly outside [0, 1].
     """
     floats = to_bytes(images).float() / 255
     width, height = short_side((floats.shape[3], floats.shape[2]), size)
@@ -43,13 +43,16 @@ def tensor_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def short_side(shape: tuple[int, int], size: int) -> tuple[int, int]:
-    """(width, height) with the shorter side at `size`; the longer one is cut to whole pixels, as torchvision does."""
+    """(width, height) scaled so that the shorter side is `size`; the longer one is rounded down, as in torchvision."""
     width, height = shape
     return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
 
 
 def centre_crop(pixels: Tensor, size: int) -> Tensor:
-    """The middle of [B, C, H, W]; halves are rounded to even, as torchvision does (transformers rounds down)."""
+    """The central square [B, C, size, size]; offsets of half a pixel round to even, as in torchvision.
+
+    Transformers rounds them down.
+    """
     top, left = (round((side - size) / 2) for side in pixels.shape[2:])
     return pixels[:, :, top : top + size, left : left + size]
 

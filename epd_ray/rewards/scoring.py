@@ -1,4 +1,4 @@
-"""What a reward actor does: score pictures, and refuse to answer with anything that is not a reward."""
+"""Scores pictures with one head and checks the result; normalises and mixes the scores of several heads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,32 +11,37 @@ from epd_ray.types import FloatArray, ImageArray, RewardHead
 
 
 class Scorer:
-    """One head behind its checks.
+    """Calls a reward head and checks that its scores are finite and complete.
 
     Args:
-        name: of the head in this run.
-        head: the model.
+        name: name of the head in this run, for error messages.
+        head: the reward head.
     """
 
     def __init__(self, name: str, head: RewardHead) -> None:
         self.name, self.head = name, head
 
     def score(self, images: ImageArray, prompts: Sequence[str], rollout_ids: Sequence[str]) -> FloatArray:
-        """Raw scores [B] of images [B, 3, H, W], uint8.
+        """The head's raw scores [B], float32.
+
+        Args:
+            images: [B, 3, H, W], uint8.
+            prompts: B texts.
+            rollout_ids: B ids, for error messages.
 
         Raises:
-            RewardError: the head failed, gave another count, or a value that is not finite; with the rollout ids.
+            RewardError: the head failed, or returned another number of scores, or a score that is not finite.
         """
         pictures = torch.from_numpy(np.array(images)).float() / 255
         try:
             values = torch.as_tensor(self.head.score(pictures, list(prompts))).detach().float().cpu().numpy()
-        except RewardError as error:  # a head that says itself what is wrong
-            raise RewardError(self.name, _line(error.problem), rollout_ids) from error
+        except RewardError as error:  # the head itself says what is wrong; add its name and the ids
+            raise RewardError(self.name, _one_line(error.problem), rollout_ids) from error
         except Exception as error:
             if is_own_bug(error):
                 raise
-            said = _line(f"failed with {type(error).__name__}: {error}")
-            raise RewardError(self.name, said, rollout_ids) from error
+            problem = _one_line(f"failed with {type(error).__name__}: {error}")
+            raise RewardError(self.name, problem, rollout_ids) from error
         if values.shape != (len(rollout_ids),):
             raise RewardError(self.name, f"gave shape {values.shape} for {len(rollout_ids)} images", rollout_ids)
         wrong = [i for i, v in zip(rollout_ids, values, strict=True) if not np.isfinite(v)]
@@ -45,13 +50,16 @@ class Scorer:
         return np.asarray(values, np.float32)
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How a head's raw value enters the mix: clip((x + shift) / scale, low, high)."""
+    """Normalises a head's raw score x to clip((x + shift) / scale, low, high).
+
+    A bound that is None does not limit the result; `scale` is not 0.
+    """
 
     shift: float = 0.0
     scale: float = 1.0
@@ -69,14 +77,15 @@ REFERENCE = {
     "clip": Normalisation(low=0.0, high=1.0),
     "aesthetic": Normalisation(scale=10.0, low=0.0, high=1.0),
 }
-"""The reference's clamps, by registry name, on the published packages' values. Source: RDPO (arXiv 2512.22796)."""
+"""The normalisations of the reference implementation, by registry name of the head; they fit scores of the published
+packages. Source: RDPO (arXiv 2512.22796)."""
 
 
 def standardise(values: FloatArray) -> Normalisation:
-    """The z-score over values [B]; a head that gives one value for everything counts for nothing.
+    """The z-score normalisation with mean and standard deviation of `values`; scores that are all equal become 0.
 
     Args:
-        values: raw scores of one head, at least one.
+        values: [B], raw scores of one head; B >= 1.
     """
     wide = values.astype(np.float64)
     return Normalisation(shift=-float(wide.mean()), scale=float(wide.std()) or 1.0)
@@ -88,11 +97,11 @@ def mix(
     """The weighted mean of the normalised scores, float32 [B].
 
     Args:
-        scores: head -> raw values [B].
-        weights: head -> share, >= 0, not all 0.
-        normalisations: by head; raw values where there is none.
+        scores: maps each head to its raw scores [B].
+        weights: maps each head to its weight, >= 0; their sum must be > 0.
+        normalisations: maps heads to their normalisations; the scores of other heads stay raw.
     """
     total = sum(weights.values())
-    as_it_is = Normalisation()
-    parts = [weights[name] / total * normalisations.get(name, as_it_is)(values) for name, values in scores.items()]
+    unchanged = Normalisation()
+    parts = [weights[name] / total * normalisations.get(name, unchanged)(values) for name, values in scores.items()]
     return np.asarray(np.sum(parts, axis=0), np.float32)

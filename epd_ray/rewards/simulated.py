@@ -1,4 +1,4 @@
-"""A head that takes time instead of computing: for scale, scheduling and failure tests."""
+"""A head without a network, which waits instead: for tests of scaling, scheduling and failures."""
 
 import time
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class SimulatedHead:
-    """Closeness of the picture's mean brightness to a target, after a delay.
+    """Scores by minus the distance of a picture's mean brightness from a target, after a delay.
 
     Args:
-        latency: seconds per call.
-        target: brightness that is worth most, in [0, 1].
+        latency: seconds that each call of `score` waits.
+        target: mean brightness with the highest score, in [0, 1].
     """
 
     model_id = "simulated"

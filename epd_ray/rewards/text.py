@@ -1,4 +1,4 @@
-"""Prompts to token ids: cleaned as each model's own tokenizer cleans them, cut where its text encoder ends."""
+"""Turns prompts into token ids, cleaned as by each model's original tokenizer and truncated to the model's length."""
 
 import html
 import logging
@@ -15,18 +15,23 @@ logger = logging.getLogger(__name__)
 
 
 def clean(text: str) -> str:
-    """Mend encodings, straighten quotes, split ligatures, undo HTML entities.
+    """Repair wrong encodings, straighten quotes, split ligatures, decode HTML entities, and strip whitespace.
 
-    Source: OpenAI's CLIP tokenizer. transformers' does none of it, so other ids come out of curly quotes or "&amp;".
+    Source: OpenAI's CLIP tokenizer. The one of transformers omits this, so that curly quotes or "&amp;" give other ids.
     """
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def open_tokenizer(kind: Any, location: str, revision: str | None = None) -> Any:
-    """A tokenizer of a transformers class, from a directory, a hub id or an embedded model's name.
+    """Open a tokenizer.
+
+    Args:
+        kind: tokenizer class of transformers.
+        location: directory, hub id, or name of an embedded model.
+        revision: branch, tag or commit on the hub; None is the default branch.
 
     Raises:
-        ModelError: its files are missing; transformers would make up a tokenizer without words.
+        ModelError: its files are missing; transformers itself would silently create a tokenizer without a vocabulary.
     """
     with opening(location, "tokenizer"):
         find_file(location, TOKENIZER_FILES, revision)
@@ -36,17 +41,17 @@ def open_tokenizer(kind: Any, location: str, revision: str | None = None) -> Any
 
 
 class PromptTokenizer:
-    """A transformers tokenizer at one length, which says once that prompts are longer.
+    """Tokenizes prompts to a fixed length, and warns once when prompts are truncated.
 
     Args:
-        tokenizer: of transformers.
-        length: tokens that the text encoder takes, special ones included.
-        head: whose warning it is.
-        cleaned: whether prompts go through `clean` first.
-        padding: the id behind a prompt's end; the tokenizer's own when None.
+        tokenizer: a tokenizer of transformers.
+        length: number of tokens that the text encoder takes, special tokens included.
+        head: name of the reward head in the warning.
+        cleaned: whether `clean` is applied to the prompts first.
+        padding: token id after a prompt's end; None takes the tokenizer's own.
 
     Attributes:
-        cut: prompts that were longer, so far.
+        cut: number of prompts truncated so far.
     """
 
     def __init__(
@@ -56,14 +61,14 @@ class PromptTokenizer:
         self.padding, self.cut = padding, 0
 
     def __call__(self, prompts: Sequence[str]) -> Any:
-        """input_ids and attention_mask, [B, length] each."""
+        """The input_ids and attention_mask of B prompts, [B, length] each, as transformers returns them."""
         texts = [clean(prompt) if self.cleaned else prompt for prompt in prompts]
-        whole = self.tokenizer(texts, verbose=False).input_ids  # verbose: transformers' own warning names no prompt
-        too_long = [prompt for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > self.length]
+        untruncated = self.tokenizer(texts, verbose=False).input_ids  # transformers' own warning would name no prompt
+        too_long = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > self.length]
         if too_long and not self.cut:
             logger.warning(
-                "%s reads %d tokens: %d of %d prompts are longer and were cut, %r among them (said once)",
-                self.head, self.length, len(too_long), len(texts), too_long[0][:60],
+                "%s takes %d tokens: %d of %d prompts are longer and were truncated, such as %r (this warning is not"
+                " repeated)", self.head, self.length, len(too_long), len(texts), too_long[0][:60],
             )  # fmt: skip
         self.cut += len(too_long)
         tokens = self.tokenizer(

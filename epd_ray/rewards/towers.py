@@ -1,4 +1,4 @@
-"""A CLIP model's two towers: embeddings of pictures and prompts, compared by their cosine."""
+"""A CLIP model's two encoders ("towers"): the cosine between the embeddings of pictures and prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,15 +16,15 @@ class ClipTowers:
     """Scores pictures against prompts by the cosine of their embeddings.
 
     Args:
-        network: a float32 CLIPModel.
-        tokens: for its text tower.
-        pixels: images [B, 3, H, W] in [0, 1] to what its image tower takes.
-        device: where it runs.
-        dtype: in which precision; embeddings are compared in float32.
-        batch_size: pictures per forward pass.
+        network: a CLIPModel in float32.
+        tokens: tokenizes prompts for the text encoder.
+        pixels: preprocesses images [B, 3, H, W] in [0, 1] for the image encoder.
+        device: the device that the network runs on.
+        dtype: precision of the network; the cosine is computed in float32.
+        batch_size: number of pictures per forward pass.
 
     Attributes:
-        scale: exp(logit_scale), read before the network is rounded to `dtype`.
+        scale: exp(logit_scale), computed before the network is rounded to `dtype`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ClipTowers:
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines [B], float32, on the CPU."""
+        """The cosines [B] of B images and their prompts, float32 on the CPU."""
         return in_batches(self._cosine, images, prompts, self.batch_size)
 
     @torch.inference_mode()
@@ -55,10 +55,15 @@ class ClipTowers:
 
 
 def open_clip_model(location: str, revision: str | None, what: str) -> Any:
-    """A float32 CLIPModel from a directory or a hub id, every weight from its files.
+    """Open a CLIPModel in float32 from a directory or a hub id.
+
+    Args:
+        location: directory or hub id.
+        revision: branch, tag or commit on the hub; None is the default branch.
+        what: kind and name of the model, for the error message.
 
     Raises:
-        ModelError: weights are missing.
+        ModelError: weights are missing from its files.
     """
     from transformers import CLIPModel
 
@@ -70,7 +75,7 @@ def open_clip_model(location: str, revision: str | None, what: str) -> Any:
 
 
 def open_clip_processor(location: str, revision: str | None = None) -> Callable[[Tensor], Tensor]:
-    """A model's own image processor in its PIL form: images [B, 3, H, W] in [0, 1] to pixels."""
+    """A function from images [B, 3, H, W] in [0, 1] to pixels, by the model's own image processor, which uses PIL."""
     from transformers import CLIPImageProcessorPil
 
     from epd_ray.rewards.preprocess import to_bytes

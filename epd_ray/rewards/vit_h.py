@@ -1,4 +1,4 @@
-"""CLIP ViT-H/14 from nothing but its weights: its configuration, and open_clip's names in transformers' terms."""
+"""Builds a transformers CLIPModel from the weights of a CLIP ViT-H/14, with open_clip's or transformers' names."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from epd_ray.errors import ModelError
 from epd_ray.rewards.checkpoints import Tensors, check_loaded, count_layers
 
-TEXT_HEAD_WIDTH, VISION_HEAD_WIDTH = 64, 80  # ViT-H/14's; the weights' shapes do not tell
+TEXT_HEAD_WIDTH, VISION_HEAD_WIDTH = 64, 80  # those of ViT-H/14, because they do not follow from the weights' shapes
 
 PLAIN = {
     "logit_scale": "logit_scale",
@@ -36,10 +36,10 @@ INSIDE = {
 
 
 def from_open_clip(tensors: Tensors) -> Tensors:
-    """A CLIPModel state dict from an open_clip one; query, key and value are one matrix there.
+    """Rename open_clip's state dict to a CLIPModel's, and split the joint matrix of query, key and value in three.
 
     Raises:
-        ModelError: a weight that no open_clip ViT has.
+        ModelError: a weight has a name that open_clip's ViT models do not have.
     """
     converted: Tensors = {}
     for key, value in tensors.items():
@@ -56,15 +56,21 @@ def from_open_clip(tensors: Tensors) -> Tensors:
                 for name, third in zip("qkv", value.chunk(3), strict=True):
                     converted[f"{layer}.self_attn.{name}_proj.{block[4]}"] = third
         else:
-            raise ModelError(f"the checkpoint has a weight {key!r}, which no open_clip ViT has: another model's file?")
+            raise ModelError(
+                f"the checkpoint has a weight {key!r}, which no open_clip ViT has: is it another model's file?"
+            )
     return converted
 
 
 def build_clip(tensors: Tensors, what: str) -> Any:
-    """A float32 CLIPModel of the sizes that a CLIPModel state dict has.
+    """Build a CLIPModel in float32 from its state dict; its layer sizes follow from the shapes of the weights.
+
+    Args:
+        tensors: the state dict, with transformers' names.
+        what: kind and name of the model, for the error message.
 
     Raises:
-        ModelError: weights are missing, or have sizes that do not fit together.
+        ModelError: weights are missing, or have shapes that do not fit together.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -86,7 +92,7 @@ def build_clip(tensors: Tensors, what: str) -> Any:
         "num_hidden_layers": count_layers(tensors, "text_model.encoder.layers."),
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
-        "bos_token_id": vocabulary - 2,  # the BPE's last two words are its start and its end
+        "bos_token_id": vocabulary - 2,  # the last two tokens of CLIP's vocabulary mark start and end of a text
         "eos_token_id": vocabulary - 1,
         "pad_token_id": 0,
     }

@@ -13,8 +13,8 @@ from epd_ray.evaluation.comparison import rivals
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.session import algorithm
-from epd_ray.runs.trainer import distil, made_by, warn_of_long_prompts
+from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
+from epd_ray.runs.stage_one import fit_start_table, made_by
 from epd_ray.solvers.zoo import require_form, require_installed
 from epd_ray.stage_one.shard import as_table, refine
 from epd_ray.telemetry.progress import Observer
@@ -46,7 +46,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         observer.advance()
         require_form(config.evaluation.baselines, algo.facts.form)
         warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
-        fits = distil(config, prompts, algo, observer)
+        fits = fit_start_table(config, prompts, algo, observer)
         residuals = [fit.residual for fit in fits]
         solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
         solver.save_pretrained(out)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
 from epd_ray.drawing.sampler import learned, to_uint8
+from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.errors import ConfigError, TableError
-from epd_ray.runs.trainer import TRUNCATED
 from epd_ray.solvers import Solver, check_fit
 from epd_ray.solvers.conditioned import noises
 from epd_ray.types import Backbone
@@ -89,8 +89,7 @@ def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, optio
     )
     for warning in check_fit(solver, solver_name, backbone.family, backbone.form, guidance, backbone.facts):
         log.warning(warning)
-    if cut := backbone.truncated(prompts):
-        log.warning(TRUNCATED, cut, len(prompts))
+    warn_of_truncation(backbone.truncated(prompts), len(prompts))
     conditioning = backbone.encode(list(prompts), guidance)
     noise = noises(backbone, [seed + i for i in range(len(prompts))])
     with torch.inference_mode():

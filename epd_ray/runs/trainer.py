@@ -1,4 +1,4 @@
-"""The stages of a run on live actors, and what each leaves in the run directory."""
+"""The stages of a run on a built algorithm, and the files that each stage writes into the run directory."""
 
 import logging
 import time
@@ -10,101 +10,30 @@ import ray
 import torch
 
 from epd_ray.config.run_config import RunConfig
-from epd_ray.drawing.sampler import Sampler, learned
-from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import is_own_bug
-from epd_ray.evaluation.comparison import (
-    Comparison,
-    Draw,
-    Row,
-    SceneJudge,
-    compare,
-    headline,
-    rivals,
-    save_comparison,
-    save_pictures,
-    scenes_of,
-)
+from epd_ray.evaluation.comparison import SceneJudge, headline, scenes_of
 from epd_ray.evaluation.validation import STOPPED, Best, Curve, Validation, write_curve
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.runs.compare import comparison, contenders
+from epd_ray.runs.stage_one import fit_start_table, made_by, weights_of
 from epd_ray.runs.trackers import Sink
 from epd_ray.solvers import Solver, SolverTable, check_fit
-from epd_ray.stage_one.fit import StageOne, fit_table
-from epd_ray.stage_one.gradient import Descent
-from epd_ray.stage_one.shard import Fit, as_table
+from epd_ray.stage_one.shard import as_table
 from epd_ray.storage.checkpoint import save_best, save_checkpoint
 from epd_ray.storage.rollouts import drop_rollouts, rollout_table, write_rollouts
 from epd_ray.storage.run_directory import MetricsLog, RunDirectory, package_versions
 from epd_ray.telemetry.monitor import memory_metrics
 from epd_ray.telemetry.progress import Observer
-from epd_ray.types import ImageArray
 
 log = logging.getLogger(__name__)
-TRUNCATED = "%d of %d prompts are longer than the model reads: their ends are cut"
-RATE_ITERATIONS = 10  # that images per second are averaged over: what a validation delays comes out at once afterwards
-
-
-def distil(config: RunConfig, prompts: PromptSplits, algo: RDPO, observer: Observer | None = None) -> list[Fit]:
-    """Stage 1 on the first training prompts; the observer sees a step for each interval."""
-    chosen = prompts.train[: config.distill.prompts]
-    stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
-    if observer is not None:
-        observer.stage("distilling", stage.intervals)
-
-    def show(fit: Fit) -> None:
-        if observer is not None:
-            observer.advance(1, residual=fit.residual)
-
-    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts), after_each=show)
-
-
-def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -> StageOne:
-    """What a run fits, on some prompts."""
-    s, d = config.solver, config.distill
-    return StageOne(
-        intervals=s.intervals,
-        points=s.points,
-        prompts=tuple(prompts),
-        noise_seeds=tuple(seeds),
-        shard_size=config.cluster.images_per_job,
-        teacher_steps=d.teacher_steps,
-        grid=d.grid,
-        min_weight=d.min_weight,
-        afs=s.afs,
-        order=s.order,
-        start_point=s.start_point,
-        scale_range=_scale_range(config),
-    )
-
-
-def descent_of(config: RunConfig, facts: BackboneFacts) -> Descent | None:
-    """How a run descends the gradient, if it does."""
-    d = config.distill
-    if d.method == "least_squares":
-        return None
-    batch = max(1, round(d.batch / config.cluster.images_per_job))
-    max_sigma = facts.sigmas[0] if facts.form == "flow" else None
-    return Descent(
-        d.steps,
-        d.lr,
-        batch,
-        d.min_weight,
-        scale_range=_scale_range(config),
-        scale_time=config.rdpo.scale_time,
-        start_point=config.solver.start_point,
-        max_sigma=max_sigma,
-    )
-
-
-def _scale_range(config: RunConfig) -> float:
-    """Stage 1 finds no scales that the policy would not keep."""
-    return config.distill.scale_range if config.rdpo.scale_dir else 0.0
+RATE_ITERATIONS = 10  # over which images per second are averaged: images that a validation delays arrive at once
 
 
 def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTable, iteration: int) -> Validation:
-    """A table's scores on each validation prompt, always with the same seeds."""
+    """Score a table, [N, K], on each validation prompt; the noise seeds are the same in every iteration."""
     s = config.solver
     sampler = Sampler("epd", s.intervals, "validation", "validation", table, s.afs, s.order)
     seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(prompts.validation))
@@ -115,38 +44,22 @@ def validate(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: Solver
 
 
 def held_out(config: RunConfig, prompts: PromptSplits, algo: RDPO) -> float:
-    """The current mean table's reward on the validation prompts."""
+    """The mean reward of the policy's current mean table over the validation prompts."""
     return float(validate(config, prompts, algo, algo.mean_table(), algo.policy_version).reward.mean())
 
 
-def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:
-    """One line for all prompts that the model does not read to their ends."""
-    if cut := algo.truncated(prompts):
-        log.warning(TRUNCATED, cut, len(prompts))
-
-
-def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
-    """A run's solver, with what it was made for and from."""
-    about = {
-        "backbone": facts.family,
-        "model_id": facts.model_id,
-        **facts.more,
-        "guidance_scale": facts.guidance_scale,
-        "registry": config.backbone.family,
-        "options": config.backbone.portable,
-        **meta,
-    }
-    sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
-    return Solver(table, sigmas, facts.form, config.solver.afs, config.solver.order, about)
-
-
-def weights_of(config: RunConfig) -> dict[str, float]:
-    """Head -> share in the mix, as a solver file keeps it."""
-    return {name: head.weight for name, head in config.rewards.items()}
-
-
 class Trainer:
-    """The stages of a run on a built algorithm, and what they leave in the run directory."""
+    """Runs the stages one after the other.
+
+    Args:
+        config: the configuration of the run.
+        run: the directory that receives the results.
+        prompts: the prompts of the three splits.
+        algo: the built algorithm.
+        observer: sees the progress.
+        sinks: take each row of metrics, beside metrics.jsonl.
+        after_checkpoint: is called after each checkpoint, for example to upload it.
+    """
 
     def __init__(
         self,
@@ -170,18 +83,27 @@ class Trainer:
     # -- stage 1 ------------------------------------------------------------------------------------------------------
 
     def begin(self, start: Solver | None) -> None:
-        """Distil where asked, save the table of the start, and validate it."""
+        """Run stage 1 where the configuration asks for it, then save the start table and validate it.
+
+        Args:
+            start: the solver that the user gives; None where the run fits its own.
+        """
         if start is not None:
             facts, name = self.algo.facts, str(self.config.distill.table)
             for warning in check_fit(start, name, facts.family, facts.form, facts.guidance_scale, facts.more):
                 log.warning(warning)
             if not torch.allclose(start.sigmas, torch.tensor(facts.sigmas, dtype=torch.float64), rtol=1e-3):
                 made, used = (f"{s[0]:.4g} ... {s[-1]:.4g}" for s in (start.sigmas.tolist(), facts.sigmas))
-                log.warning("solver %s was made for sigmas %s, the run uses its model's own: %s", name, made, used)
+                log.warning(
+                    "the solver %s was made for the sigmas %s, but this run uses the sigmas of its model: %s",
+                    name,
+                    made,
+                    used,
+                )
         table = None if start is None else start.table
         residuals: list[float] = []
         if table is None and self.config.distill.enabled:
-            fits = distil(self.config, self.prompts, self.algo, self.observer)
+            fits = fit_start_table(self.config, self.prompts, self.algo, self.observer)
             table, residuals = as_table(fits), [f.residual for f in fits]
             self.algo.rebase(table)
         table = table or self.algo.mean_table()
@@ -200,7 +122,11 @@ class Trainer:
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 
     def fine_tune(self) -> None:
-        """RDPO until the last iteration or an early stop; a checkpoint every few iterations and at an interrupt."""
+        """Train until the last iteration or an early stop, with a checkpoint every few iterations.
+
+        Raises:
+            KeyboardInterrupt: a signal stopped the run; a checkpoint of the last whole iteration was written.
+        """
         iterations = self.config.rdpo.iterations
         done = self.algo.policy_version
         self.observer.stage("fine-tuning", iterations)
@@ -221,7 +147,7 @@ class Trainer:
             self.observer.note(f"fine-tuning ends early, after iteration {done} of {iterations}: {STOPPED[why]}")
 
     def _early_stop(self) -> str | None:
-        """Why fine-tuning is over before its last iteration; it follows from the curve, so a resumed run agrees."""
+        """The key of STOPPED that ends fine-tuning now, or None. It depends on the curve alone, as after a resume."""
         e = self.config.evaluation
         if e.stop_on_alarm and self.curve.falls():
             return "alarm"
@@ -256,8 +182,8 @@ class Trainer:
             sink.write(row)
 
     def _mark(self, better: bool = False) -> None:
-        """Remember the state after a whole iteration, since a signal may come in the middle of one; keep the best."""
-        kept = {"best": dict(vars(self.best)), "curve": self.curve.state()}
+        """Remember the state after a whole iteration, because a signal may come in the middle of the next one."""
+        kept = {"best": self.best.state(), "curve": self.curve.state()}
         state = {"algorithm": self.algo.export_state(), **kept, **self._about}
         self._whole = self.algo.policy_version, state
         if better:
@@ -271,22 +197,22 @@ class Trainer:
             self.after_checkpoint()
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint was made; what was written after it is written again, the same."""
+        """Continue from a checkpoint. Rows and rollouts of later iterations are written again with the same values."""
         self.algo.import_state(checkpoint["algorithm"])
         self._checkpointed = checkpoint["iteration"]
-        self.best, self.curve = Best(**checkpoint["best"]), self.curve.restored(checkpoint["curve"])
+        self.best, self.curve = Best.restored(checkpoint["best"]), self.curve.restored(checkpoint["curve"])
         write_curve(self.run.validation, self.curve)
         self._save_best()
         drop_rollouts(self.run.rollouts, after=self.algo.policy_version)
         self._mark()
 
     def _validate(self, table: SolverTable, iteration: int) -> dict[str, float]:
-        """Score a table on the validation split; the best one without an alarm becomes the solver to take home."""
+        """Score a table on the validation split. The best table so far without an alarm becomes the run's solver."""
         self.curve = self.curve.extended(validate(self.config, self.prompts, self.algo, table, iteration))
         write_curve(self.run.validation, self.curve)
         row = self.curve.metrics()
         if alarm := self.curve.alarm():
-            log.warning("%s: the solver stays that of iteration %d", alarm, self.best.iteration)
+            log.warning("%s: the run keeps the solver of iteration %d", alarm, self.best.iteration)
         better = not self.curve.falls() and self.best.take(table, row["validation/reward"], iteration)
         if better:
             self._save_best()
@@ -295,7 +221,7 @@ class Trainer:
     def _memory(self) -> dict[str, float]:
         try:
             return memory_metrics(self.algo.memory())
-        except (IndexError, ray.exceptions.RayError) as error:  # RLlib's, of an actor on its way back: no reason to end
+        except (IndexError, ray.exceptions.RayError) as error:  # RLlib raises them while an actor restarts
             if is_own_bug(error):
                 raise
             return {}
@@ -306,38 +232,15 @@ class Trainer:
     # -- the comparison -----------------------------------------------------------------------------------------------
 
     def compare_all(self) -> list[str]:
-        """Ours, the distilled table and the baselines on the test split; the solver's card gets its figures."""
-        ours = learned(Solver.from_pretrained(self.run.solver), "rdpo", "EPD + RDPO")
-        start = learned(Solver.from_pretrained(self.run.distilled), "distilled", "EPD distilled")
-        others = rivals(self.config.evaluation.baselines, ours, self.config.evaluation.equal_evals)
-        prompts = self.prompts.test
+        """Compare the solver, the start table and the baselines on the test split, and add the scores to solver.json.
+
+        Returns:
+            The results in a few lines.
+        """
+        samplers, prompts = contenders(self.config, self.run), self.prompts.test
         seeds = noise_seeds(Purpose.TEST, self.config.seed, len(prompts))
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
-        found = comparison(draw, [ours, start, *others], prompts, seeds, "test", self.run, keep, self.observer)
+        found = comparison(draw, samplers, prompts, seeds, "test", self.run, keep, self.observer)
         means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}
         self._save_best(rewards_before=means["distilled"], rewards_after=means["rdpo"])
         return headline(found.summary())
-
-
-def comparison(
-    draw: Draw,
-    samplers: Sequence[Sampler],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    split: str,
-    run: RunDirectory,
-    pictures: int,
-    observer: Observer,
-) -> Comparison:
-    """Compare samplers, showing the progress, and write the results and the first `pictures` of each to the run."""
-    observer.stage("comparing", len(samplers))
-
-    def save(sampler: Sampler, first: int, images: ImageArray) -> None:
-        save_pictures(run.samples / sampler.key, images[: max(0, pictures - first)], first)
-
-    def show(row: Row) -> None:
-        observer.advance(1, **{name: float(values.mean()) for name, values in row.values.items()})
-
-    found = compare(draw, samplers, prompts, seeds, split, save, show)
-    save_comparison(run, found, pictures)
-    return found

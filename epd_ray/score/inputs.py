@@ -1,7 +1,8 @@
-"""What is to be scored: an index of pictures and prompts, from folders, WebDataset tars or Parquet files.
+"""Builds an index of the pictures and prompts in folders, WebDataset tars or Parquet files.
 
-An index is an Arrow table with a row per picture: id, prompt, error, and where its bytes are: `file` with `offset` and
-`size`, or in Parquet `row_group` and `row`. No picture is opened for it. One without a prompt has its error already.
+An index is an Arrow table with one row per picture: id, prompt, error, and where its bytes lie, which is `file` with
+`offset` and `size`, or with `row_group` and `row` for Parquet. No picture is opened to build the index. The error of a
+picture without a prompt is NO_PROMPT, else null.
 """
 
 import glob
@@ -30,12 +31,12 @@ NO_PROMPT = "no prompt"
 
 
 class SourceError(EpdRayError):
-    """Pictures to score that are not there, cannot be read, or cannot be told apart."""
+    """The source of pictures does not exist, cannot be read, or holds an id twice."""
 
 
 @dataclass
 class _Rows:
-    """An index while it grows."""
+    """The rows of an index as they are collected; `places` are (offset, size) or (row_group, row)."""
 
     ids: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
@@ -66,13 +67,13 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
     """The index of a source, in a fixed order.
 
     Args:
-        source: an image folder, a .tar or .parquet file, a folder of such, or a glob pattern.
-        prompts: of an image folder: .csv, .jsonl or .parquet with file names and prompts, or .txt with one prompt per
-            line in the order of `in_order`; None: `x.txt` beside `x.png`.
+        source: a folder of images, a .tar or .parquet file, a folder of such files, or a glob pattern.
+        prompts: prompt file for a folder of images: .csv, .jsonl or .parquet with file names and prompts, or .txt with
+            one prompt per line in the order of `in_order`; None takes the prompt of `x.png` from `x.txt` beside it.
 
     Raises:
-        SourceError: nothing there, of several kinds, damaged, without any prompt, or with an id twice.
-        PromptError: a prompt file that cannot be used.
+        SourceError: the source is missing, damaged, of several kinds, without any prompt, or holds an id twice.
+        PromptError: the prompt file cannot be used.
     """
     root, files = _files(source)
     kind = _kind(source, files)
@@ -96,7 +97,7 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
 
 
 def _files(source: str) -> tuple[Path, list[Path]]:
-    """What ids are relative to, and every file that may hold pictures."""
+    """The folder that ids are relative to, and all files of the source that can hold pictures."""
     path = Path(source).expanduser()
     if path.is_dir():
         known = (*IMAGE_SUFFIXES, ".tar", ".parquet")
@@ -116,7 +117,7 @@ def _files(source: str) -> tuple[Path, list[Path]]:
 
 
 def in_order(root: Path, files: Iterable[Path]) -> list[Path]:
-    """Files below a folder by name, numbers by their value: 1000.png after 999.png."""
+    """The files below a folder, sorted by name; numbers in names are compared by value, so 1000.png follows 999.png."""
 
     def key(file: Path) -> tuple[list[tuple[int, str]], str]:
         name = file.relative_to(root).as_posix()
@@ -154,18 +155,18 @@ def _index_folder(rows: _Rows, root: Path, files: Sequence[Path], prompts: Path 
 
 
 def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> Sequence[str | None]:
-    """Each picture's prompt, None where there is none.
+    """The prompt of each picture; None for a picture without one.
 
     Args:
         root: a folder of images.
-        files: in it or below, `in_order`.
-        prompts: as `read_index` takes them.
+        files: images in it or below, sorted by `in_order`.
+        prompts: prompt file, as for `read_index`.
 
     Raises:
-        PromptError: a file that cannot be used, has another number of lines, or names none of the pictures.
+        PromptError: the file cannot be used, has another number of lines, or names none of the pictures.
     """
     if prompts is None:
-        return [_beside(file) for file in files]
+        return [_prompt_beside(file) for file in files]
     if prompts.suffix.lower() == ".txt":
         lines = read_prompts(prompts)
         if len(lines) != len(files):
@@ -178,13 +179,13 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
     return texts
 
 
-def _beside(picture: Path) -> str | None:
+def _prompt_beside(picture: Path) -> str | None:
     text = picture.with_suffix(".txt")
     return text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
 
 
 def _named_prompts(path: Path) -> dict[str, str]:
-    """File name -> prompt, of a table."""
+    """The prompts of a table by file name."""
     if not path.is_file():
         raise PromptError(f"cannot read prompts from {path}: no such file")
     try:
@@ -201,7 +202,7 @@ def _named_prompts(path: Path) -> dict[str, str]:
         key = PurePosixPath(str(name)).as_posix()
         if key in found:
             raise PromptError(f"{path} names {key!r} twice, expected one prompt per picture")
-        found[key] = _text(text)
+        found[key] = _first_text(text)
     return found
 
 
@@ -218,8 +219,8 @@ def _read_table(path: Path) -> pa.Table:
     raise PromptError(f"--prompts {path}: expected {', '.join(SUFFIXES)}")
 
 
-def _text(value: object) -> str:
-    """A prompt; of several captions the first, "" where there is none."""
+def _first_text(value: object) -> str:
+    """The prompt in a cell; of a list of captions the first, and "" if there is no text."""
     if isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, str) else ""
@@ -229,7 +230,7 @@ def _text(value: object) -> str:
 
 
 def _index_tar(rows: _Rows, path: Path, name: str) -> None:
-    """Samples of a WebDataset tar: members that are called the same up to the first dot."""
+    """Add the samples of a WebDataset tar; members with equal names up to the first dot belong to one sample."""
     prompts: dict[str, str] = {}
     pictures: list[tuple[str, tuple[int, int]]] = []
     try:
@@ -243,7 +244,7 @@ def _index_tar(rows: _Rows, path: Path, name: str) -> None:
                     prompt = _prompt_of(file.read(member.size), suffix)
                     prompts[key] = prompt or prompts.get(key, "")
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # where tarfile stops without a word
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile ends silently at a damaged header
                 raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, OSError) as error:
         raise SourceError(f"{path} cannot be read as a plain tar: {error}") from error
@@ -252,7 +253,7 @@ def _index_tar(rows: _Rows, path: Path, name: str) -> None:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Regular files, none of which is remembered."""
+    """The regular files of a tar; the tar's own list of members is emptied, because it would fill the memory."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         if member.isreg() and not member.issparse():
@@ -274,14 +275,14 @@ def _prompt_of(data: bytes, suffix: str) -> str:
     except (ValueError, RecursionError):
         return ""
     known: Iterable[Any] = (record[name] for name in COLUMNS if name in record) if isinstance(record, dict) else ()
-    return next((t for value in known if (t := _text(value))), "")
+    return next((text for value in known if (text := _first_text(value))), "")
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
 
 
 def _index_parquet(rows: _Rows, path: Path, name: str) -> None:
-    """Rows of a Parquet file; the pictures are bytes, or Hugging Face's struct of bytes and path."""
+    """Add the rows of a Parquet file; its pictures are bytes, or structs of bytes and path as on the hub."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -297,17 +298,21 @@ def _index_parquet(rows: _Rows, path: Path, name: str) -> None:
                 ids = part[ID_COLUMN].to_pylist() if ID_COLUMN in columns else [None] * len(part)
                 for row, (text, given) in enumerate(zip(part[prompt].to_pylist(), ids, strict=True)):
                     row_id = f"{name}:{number}" if given is None else str(given)
-                    rows.add(row_id, _text(text), str(path), (group, row))
+                    rows.add(row_id, _first_text(text), str(path), (group, row))
                     number += 1
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
 def image_path(schema: pa.Schema, where: str | Path) -> str:
-    """The Parquet path of the pictures' bytes.
+    """The path, inside a Parquet file, of the column with the pictures' bytes.
+
+    Args:
+        schema: schema of the file.
+        where: name of the file, for messages.
 
     Raises:
-        SourceError: no column of pictures.
+        SourceError: the file has no column of pictures.
     """
     if IMAGE_COLUMN not in schema.names:
         raise SourceError(f"{where} has the columns {', '.join(schema.names)}, expected {IMAGE_COLUMN!r} and a prompt")

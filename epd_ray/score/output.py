@@ -1,4 +1,4 @@
-"""A directory of scores: Parquet parts that are added whole, what is missing in them, and a summary."""
+"""A directory of scores: Parquet parts, each written completely or not at all, and a summary."""
 
 import json
 import re
@@ -14,25 +14,25 @@ import pyarrow.parquet as pq
 
 from epd_ray.errors import RunDirectoryError
 from epd_ray.score.rows import score_column
-from epd_ray.storage.run_directory import unwritable, whole, write_text
+from epd_ray.storage.run_directory import make_folder, whole, write_text
 
-SUMMARY = "_summary.json"  # with the underscore, so that pandas and Arrow open the directory as a table
+SUMMARY = "_summary.json"  # pandas and Arrow skip names with an underscore when they open the directory as a table
 PART = re.compile(r"part-(\d{6})\.parquet")
 UNFINISHED = re.compile(r"\.(part-\d{6}\.parquet|_summary\.json)\.tmp")
 
 
 def score_schema(heads: Mapping[str, Any]) -> pa.Schema:
-    """The columns of every part.
+    """The schema of every part.
 
     Args:
-        heads: name -> what is known of the head, as JSON values; kept in the file's metadata.
+        heads: maps each head's name to a description in JSON values, which is kept in the file's metadata.
     """
     scores = pa.struct([pa.field(head, pa.float32()) for head in heads])
     described = [
         ("id", pa.string(), False, "path in the folder, tar/key, the Parquet file's own id, or file:row; unique"),
-        ("prompt", pa.string(), False, "what the picture was scored against"),
-        ("scores", scores, False, "each head's raw score; null where there is none"),
-        ("error", pa.string(), True, "what is wrong with the row; null where every head has scored it"),
+        ("prompt", pa.string(), False, "text that the picture was scored against"),
+        ("scores", scores, False, "each head's raw score; null if the head did not score the picture"),
+        ("error", pa.string(), True, "what is wrong with the row; null if every head scored it"),
     ]
     fields = [pa.field(n, kind, nullable=null, metadata={"description": d}) for n, kind, null, d in described]
     return pa.schema(fields, metadata={"schema_version": "1", "heads": json.dumps(heads)})
@@ -40,12 +40,13 @@ def score_schema(heads: Mapping[str, Any]) -> pa.Schema:
 
 @dataclass
 class Totals:
-    """What a directory holds.
+    """Counts and statistics of all scores in a directory.
 
     Attributes:
-        rows: all of them.
-        errors: rows with an error.
-        mean, std: head -> of its scores; None where there are none.
+        rows: number of all rows.
+        errors: number of rows with an error.
+        mean: mean of each head's scores; None for a head without scores.
+        std: standard deviation of each head's scores; None for a head without scores.
     """
 
     rows: int = 0
@@ -55,14 +56,14 @@ class Totals:
 
 
 class ScoreDirectory:
-    """Scores of one source by one set of heads.
+    """A directory with the scores of one source by one set of heads.
 
     Args:
-        path: absent, empty, or of an earlier run with the same heads.
-        heads: name -> registry name, options and backend.
+        path: a path that does not exist, an empty directory, or one with scores by the same heads.
+        heads: maps each head's name to its registry name, options and backend.
 
     Raises:
-        RunDirectoryError: it is a file, holds other things, or scores by other heads.
+        RunDirectoryError: the path is a file, or the directory holds other files or scores by other heads.
     """
 
     def __init__(self, path: Path, heads: Mapping[str, Mapping[str, Any]]) -> None:
@@ -85,7 +86,7 @@ class ScoreDirectory:
             raise RunDirectoryError(f"{part} holds no scores of this command: name another --out") from error
         if list(held) != list(self.heads):
             raise RunDirectoryError(
-                f"{self.path} holds scores by {', '.join(held)}, asked are {', '.join(self.heads)}: name another --out"
+                f"{self.path} holds scores by {', '.join(held)}, not by {', '.join(self.heads)}: name another --out"
             )
         for name, facts in self.heads.items():
             if differs := [key for key, value in facts.items() if held[name].get(key) != value]:
@@ -103,26 +104,26 @@ class ScoreDirectory:
             raise RunDirectoryError(f"{part} is damaged ({str(error).splitlines()[0]}): delete it") from error
 
     def missing(self, index: pa.Table) -> pa.Table:
-        """The rows of a source that have no scores here for their prompt.
+        """The rows of a source's index that have no complete scores here for their prompt.
 
         Raises:
-            RunDirectoryError: scores of pictures that the source lacks.
+            RunDirectoryError: the directory holds scores of pictures that are not in the source.
         """
-        done = [self._sound(part) for part in self.parts]
+        done = [self._scored(part) for part in self.parts]
         for part, table in zip(self.parts, done, strict=True):
-            stranger = table.filter(pc.invert(pc.is_in(table["id"], value_set=index["id"].combine_chunks())))
-            if len(stranger):
+            others = table.filter(pc.invert(pc.is_in(table["id"], value_set=index["id"].combine_chunks())))
+            if len(others):
                 raise RunDirectoryError(
-                    f"{part} holds {stranger['id'][0].as_py()!r}, which the source lacks: name another --out"
+                    f"{part} holds {others['id'][0].as_py()!r}, which the source lacks: name another --out"
                 )
         keys = pa.chunked_array([c for t in done for c in _keys(t).chunks], pa.string())
         return index.filter(pc.invert(pc.is_in(_keys(index), value_set=keys.combine_chunks())))
 
     def drop(self, rows: pa.Table) -> None:
-        """Take rows out, which are about to be scored again; and what a killed run left half-written.
+        """Remove rows that will be scored again, and unfinished files that a killed run left.
 
         Args:
-            rows: with their ids.
+            rows: table whose column id names the rows.
         """
         for file in self.path.iterdir() if self.path.exists() else ():
             if UNFINISHED.fullmatch(file.name):
@@ -138,18 +139,19 @@ class ScoreDirectory:
                 _write(kept, part)
 
     @staticmethod
-    def _sound(part: Path) -> pa.Table:
+    def _scored(part: Path) -> pa.Table:
+        """Id and prompt of the rows without an error."""
         return pq.read_table(part, columns=["id", "prompt"], filters=pc.field("error").is_null())
 
     def add(self, tables: Sequence[pa.Table], models: Mapping[str, str]) -> None:
         """Write scored rows as the next part.
 
         Args:
-            tables: of id, prompt, error, and a score per head.
-            models: head -> what its model calls itself.
+            tables: tables with the columns id, prompt, error, and one column of scores per head.
+            models: maps each head to its model_id.
 
         Raises:
-            RunDirectoryError: the disk refuses, or another process writes there.
+            RunDirectoryError: the part cannot be written, or another process has written one of the same number.
         """
         if not tables:
             return
@@ -165,7 +167,7 @@ class ScoreDirectory:
         self.parts.append(path)
 
     def totals(self) -> Totals:
-        """Counts and moments over all parts, one part in memory at a time."""
+        """Counts and statistics over all parts, with one part in memory at a time."""
         found, sums = Totals(), {head: np.zeros(3) for head in self.heads}  # count, sum, sum of squares
         for part in self.parts:
             table = pq.read_table(part, columns=["scores", "error"])
@@ -181,20 +183,17 @@ class ScoreDirectory:
         return found
 
     def summarise(self, facts: Mapping[str, Any]) -> None:
-        """Write the summary."""
+        """Write `facts`, which are JSON values, as the summary."""
         write_text(self.path / SUMMARY, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _keys(table: pa.Table) -> pa.ChunkedArray:
-    """What decides a row's scores: the picture's id and its prompt."""
+    """The picture's id and prompt in one string, which together determine its scores."""
     return pc.binary_join_element_wise(table["id"], table["prompt"], "\0")
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """Write a file whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    """Write a Parquet file completely or not at all."""
+    make_folder(path.parent)
     with whole(path) as partial:
         pq.write_table(table, partial, compression="zstd")

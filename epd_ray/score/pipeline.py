@@ -1,4 +1,4 @@
-"""Scores for pictures that are there already, by the hundred thousand: read, decode, one actor pool per head, write."""
+"""Scores pictures by the hundred thousand: Ray Data reads and decodes them, and one actor pool per head scores them."""
 
 import logging
 import time
@@ -26,25 +26,25 @@ from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
 from epd_ray.score.stage import HeadStage, model_column
 from epd_ray.telemetry.progress import Observer
 
-PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has as many, or is as old
-STORE_BYTES = 512 << 20  # of the object store per reward actor, and for reading
-STILL_SECONDS = 1800.0  # without any progress: a head hangs, or its process dies again and again
-READING = {"CPU": 1.0}  # what a task that reads and decodes asks for
+PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has so many rows, or after so many seconds
+STORE_BYTES = 512 << 20  # bytes of the object store for each reward actor, and for reading
+STILL_SECONDS = 1800.0  # scoring fails after so many seconds without progress
+READING = {"CPU": 1.0}  # resources of a task that reads and decodes
 
 
 class TooManyErrors(EpdRayError):
-    """More rows failed than the user allows."""
+    """More rows failed than ScoreRequest.max_errors allows."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What to score, and how.
+    """What to score, and where the scores are written.
 
     Attributes:
-        source: see read_index.
+        source: pictures to score, as for `read_index`.
         out: directory of the scores.
-        prompts: file of an image folder's prompts.
-        batch_size: pictures per call of a head.
+        prompts: prompt file for a folder of images, as for `read_index`.
+        batch_size: number of pictures per call of a head.
         max_errors: share of the source's rows that may fail, in [0, 1].
     """
 
@@ -56,69 +56,70 @@ class ScoreRequest:
 
 
 def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[str]:
-    """Score the rows of a source that `out` lacks.
+    """Score the rows of a source that have no scores in `request.out` yet.
 
     Args:
         request: what to score.
-        config: its heads (`rewards`), and where they run (`cluster`).
-        observer: sees the progress.
+        config: its section `rewards` names the heads, and `cluster` the Ray cluster.
+        observer: receives the progress.
 
     Returns:
         The results in a few lines.
 
     Raises:
-        EpdRayError: something that the user can mend; what was scored is kept, and the same call scores the rest.
+        EpdRayError: the user can fix the problem. Finished scores are kept, and the same call scores the rest.
     """
-    if here := [name for name, reward in config.rewards.items() if not reward.replicas]:
-        raise ConfigError([f"rewards.{here[0]}.replicas is 0, actors score pictures that exist: set it to at least 1"])
+    if without := [name for name, reward in config.rewards.items() if not reward.replicas]:
+        raise ConfigError([f"rewards.{without[0]}.replicas is 0, but scoring needs actors: set it to at least 1"])
     index = read_index(request.source, request.prompts)
-    told = {n: {"head": r.head, "backend": r.backend, "options": r.options} for n, r in config.rewards.items()}
-    out = ScoreDirectory(request.out, told)
+    heads = {n: {"head": r.head, "backend": r.backend, "options": r.options} for n, r in config.rewards.items()}
+    out = ScoreDirectory(request.out, heads)
     todo = out.missing(index)
     specs = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     limit = int(request.max_errors * len(index))
     start = time.perf_counter()
     if len(todo):
-        _Written(out, limit).count(todo)  # what has no prompt, before anything is started
+        _PartWriter(out, limit).count(todo)  # too many rows without a prompt raise before Ray starts
         observer.stage("starting Ray", 1)
         with ray_session(config.cluster.address, config.cluster.env), stop_signals():
             observer.advance()
             warn_of_idle_gpus(head_gpus(config))
             out.drop(todo)
             tables = scored(todo, specs, request.batch_size, config.cluster.placement_timeout_s)
-            _write_all(tables, len(todo), _Written(out, limit), observer)
+            _write_all(tables, len(todo), _PartWriter(out, limit), observer)
     return _summarised(request, index, out, len(todo), time.perf_counter() - start)
 
 
-def _write_all(tables: Iterator[pa.Table], count: int, written: "_Written", observer: Observer) -> None:
+def _write_all(tables: Iterator[pa.Table], count: int, writer: "_PartWriter", observer: Observer) -> None:
     observer.stage("scoring", count)
     start = time.perf_counter()
     rows = 0
     try:
         for table in tables:
-            written.add(table)
+            writer.add(table)
             rows += len(table)
-            observer.advance(len(table), failed=written.failed, images_per_s=rows / (time.perf_counter() - start))
+            observer.advance(len(table), failed=writer.failed, images_per_s=rows / (time.perf_counter() - start))
     finally:
-        written.flush()
+        writer.flush()
 
 
 def scored(
     index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, timeout_s: float = PLACEMENT_SECONDS
 ) -> Iterator[pa.Table]:
-    """Rows with their scores, in whatever order they are done.
+    """Score the pictures of an index; yields tables of rows in the order in which they are finished.
 
-    Batches are made as pictures arrive: a head whose last bits depend on the batch may differ in them another time.
+    Batches form as pictures arrive. The last bits of a score may therefore differ between runs, if a head's result
+    depends on the other pictures of the batch.
 
     Args:
-        index: of the pictures.
-        specs: head name -> its spec.
-        batch_size: pictures per call of a head.
-        timeout_s: how long nodes may take to join.
+        index: the pictures, as `read_index` returns them.
+        specs: maps each head's name to its spec.
+        batch_size: number of pictures per call of a head.
+        timeout_s: seconds to wait for nodes to join the cluster.
 
     Raises:
-        EpdRayError: a head that cannot be built, or whose process died over the same rows again and again.
-        PlacementError: no room for the actors beside a CPU for reading.
+        EpdRayError: a head cannot be built, or its process died repeatedly on the same rows.
+        PlacementError: the cluster has no room for the actors and one CPU for reading.
     """
     heads = [s.bundle for s in specs.values() for _ in range(s.replicas)]
     require_room({"reward actors": heads, "reading": [READING]}, timeout_s)
@@ -128,7 +129,7 @@ def scored(
         for i, (name, spec) in enumerate(specs.items(), start=1):
             most = max(spec.replicas, spec.max_replicas or spec.replicas)
             least = min(spec.replicas, spec.min_replicas or spec.replicas)
-            here = spec.python is None  # else the actor only passes on to one in the environment, which asks for these
+            here = spec.python is None  # otherwise an actor in the head's environment requests the resources
             data = data.map_batches(
                 HeadStage,
                 fn_constructor_args=(name, spec, i == len(specs)),
@@ -148,12 +149,15 @@ def scored(
             raise _cause(error) from None
 
 
-class _Written:
-    """Takes scored rows, writes them as parts, and counts those that failed.
+class _PartWriter:
+    """Collects scored rows, writes them as parts, and counts those that failed.
 
     Args:
-        out: where they go.
-        limit: rows that may fail.
+        out: directory of the scores.
+        limit: number of rows that may fail.
+
+    Attributes:
+        failed: number of rows that failed so far.
     """
 
     def __init__(self, out: ScoreDirectory, limit: int) -> None:
@@ -164,10 +168,10 @@ class _Written:
         self.failed = 0
 
     def add(self, table: pa.Table) -> None:
-        """Take rows.
+        """Add rows, and write a part when it is large or old enough.
 
         Raises:
-            TooManyErrors: with these more have failed than may; all rows so far are kept.
+            TooManyErrors: with these rows, more than `limit` have failed; all rows so far are kept.
         """
         self._tables.append(table)
         self._models |= {head: table[model_column(head)][0].as_py() for head in self._out.heads}
@@ -177,10 +181,10 @@ class _Written:
         self.count(table)
 
     def count(self, rows: pa.Table) -> None:
-        """Compare the failures, with those among these rows, with the limit.
+        """Add the failed ones among these rows to the count.
 
         Raises:
-            TooManyErrors: too many.
+            TooManyErrors: more than `limit` rows have failed.
         """
         bad = rows.filter(pc.is_valid(rows["error"]))
         self.failed += len(bad)
@@ -191,21 +195,21 @@ class _Written:
             )
 
     def flush(self) -> None:
-        """Write what there is."""
-        tables, self._tables = self._tables, []  # before they are written: a signal must not let them be written twice
+        """Write the collected rows as a part."""
+        tables, self._tables = self._tables, []  # emptied before writing, so that a signal cannot cause a second write
         self._out.add(tables, self._models)
         self._since = time.monotonic()
 
 
 @contextmanager
 def _quiet_data(actors: int) -> Iterator[None]:
-    """Ray Data with bounded memory, and without a word of its own on the terminal."""
+    """Let Ray Data print nothing, use bounded memory for `actors` reward actors, and fail when it makes no progress."""
     for name in ("ray.data", "ray.anyscale"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # else the cause is lost on the way
+    context.raise_original_map_exception = True  # otherwise Ray Data loses the cause
     context.execution_no_progress_timeout_s = STILL_SECONDS
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=STORE_BYTES * (1 + actors))
@@ -214,12 +218,12 @@ def _quiet_data(actors: int) -> Iterator[None]:
 
 
 def _cause(error: ray.exceptions.RayError) -> EpdRayError:
-    """What went wrong in a stage, without what Ray Data adds to it."""
+    """The error of a stage, without the text that Ray Data adds."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return ModelError(f"scoring ended early: {last_line(error)}")
     cause = unwrap(error)
-    said = str(cause).partition("\nFailed to apply")[0]
-    return ModelError(said if isinstance(cause, EpdRayError) else f"scoring failed with {type(cause).__name__}: {said}")
+    text = str(cause).partition("\nFailed to apply")[0]
+    return ModelError(text if isinstance(cause, EpdRayError) else f"scoring failed with {type(cause).__name__}: {text}")
 
 
 def _summarised(request: ScoreRequest, index: pa.Table, out: ScoreDirectory, rows: int, seconds: float) -> list[str]:
@@ -234,9 +238,9 @@ def _summarised(request: ScoreRequest, index: pa.Table, out: ScoreDirectory, row
         for name, facts in heads.items()
         if facts["mean"] is not None
     ]
-    what = f"scored {rows} rows in {seconds:.0f} s ({speed:.1f} images/s)" if speed else "nothing was missing"
+    done = f"scored {rows} rows in {seconds:.0f} s ({speed:.1f} images/s)" if speed else "nothing was missing"
     return [
-        f"{what}: {counts['scored']} of {len(index)} have scores, {totals.errors} have errors",
+        f"{done}: {counts['scored']} of {len(index)} have scores, {totals.errors} have errors",
         *lines,
         f"scores: {request.out}",
     ]

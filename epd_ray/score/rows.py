@@ -1,4 +1,4 @@
-"""What happens to rows on their way: bytes become pixels, pixels become scores; what goes wrong stays in its row."""
+"""Decodes the pictures of rows and scores them. A failure becomes the error of its row, and other rows go on."""
 
 import io
 from collections import defaultdict
@@ -14,20 +14,16 @@ from epd_ray.errors import RewardError
 from epd_ray.score.inputs import image_path
 from epd_ray.types import FloatArray, ImageArray
 
-BLOCK_BYTES = 16 << 20  # of pixels that travel together
-READ_ROWS = 64  # of Parquet that are held at a time
+BLOCK_BYTES = 16 << 20  # bytes of pixels after which a table is handed on
+READ_ROWS = 64  # rows of a Parquet file that are in memory at a time
 ROWS_PER_TASK = 256
 
 Score = Callable[[ImageArray, Sequence[str], Sequence[str]], FloatArray]
-"""Raw scores [B] of images [B, 3, H, W], uint8, with their prompts and ids; a RewardError instead of a wrong one."""
+"""Returns raw scores [B] of images [B, 3, H, W], uint8, given their prompts and ids; raises RewardError on failure."""
 
 
 def pieces(index: pa.Table) -> list[pa.Table]:
-    """An index cut into what one task reads; no row group of a Parquet file is read twice.
-
-    Args:
-        index: or some of its rows.
-    """
+    """Split an index, or some of its rows, into a table per reading task; each Parquet row group stays in one table."""
     if "row_group" not in index.column_names:
         return [index.slice(i, ROWS_PER_TASK) for i in range(0, len(index), ROWS_PER_TASK)]
     files, groups = index["file"].to_pylist(), index["row_group"].to_pylist()
@@ -40,11 +36,7 @@ def pieces(index: pa.Table) -> list[pa.Table]:
 
 
 def decode(piece: pa.Table) -> Iterator[pa.Table]:
-    """Read and decode the pictures of a piece, some MiB at a time.
-
-    Returns:
-        Tables of id, prompt, error, height, width, and pixels: RGB bytes, row by row.
-    """
+    """Read and decode the pictures of a piece; yields tables of schema PIXELS with about BLOCK_BYTES of pixels each."""
     read = _parquet_bytes if "row_group" in piece.column_names else _file_bytes
     rows: list[dict[str, object]] = []
     size = 0
@@ -71,10 +63,11 @@ PIXELS = pa.schema(
         ("pixels", pa.large_binary()),
     ]
 )
+"""Decoded rows; pixels are RGB bytes [height, width, 3], and null for a row with an error."""
 
 
 def _decoded(data: bytes | str) -> dict[str, object]:
-    """Pixels, or why there are none."""
+    """The columns height, width and pixels of a picture, or error if there is no picture."""
     if isinstance(data, str):
         return {"error": data}
     try:
@@ -82,10 +75,10 @@ def _decoded(data: bytes | str) -> dict[str, object]:
             if picture.mode.startswith(("I", "F")):
                 return {"error": f"picture has mode {picture.mode}, expected 8 bits a channel"}
             rgb = picture.convert("RGB")
-    except Exception as error:  # decoders raise almost anything; the row keeps what they said
+    except Exception as error:  # decoders raise any kind of exception, whose text becomes the row's error
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        said = "no known image format" if unknown else " ".join(str(error).split())
-        return {"error": f"picture cannot be decoded: {said}"}
+        reason = "no known image format" if unknown else " ".join(str(error).split())
+        return {"error": f"picture cannot be decoded: {reason}"}
     return {"height": rgb.height, "width": rgb.width, "pixels": rgb.tobytes()}
 
 
@@ -93,7 +86,7 @@ _Row = dict[str, object]
 
 
 def _file_bytes(rows: Sequence[_Row]) -> Iterator[tuple[_Row, bytes | str]]:
-    """Each row with its bytes, or with why they cannot be read."""
+    """Each row with the bytes of its picture, or with the reason (a str) why they cannot be read."""
     for row in rows:
         try:
             with open(str(row["file"]), "rb") as file:  # noqa: PTH123
@@ -118,7 +111,7 @@ def _parquet_bytes(rows: Sequence[_Row]) -> Iterator[tuple[_Row, bytes | str]]:
 
 
 def _row_group(path: str, group: int) -> Iterator[tuple[int, bytes | None]]:
-    """The pictures of a row group, a few at a time however large it is."""
+    """The row numbers and pictures of a row group, READ_ROWS of which are in memory at a time."""
     with pq.ParquetFile(path) as file:
         column = image_path(file.schema_arrow, path)
         number = 0
@@ -133,14 +126,14 @@ def _row_group(path: str, group: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def score_rows(table: pa.Table, head: str, score: Score) -> pa.Table:
-    """Add a head's scores to decoded rows, and what it could not score to their errors.
+    """Add a column with a head's scores to decoded rows; a row that the head could not score gets an error.
 
-    Pictures of one size make a batch; where the head refuses a batch, its rows are tried one by one.
+    Pictures of equal size form a batch. If the head fails on a batch, its rows are scored one by one.
 
     Args:
-        table: of PIXELS, at least.
-        head: names the new column.
-        score: of the head.
+        table: rows with at least the columns of PIXELS.
+        head: name of the head.
+        score: the head's scoring function.
     """
     values: list[float | None] = [None] * len(table)
     errors = table["error"].to_pylist()
@@ -163,14 +156,14 @@ def score_rows(table: pa.Table, head: str, score: Score) -> pa.Table:
 
 
 def score_column(head: str) -> str:
-    """The column of a head's scores while rows travel."""
+    """The name of the column with a head's scores in the tables of the pipeline."""
     return f"score:{head}"
 
 
 def _attempt(
     score: Score, images: npt.NDArray[np.uint8], prompts: Sequence[str], ids: Sequence[str]
 ) -> list[float | str]:
-    """A score per row, or what is wrong with the row."""
+    """For each row its score, or a text that says why the head could not score it."""
     try:
         return [float(value) for value in score(images, prompts, ids)]
     except RewardError as error:

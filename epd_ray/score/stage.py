@@ -1,4 +1,4 @@
-"""A head's place in the scoring pipeline; light, since every process of a pool imports it."""
+"""A head's stage of the scoring pipeline, in a module with few imports, because every process of a pool imports it."""
 
 import os
 
@@ -12,12 +12,12 @@ from epd_ray.types import ImageArray
 
 
 class HeadStage:
-    """A head's place in the pipeline: scores batches of decoded rows.
+    """Scores batches of decoded rows with one head.
 
     Args:
-        name: of the head.
-        spec: of the head.
-        last: the pictures go no further.
+        name: name of the head.
+        spec: how the head is built.
+        last: whether this is the last stage, which drops the pixels.
     """
 
     def __init__(self, name: str, spec: RewardSpec, last: bool) -> None:
@@ -31,14 +31,14 @@ class HeadStage:
         except BrokenGpuError:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 raise
-            os._exit(1)  # Ray Data gives the rows to the process that takes this one's place, once
+            os._exit(1)  # Ray Data restarts the actor and gives it the rows again; the next error is raised above
         models = pa.array([self._head.model_id()] * len(found), pa.string())
         found = found.append_column(model_column(self._name), models)
         return found.drop_columns(["height", "width", "pixels"]) if self._last else found
 
 
 class _Elsewhere:
-    """A head in an actor of its own, which runs in another environment."""
+    """Forwards to a head in another actor, which runs in a virtual environment of its own."""
 
     def __init__(self, name: str, spec: RewardSpec) -> None:
         asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
@@ -56,5 +56,5 @@ class _Elsewhere:
 
 
 def model_column(head: str) -> str:
-    """The column of what a head's model is called."""
+    """The name of the column with the model_id of a head's model."""
     return f"model:{head}"

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, TableError
-from epd_ray.solvers.epd import ADAMS_BASHFORTH, Callback, epd, multistep
+from epd_ray.errors import ScheduleError
+from epd_ray.solvers.epd import Callback, check_order, epd, multistep
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import dpm2_table
 from epd_ray.types import Drift
@@ -128,8 +128,7 @@ def ipndm(drift: Drift, x: Tensor, sigmas: Tensor, *, order: int = 4, callback: 
     Source: iPNDM (arXiv 2204.13902).
     """
     check_sigmas(sigmas, allow_zero=True)
-    if order not in ADAMS_BASHFORTH:
-        raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
+    check_order(order)
     history: deque[Tensor] = deque(maxlen=order)
     for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
         history.appendleft(drift(x, x.new_full(x.shape[:1], a)))

@@ -5,14 +5,12 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
+from torch import Tensor
 
-from epd_ray.solvers.table import COLUMN_NAMES
-
-if TYPE_CHECKING:
-    from epd_ray.solvers.solver import Solver
+from epd_ray.solvers.costs import Cost
+from epd_ray.solvers.table import COLUMN_NAMES, SolverTable
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = (
@@ -23,23 +21,27 @@ _SHOWN = (
 )  # in tables of their own, or in the scheduler's file
 
 
-def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
+def model_card(
+    table: SolverTable, sigmas: Tensor, cost: Cost, meta: Mapping[str, JsonValue], source: str, *, has_scheduler: bool
+) -> str:
     """README.md for a solver's directory.
 
     Args:
-        solver: to describe.
-        source: where people load it from: a hub id, or a directory.
-        has_scheduler: whether a scheduler's configuration lies beside it.
+        table: [N, K].
+        sigmas: [N+1], decreasing, > 0.
+        cost: the evaluations that a picture takes.
+        meta: what the solver was made for and from.
+        source: where people load the solver from: a hub id, or a directory.
+        has_scheduler: whether the configuration of an EPDScheduler lies beside the solver.
 
     Returns:
         Markdown with the hub's front matter.
     """
-    meta = solver.meta
     base = _base_model(meta)
     prompted = takes_prompts(meta)
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
-    spans = pairwise(solver.sigmas.tolist())
-    columns = solver.table.columns()
+    spans = pairwise(sigmas.tolist())
+    columns = table.columns()
     rows = zip(spans, *(values.tolist() for values in columns.values()), strict=True)
     steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(map(_decimals, row))} |\n" for (a, b), *row in rows)
     return _CARD.format(
@@ -47,11 +49,11 @@ def model_card(solver: "Solver", source: str, *, has_scheduler: bool) -> str:
         twice=" (twice as many network passes under classifier-free guidance)" if prompted else "",
         tags="diffusers, " if has_scheduler else "",
         base_line=f"base_model: {base}\n" if base else "",
-        intervals=solver.table.intervals,
-        points="one point" if solver.table.points == 1 else f"{solver.table.points} parallel points",
-        parallel_nfe=solver.parallel_nfe,
-        model_evals=solver.model_evals,
-        pipeline=_pipeline(solver, source, base) if has_scheduler else "",
+        intervals=table.intervals,
+        points="one point" if table.points == 1 else f"{table.points} parallel points",
+        parallel_nfe=cost.parallel_nfe,
+        model_evals=cost.model_evals,
+        pipeline=_pipeline(meta, table.intervals, source, base) if has_scheduler else "",
         source=source,
         about=about,
         rewards=_rewards(meta.get("rewards_before"), meta.get("rewards_after")),
@@ -83,10 +85,10 @@ def _base_model(meta: Mapping[str, JsonValue]) -> str | None:
     return model if HUB_ID.fullmatch(model) else None
 
 
-def _pipeline(solver: "Solver", source: str, base: str | None) -> str:
-    guidance = solver.meta.get("guidance_scale")
+def _pipeline(meta: Mapping[str, JsonValue], intervals: int, source: str, base: str | None) -> str:
+    guidance = meta.get("guidance_scale")
     scale = f", guidance_scale={guidance:g}" if isinstance(guidance, (int, float)) else ""
-    return _PIPELINE.format(base=base or "path/to/the/pipeline", source=source, scale=scale, n=solver.table.intervals)
+    return _PIPELINE.format(base=base or "path/to/the/pipeline", source=source, scale=scale, n=intervals)
 
 
 def _rewards(before: JsonValue, after: JsonValue) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError
+from epd_ray.solvers.interval import FLOW_SIGMA_MAX, inner_sigma
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Drift, Form
@@ -22,6 +23,7 @@ ADAMS_BASHFORTH = {
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 """Coefficients of the stored drifts, newest first, by order."""
+ROUNDING = 1e-6  # by which a time scale that was rounded to float32 may lead above the largest sigma
 
 
 def epd(
@@ -115,25 +117,34 @@ def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, 
     check_sigmas(sigmas)
     if table.intervals != len(sigmas) - 1:
         raise TableError(f"the table has {table.intervals} intervals, but {len(sigmas)} sigmas make {len(sigmas) - 1}")
-    if order not in ADAMS_BASHFORTH:
-        raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
+    check_order(order)
     if form not in (None, "ve", "flow"):
         raise TableError(f"form is {form!r}, expected 've', 'flow' or None")
     if afs and form is None:
         raise TableError("afs needs form='ve' or form='flow': the analytical first step differs between them")
-    if form == "flow" and sigmas[0] > 1:
-        raise ScheduleError(f"sigmas[0] is {sigmas[0].item():g}, expected at most 1 for a flow model")
+    if form == "flow" and sigmas[0] > FLOW_SIGMA_MAX:
+        raise ScheduleError(f"sigmas[0] is {sigmas[0].item():g}, expected at most {FLOW_SIGMA_MAX:g} for a flow model")
     if form == "flow" and table.scale_time is not None:
         inner = stages(table, sigmas)[0].reshape(-1, table.points)  # [B * N, K]
-        beyond = (inner > 1 + 1e-6).nonzero()
+        beyond = (inner > FLOW_SIGMA_MAX + ROUNDING).nonzero()
         if len(beyond):
             row, k = beyond[0].tolist()
             index = [row, k] if table.batch is None else [*divmod(row, table.intervals), k]
             value = table.scale_time[tuple(index)].item()
             raise TableError(
                 f"scale_time{index} is {value:.6g}, which evaluates at sigma {inner[row, k].item():.6g}, "
-                "expected at most 1 for a flow model (lower it, or raise the position)"
+                f"expected at most {FLOW_SIGMA_MAX:g} for a flow model (lower it, or raise the position)"
             )
+
+
+def check_order(order: int) -> None:
+    """Refuse an order that the multistep slope does not have.
+
+    Raises:
+        TableError: an order outside 1 to 4.
+    """
+    if order not in ADAMS_BASHFORTH:
+        raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
 
 
 def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
@@ -173,7 +184,7 @@ def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluated sigmas c * s, offsets s - a, and gains w * o * c, float64, each [B or 1, N, K]."""
     grid = sigmas.double().to(table.positions.device)[:, None]  # [N + 1, 1]
     a, b, r = grid[:-1], grid[1:], table.positions.double()
-    s = b**r * a ** (1 - r)
+    s = inner_sigma(a, b, r)
     c = torch.ones_like(s) if table.scale_time is None else table.scale_time.double()
     o = torch.ones_like(s) if table.scale_dir is None else table.scale_dir.double()
     shape = (-1, table.intervals, table.points)

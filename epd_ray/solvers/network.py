@@ -6,7 +6,7 @@ from torch import Tensor
 from epd_ray.errors import TableError
 from epd_ray.solvers.epd import spread
 from epd_ray.solvers.scheduler_config import SchedulerFacts
-from epd_ray.solvers.schedules import sigma_to_timestep
+from epd_ray.solvers.schedules import alphas_cumprod, sigma_to_timestep
 
 
 class Network:
@@ -32,7 +32,7 @@ class Network:
 
     def scaled(self, points: Tensor, sigma: Tensor) -> Tensor:
         """Points [B, k, ...] at sigmas [k] as the network was trained on them: in VE form, at unit variance."""
-        return points if self.flow else points / (spread(sigma, points) ** 2 + 1).sqrt()
+        return points if self.flow else unit_variance(points, spread(sigma, points))
 
     def drift(self, output: Tensor, points: Tensor, sigma: Tensor) -> Tensor:
         """dx/dsigma from the network's output at points, each [B, k, ...], with sigmas [k]."""
@@ -69,6 +69,11 @@ def check_same(ours: SchedulerFacts, theirs: SchedulerFacts) -> None:
     )
 
 
+def unit_variance(x: Tensor, sigma: Tensor) -> Tensor:
+    """x = clean + sigma * noise at unit variance, as networks in VE form see it; sigma has a shape that broadcasts."""
+    return x / (sigma**2 + 1).sqrt()
+
+
 def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
     """dx/dsigma in VE form from what a network predicts at x.
 
@@ -88,12 +93,12 @@ def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> 
 
 
 def _alphas_cumprod(facts: SchedulerFacts) -> Tensor:
-    """[T], float64, from diffusers' own betas."""
-    from diffusers import DDIMScheduler
+    """The training noise schedule [T], float64, from diffusers' own betas."""
+    from diffusers import DDIMScheduler  # here, since diffusers takes long to import
 
     given = facts.model_dump(exclude={"prediction_type"}, exclude_none=True)
     try:
         betas: Tensor = DDIMScheduler(**given).betas
     except NotImplementedError as error:
         raise TableError(f"beta_schedule is {facts.beta_schedule!r}, which diffusers does not know") from error
-    return (1 - betas.to(torch.float64)).cumprod(0)
+    return alphas_cumprod(betas)

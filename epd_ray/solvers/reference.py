@@ -106,7 +106,8 @@ def _table(parameters: Mapping[str, Any], facts: ReferenceFacts) -> SolverTable:
     if scale_dir is not None and facts.fcn:
         scale_dir[-1] = 1  # its solver leaves the last interval's directions alone
     scale_time = scale("scale_time_params", facts.scale_time)
-    return SolverTable.from_unsorted(raw("r_params").sigmoid(), raw("weight_s").softmax(-1), scale_dir, scale_time)
+    positions, weights = raw("r_params").sigmoid(), raw("weight_s").softmax(-1)
+    return SolverTable.from_unsorted(positions, weights, scale_dir=scale_dir, scale_time=scale_time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epd_ray.errors import TableError
 from epd_ray.solvers import schedules
-from epd_ray.solvers.scheduler_config import FLOW_FACTS
+from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.solvers.solver import Solver
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Form
@@ -32,14 +32,19 @@ class _Family:
     scheduler: dict[str, JsonValue]
 
 
-_SCALED_LINEAR: dict[str, JsonValue] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_BETA_START, _BETA_END = 0.00085, 0.012
+_SCALED_LINEAR: dict[str, JsonValue] = {
+    "beta_start": _BETA_START,
+    "beta_end": _BETA_END,
+    "beta_schedule": "scaled_linear",
+}
 _FAMILIES = {
     "ldm": _Family(
         "sd",
         "ve",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         512,
-        {"prediction_type": "epsilon", "num_train_timesteps": 1000, **_SCALED_LINEAR},
+        {"prediction_type": "epsilon", "num_train_timesteps": TRAIN_TIMESTEPS, **_SCALED_LINEAR},
     ),
     "sd3": _Family("sd3", "flow", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, FLOW_FACTS),
     "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, FLOW_FACTS),
@@ -129,7 +134,8 @@ def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str,
         shape: dict[str, JsonValue] = {"mu": config.flowmatch_mu} if dynamic else {"shift": config.flowmatch_shift}
         return _flowmatch(facts.num_steps, config, dynamic), {"kind": kind, **shape}
     alphas_cumprod = _alphas_cumprod()
-    low, high = schedules.timestep_to_sigma(torch.tensor([0.0, 999.0]), alphas_cumprod).tolist()
+    ends = torch.tensor([0.0, TRAIN_TIMESTEPS - 1.0])
+    low, high = schedules.timestep_to_sigma(ends, alphas_cumprod).tolist()
     if kind == "logsnr":
         return schedules.logsnr(facts.num_steps, low, high), {"kind": kind}
     if rho is None:
@@ -141,14 +147,14 @@ def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str,
 
 
 def _alphas_cumprod() -> Tensor:
-    """[1000], float64: the noise schedule of SD1.5 to double precision, unlike diffusers' own."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0)
+    """The training noise schedule [T] of SD1.5 in double precision; diffusers' own has float32 betas."""
+    betas = torch.linspace(_BETA_START**0.5, _BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+    return schedules.alphas_cumprod(betas)
 
 
 def _flowmatch(num_sigmas: int, config: BackendConfig, dynamic: bool) -> Tensor:
     """The pipeline scheduler's own sigmas [num_sigmas], its terminal 0 dropped."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler  # here, since diffusers takes long to import
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flowmatch_shift, use_dynamic_shifting=dynamic)
     scheduler.set_timesteps(num_sigmas, mu=config.flowmatch_mu if dynamic else None)

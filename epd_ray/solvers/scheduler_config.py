@@ -1,21 +1,23 @@
-"""How a solver leaves a run: the configuration of a diffusers scheduler, and the way to the hub."""
+"""The configuration of an EPDScheduler, and what it has to say of the network that the scheduler is for."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from epd_ray.errors import TableError
-
-if TYPE_CHECKING:
-    from epd_ray.solvers.solver import Solver
+from epd_ray.solvers.table import SolverTable
+from epd_ray.types import Form
 
 SCHEDULER_FILE = "scheduler_config.json"
-FLOW_FACTS: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
+TRAIN_TIMESTEPS = 1000
+"""Timesteps of a network's training, unless its scheduler says otherwise; a flow's timestep is sigma times this."""
 
-_FIX = "have a write token: run `hf auth login`, set HF_TOKEN, or pass token="
+FLOW_FACTS: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": TRAIN_TIMESTEPS}
+
+VEPrediction = Literal["epsilon", "v_prediction", "sample"]
+"""What the output of a network in VE form may be."""
 
 
 class SchedulerFacts(BaseModel):
@@ -32,8 +34,8 @@ class SchedulerFacts(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-    num_train_timesteps: int = Field(default=1000, ge=2)
+    prediction_type: Literal[VEPrediction, "flow_prediction"]
+    num_train_timesteps: int = Field(default=TRAIN_TIMESTEPS, ge=2)
     beta_start: float | None = None
     beta_end: float | None = None
     beta_schedule: str | None = None
@@ -97,74 +99,33 @@ def facts_of(config: Mapping[str, JsonValue], form: str | None) -> dict[str, Jso
     return {"prediction_type": "epsilon", **given}
 
 
-def scheduler_config(solver: "Solver", facts: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue] | None:
+def scheduler_config(
+    table: SolverTable, sigmas: Tensor, form: Form | None, known: object, *, afs: bool, order: int
+) -> dict[str, JsonValue] | None:
     """The arguments of an EPDScheduler that runs a solver.
 
     Args:
-        solver: with `meta["scheduler"]`; in flow form it may be absent.
-        facts: instead of those in meta.
+        table: [N, K].
+        sigmas: [N+1], decreasing, > 0.
+        form: of the ODE; None where it is unknown.
+        known: what is known of the network, see `SchedulerFacts`. In flow form None stands for FLOW_FACTS.
+        afs: whether the first drift is analytical.
+        order: of the multistep slope, 1 to 4.
 
     Returns:
         JSON values by name, or None where it is unknown what the network predicts.
 
     Raises:
-        TableError: facts that are wrong or do not fit the form.
+        TableError: facts that are wrong, or that do not fit the form.
     """
-    known: object = facts if facts is not None else solver.meta.get("scheduler")
-    if solver.form is None or (solver.form == "ve" and known is None):
+    if form is None or (form == "ve" and known is None):
         return None
-    checked = parse_facts(known if known is not None else FLOW_FACTS, solver.form)
-
-    def rows(values: Tensor | None) -> JsonValue:
-        return None if values is None else values.double().tolist()
-
+    checked = parse_facts(known if known is not None else FLOW_FACTS, form)
     return {
-        "sigmas": rows(solver.sigmas),
-        "positions": rows(solver.table.positions),
-        "weights": rows(solver.table.weights),
-        "scale_dir": rows(solver.table.scale_dir),
-        "scale_time": rows(solver.table.scale_time),
-        "form": solver.form,
-        "afs": solver.afs,
-        "solver_order": solver.order,
+        "sigmas": sigmas.tolist(),
+        **table.to_lists(),
+        "form": form,
+        "afs": afs,
+        "solver_order": order,
         **checked.model_dump(),
     }
-
-
-def upload(repo_id: str, folder: Path, *, token: str | None, private: bool, commit_message: str) -> str:
-    """Make a hub repository where there is none, and put a folder's files into it.
-
-    Args:
-        repo_id: "owner/name".
-        folder: its files are uploaded.
-        token: with permission to write; the stored one when None.
-        private: whether a new repository is.
-        commit_message: of the upload.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        TableError: no token, no permission, or no connection.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    from epd_ray.weights.hub import HUB_FAILURES, first_line
-
-    if token is None and huggingface_hub.get_token() is None:
-        raise TableError(f"{repo_id!r} cannot be written: no token here ({_FIX})")
-    api = huggingface_hub.HfApi(token=token)
-    try:
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=commit_message)
-    except HUB_FAILURES as error:
-        said = first_line(error)
-        if isinstance(error, HFValidationError):
-            raise TableError(f"{said} (a hub id is 'owner/name')") from error
-        fix = " (is the hub reachable from here?)"
-        if isinstance(error, HfHubHTTPError):
-            rights = {401: f" ({_FIX})", 403: f" (use an owner that you may write to, and {_FIX})"}
-            fix = rights.get(error.response.status_code, "")
-        raise TableError(f"{repo_id!r} cannot be written: {said}{fix}") from error
-    return str(address)

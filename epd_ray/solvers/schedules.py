@@ -94,8 +94,7 @@ def discrete(num_sigmas: int, alphas_cumprod: Tensor, rho: float = 1.0) -> Tenso
 
     Args:
         num_sigmas: how many, >= 1.
-        alphas_cumprod: [T], in (0, 1), decreasing: the training noise schedule. Multiply it up in float64:
-            float32 products, as diffusers keeps them, cost a relative 1e-5.
+        alphas_cumprod: [T], in (0, 1), decreasing: the training noise schedule, see the function of that name.
         rho: curvature in time, > 0.
 
     Returns:
@@ -130,6 +129,11 @@ def flow_shifted(num_sigmas: int, shift: float = 3.0, t_min: float = 1e-3) -> Te
     _check_range(num_sigmas, t_min, 1.0, shift, curve_name="shift")
     t = torch.linspace(1.0, t_min, num_sigmas, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t)
+
+
+def alphas_cumprod(betas: Tensor) -> Tensor:
+    """The training noise schedule [T] of betas [T], multiplied up in float64: float32 products cost a relative 1e-5."""
+    return (1 - betas.double()).cumprod(0)
 
 
 def timestep_to_sigma(timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 from epd_ray.errors import ScheduleError, TableError
 from epd_ray.registry import did_you_mean
 from epd_ray.solvers.card import HUB_ID, local_model, model_card, takes_prompts
+from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import Callback, check_options, epd
 from epd_ray.solvers.presets import PRESETS
-from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config, upload
-from epd_ray.solvers.table import SolverTable
+from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config
+from epd_ray.solvers.table import COLUMN_NAMES, Rows, SolverTable
 from epd_ray.types import Drift, Form
 
 FILE_NAME = "solver.json"
@@ -59,14 +60,35 @@ class Solver:
         check_options(self.table, self.sigmas, afs=self.afs, order=self.order, form=self.form)
 
     @property
+    def cost(self) -> Cost:
+        """The evaluations of the drift that one picture takes."""
+        return self.table.cost(self.afs)
+
+    @property
     def parallel_nfe(self) -> int:
-        """Sequential depth: network calls that have to wait for each other."""
-        return self.table.depth(self.afs)
+        """The longest chain of evaluations that wait for each other."""
+        return self.cost.parallel_nfe
 
     @property
     def model_evals(self) -> int:
-        """All drift evaluations per sample; a backbone with classifier-free guidance runs its network twice in each."""
-        return self.table.evaluations(self.afs)
+        """All evaluations of the drift; with classifier-free guidance each one is two passes of the network."""
+        return self.cost.model_evals
+
+    def scheduler_config(self, facts: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue] | None:
+        """The arguments of an EPDScheduler that runs this solver; None where it is unknown what the network predicts.
+
+        Args:
+            facts: what is known of the network, see `SchedulerFacts`; None means `meta["scheduler"]`.
+
+        Raises:
+            TableError: facts that are wrong, or that do not fit the form.
+        """
+        known = self.meta.get("scheduler") if facts is None else facts
+        return scheduler_config(self.table, self.sigmas, self.form, known, afs=self.afs, order=self.order)
+
+    def card(self, source: str, *, has_scheduler: bool) -> str:
+        """The model card for the directory of this solver, see `epd_ray.solvers.card.model_card`."""
+        return model_card(self.table, self.sigmas, self.cost, self.meta, source, has_scheduler=has_scheduler)
 
     def solve(self, drift: Drift, x: Tensor, callback: Callback | None = None) -> Tensor:
         """Follow the ODE from sigmas[0] to sigmas[N].
@@ -127,11 +149,13 @@ class Solver:
             published = replace(self, meta={**self.meta, "model_id": name})
         with tempfile.TemporaryDirectory() as folder:
             published._save(Path(folder), repo_id)
+            from epd_ray.weights.publish import upload  # here, since the hub's client takes long to import
+
             return upload(repo_id, Path(folder), token=token, private=private, commit_message=commit_message)
 
     def _save(self, path: Path, source: str) -> Path:
         """Write the files; the card tells people to load from `source`."""
-        config = scheduler_config(self)
+        config = self.scheduler_config()
         if not takes_prompts(self.meta):  # no scheduler fits into their pipelines, which scale no inputs
             config = None
         record = self._record()
@@ -140,7 +164,7 @@ class Solver:
         except (TypeError, ValueError) as error:
             raise TableError(f"meta cannot be written as JSON: {error}") from error
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / "README.md", model_card(self, source, has_scheduler=config is not None))
+        _write(path / "README.md", self.card(source, has_scheduler=config is not None))
         if config is None:
             (path / SCHEDULER_FILE).unlink(missing_ok=True)
         else:
@@ -183,19 +207,13 @@ class Solver:
             raise TableError(f"{file}: {error}") from error
 
     def _record(self) -> dict[str, JsonValue]:
-        def rows(values: Tensor | None) -> JsonValue:
-            return None if values is None else values.double().tolist()
-
         return {
             "format_version": FORMAT_VERSION,
             "form": self.form,
             "afs": self.afs,
             "order": self.order,
-            "sigmas": rows(self.sigmas),
-            "positions": rows(self.table.positions),
-            "weights": rows(self.table.weights),
-            "scale_dir": rows(self.table.scale_dir),
-            "scale_time": rows(self.table.scale_time),
+            "sigmas": self.sigmas.tolist(),
+            **self.table.to_lists(),
             "meta": dict(self.meta),
         }
 
@@ -213,12 +231,7 @@ class Solver:
         except ValidationError as error:
             first = error.errors()[0]
             raise TableError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        table = SolverTable(
-            _matrix("positions", file.positions),
-            _matrix("weights", file.weights),
-            None if file.scale_dir is None else _matrix("scale_dir", file.scale_dir),
-            None if file.scale_time is None else _matrix("scale_time", file.scale_time),
-        )
+        table = SolverTable.from_lists({name: getattr(file, name) for name in COLUMN_NAMES})
         sigmas = torch.tensor(file.sigmas, dtype=torch.float64)
         return cls(table, sigmas, file.form, file.afs, file.order, file.meta)
 
@@ -231,17 +244,11 @@ class _SolverFile(BaseModel):
     afs: bool
     order: int
     sigmas: list[float]
-    positions: list[list[float]]
-    weights: list[list[float]]
-    scale_dir: list[list[float]] | None = None
-    scale_time: list[list[float]] | None = None
+    positions: Rows
+    weights: Rows
+    scale_dir: Rows | None = None
+    scale_time: Rows | None = None
     meta: dict[str, JsonValue]
-
-
-def _matrix(name: str, rows: list[list[float]]) -> Tensor:
-    if len({len(row) for row in rows}) > 1:
-        raise TableError(f"{name} has rows of {sorted({len(row) for row in rows})} values, expected one length")
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _inline_rows(text: str) -> str:
@@ -272,7 +279,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{repo_id!r} is no directory (pass one that holds {FILE_NAME}, a hub id 'owner/name', or a preset"
             f"{did_you_mean(repo_id, PRESETS)})"
         )
-    import huggingface_hub
+    import huggingface_hub  # here, since the hub's client takes long to import
 
     from epd_ray.weights.hub import HUB_FAILURES, explain
 

@@ -1,11 +1,18 @@
 """The solver as a table of numbers: where to look along each interval and how to weigh what was seen."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import TableError
+from epd_ray.solvers.costs import Cost, has_start_point, known_points, table_cost
+
+Rows = list[list[float]]
+"""A column [N, K] as it stands in a file."""
 
 COLUMN_NAMES = {
     "positions": "positions",
@@ -13,8 +20,10 @@ COLUMN_NAMES = {
     "scale_dir": "direction scales",
     "scale_time": "time scales",
 }
-"""A table's columns, for people."""
+"""Every column that a table may have, in order, with its name for people: the one list of columns."""
 _SUM_TOLERANCE = 1e-4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,31 +75,37 @@ class SolverTable:
                 _require(scale > 0, scale, name, "above 0")
 
     @classmethod
-    def from_unsorted(
-        cls, positions: Tensor, weights: Tensor, scale_dir: Tensor | None = None, scale_time: Tensor | None = None
-    ) -> "SolverTable":
-        """A table from points in any order; the step does not depend on it.
+    def from_unsorted(cls, positions: Tensor, weights: Tensor, **scales: Tensor | None) -> "SolverTable":
+        """A table whose points are given in any order; the solver's step does not depend on that order.
 
         Args:
             positions: [N, K] or [B, N, K], in [0, 1].
-            weights: same shape, as are the scales.
-            scale_dir: see the class.
-            scale_time: see the class.
+            weights: of the same shape, as are the scales.
+            scales: the other columns by name; None is the same as leaving one out.
 
         Returns:
-            The table with its points sorted by position within each interval.
+            The table, its points sorted by position within each interval.
 
         Raises:
-            TableError: see the class.
+            TableError: a shape that differs, or a value that the class refuses.
         """
         order = positions.argsort(dim=-1, stable=True)
-        columns = (positions, weights, scale_dir, scale_time)
-        for values in columns:
-            if values is not None and values.shape != positions.shape:
-                raise TableError(
-                    f"shapes {[list(c.shape) for c in columns if c is not None]} differ, expected one shape"
-                )
-        return cls(*(None if values is None else values.gather(-1, order) for values in columns))  # type: ignore[arg-type]
+        columns = {"positions": positions, "weights": weights, **_present(scales)}
+        if any(values.shape != positions.shape for values in columns.values()):
+            raise TableError(f"shapes {[list(c.shape) for c in columns.values()]} differ, expected one shape")
+        return cls(**{name: values.gather(-1, order) for name, values in columns.items()})
+
+    @classmethod
+    def from_lists(cls, columns: Mapping[str, Rows | None]) -> "SolverTable":
+        """The table [N, K], float64, of columns as a file has them; the inverse of `to_lists`.
+
+        Args:
+            columns: N rows of K numbers by the name of the column; None is the same as leaving a column out.
+
+        Raises:
+            TableError: rows of different lengths, or a value that the class refuses.
+        """
+        return cls(**{name: _matrix(name, rows) for name, rows in _present(columns).items()})
 
     @property
     def intervals(self) -> int:
@@ -113,46 +128,44 @@ class SolverTable:
 
         With K = 1 the solver is Euler, whose steps the direction scales stretch.
         """
-        at_start = bool((self.positions[..., 0] == 0).all())
-        return at_start and (self.scale_time is None or bool((self.scale_time[..., 0] == 1).all()))
+        first = [None if c is None else c[..., 0].flatten().tolist() for c in (self.positions, self.scale_time)]
+        return has_start_point(first[0] or (), first[1] or ())
 
     def known_points(self, interval: int, afs: bool = False) -> int:
-        """How many of an interval's first points need no evaluation, 0 or 1.
+        """How many of an interval's first points need no evaluation, 0 or 1; see `costs.known_points`."""
+        return known_points(interval, start_point=self.start_point, afs=afs)
 
-        Args:
-            interval: 0 to N - 1.
-            afs: the first drift of all is analytical, not what the network says.
-        """
-        return int(self.start_point and not (afs and interval == 0))
-
-    def evaluations(self, afs: bool = False) -> int:
-        """Drift evaluations a sample: at each interval's start and at its K points, none twice."""
-        return sum(1 + self.points - self.known_points(i, afs) for i in range(self.intervals)) - afs
-
-    def depth(self, afs: bool = False) -> int:
-        """Parallel NFE, those that wait for each other: at each interval's start, and at its other points at once."""
-        return sum(1 + (self.points > self.known_points(i, afs)) for i in range(self.intervals)) - afs
+    def cost(self, afs: bool = False) -> Cost:
+        """Evaluations of the drift per picture; `afs` says whether the first drift is analytical."""
+        return table_cost(self.intervals, self.points, start_point=self.start_point, afs=afs)
 
     def to(self, dtype: torch.dtype) -> "SolverTable":
         """The same table in another floating dtype."""
-        return SolverTable(**{name: values.to(dtype) for name, values in self.columns().items()})
+        return self._each(lambda values: values.to(dtype))
 
     def rows(self, start: int, stop: int) -> "SolverTable":
-        """The tables [stop - start, N, K] of some samples; `self` is [B, N, K]."""
-        return SolverTable(**{name: values[start:stop] for name, values in self.columns().items()})
+        """The tables [stop - start, N, K] of the samples from `start` on; `self` is [B, N, K]."""
+        return self._each(lambda values: values[start:stop])
 
     def row(self, index: int) -> "SolverTable":
         """The table [N, K] of one sample; `self` is [B, N, K]."""
-        return SolverTable(**{name: values[index] for name, values in self.columns().items()})
+        return self._each(lambda values: values[index])
 
     def repeat_rows(self, times: int) -> "SolverTable":
         """Each sample's table `times` in a row, [B * times, N, K]; `self` is [B, N, K]."""
-        return SolverTable(**{name: values.repeat_interleave(times, 0) for name, values in self.columns().items()})
+        return self._each(lambda values: values.repeat_interleave(times, 0))
 
     def columns(self) -> dict[str, Tensor]:
-        """What is there of positions, weights, scale_dir and scale_time."""
-        columns = {name: getattr(self, name) for name in COLUMN_NAMES}
-        return {name: values for name, values in columns.items() if values is not None}
+        """The columns that this table has, by name, in the order of COLUMN_NAMES."""
+        return _present({name: getattr(self, name) for name in COLUMN_NAMES})
+
+    def to_lists(self) -> dict[str, JsonValue]:
+        """Every column as lists of floats, as a file has them; None for a column that this table does not have."""
+        found = {name: values.tolist() for name, values in self.columns().items()}
+        return {name: found.get(name) for name in COLUMN_NAMES}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SolverTable":
+        return SolverTable(**{name: change(values) for name, values in self.columns().items()})
 
 
 def dpm2_table(num_intervals: int) -> SolverTable:
@@ -183,9 +196,35 @@ def heun_table(num_intervals: int) -> SolverTable:
     return _repeat([0.0, 1.0], [0.5, 0.5], num_intervals)
 
 
+def uniform_table(intervals: int, points: int, start_point: bool = False) -> SolverTable:
+    """Evenly spaced positions with equal weights: the table from which a run starts without stage 1.
+
+    Args:
+        intervals: N, >= 1.
+        points: K, the points per interval, >= 1.
+        start_point: whether the first point of each interval is the interval's start.
+
+    Returns:
+        Table [N, K], float64.
+    """
+    segments = points + 1 - start_point
+    positions = torch.arange(1 - start_point, segments, dtype=torch.float64) / segments
+    return SolverTable(positions.repeat(intervals, 1), torch.full((intervals, points), 1 / points, dtype=torch.float64))
+
+
 def _repeat(positions: list[float], weights: list[float], num_intervals: int) -> SolverTable:
     rows = torch.tensor([positions, weights], dtype=torch.float64)
     return SolverTable(*rows[:, None].repeat(1, num_intervals, 1))  # [2, N, K]
+
+
+def _present(columns: Mapping[str, T | None]) -> dict[str, T]:
+    return {name: values for name, values in columns.items() if values is not None}
+
+
+def _matrix(name: str, rows: Rows) -> Tensor:
+    if len({len(row) for row in rows}) > 1:
+        raise TableError(f"{name} has rows of {sorted({len(row) for row in rows})} values, expected one length")
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _first(mask: Tensor) -> list[int]:

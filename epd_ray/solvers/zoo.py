@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epd_ray.errors import ConfigError
 from epd_ray.registry import Registry
+from epd_ray.solvers.costs import Cost, fewest_intervals, sequential_cost
 from epd_ray.solvers.epd import Callback
 from epd_ray.solvers.schedules import MODEL, SCHEDULES, require_schedule
 from epd_ray.types import Drift, Form
@@ -42,15 +43,17 @@ class Method:
     needs_form: bool = False
     extra: str | None = None
 
+    def cost(self, intervals: int, afs: bool = False) -> Cost:
+        """Evaluations of the drift per picture over N intervals; `afs` says whether the first drift is analytical."""
+        return sequential_cost(intervals, self.evals, self.last_evals, afs=afs)
+
     def parallel_nfe(self, intervals: int) -> int:
-        """Evaluations over N intervals: nothing here runs in parallel, so this is the sequential depth too."""
-        last = self.evals if self.last_evals is None else self.last_evals
-        return self.evals * (intervals - 1) + last
+        """Evaluations over N intervals, all of which wait for each other."""
+        return self.cost(intervals).parallel_nfe
 
     def intervals(self, parallel_nfe: int) -> int:
-        """The fewest intervals that cost at least `parallel_nfe`, at least 1."""
-        short = max(0, parallel_nfe - self.parallel_nfe(1))
-        return 1 - (-short // self.evals)
+        """The smallest number of intervals, at least 1, that takes at least `parallel_nfe` evaluations."""
+        return fewest_intervals(parallel_nfe, self.evals, self.last_evals)
 
     @property
     def installed(self) -> bool:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from epd_ray.errors import ModelError
-from epd_ray.solvers import SolverTable, epd
+from epd_ray.solvers import SolverTable
+from epd_ray.solvers.epd import epd
+from epd_ray.solvers.interval import bounded_time_scale, inner_sigma
 from epd_ray.stage_one.least_squares import END_MARGIN, Matrix
 from epd_ray.stage_one.shard import Fit, Interval, Points
 from epd_ray.types import Drift
@@ -71,9 +72,10 @@ def distill_loss(interval: Interval, points: Points, gradient: bool, checkpointe
     Raises:
         TableError: points that make no table.
     """
-    columns = [column.requires_grad_(gradient) for column in points.columns()]
+    named = {name: column.requires_grad_(gradient) for name, column in points.columns().items()}
+    columns = list(named.values())
     with torch.set_grad_enabled(gradient):
-        distance = step_distance(interval, SolverTable.from_unsorted(*columns), checkpointed)
+        distance = step_distance(interval, SolverTable.from_unsorted(**named), checkpointed)
     found = torch.autograd.grad(distance, columns) if gradient else [torch.zeros_like(c) for c in columns]
     step = _squared(interval.target - interval.x)
     return Loss(float(distance.detach()), float(step), torch.cat(list(found)).numpy(), interval.x.numel())
@@ -207,8 +209,8 @@ def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) ->
         r = torch.cat([torch.zeros_like(r[:1]), r[1:]])
     w = options.min_weight + (1 - len(q) * options.min_weight) * q.softmax(0)
     factors = [2 * options.scale_range * (u / 2).sigmoid() + 1 - options.scale_range for u in scales]
-    if len(factors) == 2 and options.max_sigma is not None:
-        factors[1] = factors[1].minimum(options.max_sigma / _inner(r, sigmas))
+    if len(factors) == 2:
+        factors[1] = bounded_time_scale(factors[1], inner_sigma(*sigmas, r), options.max_sigma)
     return torch.stack([r, w, *factors])
 
 
@@ -231,7 +233,7 @@ def _points(columns: Tensor) -> Points:
 
 def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
     """The points in order of position and apart, since a Dirichlet draws the segments between them."""
-    rows = np.array([row for row in (points.positions, points.weights, points.scale_dir, points.scale_time) if row])
+    rows = torch.cat(list(points.columns().values())).numpy()  # [2 to 4, K]
     rows = rows[:, rows[0].argsort(kind="stable")]
     r, k = rows[0], len(rows[0])
     gap = min(MARGIN, (1 - 2 * MARGIN) / k)
@@ -239,13 +241,7 @@ def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> P
         r[i] = max(r[i], r[i - 1] + gap)
     for i in range(k):  # what was pushed beyond the end comes back
         r[i] = min(r[i], 1 - MARGIN - (k - 1 - i) * gap)
-    if len(rows) == 4 and options.max_sigma is not None:
-        rows[3] = np.minimum(rows[3], options.max_sigma / _inner(torch.from_numpy(r), sigmas).numpy())
+    if len(rows) == 4:
+        inner = inner_sigma(*sigmas, torch.from_numpy(r))
+        rows[3] = bounded_time_scale(torch.from_numpy(rows[3]), inner, options.max_sigma).numpy()
     return Points(*(tuple(row) for row in rows.tolist()))
-
-
-def _inner(positions: Tensor, sigmas: tuple[float, float]) -> Tensor:
-    """The sigmas at positions inside an interval."""
-    a, b = sigmas
-    inner: Tensor = b**positions * a ** (1 - positions)
-    return inner

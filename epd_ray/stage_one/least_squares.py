@@ -19,6 +19,7 @@ import torch
 from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
+from epd_ray.solvers.interval import inner_sigma
 from epd_ray.stage_one.shard import Fit, Interval, Points
 
 Matrix = npt.NDArray[np.float64]
@@ -66,7 +67,7 @@ def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
     (a, b), x = interval.sigmas.tolist(), interval.x
     found = []
     for r in grid:
-        s = b**r * a ** (1 - r)
+        s = inner_sigma(a, b, r)
         found.append(interval.drift(x + (s - a) * interval.slope, x.new_full(x.shape[:1], s)).cpu())
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from epd_ray.solvers import SolverTable, dpm2
 from epd_ray.solvers.conditioned import conditioned_drift, noises
 from epd_ray.solvers.epd import analytic_drift, check_options, epd_step, multistep, stages
+from epd_ray.solvers.table import COLUMN_NAMES
 from epd_ray.types import Backbone, Drift, Form
 
 KEPT_BYTES = 1 << 30  # of states in a worker; what is dropped is made again
@@ -31,10 +32,10 @@ class Points:
     scale_dir: tuple[float, ...] | None = None
     scale_time: tuple[float, ...] | None = None
 
-    def columns(self) -> list[Tensor]:
-        """Those that are there, each [1, K], float64."""
-        all_of_them = (self.positions, self.weights, self.scale_dir, self.scale_time)
-        return [torch.tensor([values], dtype=torch.float64) for values in all_of_them if values is not None]
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are given, by their names in SolverTable; each [1, K], float64."""
+        values = {name: getattr(self, name) for name in COLUMN_NAMES}
+        return {name: torch.tensor([v], dtype=torch.float64) for name, v in values.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def as_table(fits: Sequence[Fit]) -> SolverTable:
 
 def table_of(points: Sequence[Points]) -> SolverTable:
     """The table of N intervals, whose points may be in any order."""
-    columns = zip(*(p.columns() for p in points), strict=True)
-    return SolverTable.from_unsorted(*(torch.cat(rows) for rows in columns))
+    columns = [p.columns() for p in points]
+    return SolverTable.from_unsorted(**{name: torch.cat([rows[name] for rows in columns]) for name in columns[0]})
 
 
 @dataclass(frozen=True)

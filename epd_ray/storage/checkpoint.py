@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there; the newest few and the best are kept, the newest readable one wins."""
+"""Checkpoints of a run. A file is written completely or not at all; the newest few and the best checkpoint are kept."""
 
 import io
 import logging
@@ -14,55 +14,52 @@ import numpy as np
 import torch
 
 from epd_ray.errors import RunDirectoryError
-from epd_ray.storage.run_directory import unwritable, whole
+from epd_ray.storage.run_directory import make_folder, whole
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # 1 had no held-out curve; 2 other streams of random numbers, and medians of scales
+FORMAT = 3  # 1 had no validation curve; 2 had other random streams, and stored the medians of scales
 PATTERN = "iteration-{:06d}.pt"
 BEST = "best.pt"
 DAMAGE = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError),
     *(UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
 )
-"""What zipfile and torch.load make of bytes that are no checkpoint."""
+"""Exceptions that zipfile and torch.load raise for a damaged checkpoint."""
 
 
 def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write iteration-NNNNNN.pt and drop all but it and the `keep` - 1 before; the best one stays.
+    """Write iteration-NNNNNN.pt, and delete all other numbered checkpoints but the `keep` - 1 before it.
 
     Args:
-        folder: of the run's checkpoints.
-        iteration: number of updates done.
-        state: nested dicts and lists of numbers, strings and arrays; nothing that needs unpickling.
-        keep: at least 1.
+        folder: folder of the run's checkpoints.
+        iteration: number of learner updates so far.
+        state: nested dicts and lists of numbers, strings and arrays, which load without unpickling.
+        keep: number of numbered checkpoints to keep, at least 1; best.pt is not counted.
 
     Raises:
-        RunDirectoryError: the disk refuses; what was there still is.
+        RunDirectoryError: the file cannot be written; earlier checkpoints stay.
     """
     path = _write(folder / PATTERN.format(iteration), iteration, state)
     found = _numbered(folder)
-    later = [other for other in found if other > path]  # damaged, or of updates that are being done again
+    later = [other for other in found if other > path]  # damaged ones, or of updates that are being repeated
     for other in [*found[: len(found) - len(later)][:-keep], *later]:
         other.unlink()
     return path
 
 
 def save_best(folder: Path, iteration: int, state: Mapping[str, Any]) -> Path:
-    """Write best.pt, which `keep` does not count: the state that scored best on the held-out prompts.
+    """Write best.pt, the state with the best reward on the validation prompts.
 
     Raises:
-        RunDirectoryError: the disk refuses; what was there still is.
+        RunDirectoryError: the file cannot be written; an earlier best.pt stays.
     """
     return _write(folder / BEST, iteration, state)
 
 
 def _write(path: Path, iteration: int, state: Mapping[str, Any]) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path.parent, error) from error
-    data = io.BytesIO()  # torch hides what a disk says
+    make_folder(path.parent)
+    data = io.BytesIO()  # torch.save to a file would hide the system's error
     torch.save({"format": FORMAT, "iteration": iteration, **_as_tensors(state)}, data)
     with whole(path) as partial:
         partial.write_bytes(data.getbuffer())
@@ -74,12 +71,12 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, the best one if no other can; None where there is none yet.
+    """The newest checkpoint that can be read, or best.pt if no other can; None if there is no checkpoint.
 
-    A damaged one is passed over with a warning.
+    Damaged checkpoints are skipped with a warning.
 
     Raises:
-        RunDirectoryError: all are damaged, or the newest is of a newer format.
+        RunDirectoryError: all checkpoints are damaged, or the newest readable one has another format.
     """
     paths = [*sorted(folder.glob("iteration-*.pt"), reverse=True), *folder.glob(BEST)]
     for path in paths:
@@ -96,7 +93,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+    with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
         if (broken := archive.testzip()) is not None:
             raise zipfile.BadZipFile(broken)
     state: dict[str, Any] = _as_arrays(torch.load(path, weights_only=True))
@@ -114,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def changed_versions(saved: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """What differs, in a few words: "torch 2.12 before, 2.13 now"; None where nothing does."""
+    """The packages whose versions differ, such as "torch 2.12 before, 2.13 now"; None if all are equal."""
     changed = [name for name in now if now[name] != saved.get(name)]
     return ", ".join(f"{name} {saved.get(name, 'absent')} before, {now[name]} now" for name in changed) or None
 

@@ -1,7 +1,7 @@
-"""One writer a run: on local disks a lock that the kernel gives up with the process, elsewhere a lease.
+"""Ensures one writer per run: by a file lock on local disks, which ends with its process, and elsewhere by a lease.
 
-Its holder renews it. The clocks of two machines are never compared: whoever finds a lease watches, by the clock of its
-own machine, whether it changes.
+The holder of a lease renews it regularly. The clocks of two machines are never compared: another process that finds a
+lease watches, by its own clock, whether the lease changes.
 """
 
 import fcntl
@@ -28,23 +28,22 @@ log = logging.getLogger(__name__)
 LEASE = "lease.json"
 RENEW_SECONDS = 20.0
 WATCH_SECONDS = 3.5 * RENEW_SECONDS
-"""A lease that does not change while it is watched for so long is of a dead holder; one whose renewal failed once or
-twice is alive."""
-SETTLE_SECONDS = 1.0  # the later of two who take a lease at the same time is seen by both
+"""The holder of a lease counts as dead if the lease does not change for so long; two failed renewals are tolerated."""
+SETTLE_SECONDS = 1.0  # if two processes take a lease at the same time, both see the later one after this time
 POLL_SECONDS = 5.0
-OPENINGS = 100  # of a lock file that others remove again and again
+OPENINGS = 100  # attempts to open a lock file that other processes keep removing
 
 
 @contextmanager
 def held(lock: Path, name: str) -> Iterator[TextIO]:
-    """Hold a lock file, which is yielded, until the block ends, or the process does, however it ends.
+    """Hold a lock file until the block ends, or the process dies. Yields the open file.
 
     Args:
-        lock: made where it is missing; it stays.
-        name: of what is locked, for the message.
+        lock: path of the lock file, which is created if it is missing and is not removed.
+        name: name of the run, for error messages.
 
     Raises:
-        RunDirectoryError: another process holds it, or it cannot be written.
+        RunDirectoryError: another process holds the lock, or the file cannot be written.
     """
     with _opened(lock, name) as file:
         _sign(lock, file)
@@ -52,14 +51,14 @@ def held(lock: Path, name: str) -> Iterator[TextIO]:
 
 
 def _opened(lock: Path, name: str) -> TextIO:
-    """The lock file, locked.
+    """Open the lock file and lock it.
 
-    A holder may remove the file when it is done. Who had opened it before then holds a lock on a file that no longer
-    has this name, while another process may lock a new one: so the name must still lead to what was locked.
+    A holder may remove the file when it ends. A process that opened the file before would then lock a file without a
+    name, while another process locks a new file. Therefore the path must still lead to the locked file.
     """
     for _ in range(OPENINGS):
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)  # its folder may have gone with it
+            lock.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed with the file
             file = lock.open("a+", encoding="utf-8")
         except OSError as error:
             raise unwritable(lock, error) from error
@@ -79,7 +78,7 @@ def _in_use(name: str, who: str) -> RunDirectoryError:
 
 
 def is_at(file: TextIO, path: Path) -> bool:
-    """Whether a path still leads to an open file, not to nothing or to another of the same name."""
+    """Whether a path still leads to an open file; False if the file was removed or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -102,13 +101,13 @@ def _locked(descriptor: int, name: str) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # some network disks cannot
+    except OSError as error:  # some network disks do not support locks
         log.warning("%s cannot be locked (%s): see to it that no second run uses it", name, error.strerror)
     return True
 
 
 def _machine() -> str:
-    """What process ids count in, this boot of this machine or container; empty where the system does not say."""
+    """An id of this boot and process namespace, in which process ids are unique; empty if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     return ""
@@ -120,15 +119,15 @@ def _who(host: str, pid: int, since: float) -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease.
+    """The process that holds a lease.
 
     Attributes:
-        host: its machine, for people.
-        machine: what its process id counts in.
-        pid: of its process.
-        since: when it took the lease, in seconds since 1970 by its own clock: for people alone.
-        renewed: when it last renewed the lease, by the same clock: compared with nothing but what it was before.
-        token: that no other holder has.
+        host: name of its machine, for messages.
+        machine: id of the boot and process namespace to which `pid` belongs; empty if unknown.
+        pid: its process id.
+        since: when it took the lease, in seconds since 1970 by its own clock; only for messages.
+        renewed: when it last renewed the lease, by the same clock; only changes of this value matter.
+        token: random id that no other holder has.
     """
 
     host: str
@@ -139,7 +138,7 @@ class Holder:
     token: str
 
     def gone(self) -> bool:
-        """Whether it was a process of this machine that is no more."""
+        """Whether the holder was a process of this machine that no longer exists."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -152,11 +151,11 @@ class Holder:
 
 
 class Lease:
-    """The right to write to a remote run: an object in it that its holder renews.
+    """The exclusive right to write to a remote run, kept as a file in the run that its holder renews.
 
     Args:
-        root: the run's folder.
-        name: its URI, for messages.
+        root: filesystem whose root is the run's folder.
+        name: URI of the run, for messages.
     """
 
     def __init__(self, root: fs.FileSystem, name: str) -> None:
@@ -167,16 +166,16 @@ class Lease:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Take the lease, renew it in the background, and give it up in the end.
+        """Take the lease, renew it in a thread, and delete it when the block ends.
 
         Raises:
-            RunDirectoryError: somebody else holds it, or the folder cannot be written.
+            RunDirectoryError: another process holds the lease, or the folder cannot be written.
         """
         try:
             self._take()
         except RunDirectoryError:
             raise
-        except Exception as error:  # fsspec's filesystems raise what they like
+        except Exception as error:  # fsspec's filesystems raise any kind of exception
             if is_own_bug(error):
                 raise
             raise RunDirectoryError(f"cannot write to {self._name}: {' '.join(str(error).split())}") from error
@@ -187,15 +186,15 @@ class Lease:
         finally:
             self._ended.set()
             renewal.join()
-            with suppress(Exception):  # else the next run watches it in vain
+            with suppress(Exception):  # if the lease stays, the next run only has to watch it
                 if self._is_mine(self._read()):
                     self._root.delete_file(LEASE)
 
     def require(self) -> None:
-        """See that no other run has taken over, since this one seemed dead; it may be done by now.
+        """Check that no other run has taken the lease because this one seemed dead.
 
         Raises:
-            RunDirectoryError: one has.
+            RunDirectoryError: another run took the lease, and may have deleted it since.
             Exception: the folder cannot be read.
         """
         with self._renewing:
@@ -213,10 +212,10 @@ class Lease:
         self.require()
 
     def _watch(self, first: Holder) -> None:
-        """Wait until a lease has not changed for long enough by the clock of this machine.
+        """Return when the lease of `first` has not changed for WATCH_SECONDS by this machine's clock, or is gone.
 
         Raises:
-            RunDirectoryError: it has changed.
+            RunDirectoryError: the lease has changed, so its holder is alive.
         """
         who = _who(first.host, first.pid, first.since)
         log.warning(
@@ -225,7 +224,7 @@ class Lease:
         )
         start = time.monotonic()
         while True:
-            asked = time.monotonic()  # before, since an answer that takes long may be as old as the question
+            asked = time.monotonic()  # before the read, because a slow answer may be as old as its request
             holder = self._read()
             if holder is None or holder.gone():
                 return
@@ -248,13 +247,13 @@ class Lease:
         return holder is not None and holder.token == self._mine.token
 
     def _read(self) -> Holder | None:
-        for pause in (POLL_SECONDS, 0.0):  # what makes no sense may be half written
+        for pause in (POLL_SECONDS, 0.0):  # a lease that cannot be parsed may be half written: read it twice
             if self._root.get_file_info(LEASE).type != fs.FileType.File:
                 return None
             try:
                 with self._root.open_input_stream(LEASE) as stream:
                     return Holder(**json.loads(stream.read()))
-            except FileNotFoundError:  # given up just now
+            except FileNotFoundError:  # deleted since get_file_info
                 return None
             except (ValueError, TypeError):
                 time.sleep(pause)

@@ -1,4 +1,4 @@
-"""Filesystems by URI, and the mirror of a local folder on one of them."""
+"""Opens filesystems by URI, and mirrors a local folder to a remote one."""
 
 import re
 import shutil
@@ -24,23 +24,24 @@ from epd_ray.errors import EpdRayError, is_own_bug
 from epd_ray.storage.lock import LEASE
 
 ATTEMPTS, WAIT = 4, wait_exponential(multiplier=1, max=8)
-TRANSFERS, CHUNK = 8, 2**24  # at the same time; bytes
+TRANSFERS = 8  # files that are transferred at the same time
+CHUNK = 2**24  # bytes
 TROUBLE = retry_if_exception(
     lambda error: isinstance(error, Exception) and not isinstance(error, EpdRayError) and not is_own_bug(error)
 )
-"""What may pass; fsspec's filesystems raise what they like."""
+"""Errors after which an action is repeated: all but this package's own, because fsspec raises any kind of exception."""
 SECRET = re.compile(r"://[^@/]*:[^@]*@|[?&](sig|[^=&]*(secret|password|token|key))=", re.IGNORECASE)
-LAST = {"config.yaml": 2, "stages.json": 3}
+LAST = {"config.yaml": 2, "stages.json": 3}  # ranks of the files that are uploaded last, see _rank
 
 T = TypeVar("T")
 
 
 class StorageError(EpdRayError):
-    """A filesystem that is unknown, out of reach, or refuses."""
+    """A filesystem is unknown or cannot be reached, or an operation on it failed."""
 
 
 class Fresh(fs.FSSpecHandler):  # type: ignore[misc]
-    """A filesystem of fsspec that shows what others have written; some would remember what they have seen."""
+    """An fsspec filesystem without cached listings, so that files which other processes wrote are seen."""
 
     def get_file_info(self, paths: list[str]) -> Any:
         self.fs.invalidate_cache()
@@ -52,10 +53,10 @@ class Fresh(fs.FSSpecHandler):  # type: ignore[misc]
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's filesystem of a URI, or fsspec's where pyarrow has none, and the path in it.
+    """The filesystem of a URI, by pyarrow or else by fsspec, and the path in it.
 
     Raises:
-        StorageError: a secret in it, no such filesystem, or one that cannot be opened.
+        StorageError: the URI holds a secret, or its filesystem is unknown or cannot be opened.
     """
     if SECRET.search(uri):
         raise StorageError("a run's URI holds a secret key: leave it out, credentials come from the environment")
@@ -77,13 +78,13 @@ def one_line(error: BaseException) -> str:
 
 
 class Mirror:
-    """A local folder and the remote one that follows it.
+    """Keeps a remote folder equal to a local folder.
 
     Args:
-        root: the remote folder.
-        folder: the local one.
-        name: of the remote one, for messages.
-        require: raises where nothing may be written to it any more.
+        root: filesystem whose root is the remote folder.
+        folder: the local folder.
+        name: URI of the remote folder, for messages.
+        require: raises if this process may no longer write to the remote folder.
     """
 
     def __init__(self, root: fs.FileSystem, folder: Path, name: str, require: Callable[[], None]) -> None:
@@ -91,10 +92,10 @@ class Mirror:
         self._saved: dict[str, tuple[int, int]] = {}
 
     def pull(self, leave_out: Collection[str]) -> None:
-        """Download all but some top-level folders.
+        """Download all files but those in the top-level folders `leave_out`.
 
         Raises:
-            StorageError: it cannot be read.
+            StorageError: the remote folder cannot be read.
         """
         found = self._attempt("read", lambda: self._root.get_file_info(fs.FileSelector("", recursive=True)))
         wanted = [
@@ -107,11 +108,11 @@ class Mirror:
         self._each("read", self._download, [str(path) for path in wanted])
 
     def push(self) -> None:
-        """Upload what has changed, and remove what is gone, since the last time.
+        """Upload files that changed, and remove files that were deleted, since the last call.
 
         Raises:
-            StorageError: it cannot be written.
-            RunDirectoryError: another run has taken over.
+            StorageError: the remote folder cannot be written.
+            RunDirectoryError: another run has taken the lease.
         """
         self._attempt("write to", self._require)
         now = self._stamps()
@@ -125,12 +126,12 @@ class Mirror:
             self._each("write to", self._remove, list(group))
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file, by its path in the folder."""
+        """Size in bytes and modification time in ns of every local file, by its path in the folder."""
         found = {}
         for path in self._folder.rglob("*"):
             relative = path.relative_to(self._folder)
             if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-                with suppress(FileNotFoundError):  # gone meanwhile
+                with suppress(FileNotFoundError):  # deleted meanwhile
                     found[relative.as_posix()] = self._stamp(relative.as_posix())
         return found
 
@@ -149,7 +150,7 @@ class Mirror:
         partial = str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.tmp"))
         try:
             stamp, local = self._stamp(path), (self._folder / path).open("rb")
-        except FileNotFoundError:  # gone meanwhile
+        except FileNotFoundError:  # deleted meanwhile
             return
         with local as source, self._root.open_output_stream(partial) as sink:
             shutil.copyfileobj(source, sink, CHUNK)
@@ -166,7 +167,7 @@ class Mirror:
             list(pool.map(lambda path: self._attempt(what, lambda: action(path)), paths))
 
     def _attempt(self, what: str, action: Callable[[], T]) -> T:
-        """An action, repeated while it fails."""
+        """Run an action, and repeat it up to ATTEMPTS times in all while it fails."""
         retrying = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=WAIT, retry=TROUBLE)
         try:
             return retrying(action)
@@ -176,5 +177,8 @@ class Mirror:
 
 
 def _rank(path: str) -> int:
-    """Later than all it counts on: a resume finds a checkpoint, config.yaml makes a run, stages.json a finished one."""
+    """The order of uploads, in which a file comes after all files that it requires.
+
+    A checkpoint makes a resume possible, config.yaml marks a run, and stages.json a finished run.
+    """
     return LAST.get(path, int(path.startswith("checkpoints/")))

@@ -1,9 +1,9 @@
-"""Where runs lie: a local directory, or one on any filesystem of pyarrow or fsspec, worked on in a local copy.
+"""Places of runs: a local directory, or a folder on any filesystem of pyarrow or fsspec with a local working copy.
 
-A remote run is the state of its last checkpoint: `save` uploads what changed since the last time, checkpoints after
-everything that they count on, each file under another name that is then moved. An upload that fails is repeated, and
-then left for the next checkpoint with a warning; at the end of the run it is an error. The copy is a new folder in the
-system's temporary directory (TMPDIR), which stays when it was not saved whole.
+A remote run holds the state of its last checkpoint: `save` uploads files that changed since the last call, checkpoints
+after the files that they require. Each file is uploaded under a temporary name and then renamed. A failed upload is
+repeated; if it fails again, it waits for the next checkpoint with a warning, or raises an error at the end of the run.
+The working copy is a new folder in the system's temporary directory (TMPDIR); it stays if it was not saved completely.
 """
 
 import logging
@@ -19,7 +19,7 @@ from pyarrow import fs
 from epd_ray.errors import EpdRayError, RunDirectoryError
 from epd_ray.storage.lock import LEASE, Lease, held, is_at
 from epd_ray.storage.mirror import Mirror, StorageError, one_line, open_filesystem
-from epd_ray.storage.run_directory import RunDirectory, refuse_others, unwritable
+from epd_ray.storage.run_directory import RunDirectory, make_folder, refuse_others
 
 log = logging.getLogger(__name__)
 
@@ -28,61 +28,64 @@ NOT_TO_LOOK = (*NOT_TO_RESUME, "checkpoints")
 
 
 class Place(Protocol):
-    """Where a run lies or is to lie.
+    """A path or URI that holds a run, or will hold one.
 
     Attributes:
-        name: as the user gave it.
+        name: the path or URI, as the user gave it.
     """
 
     name: str
 
     def begun(self) -> bool:
-        """Whether there is a run."""
+        """Whether the place holds a run."""
         ...
 
     def require_new(self) -> None:
-        """Raises RunDirectoryError where no new run can begin."""
+        """Raise RunDirectoryError if a new run cannot begin here."""
         ...
 
     def require_run(self) -> None:
-        """Raises RunDirectoryError where there is no run."""
+        """Raise RunDirectoryError if the place holds no run."""
         ...
 
     def claimed(self) -> AbstractContextManager[Path]:
-        """A local folder with all that a run needs to go on, for this process alone; saved in the end.
+        """A local folder with all that a run needs to continue, for this process alone; saved when the block ends.
 
-        Where a run may be going on elsewhere, it is watched for a minute: without a sign of life it counts as dead.
+        If another machine has an unfinished run here, its lease is watched for about a minute before it counts as dead.
 
         Raises:
-            RunDirectoryError: another run holds it.
+            RunDirectoryError: another run holds the place.
         """
         ...
 
     def visited(self) -> AbstractContextManager[Path]:
-        """A local folder without rollouts and checkpoints, beside a run that may be going on; saved in the end."""
+        """A local folder, without rollouts and checkpoints if the place is remote; saved when the block ends.
+
+        A run may be active in the place at the same time.
+        """
         ...
 
     def save(self) -> None:
-        """Bring the place up to date with the local folder, as far as it can be reached."""
+        """Upload the changes of the local folder; a failure is only a warning, and the next call tries again."""
         ...
 
 
 def is_uri(place: str | Path) -> bool:
-    """Whether this names a filesystem: s3://, gs://, hdfs://, file://, memory:// and the like."""
+    """Whether `place` is a URI such as s3://, gs://, hdfs://, file:// or memory://, instead of a local path."""
     return "://" in str(place)
 
 
 def place_of(where: str | Path) -> Place:
-    """The place of a path or URI.
+    """The place that a path or URI names.
 
     Raises:
-        StorageError: a URI whose filesystem is unknown or cannot be opened.
+        StorageError: the URI's filesystem is unknown or cannot be opened.
     """
     return RemotePlace(str(where), *open_filesystem(str(where))) if is_uri(where) else LocalPlace(Path(where))
 
 
 def inside(where: str | Path, part: str | Path) -> str:
-    """The name of a part of a run, for people."""
+    """The path or URI of a part of a run, for messages."""
     if not is_uri(where):
         return str(Path(where, part))
     return f"{str(where).partition('?')[0].rstrip('/')}/{PurePosixPath(part)}"
@@ -90,7 +93,7 @@ def inside(where: str | Path, part: str | Path) -> str:
 
 @contextmanager
 def reading(place: Place, folder: Path) -> Iterator[None]:
-    """Say of the place what is wrong with a file that was read from its folder."""
+    """Replace the local folder by the place's name in the errors of the block."""
     try:
         yield
     except EpdRayError as error:
@@ -99,7 +102,7 @@ def reading(place: Place, folder: Path) -> Iterator[None]:
 
 
 class LocalPlace:
-    """A directory."""
+    """A run in a local directory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -116,16 +119,13 @@ class LocalPlace:
     @contextmanager
     def claimed(self) -> Iterator[Path]:
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        make_folder(self.path)
         lock = RunDirectory(self.path).lock
         with held(lock, self.name) as file:
             try:
                 yield self.path
             finally:
-                with suppress(OSError):  # a run that came to nothing leaves nothing
+                with suppress(OSError):  # if the run wrote no file, remove the lock and the new folders
                     if is_at(file, lock) and [path.name for path in self.path.iterdir()] == [lock.name]:
                         lock.unlink()
                         for folder in made:
@@ -140,12 +140,12 @@ class LocalPlace:
 
 
 class RemotePlace:
-    """A folder on another filesystem.
+    """A run in a folder on another filesystem.
 
     Args:
-        uri: of the folder.
-        filesystem: that the URI names.
-        path: of the folder in it.
+        uri: URI of the folder.
+        filesystem: the filesystem that the URI names.
+        path: path of the folder in the filesystem.
     """
 
     def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
@@ -188,9 +188,9 @@ class RemotePlace:
 
     @contextmanager
     def _mirrored(self, leave_out: Collection[str], require: Callable[[], None]) -> Iterator[Path]:
-        """A temporary folder of the run's name; it stays when its content could not be saved."""
-        above = Path(tempfile.mkdtemp(prefix="epd-ray-"))
-        folder = above / (PurePosixPath(self._path).name or "run")
+        """A temporary folder with the run's name; it stays if its content could not be saved."""
+        parent = Path(tempfile.mkdtemp(prefix="epd-ray-"))
+        folder = parent / (PurePosixPath(self._path).name or "run")
         folder.mkdir()
         self._mirror, keep = Mirror(self._root, folder, self.name, require), False
         try:
@@ -207,16 +207,17 @@ class RemotePlace:
             if keep:
                 log.warning("%s was not saved whole: its copy stays in %s", self.name, folder)
             else:
-                shutil.rmtree(above, ignore_errors=True)
+                shutil.rmtree(parent, ignore_errors=True)
 
     def save(self) -> None:
         self._saved("it is tried again at the next checkpoint")
 
-    def _saved(self, otherwise: str) -> bool:
+    def _saved(self, when_failed: str) -> bool:
+        """Whether the upload succeeded; a failure is logged with what happens next."""
         assert self._mirror is not None, "save() belongs inside claimed() or visited()"
         try:
             self._mirror.push()
         except StorageError as error:
-            log.warning("%s: %s", error, otherwise)
+            log.warning("%s: %s", error, when_failed)
             return False
         return True

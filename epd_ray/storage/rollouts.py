@@ -1,8 +1,8 @@
-"""The rollouts of a run as Parquet: one file an iteration, each rollout_id once.
+"""Stores a run's rollouts in Parquet: one file per iteration, one row per rollout.
 
-Schema version 2, the columns of ROLLOUT_SCHEMA with `rewards` put in by `rollout_schema`. Version 1 had no positions,
-weights, scales, seconds and image. The version stands in every file's metadata as schema_version, and what a column
-means in its field's metadata as description.
+Every file's metadata holds schema_version, and each column's metadata a description. Version 2 has the columns of
+ROLLOUT_SCHEMA and the column `rewards` that `rollout_schema` adds. Version 1 lacked positions, weights, scales, seconds
+and image.
 """
 
 import io
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from epd_ray.errors import RewardError
-from epd_ray.storage.run_directory import unwritable, whole
+from epd_ray.storage.run_directory import make_folder, whole
 from epd_ray.types import ImageArray
 
 SCHEMA_VERSION = 2
@@ -31,34 +31,34 @@ def _field(name: str, kind: pa.DataType, description: str, nullable: bool = Fals
 ROLLOUT_SCHEMA = pa.schema(
     [
         _field("rollout_id", pa.string(), "hash of (run seed, iteration, index); unique in a run"),
-        _field("group_id", pa.string(), "rollouts whose rewards are compared with each other"),
-        _field("iteration", pa.int32(), "from 1"),
-        _field("prompt", pa.string(), "what was drawn"),
-        _field("noise_seed", pa.int64(), "seed of the initial latent"),
-        _field("action_seed", pa.int64(), "seed of the table's draw"),
-        _field("policy_version", pa.int32(), "learner updates behind the policy that drew the table"),
+        _field("group_id", pa.string(), "equal for rollouts whose rewards are compared with each other"),
+        _field("iteration", pa.int32(), "number of the iteration, from 1"),
+        _field("prompt", pa.string(), "text that the model was given"),
+        _field("noise_seed", pa.int64(), "seed of the initial noise"),
+        _field("action_seed", pa.int64(), "seed with which the solver table was sampled from the policy"),
+        _field("policy_version", pa.int32(), "number of learner updates of the policy that sampled the table"),
         _field("action", NUMBERS, "[N, A], row by row: segments (K+1), weights (K), trained scales (K each)"),
-        _field("positions", NUMBERS, "[N, K], row by row, in [0, 1]: where the action's table looks in each interval"),
-        _field("weights", NUMBERS, "[N, K], row by row, each row adds up to 1: how the table weighs what it saw"),
+        _field("positions", NUMBERS, "[N, K], row by row: positions of the points in each interval, in [0, 1]"),
+        _field("weights", NUMBERS, "[N, K], row by row: weights of the points; each row sums to 1"),
         _field("scale_dir", NUMBERS, "[N, K], row by row; null when no direction scales are trained", nullable=True),
         _field("scale_time", NUMBERS, "[N, K], row by row; null when no time scales are trained", nullable=True),
-        _field("log_prob", pa.float64(), "of the action when it was drawn, summed over intervals"),
-        _field("reward", pa.float32(), "the mix that was learned from"),
-        _field("advantage", pa.float32(), "the reward against its group, normalised over the batch"),
-        _field("generate_seconds", pa.float32(), "in the rollout actor, an equal share of its batch's"),
-        _field("score_seconds", pa.float32(), "in the slowest head, an equal share of its batch's"),
-        _field("image", pa.binary(), "PNG; null unless store.images is set", nullable=True),
+        _field("log_prob", pa.float64(), "log probability of the action when sampled, summed over intervals"),
+        _field("reward", pa.float32(), "reward that the learner used, mixed from all heads"),
+        _field("advantage", pa.float32(), "reward relative to its group, normalised over the batch"),
+        _field("generate_seconds", pa.float32(), "equal share of the batch's seconds in the rollout actor"),
+        _field("score_seconds", pa.float32(), "equal share of the batch's seconds in the slowest head"),
+        _field("image", pa.binary(), "PNG file; null unless store.images is set", nullable=True),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
 """The columns of every rollout file; `rollout_schema` adds the struct `rewards`, one field per head."""
 
 TIMINGS = ("generate_seconds", "score_seconds")
-"""The columns in which a run differs from its repetition."""
+"""The columns in which two runs with the same configuration differ."""
 
 
 def rollout_schema(heads: Sequence[str]) -> pa.Schema:
-    """ROLLOUT_SCHEMA with `rewards`, a struct of each head's raw score (`rewards.clip` in SQL, a dict in pandas)."""
+    """ROLLOUT_SCHEMA with the column `rewards`, a struct of each head's raw score (`rewards.clip` in SQL)."""
     scores = pa.struct([pa.field(head, pa.float32(), nullable=False) for head in heads])
     return ROLLOUT_SCHEMA.insert(
         ROLLOUT_SCHEMA.get_field_index("reward"), _field("rewards", scores, "each head's raw score")
@@ -69,12 +69,13 @@ def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """One iteration's rollouts as an Arrow table.
 
     Args:
-        rows: one mapping per rollout with every column of ROLLOUT_SCHEMA, and `rewards`: head -> raw score.
-            `action` is [N, A] and the table's columns [N, K], or flat; `image` [3, H, W] uint8, or None.
+        rows: one mapping per rollout with every column of ROLLOUT_SCHEMA, and `rewards`, which maps heads to raw
+            scores. `action` is [N, A] and the table's columns are [N, K], or flat; `image` is [3, H, W] uint8, or None.
 
     Raises:
-        RewardError: a reward that is absent or not finite.
-        ValueError: no rows, wrong columns, a rollout_id twice, or another number that is not finite.
+        RewardError: a reward is missing or not finite.
+        ValueError: there are no rows, a column is missing or unknown, a rollout_id occurs twice, or another number is
+            not finite.
     """
     if not rows:
         raise ValueError("no rollouts, expected at least 1")
@@ -113,32 +114,35 @@ def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
     for head, value in [*rewards.items(), ("mix", row["reward"])]:
         if not math.isfinite(value):
             raise RewardError(head, f"{value} for prompt {row['prompt']!r}, expected a finite number", [rollout_id])
-    for name in ("action", "positions", "weights", "log_prob", "advantage"):
+    lists = [field.name for field in ROLLOUT_SCHEMA if field.type == NUMBERS and row[field.name] is not None]
+    for name in (*lists, "log_prob", "advantage"):
         if not np.isfinite(row[name]).all():
             raise ValueError(f"rollout {rollout_id}: {name} is {row[name]}, expected finite numbers")
 
 
 def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:
-    """Write iteration-000001.parquet and the like, whole or not at all; an earlier try is replaced.
+    """Write a file such as iteration-000001.parquet, completely or not at all; an earlier file is replaced.
+
+    Args:
+        folder: folder of the run's rollouts, created if it is missing.
+        iteration: number of the iteration.
+        table: result of `rollout_table`.
 
     Raises:
-        ValueError: rows of another iteration.
-        RunDirectoryError: the disk refuses.
+        ValueError: the table holds rows of another iteration.
+        RunDirectoryError: the file cannot be written.
     """
     if (found := table["iteration"].unique().to_pylist()) != [iteration]:
         raise ValueError(f"rows of iterations {found}, expected {iteration} alone")
     path = folder / f"iteration-{iteration:06d}.parquet"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    make_folder(folder)
     with whole(path) as partial:
         pq.write_table(table, partial, compression="zstd")
     return path
 
 
 def drop_rollouts(folder: Path, after: int) -> None:
-    """Remove the files of the iterations after one: a resumed run writes them again."""
+    """Remove the files of all iterations after `after`, which a resumed run writes again."""
     for path in folder.glob("iteration-*.parquet"):
         if int(path.stem.rpartition("-")[2]) > after:
             path.unlink()

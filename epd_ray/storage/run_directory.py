@@ -1,4 +1,4 @@
-"""What a run keeps on disk: where each part lies, files that are whole or not there, metrics."""
+"""A run's directory: paths of its parts, files that are written completely or not at all, and the metrics log."""
 
 import errno
 import json
@@ -23,28 +23,28 @@ from epd_ray.errors import RunDirectoryError
 
 log = logging.getLogger(__name__)
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a full disk, an exhausted quota, a too large file
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "numpy", "epd_ray")
 
 HELD = ".lock"
 UNFINISHED = {HELD, "versions.json", "prompts.json"}
-"""What a run that was killed while its directory was made may have left; config.yaml comes last."""
+"""Files that may be left when a run was killed while it created its directory; config.yaml is written after them."""
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` when all is on the disk, or goes away.
+    """Yield a temporary path, which is renamed to `path` when the block ends, or removed when the block raises.
 
     Raises:
-        RunDirectoryError: the disk refuses; an earlier `path` is as it was.
+        RunDirectoryError: the file cannot be written; an earlier file at `path` stays.
     """
     partial = path.with_name(f".{path.name}.tmp")
     try:
         yield partial
-        _to_disk(partial)
+        _sync(partial)
         partial.replace(path)
-        with suppress(OSError):  # some filesystems cannot
-            _to_disk(path.parent)
+        with suppress(OSError):  # some filesystems cannot sync a directory
+            _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -54,18 +54,30 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
-    """What to say of a file that the disk refuses."""
+    """The error for a file that cannot be written; a full disk adds the fix."""
     fix = " (make room and try again)" if error.errno in FULL else ""
-    said = os.strerror(error.errno) if error.errno else error  # pyarrow's strerror tells more than a line needs
-    return RunDirectoryError(f"cannot write {path}: {said}{fix}")
+    reason = os.strerror(error.errno) if error.errno else error  # pyarrow's own strerror is longer than a line
+    return RunDirectoryError(f"cannot write {path}: {reason}{fix}")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents.
+
+    Raises:
+        RunDirectoryError: the folder cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 @contextmanager
 def named_when_full(path: Path) -> Iterator[None]:
-    """Say which file, or at least which run at `path`, a full disk has refused.
+    """Replace the system's error for a full disk by one that names the file, or `path` if the file is unknown.
 
     Raises:
-        RunDirectoryError: instead of the system's error.
+        RunDirectoryError: the disk is full.
     """
     try:
         yield
@@ -75,8 +87,8 @@ def named_when_full(path: Path) -> Iterator[None]:
         raise unwritable(Path(error.filename or path), error) from error
 
 
-def _to_disk(path: Path) -> None:
-    """Have a file's content, or a directory's entries, survive a power cut."""
+def _sync(path: Path) -> None:
+    """Write a file's content, or a directory's entries, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,20 +97,24 @@ def _to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file completely or not at all.
 
     Raises:
-        RunDirectoryError: the disk refuses.
+        RunDirectoryError: the file cannot be written.
     """
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def refuse_others(place: str, names: Sequence[str]) -> None:
-    """Refuse to begin a run at `place`, where there are files or folders of these names.
+    """Refuse to begin a run in a directory that is not empty.
+
+    Args:
+        place: path or URI of the directory, for messages.
+        names: names of the files and folders in it.
 
     Raises:
-        RunDirectoryError: they are another run, or something else.
+        RunDirectoryError: the directory holds another run, or other files.
     """
     if "config.yaml" in names:
         raise RunDirectoryError(f"{place} holds another run: resume it, or name a new directory")
@@ -107,7 +123,7 @@ def refuse_others(place: str, names: Sequence[str]) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version and that of every package that can change a result."""
+    """The versions of Python and of the packages that can change a result, by name."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -119,18 +135,18 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where each part of a run lies. `create` makes one, `open` checks one; the constructor only names paths."""
+    """The paths of a run's parts. `create` makes a run's directory, `open` checks one; the constructor does neither."""
 
     path: Path
 
     @classmethod
     def create(cls, path: str | Path, config_text: str, prompts_text: str | None = None) -> "RunDirectory":
-        """Make the directory with config.yaml, versions.json and the prompts, or nothing at all.
+        """Make the directory with config.yaml, versions.json and prompts.json, or leave nothing behind.
 
         Args:
-            path: absent, or an empty directory; what a creation that was killed has left is written again.
-            config_text: the resolved configuration, YAML.
-            prompts_text: the prompts of every split, JSON; None: no prompts.json.
+            path: a path that does not exist or is an empty directory; files left by a killed creation are overwritten.
+            config_text: the resolved configuration in YAML.
+            prompts_text: the prompts of every split in JSON; None writes no prompts.json.
 
         Raises:
             RunDirectoryError: the path is a file, holds another run or other files, or cannot be written.
@@ -153,23 +169,23 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """An existing run.
+        """The directory of an existing run.
 
         Raises:
-            RunDirectoryError: no directory there, or one without config.yaml or versions.json.
+            RunDirectoryError: the path is not a directory, or config.yaml or versions.json is missing in it.
         """
         run = cls(Path(path))
         if not run.path.is_dir():
-            raise RunDirectoryError(f"{path} is not a directory, expected one that a run has made")
+            raise RunDirectoryError(f"{path} is not a directory, expected the directory of a run")
         if missing := [file.name for file in (run.config, run.versions) if not file.is_file()]:
             raise RunDirectoryError(f"{path} is not a run directory: {' and '.join(missing)} missing")
         return run
 
     def require_new(self) -> None:
-        """Refuse a path that a new run cannot have.
+        """Refuse a path that a new run cannot use.
 
         Raises:
-            RunDirectoryError: it is a file, or holds another run or other files.
+            RunDirectoryError: the path is a file, or holds another run or other files.
         """
         if not self.path.exists():
             return
@@ -178,7 +194,7 @@ class RunDirectory:
         refuse_others(str(self.path), [path.name for path in self.path.iterdir()])
 
     def clear(self) -> None:
-        """Remove all but the lock, which others could not see any more; whoever holds it ends with it."""
+        """Remove everything but the lock file, which other processes must still find while this process holds it."""
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -190,7 +206,7 @@ class RunDirectory:
             write_text(self.versions, json.dumps(package_versions(), indent=2) + "\n")
             if prompts_text is not None:
                 write_text(self.prompts, prompts_text)
-            write_text(self.config, config_text)  # last: its presence marks a run
+            write_text(self.config, config_text)  # written last, because its presence marks a run
         except RunDirectoryError:
             for path in (self.versions, self.prompts):
                 path.unlink(missing_ok=True)
@@ -269,11 +285,11 @@ class MetricsLog:
     """Appends a run's scalars to metrics.jsonl and to TensorBoard.
 
     Args:
-        run: an existing run directory; a torn last row goes, the others stay.
-        keep_until: rows after this iteration go too, in both places.
+        run: an existing run directory; an incomplete last row of its metrics.jsonl is removed.
+        keep_until: rows of later iterations are removed from metrics.jsonl and hidden in TensorBoard; None keeps all.
 
     Raises:
-        RunDirectoryError: the disk refuses.
+        RunDirectoryError: a file cannot be written, or a row of metrics.jsonl before the last is not JSON.
     """
 
     def __init__(self, run: RunDirectory, keep_until: int | None = None) -> None:
@@ -283,7 +299,7 @@ class MetricsLog:
         try:
             self._folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
-            if keep_until is not None:  # TensorBoard hides what earlier files have from there on
+            if keep_until is not None:  # this event makes TensorBoard hide later steps of earlier files
                 restart = SessionLog(status=SessionLog.START)
                 self._events.write_event(Event(step=keep_until + 1, session_log=restart))
             self._events.flush()
@@ -294,11 +310,12 @@ class MetricsLog:
         """Append one row.
 
         Args:
-            row: finite scalars by name, with "iteration", which is TensorBoard's step.
+            row: finite scalars by name, among them "iteration", which becomes TensorBoard's step.
 
         Raises:
-            ValueError: a value that is not finite.
-            RunDirectoryError: the disk refuses; metrics.jsonl is as it was.
+            ValueError: a value is not finite.
+            RunDirectoryError: a file cannot be written; metrics.jsonl then holds no part of the row, unless only
+                TensorBoard's file failed.
         """
         for name, value in row.items():
             if not math.isfinite(value):
@@ -318,14 +335,14 @@ class MetricsLog:
         with self._path.open("ab", buffering=0) as file:
             size, rest = file.tell(), line.encode()
             try:
-                while rest:  # a disk that is nearly full takes a part of it
+                while rest:  # a nearly full disk writes only a part
                     rest = rest[file.write(rest) :]
             except OSError as error:
                 file.truncate(size)
                 raise unwritable(self._path, error) from error
 
     def close(self) -> None:
-        with suppress(OSError):  # every row was flushed, or has raised
+        with suppress(OSError):  # every row has been flushed already
             self._events.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -338,10 +355,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; none where the file is not there yet, and a last row torn by a crash left out.
+    """The rows of metrics.jsonl, without a last row that a crash left incomplete; empty if the file does not exist.
 
     Raises:
-        RunDirectoryError: a row before the last that is not JSON.
+        RunDirectoryError: a row before the last is not JSON.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows: list[dict[str, float]] = []
@@ -351,5 +368,5 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise RunDirectoryError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            log.warning("%s, line %d: torn by a crash, left out", path, number)
+            log.warning("%s, line %d: left incomplete by a crash, and omitted", path, number)
     return rows

@@ -12,8 +12,8 @@ from epd_ray.prompts.splits import PromptSplits
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import rdpo_config
-from epd_ray.runs.train import given_solver
-from epd_ray.runs.trainer import distil, made_by, validate, weights_of
+from epd_ray.runs.stage_one import fit_start_table, given_solver, made_by, weights_of
+from epd_ray.runs.trainer import validate
 from epd_ray.solvers import SolverTable
 from epd_ray.stage_one.shard import as_table
 from epd_ray.sweep.space import Plan
@@ -57,7 +57,7 @@ class SweepTrial(RDPO):
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation is due, and evaluate."""
         iterations = self._run_config.rdpo.iterations
-        if self._best.positions is None:
+        if not self._best.found:
             self._begin()
         self.stop_after(iterations)
         end = min(self.policy_version + self._run_config.evaluation.every, iterations)
@@ -76,7 +76,7 @@ class SweepTrial(RDPO):
         """Run stage 1 and evaluate its table; a restored trial has done so already."""
         run = self._run_config
         if run.distill.enabled and run.distill.table is None:
-            self.rebase(as_table(distil(run, self._prompt_splits, self)))
+            self.rebase(as_table(fit_start_table(run, self._prompt_splits, self)))
         self._start_reward = self._evaluate(self.mean_table())
 
     def _evaluate(self, table: SolverTable) -> float:
@@ -94,22 +94,22 @@ class SweepTrial(RDPO):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
-        if self._best.positions is not None:
+        if self._best.found:
             about = {"rewards": weights_of(self._run_config), **self._best.about}
             solver = made_by(self._run_config, self.facts, self._best.table, **about)
             solver.save_pretrained(Path(checkpoint_dir) / SOLVER)
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         state = super().get_state(components, not_components=not_components, **kwargs)
-        if self._best.positions is not None:
-            state[STATE] = {"best": dict(vars(self._best)), "start": self._start_reward, "interval": self._interval}
+        if self._best.found:
+            state[STATE] = {"best": self._best.state(), "start": self._start_reward, "interval": self._interval}
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
         if STATE in state:
             own = state[STATE]
-            self._best, self._start_reward, self._interval = Best(**own["best"]), own["start"], own["interval"]
+            self._best, self._start_reward, self._interval = Best.restored(own["best"]), own["start"], own["interval"]
 
 
 def _with_room(config: RDPOConfig) -> RDPOConfig:

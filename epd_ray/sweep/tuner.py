@@ -26,8 +26,8 @@ from epd_ray.config.loading import dump_yaml, to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, plain_seed
+from epd_ray.runs.stage_one import given_solver
 from epd_ray.runs.trackers import require_trackers, tune_callbacks
-from epd_ray.runs.train import given_solver
 from epd_ray.solvers import Solver
 from epd_ray.storage.places import LocalPlace
 from epd_ray.storage.run_directory import write_text

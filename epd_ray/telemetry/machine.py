@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""Describes the machine that a measurement ran on."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from epd_ray.storage.run_directory import package_versions
 
 
 def machine() -> dict[str, JsonValue]:
-    """Processor, cores, GPUs, threads and package versions."""
+    """This machine's processor, cores, GPUs, torch threads, system and package versions, as JSON values."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "cpu": _processor(),

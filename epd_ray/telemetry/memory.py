@@ -1,20 +1,20 @@
-"""What memory a process has taken at most, on the host and on its GPU."""
+"""The peak memory of a process, on the host and on its GPU."""
 
 import resource
 import sys
 from dataclasses import dataclass
 
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks in bytes.
+    """Peak memory of a process, in bytes.
 
     Attributes:
-        host: resident set of the process, shared pages included.
-        device: allocated by torch on CUDA; None where it is not used.
-        device_total: what the GPU has; None where it is not used.
+        host: peak resident set size, shared pages included.
+        device: peak that torch allocated on the GPU; None if the process has not used CUDA.
+        device_total: memory that the GPU has; None if the process has not used CUDA.
     """
 
     host: int
@@ -23,10 +23,10 @@ class Memory:
 
 
 def peak_memory() -> Memory:
-    """Of this process so far."""
+    """The peak memory of this process so far."""
     import torch
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    if not torch.cuda.is_initialized():  # nor is it here: that would take memory of its own
+    if not torch.cuda.is_initialized():  # do not initialise CUDA here, because that alone takes GPU memory
         return Memory(host)
     return Memory(host, torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties().total_memory)

@@ -1,4 +1,4 @@
-"""A run's metrics in Ray's own, which Prometheus collects and Grafana draws (telemetry/grafana)."""
+"""Publishes a run's metrics as Ray metrics, which Prometheus collects and Grafana draws (telemetry/grafana)."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ REFRESH_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Export:
-    """Rows' values of one kind under one name.
+    """Publishes all values of a row whose keys match a pattern as one metric.
 
     Attributes:
-        key: of the values in a row; what stands in braces becomes a label.
-        metric: its name, to which Ray adds "ray_".
-        description: shown by Prometheus.
+        key: pattern of the keys in a row; each part in braces becomes a label of the metric.
+        metric: name of the metric, before which Ray puts "ray_".
+        description: text that Prometheus shows.
     """
 
     key: str
@@ -32,59 +32,59 @@ class Export:
         return tuple(re.findall(r"{(\w+)}", self.key))
 
     def match(self, key: str) -> dict[str, str] | None:
-        """The labels of a row's key; None where it is of another kind."""
+        """The labels that a row's key gives, by name; None if the key does not match the pattern."""
         found = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>.+)", self.key), key)
         return None if found is None else found.groupdict()
 
 
-# The first that fits a row's key exports it; the last fits all.
+# The first pattern that matches a row's key applies; the last pattern matches every key.
 EXPORTS = (
-    Export("iteration", "epd_ray_iteration", "Policy version: updates so far"),
-    Export("images", "epd_ray_images", "Pictures of the last iteration"),
-    Export("images_per_second", "epd_ray_images_per_second", "Made, scored and learned from, over ten iterations"),
-    Export("reward/mean", "epd_ray_reward_mixed", "Mean of the reward that is learned from"),
-    Export("reward/group_std", "epd_ray_reward_group_std", "Spread of that reward inside a prompt's group"),
-    Export("reward/silent_groups", "epd_ray_silent_groups", "Groups whose pictures all have the same reward"),
-    Export("reward/{head}", "epd_ray_reward", "Mean raw score"),
-    Export("reward_std/{head}", "epd_ray_reward_std", "Spread of the raw scores"),
-    Export("validation/{value}", "epd_ray_heldout_reward", "On the validation prompts: reward, gain, interval, heads"),
-    Export("alarm/{kind}", "epd_ray_alarm", "1 while it is raised"),
-    Export("losses/{name}", "epd_ray_loss", "Of the learner"),
-    Export("policy/{name}", "epd_ray_policy", "Distance to the start, entropy, concentration"),
-    Export("time/{stage}", "epd_ray_seconds", "Of the last iteration; summed over the actors for what these do"),
-    Export("wait/{who}_for_{for}", "epd_ray_wait_seconds", "Idle in the last iteration, summed over the actors"),
-    Export("queue/{stage}", "epd_ray_queue", "Tasks waiting, generating, scoring"),
-    Export("actors/{kind}", "epd_ray_actors", "Actors alive"),
-    Export("memory/{kind}/{device}", "epd_ray_memory_bytes", "Peak of one actor of a kind, on host or gpu"),
-    Export("staleness", "epd_ray_staleness", "Updates between the policy that drew and the one that learns"),
-    # Gauges too: a Counter of Ray's cannot be there before its first event, which increase() would then miss.
-    Export("retries", "epd_ray_retries_total", "Tasks that were run again"),
-    Export("recoveries", "epd_ray_recoveries_total", "Actors that were brought back"),
-    Export("{name}", "epd_ray_other", "What a row has besides"),
+    Export("iteration", "epd_ray_iteration", "Number of learner updates so far"),
+    Export("images", "epd_ray_images", "Number of pictures in the last iteration"),
+    Export("images_per_second", "epd_ray_images_per_second", "Pictures per second over the last ten iterations"),
+    Export("reward/mean", "epd_ray_reward_mixed", "Mean training reward, mixed from all heads"),
+    Export("reward/group_std", "epd_ray_reward_group_std", "Standard deviation of the training reward within groups"),
+    Export("reward/silent_groups", "epd_ray_silent_groups", "Number of groups whose pictures all have the same reward"),
+    Export("reward/{head}", "epd_ray_reward", "Mean raw score of a head"),
+    Export("reward_std/{head}", "epd_ray_reward_std", "Standard deviation of a head's raw scores"),
+    Export("validation/{value}", "epd_ray_heldout_reward", "Reward, gain, interval and heads' scores in validation"),
+    Export("alarm/{kind}", "epd_ray_alarm", "1 while the alarm is raised, else 0"),
+    Export("losses/{name}", "epd_ray_loss", "Losses and statistics of the learner update"),
+    Export("policy/{name}", "epd_ray_policy", "Distance of the policy from its start, entropy, concentration"),
+    Export("time/{stage}", "epd_ray_seconds", "Seconds of a stage in the last iteration, summed over its actors"),
+    Export("wait/{who}_for_{for}", "epd_ray_wait_seconds", "Idle seconds in the last iteration, summed over actors"),
+    Export("queue/{stage}", "epd_ray_queue", "Number of tasks that wait, generate or score"),
+    Export("actors/{kind}", "epd_ray_actors", "Number of actors that are alive"),
+    Export("memory/{kind}/{device}", "epd_ray_memory_bytes", "Peak memory of one actor of a kind, on host or gpu"),
+    Export("staleness", "epd_ray_staleness", "Updates between the policy that sampled and the policy that learns"),
+    # These are gauges, too: a Ray Counter does not exist before its first event, which increase() would then miss.
+    Export("retries", "epd_ray_retries_total", "Number of tasks that were run again"),
+    Export("recoveries", "epd_ray_recoveries_total", "Number of actors that were restarted"),
+    Export("{name}", "epd_ray_other", "Any other value of a row"),
 )
 
 
 def exported(row: Mapping[str, float]) -> Iterator[tuple[str, dict[str, str], float]]:
-    """Metric, labels and value of everything in a row."""
+    """The metric, labels and value of each entry of a row."""
     for key, value in row.items():
         yield next((e.metric, labels, value) for e in EXPORTS if (labels := e.match(key)) is not None)
 
 
 def memory_metrics(found: Mapping[str, Memory]) -> dict[str, float]:
-    """A row's entries for what `RDPO.memory` tells: bytes, of the GPU where there is one."""
+    """The entries of a row for the actors' peak memory in bytes, from the result of `RDPO.memory`."""
     sizes = [(f"memory/{kind.replace(' ', '/')}", memory) for kind, memory in found.items()]
     hosts = {f"{key}/host": float(memory.host) for key, memory in sizes}
     return hosts | {f"{key}/gpu": float(m.device) for key, m in sizes if m.device is not None}
 
 
 class Monitor:
-    """Publishes the newest value of everything that a run's rows have had.
+    """Publishes the newest value of every key that a run's rows have had.
 
-    Ray forgets a gauge that is not set again within seconds, so that the dead leave nothing behind; an iteration may
-    take minutes. So a thread sets them until the run ends, and a run that died stops being shown.
+    Ray drops a gauge that is not set again within seconds, but an iteration may take minutes. A thread therefore sets
+    all gauges every REFRESH_SECONDS until the run ends; the gauges of a run that died disappear.
 
     Args:
-        run: the label that tells runs apart.
+        run: name of the run, which becomes a label of all metrics.
     """
 
     def __init__(self, run: str) -> None:
@@ -103,7 +103,7 @@ class Monitor:
         self._thread.join()
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Take over a row; what it lacks keeps its last value."""
+        """Publish a row; keys that it lacks keep their last values."""
         self._newest = {**self._newest, **row}
         self._publish()
 

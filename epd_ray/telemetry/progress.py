@@ -1,4 +1,4 @@
-"""How a run tells of its progress: a live display on a terminal, plain lines elsewhere, always on stderr."""
+"""Shows a run's progress on stderr: a live display on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -17,38 +17,38 @@ from rich.progress import (
 )
 from rich.text import Text
 
-LINE_SHARE = 0.1
+LINE_SHARE = 0.1  # share of a stage's steps after which a line is printed
 LINE_SECONDS = 10.0
 
 
 class Observer(Protocol):
-    """Is told what a run is doing. One stage runs at a time."""
+    """Receives a run's progress. One stage runs at a time."""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins; the one before it is over."""
+        """Begin a stage of `total` steps, which ends the stage before it."""
         ...
 
     def advance(self, steps: int = 1, /, **numbers: float) -> None:
-        """Steps are done; `numbers` are the latest by name ("images_per_s" is shown as images/s)."""
+        """Count finished steps and show the latest `numbers` by name ("images_per_s" is shown as images/s)."""
         ...
 
     def note(self, text: str) -> None:
-        """Something worth a line of its own."""
+        """Show a line of text."""
         ...
 
     def done(self) -> None:
-        """Nothing more will come; safe to call twice."""
+        """End the display; may be called twice."""
         ...
 
 
 def console_observer() -> Observer:
-    """The observer for a person at stderr, or for a log file in its place."""
+    """A LiveObserver if stderr is a terminal that can show it, else a LineObserver."""
     console = Console(stderr=True)
     return LiveObserver(console) if sys.stderr.isatty() and not console.is_dumb_terminal else LineObserver(sys.stderr)
 
 
 class LiveObserver:
-    """One rich display: a row per stage with bar, steps, numbers, time spent and time left."""
+    """Shows a row per stage with bar, steps, numbers, elapsed and remaining time, by rich."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -90,11 +90,11 @@ class LiveObserver:
 
 
 class LineObserver:
-    """A line when a stage begins and ends, and in between about every tenth of it or 10 s, whichever comes first.
+    """Prints a line when a stage begins and ends, and in between after a tenth of its steps or 10 s.
 
     Args:
-        stream: flushed after each line.
-        clock: seconds, from any start.
+        stream: receives the lines; flushed after each of them.
+        clock: returns a time in seconds; only differences are used.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -132,7 +132,7 @@ class LineObserver:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 5 min."""
+    """A duration in words, such as "45 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

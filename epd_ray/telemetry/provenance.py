@@ -1,4 +1,4 @@
-"""How figures came about: the commands, and the machine that they ran on."""
+"""Records with which commands, and on which machine, figures were made."""
 
 import json
 import shlex
@@ -17,11 +17,11 @@ MADE_BY = "made_by.json"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of some figures.
+    """The commands and the machine that made some figures.
 
     Attributes:
-        commands: in the order in which they ran, each once.
-        machine: see epd_ray.telemetry.machine.
+        commands: the commands in the order in which they first ran, without duplicates.
+        machine: description of the machine by epd_ray.telemetry.machine.
     """
 
     commands: tuple[str, ...]
@@ -29,29 +29,29 @@ class Provenance:
 
     @classmethod
     def here(cls, earlier: tuple[str, ...] = ()) -> "Provenance":
-        """Of this process, after earlier commands."""
+        """The provenance of this process, whose command comes after `earlier` ones."""
         command = shlex.join(["epd-ray", *sys.argv[1:]])
         return cls(tuple(dict.fromkeys([*earlier, command])), machine())
 
     def record(self) -> dict[str, JsonValue]:
-        """Ready for JSON."""
+        """The provenance as JSON values."""
         return {"commands": list(self.commands), "machine": dict(self.machine)}
 
     @classmethod
     def read(cls, record: Mapping[str, JsonValue]) -> "Provenance":
-        """From `record`.
+        """The provenance from the JSON values that `record` returned.
 
         Raises:
-            ValueError: no such record.
+            ValueError: the record holds no list `commands`, or no mapping `machine`.
         """
         commands, about = (record.get(name) if isinstance(record, dict) else None for name in ("commands", "machine"))
         if not isinstance(commands, list) or not isinstance(about, dict):
-            raise ValueError("commands is no list, or machine no mapping")
+            raise ValueError("commands is not a list, or machine is not a mapping")
         return cls(tuple(map(str, commands)), about)
 
     @property
     def where(self) -> str:
-        """The machine in a line."""
+        """One line that describes the machine: cores, processor, GPUs and package versions."""
         m = self.machine
         gpus = m.get("gpus") or []
         assert isinstance(gpus, list)
@@ -66,7 +66,8 @@ def sign(folder: Path) -> None:
     """Add this process's command to the folder's made_by.json.
 
     Raises:
-        RunDirectoryError: the disk refuses.
+        RunDirectoryError: the file cannot be written.
+        OSError, ValueError: an earlier made_by.json cannot be read.
     """
     path = folder / MADE_BY
     earlier = signed_by(folder).commands if path.is_file() else ()
@@ -74,9 +75,9 @@ def sign(folder: Path) -> None:
 
 
 def signed_by(folder: Path) -> Provenance:
-    """What `sign` left.
+    """The provenance that `sign` wrote into a folder.
 
     Raises:
-        OSError, ValueError: nothing, or damaged.
+        OSError, ValueError: made_by.json is missing or damaged.
     """
     return Provenance.read(json.loads((folder / MADE_BY).read_text(encoding="utf-8")))

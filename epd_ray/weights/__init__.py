@@ -1,0 +1,1 @@
+"""What every loader of model weights needs: torch devices and dtypes by name, and clear errors for failed downloads."""

@@ -1,4 +1,4 @@
-"""Devices and dtypes by name."""
+"""Torch devices and dtypes by name."""
 
 import torch
 
@@ -8,44 +8,44 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """A torch device; "auto" takes cuda, else mps, else cpu.
+    """A torch device by name; "auto" is cuda if available, else mps, else cpu.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ConfigError([f"device {name!r} is not available ({why}): use auto or cpu"]) from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device {name!r} is not available ({reason}): use auto or cpu"]) from error
 
 
 def one_thread() -> None:
-    """Compute with one thread where there is no GPU: the last bits of a sum depend on how many there are."""
+    """Let torch use one CPU thread if there is no GPU; the last bits of a sum depend on the number of threads."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
 
 
 def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
-    """A floating dtype; "auto" is bfloat16 where the device computes in it, else float16 on GPUs, float32 on CPUs.
+    """A torch dtype by name.
 
     Args:
-        name: "auto" or one of DTYPES.
-        device: that it is for; bfloat16 is assumed to be native when None.
+        name: one of DTYPES, or "auto": bfloat16 where it is native, else float16 on GPUs, float32 on CPUs.
+        device: the device that will compute in this dtype; None assumes native bfloat16.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: the name is unknown.
     """
     if name == "auto":
-        return _native(device)
+        return _fastest(device)
     if name not in DTYPES:
         raise ConfigError([f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}"])
     return DTYPES[name]
 
 
-def _native(device: torch.device | None) -> torch.dtype:
+def _fastest(device: torch.device | None) -> torch.dtype:
     if device is None:
         return torch.bfloat16
     if device.type == "cuda":
@@ -59,5 +59,5 @@ def _native(device: torch.device | None) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether products of bfloat16 are instructions; emulated, they are slower than those of float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported())  # CPUs with AMX have it too
+    """Whether the CPU multiplies bfloat16 in hardware; emulated products are slower than float32 products."""
+    return bool(torch.cpu._is_avx512_bf16_supported())  # also True on CPUs with AMX

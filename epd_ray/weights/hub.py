@@ -1,4 +1,4 @@
-"""Opening models from directories or the hub: every way that goes wrong ends in one line that says what to do."""
+"""Turns every failure to open a model from a directory or the hub into one line that says what to do."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it is built on, whatever its name
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client that the hub's library uses
 from safetensors import SafetensorError
 
 from epd_ray.errors import ModelError, is_own_bug
@@ -24,26 +24,26 @@ from epd_ray.errors import ModelError, is_own_bug
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, EOFError, httpx.HTTPError,
 )  # fmt: skip
-"""What the loaders of diffusers, transformers and torch raise for missing or damaged files, and broken downloads."""
+"""What the loaders of diffusers, transformers and torch raise for missing or damaged files and failed downloads."""
 
 TOKEN = "set HF_TOKEN to a read token of that account (named in cluster.env for actors on other machines)"
 
 HUB_FAILURES = (OSError, HFValidationError, httpx.HTTPError)
-"""What the hub's client raises for names, rights, connections and files."""
+"""Exceptions that the hub's client raises for invalid names, missing access rights, lost connections and files."""
 
 _STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
 
 
 @contextmanager
 def opening(model: str, kind: str = "model") -> Iterator[None]:
-    """Turn whatever a loader raises into one line; mistakes of this package's own code pass as they are.
+    """Turn any exception of a loader into a ModelError; programming mistakes in this package are raised unchanged.
 
     Args:
         model: directory or hub id, as the user gave it.
-        kind: what it is ("CLIP model"), for the message.
+        kind: what it is called in the message, such as "CLIP model".
 
     Raises:
-        ModelError: names the model, what is wrong, and what to do about a gated, private or unreachable one.
+        ModelError: the message names the model, what is wrong, and the fix for a gated, private or unreachable model.
     """
     try:
         yield
@@ -51,44 +51,44 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(_causes(error))
-        if is_own_bug(error) or (not _unpickling(chain) and not any(isinstance(e, UNREADABLE) for e in chain)):
+        if is_own_bug(error) or (not _is_pickle(chain) and not any(isinstance(e, UNREADABLE) for e in chain)):
             raise
         raise ModelError(f"{kind} {model!r} cannot be opened: {explain(error)}") from error
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong and what to do about it, in one line.
+    """One line that says what went wrong and what to do.
 
     Args:
-        error: of a loader or of the hub's client; what led to it counts too.
+        error: exception of a loader or of the hub's client; its causes are searched, too.
     """
     chain = list(_causes(error))
     first = first_line(error)
-    if _unpickling(chain):
+    if _is_pickle(chain):
         return f"its checkpoint is a plain pickle, which could run code (convert it to safetensors): {first}"
     for cause in chain:
-        said = first_line(cause)
+        problem = first_line(cause)
         if isinstance(cause, GatedRepoError):
-            return f"{said} (accept its licence on the model's page while logged in, then {TOKEN})"
+            return f"{problem} (accept its licence on the model's page while logged in, then {TOKEN})"
         if isinstance(cause, RevisionNotFoundError):
-            return f"{said} (check the revision: a branch, a tag or a commit)"
+            return f"{problem} (check the revision: give a branch, a tag or a commit)"
         if isinstance(cause, RepositoryNotFoundError):
-            return f"{said} (check the name; for a private model, {TOKEN})"
+            return f"{problem} (check the name; for a private model, {TOKEN})"
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
-            return f"{said} ({TOKEN})"
+            return f"{problem} ({TOKEN})"
         if isinstance(cause, RemoteEntryNotFoundError):
-            return f"{said} (the repository has no such file: give one in its library's own layout)"
+            return f"{problem} (the repository has no such file: give one in its library's own layout)"
         if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            return f"{said} (not in the local cache and the hub cannot be reached: epd-ray fetch where it can)"
+            return f"{problem} (not in the local cache, and the hub cannot be reached: run epd-ray fetch where it can)"
         if isinstance(cause, HFValidationError):
-            return f"{said} (give a directory or a hub id 'owner/name')"
+            return f"{problem} (give a directory or a hub id 'owner/name')"
         if isinstance(cause, SafetensorError):
             return f"damaged weight file: {first}"
     return first
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it; loaders wrap the hub's errors in their own."""
+    """The error and its causes, because loaders wrap the hub's errors in their own."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -97,12 +97,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _unpickling(chain: list[BaseException]) -> bool:
-    return any(type(error).__name__ == "UnpicklingError" for error in chain)  # torch's own and pickle's
+def _is_pickle(chain: list[BaseException]) -> bool:
+    return any(type(error).__name__ == "UnpicklingError" for error in chain)  # torch has a class of this name, too
 
 
 def first_line(error: BaseException) -> str:
-    """What the message says first; of the hub's, past the status line, the two lines that name what and why."""
+    """The first line of an error's message.
+
+    A line that ends with a colon is joined with the next one. A message of the hub starts with a status line, which is
+    skipped; the two lines after it are joined. The home directory is written as ~.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if len(lines) > 1 and _STATUS.match(lines[0]):
         text = " ".join(lines[1:3])

@@ -1,1 +1,1 @@
-"""Which of two solvers' pictures people prefer: a blind page, what is saved of it, what came of it."""
+"""Side-by-side tests: a page on which people judge pairs of pictures without knowing which solver drew which."""

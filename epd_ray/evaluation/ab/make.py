@@ -1,4 +1,4 @@
-"""Two folders of equally named pictures as one blind page."""
+"""Making a page for a side-by-side test of two folders of pictures with the same file names."""
 
 import base64
 import hashlib
@@ -19,29 +19,29 @@ from epd_ray.score.inputs import folder_prompts
 from epd_ray.storage.run_directory import write_text
 
 PROMPTS = "prompts.json"
-LOSSLESS_SIDE = 256  # pixels; larger pictures are WebP of quality 95, both of a pair alike
-SMALL_SIDE = 160  # pixels; smaller pictures are shown with visible pixels, not blurred
+LOSSLESS_SIDE = 256  # pixels; both pictures of a larger pair are stored as WebP of quality 95
+SMALL_SIDE = 160  # pixels; pictures up to this size are enlarged with sharp pixels rather than blurred
 
 
 def make_page(left: Path, right: Path, out: Path, prompts: Path | None, count: int | None, seed: int) -> list[str]:
-    """Write index.html, which holds all pictures and no names, and key.json, which says what was where.
+    """Write index.html, which has all pictures but no names, and key.json, which says which picture is on which side.
 
     Args:
-        left: folder of one solver's pictures, such as RUN/images/samples/rdpo.
-        right: another's, with the same file names.
-        out: new folder.
-        prompts: as `epd-ray score --prompts`, or a .json list in the order of the names; None: prompts.json beside the
-            two folders, else x.txt beside x.png, else none.
-        count: the first so many pairs; None: all.
-        seed: of sides and order.
+        left: the folder of one solver's pictures, such as RUN/images/samples/rdpo.
+        right: the folder of another solver's pictures, with the same file names.
+        out: the new folder of the page.
+        prompts: a file as for `epd-ray score --prompts`, or a .json list in the order of the names. None takes
+            prompts.json beside the two folders, or else x.txt beside each x.png, or else no prompts.
+        count: the number of pairs, from the first name; None takes all.
+        seed: the seed of the sides and the order.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        SideBySideError: the folders do not pair, or `out` holds another page.
-        MetricError: a damaged picture, or none at all.
-        PromptError: prompts that cannot be used.
+        SideBySideError: the folders have different names or sizes of pictures, or `out` holds another page.
+        MetricError: a picture is damaged, or a folder has none.
+        PromptError: the prompts cannot be used.
         RunDirectoryError: the disk refuses.
     """
     if (out / KEY).exists() or (out / RESULTS).exists():
@@ -50,7 +50,7 @@ def make_page(left: Path, right: Path, out: Path, prompts: Path | None, count: i
     texts = _prompts(left, right, names, prompts)
     names = names[:count]
     rng = stream(Purpose.BLIND_PAGE, seed)
-    swapped = rng.permutation(np.arange(len(names)) % 2 == 1)  # each solver as often on either side
+    swapped = rng.permutation(np.arange(len(names)) % 2 == 1)  # so that each solver is on each side equally often
     shown, pairs = [], []
     for number, index in enumerate(rng.permutation(len(names)), start=1):
         name, swap = names[index], bool(swapped[index])
@@ -67,18 +67,18 @@ def make_page(left: Path, right: Path, out: Path, prompts: Path | None, count: i
     write_text(out / PAGE, html)
     return [
         f"{len(pairs)} pairs, {len(html) / 2**20:.1f} MiB: open {out / PAGE}, or run: epd-ray ab serve {out}",
-        f"then: epd-ray ab results {out}    (give raters {PAGE} alone: {KEY} says which side is whose)",
+        f"then: epd-ray ab results {out}    (give raters only {PAGE}: {KEY} says which solver is on which side)",
     ]
 
 
 def _paired(left: Path, right: Path) -> list[str]:
-    """The names that both folders have.
+    """List the file names that both folders have.
 
     Raises:
-        SideBySideError: one has names that the other lacks, or they are one folder.
+        SideBySideError: one folder has names that the other lacks, or both are the same folder.
     """
     if left.resolve() == right.resolve():
-        raise SideBySideError(f"{left} is both sides: name two folders")
+        raise SideBySideError(f"{left} is given for both sides: name two folders")
     names, others = ([f.relative_to(root).as_posix() for f in picture_files(root)] for root in (left, right))
     for has, lacks, missing in ((left, right, set(names) - set(others)), (right, left, set(others) - set(names))):
         if missing:
@@ -90,7 +90,7 @@ def _paired(left: Path, right: Path) -> list[str]:
 
 
 def _prompts(left: Path, right: Path, names: Sequence[str], file: Path | None) -> list[str]:
-    """A prompt per picture, "" where there is none."""
+    """Find the prompt of each picture; "" for a picture without one."""
     beside = [folder.parent / PROMPTS for folder in (left.resolve(), right.resolve())]
     if file is not None and file.suffix.lower() != ".json":
         files = [left / name for name in names]
@@ -106,24 +106,24 @@ def _prompts(left: Path, right: Path, names: Sequence[str], file: Path | None) -
 
 
 def _listed(path: Path, names: Sequence[str]) -> list[str]:
-    """The first prompts of a JSON list, as evaluations write it beside their pictures."""
+    """Read as many prompts as there are names from a JSON list, which evaluations write beside their pictures."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise PromptError(f"{path} is no list of prompts, expected one per picture in the order of the names")
+        raise PromptError(f"{path} holds no list of prompts, expected one for each picture in the order of the names")
     if len(found) < len(names):
-        raise PromptError(f"{path} has {len(found)} prompts for {len(names)} pictures: one each is needed")
+        raise PromptError(f"{path} has {len(found)} prompts for {len(names)} pictures: give one for each picture")
     return found[: len(names)]
 
 
 def _pair(left: Path, right: Path) -> tuple[str, str]:
-    """Both pictures as data URIs.
+    """Read both pictures of a pair as data URIs.
 
     Raises:
-        MetricError: a damaged one.
-        SideBySideError: of two sizes, which would give the sides away.
+        MetricError: a picture is damaged.
+        SideBySideError: the pictures have different sizes, by which raters could tell the solvers apart.
     """
     pictures = [read_picture(path) for path in (left, right)]
     sizes = [f"{p.shape[2]} x {p.shape[1]}" for p in pictures]
@@ -134,14 +134,14 @@ def _pair(left: Path, right: Path) -> tuple[str, str]:
 
 
 def _data_uri(picture: Image.Image) -> str:
-    """Nothing of the file but its pixels: no metadata that could name the solver."""
+    """Encode only the pixels, because the file's metadata could name the solver."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=max(picture.size) <= LOSSLESS_SIDE, quality=95)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _labels(left: Path, right: Path) -> tuple[str, str]:
-    """The folders' names, or as much of their paths as tells them apart."""
+    """Names for the two folders: the last parts of their paths, as many as it takes to tell them apart."""
     a, b = left.resolve(), right.resolve()
     length = 1
     while a.parts[-length:] == b.parts[-length:]:

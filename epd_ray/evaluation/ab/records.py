@@ -1,4 +1,4 @@
-"""The files of a side-by-side page: its key, which says what was on which side, and its votes, which do not know."""
+"""The files of a side-by-side test: the key, which says which solver is on which side, and the votes, which do not."""
 
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,13 +15,13 @@ class Record(BaseModel):
 
 
 class Pair(Record):
-    """A pair as the page shows it.
+    """A pair of pictures on the page.
 
     Attributes:
-        id: the page's name for it.
-        picture: the file's name in both folders.
-        prompt: "" where there is none.
-        swapped: RIGHT's picture stands on the page's left side.
+        id: the pair's name on the page.
+        picture: the pictures' file name, which is the same in both folders.
+        prompt: the pictures' prompt; "" if they have none.
+        swapped: whether the picture of the folder RIGHT is on the left side of the page.
     """
 
     id: str
@@ -31,14 +31,14 @@ class Pair(Record):
 
 
 class Key(Record):
-    """What un-blinds a page.
+    """Which solver is on which side of each pair.
 
     Attributes:
-        page: checksum of all that the page shows.
-        left: name of the LEFT folder's solver.
-        right: name of the RIGHT folder's.
-        seed: of sides and order.
-        pairs: in the page's order.
+        page: a checksum of everything that the page shows.
+        left: the name of the solver in the folder LEFT.
+        right: the name of the solver in the folder RIGHT.
+        seed: the seed of the sides and the order.
+        pairs: the pairs in the order of the page.
     """
 
     page: str
@@ -49,12 +49,12 @@ class Key(Record):
 
 
 class Vote(Record):
-    """What someone prefers of a pair: a side of the page.
+    """A rater's choice between the pictures of a pair.
 
     Attributes:
-        pair: its id.
-        choice: the side.
-        seconds: since the pair was shown.
+        pair: the pair's id.
+        choice: the side of the page with the better picture, or "tie".
+        seconds: the time since the pair was shown, in seconds.
     """
 
     pair: str
@@ -63,12 +63,12 @@ class Vote(Record):
 
 
 class Votes(Record):
-    """What the page saves.
+    """The votes that a page saves.
 
     Attributes:
-        page: whose votes these are.
-        saved: when, in ISO 8601.
-        votes: in the order given; one per pair at most.
+        page: the checksum of the page.
+        saved: the time when they were saved, in ISO 8601.
+        votes: the votes in the order in which they were given, at most one for each pair.
     """
 
     page: str
@@ -80,19 +80,19 @@ R = TypeVar("R", bound=Record)
 
 
 def read_key(folder: Path) -> Key:
-    """The key of a page's folder.
+    """Read the key in a page's folder.
 
     Raises:
-        SideBySideError: none there, or a damaged one.
+        SideBySideError: the folder has no key, or a damaged one.
     """
     return _read(Key, folder / KEY, f"give the folder that `epd-ray ab make` wrote, with its {KEY}")
 
 
 def read_votes(path: Path, key: Key) -> Votes:
-    """The votes of a results file.
+    """Read the votes of a results file.
 
     Raises:
-        SideBySideError: no such file, a damaged one, or one of another page.
+        SideBySideError: there is no such file, it is damaged, or it belongs to another page.
     """
     votes = _read(Votes, path, "save the results from the page again")
     check_votes(votes, key, str(path))
@@ -100,19 +100,24 @@ def read_votes(path: Path, key: Key) -> Votes:
 
 
 def check_votes(votes: Votes, key: Key, where: str) -> None:
-    """Refuse votes that cannot have come from the key's page.
+    """Refuse votes that cannot come from the key's page.
+
+    Args:
+        votes: the votes.
+        key: the key of the page.
+        where: what the votes were read from, for the message.
 
     Raises:
-        SideBySideError: they are of another page, of a pair that it does not have, or of one pair twice.
+        SideBySideError: the votes belong to another page, or one is for a pair that the page lacks or that has a vote.
     """
     if votes.page != key.page:
         raise SideBySideError(
-            f"{where} is of page {votes.page}, the folder's is {key.page}: give the results and the folder of one page"
+            f"{where} belongs to page {votes.page}, the folder to page {key.page}: give results of that page"
         )
     known, seen = {pair.id for pair in key.pairs}, set[str]()
     for vote in votes.votes:
         if vote.pair not in known or vote.pair in seen:
-            what = "is voted on twice" if vote.pair in seen else "is not on the page"
+            what = "has two votes" if vote.pair in seen else "is not on the page"
             raise SideBySideError(f"{where} is damaged: pair {vote.pair!r} {what} (save it from the page again)")
         seen.add(vote.pair)
 

@@ -1,4 +1,4 @@
-"""A page on loopback, so that its votes are saved beside it as they are given."""
+"""A local web server for a side-by-side page, which saves the votes beside the page as they are given."""
 
 import errno
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from epd_ray.evaluation.ab.records import PAGE, RESULTS, Votes, check_votes, rea
 from epd_ray.storage.run_directory import write_text
 
 HOST = "127.0.0.1"
-LARGEST = 16 << 20  # bytes of results
+LARGEST = 16 << 20  # the largest size of results, in bytes
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves one page's folder: GET / and GET, PUT /results.
+    """Serves one page's folder: GET / returns the page, GET and PUT /results read and save its votes.
 
     Args:
-        folder: of the page.
-        port: 0: any that is free.
+        folder: the folder of the page.
+        port: the port to listen on; 0 takes any free one.
 
     Raises:
-        SideBySideError: no page there.
+        SideBySideError: the folder has no page.
         ConfigError: the port is taken.
     """
 
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NO_CONTENT)
 
     def _own(self) -> bool:
-        """Refuse requests that another site's page has made this browser send."""
+        """Refuse requests that a page of another site makes the browser send."""
         port = self.server.server_address[1]
         hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
         origin = self.headers.get("Origin")
@@ -96,17 +96,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: the page says whether its votes are saved."""
+        """Log nothing, because the page itself says whether its votes are saved."""
 
 
 def serve_page(folder: Path, port: int, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C.
+    """Serve a page until Ctrl-C.
+
+    Args:
+        folder: the folder of the page.
+        port: the port to listen on; 0 takes any free one.
+        say: prints a line for the user.
 
     Raises:
-        SideBySideError, ConfigError: as PageServer.
+        SideBySideError: the folder has no page.
+        ConfigError: the port is taken.
     """
     with PageServer(folder, port) as server:
-        say(f"open {server.url} (votes are saved in {folder / RESULTS}; Ctrl-C ends)")
+        say(f"open {server.url} (votes are saved in {folder / RESULTS}; Ctrl-C ends the server)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

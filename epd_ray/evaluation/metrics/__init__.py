@@ -1,4 +1,7 @@
-"""What is measured on pictures beside rewards: sharpness, diversity within a prompt, Frechet distance of features."""
+"""Metrics besides rewards: sharpness, diversity of a prompt's pictures, and the Frechet distance of features (FID).
+
+EXTRACTORS lists the networks that compute features.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What every metric asks of its input."""
+"""Checks of the images and features that metrics take."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +9,10 @@ Array = npt.NDArray[np.float64]
 
 
 def checked_images(images: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """The images themselves.
+    """Return images [B, 3, H, W], uint8, as they are.
 
     Raises:
-        MetricError: not [B, 3, H, W] of uint8.
+        MetricError: the images have another shape or type.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
         raise MetricError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, 3, H, W]")
@@ -20,10 +20,10 @@ def checked_images(images: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 
 def checked_features(features: npt.NDArray[np.generic]) -> Array:
-    """Features [B, D] as float64.
+    """Return features [B, D] as float64.
 
     Raises:
-        MetricError: another number of dimensions, none at all, or a value that is not finite.
+        MetricError: the features have another number of dimensions, are empty, or have a value that is not finite.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise MetricError(f"features have shape {list(features.shape)}, expected [B, D] with B and D at least 1")

@@ -1,4 +1,4 @@
-"""Image embeddings of any transformers CLIPModel."""
+"""Features from the image tower of any transformers CLIPModel."""
 
 import numpy as np
 import torch
@@ -14,21 +14,20 @@ from epd_ray.weights.hub import opening
 
 
 class ClipFeatures:
-    """What a CLIP model's image tower says of a picture, before it is normalised to unit length.
+    """Computes the image embeddings of a CLIP model, not normalised to unit length.
 
-    The network computes in float32 wherever it runs: features of one picture set may be compared with another's years
-    later.
+    The network always computes in float32, so that features can be compared with those of another machine.
 
     Args:
-        model: a CLIPModel directory, a hub id, or the name of an embedded model.
-        revision: branch, tag or commit on the hub.
-        device: as everywhere.
-        batch_size: pictures per forward pass.
+        model: the directory of a CLIPModel, a hub id, or the name of an embedded model.
+        revision: the branch, tag or commit of a hub repository; None takes its default branch.
+        device: "auto" (the first of cuda, mps and cpu that is there), or a torch device.
+        batch_size: the number of pictures in a forward pass.
 
     Attributes:
-        model_id: the model as given.
-        revision: checksum of its weights.
-        dimension: D, of the space that it shares with text.
+        model_id: the model as it was given.
+        revision: a checksum of its weights.
+        dimension: D, the number of features of a picture.
 
     Raises:
         ModelError: the model is missing, damaged, or no CLIPModel.
@@ -48,7 +47,7 @@ class ClipFeatures:
 
     @torch.inference_mode()
     def features(self, images: ImageArray) -> FloatArray:
-        """Embeddings [B, D], float32, of images [B, 3, H, W], uint8."""
+        """Compute embeddings [B, D], float32, of images [B, 3, H, W], uint8."""
         found = np.empty((len(images), self.dimension), np.float32)
         for start in range(0, len(checked_images(images)), self._batch_size):
             batch = torch.from_numpy(np.array(images[start : start + self._batch_size]))

@@ -1,4 +1,4 @@
-"""How different the pictures of one prompt are: what falls when a reward is hacked."""
+"""Diversity: how different the pictures of one prompt are, which falls when a policy hacks its reward."""
 
 from collections.abc import Sequence
 
@@ -10,18 +10,18 @@ from epd_ray.evaluation.metrics.checks import checked_features
 
 
 def diversity(features: npt.NDArray[np.generic], prompts: Sequence[str]) -> dict[str, float]:
-    """Per prompt, the mean of 1 - cosine over all pairs of its pictures.
+    """Compute for each prompt the mean of 1 - cosine over all pairs of its pictures' features.
 
     Args:
-        features: [B, D], of pictures that were drawn from different noise.
-        prompts: B prompts (or their ids), in any order.
+        features: [B, D], the features of pictures that were drawn from different noise.
+        prompts: B prompts (or their ids), one for each row, in any order.
 
     Returns:
-        Prompt -> a number in [0, 2], 0 where its pictures are all alike; prompts as they first appear.
+        Prompt -> its diversity from 0 (all pictures are alike) to 2, in the order in which prompts first appear.
 
     Raises:
-        MetricError: a prompt with one picture alone, another number of prompts than of rows, features that are not
-            finite, or all zero.
+        MetricError: a prompt has a single picture, there are not as many prompts as rows, or features are not finite
+            or all 0.
     """
     rows = checked_features(features)
     if len(rows) != len(prompts):
@@ -43,7 +43,7 @@ def diversity(features: npt.NDArray[np.generic], prompts: Sequence[str]) -> dict
 
 
 def _mean_distance(rows: npt.NDArray[np.float64]) -> float:
-    """Of unit rows [n, D]: |sum of rows|^2 = n + 2 * (sum of the cosines over pairs)."""
+    """The mean of 1 - cosine over pairs of unit rows [n, D], by |sum of rows|^2 = n + 2 * (sum of all cosines)."""
     n = len(rows)
     cosines = (np.square(rows.sum(axis=0)).sum() - n) / (n * (n - 1))
-    return float(np.clip(1 - cosines, 0, 2))  # rounding leaves -1e-16 for equal pictures
+    return float(np.clip(1 - cosines, 0, 2))  # rounding gives -1e-16 for equal pictures

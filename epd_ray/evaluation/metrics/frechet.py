@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, from statistics that add up over shards."""
+"""The Frechet distance between two sets of features, from statistics that can be merged over shards."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from epd_ray.evaluation.metrics.checks import Array, checked_features
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What the Frechet distance sees of a set of features.
+    """The normal distribution that the Frechet distance takes in place of a set of features.
 
     Attributes:
         mean: [D], float64.
         covariance: [D, D], float64, with the divisor n - 1.
-        count: n; None where a published file does not say.
+        count: n, the number of pictures; None if a published file does not say it.
     """
 
     mean: Array
@@ -29,12 +29,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, mean and scatter of features; those of the parts give those of the whole, whatever the split.
+    """Count, mean and scatter of features. Merging those of the parts gives those of the whole set.
 
     Attributes:
-        count: n >= 1.
+        count: n, the number of pictures, at least 1.
         mean: [D], float64.
-        scatter: [D, D], float64: the sum of (f - mean)(f - mean)^T.
+        scatter: [D, D], float64, the sum of (f - mean)(f - mean)^T over all features f.
     """
 
     count: int
@@ -43,10 +43,10 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: npt.NDArray[np.generic]) -> "FeatureStatistics":
-        """Of one shard's features [B, D].
+        """Compute the statistics of one shard's features [B, D].
 
         Raises:
-            MetricError: features that are not [B, D], or not finite.
+            MetricError: the features are not [B, D], or not finite.
         """
         rows = checked_features(features)
         mean = rows.mean(axis=0)
@@ -54,10 +54,10 @@ class FeatureStatistics:
         return cls(len(rows), mean, rows.T @ rows)
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """The statistics of both sets together.
+        """Compute the statistics of both sets together.
 
         Raises:
-            MetricError: another number of features.
+            MetricError: the sets have different numbers of features.
 
         Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
         """
@@ -71,24 +71,25 @@ class FeatureStatistics:
 
     @staticmethod
     def merged(parts: Iterable["FeatureStatistics"]) -> "FeatureStatistics":
-        """Those of all parts together, of which there is at least one."""
+        """Compute the statistics of all parts together; there is at least one part."""
         return reduce(FeatureStatistics.merge, parts)
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance; of a single picture the latter is all 0."""
+        """The mean and the covariance, which is all 0 for a single picture."""
         return Gaussian(self.mean, self.scatter / max(self.count - 1, 1), self.count)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+    """Compute |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    It falls with the number of pictures even where the distributions are equal: compare at equal counts alone.
+    The distance falls as the number of pictures grows, even between sets of one distribution, so it may be compared
+    only between equal numbers of pictures.
 
     Returns:
-        At least 0. FID when the features are Inception's (see metrics.inception).
+        A number of at least 0. It is the FID if the features are Inception's (see metrics.inception).
 
     Raises:
-        MetricError: different numbers of features, or so few pictures that a covariance is singular.
+        MetricError: the sets have different numbers of features, or too few pictures for a regular covariance.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6. With C_a = R R^T, the product C_a C_b has the eigenvalues of
     the symmetric R^T C_b R, whose roots add up to the trace with no imaginary parts.

@@ -1,6 +1,7 @@
-"""Inception's features, which make the Frechet distance the FID; by torch-fidelity, in an environment of its own.
+"""The features of Inception-v3 by torch-fidelity, with which the Frechet distance is the FID.
 
-Nothing here needs more than torch and numpy at import: that environment has little else of this package's.
+The extractor runs in a Python environment of its own, which has few packages: importing this module needs only torch
+and numpy.
 """
 
 from pathlib import Path
@@ -21,23 +22,25 @@ LAYER = "2048"
 
 
 class InceptionFeatures:
-    """The pooled features of the Inception-v3 of 2015, whose weights and resizing define the FID (Heusel et al. 2017).
+    """Computes the pooled features of the Inception-v3 of 2015, which define the FID (Heusel et al. 2017).
 
-    torch-fidelity's network, with TensorFlow 1's bilinear resize to 299 x 299: the arithmetic behind the published
-    statistics with `mu` and `sigma` (of EDM, StyleGAN, pytorch-fid), not that of "clean" FID, which resizes otherwise.
+    The network and its bilinear resize to 299 x 299, which is that of TensorFlow 1, are torch-fidelity's. The published
+    statistics with `mu` and `sigma` (of EDM, StyleGAN, pytorch-fid) were computed this way. The "clean" FID resizes
+    pictures in another way, and its statistics do not fit.
 
     Args:
-        weights: torch-fidelity's weights-inception-2015-12-05-6726825d.pth; None for a download, once per machine.
-        device: as everywhere.
-        batch_size: pictures per forward pass.
+        weights: the path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth; None downloads the file once
+            per machine.
+        device: "auto" (the first of cuda, mps and cpu that is there), or a torch device.
+        batch_size: the number of pictures in a forward pass.
 
     Attributes:
         model_id: MODEL.
-        revision: checksum of the weights.
-        dimension: 2048.
+        revision: a checksum of the weights.
+        dimension: 2048, the number of features of a picture.
 
     Raises:
-        ModelError: torch-fidelity is not installed here, or the weights are missing or damaged.
+        ModelError: torch-fidelity is not installed in this environment, or the weights are missing or damaged.
     """
 
     model_id = MODEL
@@ -50,7 +53,7 @@ class InceptionFeatures:
         _require_tensors(path)
         try:
             network = module.FeatureExtractorInceptionV3(MODEL, [LAYER], feature_extractor_weights_path=str(path))
-        except RuntimeError as error:  # of load_state_dict: several lines
+        except RuntimeError as error:  # load_state_dict's message has several lines
             said = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} is not torch-fidelity's Inception: {said}") from error
         self.revision = weights_checksum(network)
@@ -58,7 +61,7 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def features(self, images: ImageArray) -> FloatArray:
-        """Features [B, 2048], float32, of images [B, 3, H, W], uint8, of any size."""
+        """Compute features [B, 2048], float32, of images [B, 3, H, W], uint8, of any size."""
         found = np.empty((len(images), self.dimension), np.float32)
         for start in range(0, len(checked_images(images)), self._batch_size):
             batch = torch.from_numpy(np.array(images[start : start + self._batch_size]))
@@ -68,10 +71,10 @@ class InceptionFeatures:
 
 
 def _downloaded(url: str) -> Path:
-    """The weights in torch's cache, fetched if they are not there.
+    """The path of the weights in torch's cache; they are downloaded if they are not there.
 
     Raises:
-        ModelError: they cannot be fetched.
+        ModelError: the weights cannot be downloaded.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
@@ -85,14 +88,14 @@ def _downloaded(url: str) -> Path:
 
 
 def _require_tensors(path: Path) -> None:
-    """Refuse a file that is more than tensors: the package itself would unpickle anything.
+    """Refuse a file that holds anything but tensors, because torch-fidelity would unpickle whatever it holds.
 
     Raises:
-        ModelError: no such file, or not one of tensors alone.
+        ModelError: there is no such file, or it holds more than tensors.
     """
     if not path.is_file():
         raise ModelError(f"weights {str(path)!r} is no file: give torch-fidelity's Inception weights, a .pth")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds here, one of them pickle's
+    except Exception as error:  # torch raises half a dozen classes of errors here, one of them pickle's
         raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error

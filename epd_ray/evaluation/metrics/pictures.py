@@ -1,4 +1,4 @@
-"""Folders of pictures."""
+"""Reading folders of pictures."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from epd_ray.types import ImageArray
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture in a folder and those below it, in the order of `in_order`.
+    """List every picture in a folder and its subfolders, in the order of `in_order`.
 
     Raises:
-        MetricError: no such folder, or no picture in it.
+        MetricError: there is no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise MetricError(f"{folder} is no folder, expected one with pictures ({', '.join(IMAGE_SUFFIXES)})")
@@ -25,17 +25,17 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path) -> ImageArray:
-    """[3, H, W], uint8.
+    """Read a picture as [3, H, W], uint8, RGB.
 
     Raises:
-        MetricError: it cannot be read, or has more than 8 bits a channel.
+        MetricError: the file cannot be read, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise MetricError(f"{path} has mode {picture.mode}, expected 8 bits a channel: convert it")
             return np.asarray(picture.convert("RGB"), np.uint8).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damage
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for a damaged file
         said = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         why = " ".join(said.split())
         raise MetricError(f"{path} cannot be read as a picture ({why}): make or fetch it again") from error

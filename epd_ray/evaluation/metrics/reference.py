@@ -1,4 +1,4 @@
-"""What generated pictures are compared with: a folder of real ones, or a published file of their statistics."""
+"""The reference set of the Frechet distance: a folder of real pictures, or a published file of their statistics."""
 
 import hashlib
 import zipfile
@@ -13,22 +13,22 @@ from epd_ray.evaluation.metrics.pictures import picture_files, read_picture
 from epd_ray.storage.run_directory import whole
 from epd_ray.types import FeatureExtractor, ImageArray
 
-BATCH = 64  # pictures that are held at a time
+BATCH = 64  # the number of pictures in memory at a time
 MEAN, COVARIANCE, COUNT = "mu", "sigma", "count"
 
 
 def reference_statistics(source: Path, extractor: FeatureExtractor, cache: Path) -> Gaussian:
-    """The statistics behind `source`.
+    """Read or compute the statistics of a reference set.
 
     Args:
-        source: an .npz with mu and sigma, of this extractor's features; or a folder of pictures, which enter at their
-            own size.
-        extractor: looks at the folder's pictures.
-        cache: folder that keeps the statistics of picture folders, by their bytes and the extractor.
+        source: an .npz file with mu and sigma of this extractor's features, or a folder of pictures, which are used at
+            their own size.
+        extractor: computes the features of a folder's pictures.
+        cache: the folder that keeps the statistics of picture folders, by the bytes of the pictures and the extractor.
 
     Raises:
-        MetricError: nothing there, a damaged picture or file, too few pictures, or statistics of another number of
-            features.
+        MetricError: there is nothing, a picture or file is damaged, there are too few pictures, or the statistics are
+            of another number of features.
         RunDirectoryError: the disk refuses.
     """
     if not source.is_dir():
@@ -45,13 +45,13 @@ def reference_statistics(source: Path, extractor: FeatureExtractor, cache: Path)
 
 
 def require_reference(source: Path) -> None:
-    """Refuse what gives no statistics, before there is an extractor to look at it.
+    """Refuse a reference set that cannot be used, before an extractor is opened.
 
     Raises:
-        MetricError: nothing there, a folder without pictures, or a damaged file.
+        MetricError: there is nothing, the folder has no pictures, or the file is damaged.
     """
     if not source.exists():
-        raise MetricError(f"--reference is {source}, and nothing is there: give pictures or statistics")
+        raise MetricError(f"--reference is {source}, which does not exist: give a folder of pictures or an .npz file")
     if source.is_dir():
         picture_files(source)
     else:
@@ -59,10 +59,12 @@ def require_reference(source: Path) -> None:
 
 
 def read_statistics(path: Path) -> Gaussian:
-    """Statistics from an .npz with mu [D] and sigma [D, D], as public FID reference files are; nothing is unpickled.
+    """Read statistics from an .npz with mu [D] and sigma [D, D], the form of public FID reference files.
+
+    Nothing in the file is unpickled.
 
     Raises:
-        MetricError: no such file, a damaged one, or one without these arrays.
+        MetricError: there is no such file, it is damaged, or it lacks one of these arrays.
     """
     try:
         file = np.load(path)
@@ -86,7 +88,7 @@ def read_statistics(path: Path) -> Gaussian:
 
 
 def write_statistics(path: Path, statistics: Gaussian) -> None:
-    """Write an .npz that `read_statistics` and other FID programs read, whole or not at all.
+    """Write an .npz that `read_statistics` and other FID programs can read, whole or not at all.
 
     Raises:
         RunDirectoryError: the disk refuses.
@@ -117,7 +119,7 @@ def _key(files: Sequence[Path], extractor: FeatureExtractor) -> str:
 
 
 def _batches(files: Sequence[Path]) -> Iterator[ImageArray]:
-    """Pictures in order, those of one size that follow each other together."""
+    """Read pictures in order, in batches of pictures that follow each other and have one size."""
     held: list[ImageArray] = []
     for path in files:
         picture = read_picture(path)

@@ -1,4 +1,4 @@
-"""How much fine detail a picture has."""
+"""Sharpness: how much fine detail a picture has."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,22 +7,24 @@ from scipy import ndimage
 from epd_ray.evaluation.metrics.checks import checked_images
 from epd_ray.types import FloatArray
 
-LUMA = np.array([0.299, 0.587, 0.114])  # of R, G, B: ITU-R BT.601
+LUMA = np.array([0.299, 0.587, 0.114])  # the weights of red, green and blue in ITU-R BT.601
 
 
 def sharpness(images: npt.NDArray[np.generic]) -> FloatArray:
-    """The variance of the Laplacian of the luma, per picture.
+    """Compute the variance of the Laplacian of the luma of each picture.
 
-    Noise is detail to it as well: a solver that stops early looks sharper by it. It compares pictures of one size.
+    Noise counts as detail, so that a solver which stops early and leaves noise seems sharper. Only pictures of one size
+    can be compared.
 
     Args:
         images: [B, 3, H, W], uint8.
 
     Returns:
-        float32 [B], at least 0; 0 for a plain area. On the scale 0 to 255, as OpenCV's `Laplacian(grey).var()`.
+        [B], float32, at least 0, which a plain picture has. Luma is on the scale 0 to 255, as in OpenCV's
+        `Laplacian(grey).var()`.
 
     Raises:
-        MetricError: other images.
+        MetricError: the images have another shape or type.
 
     Source: Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000 (LAPV).
     """

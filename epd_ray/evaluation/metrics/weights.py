@@ -1,4 +1,4 @@
-"""Which weights a network has, whatever file they came from."""
+"""A checksum that identifies a network's weights, whatever file they came from."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def weights_checksum(network: torch.nn.Module) -> str:
-    """16 hexadecimal digits that differ between any two sets of weights."""
+    """Compute a checksum of a network's weights and their names, of 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

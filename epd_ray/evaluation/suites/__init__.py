@@ -1,5 +1,5 @@
 """Suites: several solvers draw many pictures on one model, and their scores are set beside each other and the papers'.
 
-A suite (`epd-ray evaluate --suite`) works in shards of pictures that are kept as they finish, so that an interrupted one
-goes on where it stopped.
+A suite (`epd-ray evaluate --suite`) works in shards of pictures that are kept as they finish, so that an
+interrupted suite goes on where it stopped.
 """

@@ -1,4 +1,4 @@
-"""Running a suite: the actors draw and score its pictures shard by shard, and each shard is kept when it is finished."""
+"""Running a suite: the actors draw and score its pictures shard by shard, and each finished shard is kept."""
 
 import time
 import uuid
@@ -28,8 +28,7 @@ from epd_ray.evaluation.suites.solvers import (
 )
 from epd_ray.evaluation.suites.subject import Pictures, Subject, pictures_of, source_of
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.rdpo.session import algorithm
-from epd_ray.runs.trainer import warn_of_long_prompts
+from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.storage.lock import held
 from epd_ray.storage.run_directory import named_when_full
 from epd_ray.telemetry.progress import Observer

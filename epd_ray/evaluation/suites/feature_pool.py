@@ -66,7 +66,7 @@ class Description:
 
 
 class FeatureActor:
-    """An extractor in a process of its own. It is built at the first call, because Ray garbles errors of constructors."""
+    """An extractor in a process of its own, built at the first call, so that the caller gets its error as it is."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self._name, self._options = name, options

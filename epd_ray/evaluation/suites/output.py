@@ -207,7 +207,7 @@ def _title(table: Table, found: Sequence[Verdict]) -> str:
     assert reference is not None
     steps = f"{reference.intervals} steps of {reference.label}"
     metric, difference = next(iter(best.differences.items()))
-    gain = f"{best.sampler.label}: {metric} {_number(metric, difference.mean, True)}"
+    gain = f"{best.sampler.label} changes {metric.replace('_', ' ')} by {_number(metric, difference.mean, True)}"
     if best.speed is None:
         return f"{gain} against {steps}"
     return f"{gain} in {best.speed.ratio:.2f} of the time of {steps}"
@@ -224,7 +224,7 @@ def _facts(table: Table, summary: Summary) -> list[tuple[str, str]]:
 def _sheet(
     results: ResultsDirectory, columns: Sequence[Column], prompts: Sequence[str]
 ) -> list[tuple[str, list[str | None]]]:
-    """The rows of the contact sheet: a prompt and a picture for each column, for all prompts whose pictures were kept."""
+    """The rows of the contact sheet: each prompt whose pictures were kept, with a picture for each column."""
     sheet = []
     for i, prompt in enumerate(prompts):
         pictures = [data_uri(results.pictures / column.key / f"{i:03d}.png") for column in columns]

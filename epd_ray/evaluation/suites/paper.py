@@ -1,4 +1,4 @@
-"""The papers' figures: tables II to IV of RDPO (arXiv 2512.22796) and the FID table of EPD-Solver (arXiv 2507.14797)."""
+"""The papers' values: tables II to IV of RDPO (arXiv 2512.22796), the FID table of EPD-Solver (arXiv 2507.14797)."""
 
 import json
 from collections.abc import Mapping

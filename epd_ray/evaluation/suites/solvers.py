@@ -196,6 +196,5 @@ def digest(sampler: Sampler) -> str:
 
 def _plain(value: object) -> JsonValue:
     if isinstance(value, SolverTable):
-        parts = (value.positions, value.weights, value.scale_dir, value.scale_time)
-        return [None if part is None else part.tolist() for part in parts]
+        return list(value.to_lists().values())
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]  # numbers and names

@@ -118,7 +118,7 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
 
 
 def grid(table: Table) -> list[list[str]]:
-    """The table as rows of text, with the header first; below a row of ours come the paper's values and the difference."""
+    """The table as rows of text: the header, then for each line our values, the paper's, and the difference."""
     if table.suite.name == "paper-fid":
         return _fid_grid(table)
     first = ["method", "steps", "schedule", "parallel NFE", "evaluations", "s/image"]

@@ -1,0 +1,136 @@
+"""Where a run starts: the solver table that stage 1 fits to a finer solver, or one that the user gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from epd_ray.config.run_config import RunConfig
+from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.errors import TableError
+from epd_ray.prompts.splits import PromptSplits
+from epd_ray.randomness import Purpose, noise_seeds
+from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.solvers import Solver, SolverTable
+from epd_ray.solvers.interval import largest_sigma
+from epd_ray.stage_one.fit import StageOne, fit_table
+from epd_ray.stage_one.gradient import Descent
+from epd_ray.stage_one.shard import Fit
+from epd_ray.telemetry.progress import Observer
+
+
+def given_solver(config: RunConfig) -> Solver | None:
+    """The solver that `distill.table` names; None where the run fits its own.
+
+    Raises:
+        TableError: the solver cannot be read, or its shape or options differ from those of the run.
+    """
+    if config.distill.table is None:
+        return None
+    solver = Solver.from_pretrained(config.distill.table)
+    table = solver.table
+    for key, has in (("afs", solver.afs), ("order", solver.order), ("start_point", table.start_point)):
+        if has != (asked := getattr(config.solver, key)):
+            raise TableError(f"{config.distill.table} has {key} {has}, the run {asked}: set solver.{key} to match")
+    wanted = (config.solver.intervals, config.solver.points)
+    if (table.intervals, table.points) != wanted:
+        raise TableError(
+            f"{config.distill.table} has {table.intervals} intervals of {table.points} points, the run {wanted[0]} of "
+            f"{wanted[1]}: set solver.intervals and solver.points to match"
+        )
+    return solver
+
+
+def fit_start_table(
+    config: RunConfig, prompts: PromptSplits, algo: RDPO, observer: Observer | None = None
+) -> list[Fit]:
+    """Run stage 1 on the first training prompts; the observer sees one step per interval.
+
+    Returns:
+        The fit of each interval, N of them, in the order of sampling.
+    """
+    chosen = prompts.train[: config.distill.prompts]
+    stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
+    if observer is not None:
+        observer.stage("distilling", stage.intervals)
+
+    def show(fit: Fit) -> None:
+        if observer is not None:
+            observer.advance(1, residual=fit.residual)
+
+    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts), after_each=show)
+
+
+def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -> StageOne:
+    """The settings of stage 1 for a run.
+
+    Args:
+        config: the configuration of the run.
+        prompts: the B prompts on which the table is fitted.
+        seeds: one noise seed per prompt.
+    """
+    s, d = config.solver, config.distill
+    return StageOne(
+        intervals=s.intervals,
+        points=s.points,
+        prompts=tuple(prompts),
+        noise_seeds=tuple(seeds),
+        shard_size=config.cluster.images_per_job,
+        teacher_steps=d.teacher_steps,
+        grid=d.grid,
+        min_weight=d.min_weight,
+        afs=s.afs,
+        order=s.order,
+        start_point=s.start_point,
+        scale_range=_scale_range(config),
+    )
+
+
+def descent_of(config: RunConfig, facts: BackboneFacts) -> Descent | None:
+    """The settings of the gradient descent of stage 1; None where the run fits by least squares."""
+    d = config.distill
+    if d.method == "least_squares":
+        return None
+    batch = max(1, round(d.batch / config.cluster.images_per_job))
+    return Descent(
+        d.steps,
+        d.lr,
+        batch,
+        d.min_weight,
+        scale_range=_scale_range(config),
+        scale_time=config.rdpo.scale_time,
+        start_point=config.solver.start_point,
+        max_sigma=largest_sigma(facts.form, facts.sigmas[0]),
+    )
+
+
+def _scale_range(config: RunConfig) -> float:
+    """0 where the policy draws no direction scales: it would set those that stage 1 finds back to 1."""
+    return config.distill.scale_range if config.rdpo.scale_dir else 0.0
+
+
+def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta: Any) -> Solver:
+    """A solver with the table of a run.
+
+    Args:
+        config: the configuration of the run.
+        facts: what the rollout actors report about the model.
+        table: the table, [N, K].
+        **meta: further entries of the solver's metadata, beside those that name the model.
+    """
+    about = {
+        "backbone": facts.family,
+        "model_id": facts.model_id,
+        **facts.more,
+        "guidance_scale": facts.guidance_scale,
+        "registry": config.backbone.family,
+        "options": config.backbone.portable,
+        **meta,
+    }
+    sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)
+    return Solver(table, sigmas, facts.form, config.solver.afs, config.solver.order, about)
+
+
+def weights_of(config: RunConfig) -> dict[str, float]:
+    """The name of each reward head -> its weight in the reward, as a solver file stores it."""
+    return {name: head.weight for name, head in config.rewards.items()}
