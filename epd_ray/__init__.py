@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from epd_ray.lazy import lazy_names
+from epd_ray.registry import lazy_names
 
 if TYPE_CHECKING:
     from epd_ray.deploy.parallelize import parallelize

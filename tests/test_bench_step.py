@@ -60,7 +60,7 @@ TWO_HEADS = (
         ("rdpo.minibatch_size=4", "rdpo.kl_coeff=0.5"),
         ("rdpo.minibatch_size=4", "rdpo.entropy_coeff=0.05"),
         ("rdpo.lr_schedule=linear", "rdpo.iterations=3"),
-        (TWO_HEADS, "rewards.b.weight=3"),
+        (TWO_HEADS, "rewards.light.weight=3"),
         (TWO_HEADS, "rdpo.normalisation=zscore"),
     ],
 )

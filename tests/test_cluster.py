@@ -64,7 +64,7 @@ def test_no_ray_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) 
         start_ray(f"127.0.0.1:{port}")
     assert str(caught.value) == (
         f"no Ray answers at 127.0.0.1:{port} (cluster.address) within 1 s: start one there (ray start --head), or "
-        "leave cluster.address out for a Ray of the run's own"
+        "leave cluster.address out to start Ray for this run alone"
     )
     for address in (None, "auto"):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
@@ -88,7 +88,7 @@ def test_auto_without_a_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
             "is the address of a dashboard, which takes jobs: use it as `ray job submit --address",
         ),
         ("ray://127.0.0.1:10001", "is the address of a Ray Client server, which runs cannot go through"),
-        ("nonsense", r"nonsense \(cluster.address\) is no address: give host:port"),
+        ("nonsense", r"nonsense \(cluster.address\) is not an address: give host:port"),
     ],
 )
 def test_what_is_no_address_of_a_head(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +136,9 @@ def test_another_port_of_ray_is_told_from_the_head(head: Head) -> None:
 @pytest.mark.slow
 def test_a_wrong_or_missing_token_is_named_and_never_shown(head: Head, tmp_path: Path) -> None:
     wrong = reach(head.address, **token_env(OTHER, tmp_path))
-    assert wrong.startswith(f"{head.address} (cluster.address) asks for its token and was shown another token: export")
+    assert wrong.startswith(f"{head.address} (cluster.address) asks for its token and got another one: export")
     unset = reach(head.address, HOME=str(tmp_path))
-    assert unset.startswith(f"{head.address} (cluster.address) asks for its token and was shown none: export RAY_AUTH")
+    assert unset.startswith(f"{head.address} (cluster.address) asks for its token and got none: export RAY_AUTH")
     nowhere = reach(head.address, RAY_AUTH_MODE="token", HOME=str(tmp_path))
     assert nowhere.startswith(f"no token for {head.address} (cluster.address), though RAY_AUTH_MODE=token: export")
     path = reach(head.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="/no/such/file")
@@ -228,7 +228,7 @@ def test_a_local_ray_listens_on_loopback_alone(dashboard: str) -> None:
         assert url == "none" and "dashboard" not in said
     else:
         assert url.startswith("127.0.0.1:") and int(url.rpartition(":")[2]) in {port for _, port in sockets}
-        assert f"dashboard: http://{url}" in said
+        assert f"The dashboard is at http://{url}" in said
 
 
 def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
@@ -298,7 +298,7 @@ def test_nothing_is_said_of_gpus_that_are_not_hidden(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     cluster.warn_of_idle_gpus({"cluster.rollout_gpus": 0.0, "cluster.encoder_gpus": 0.5})  # on a Ray of ours
     assert caplog.messages == [
-        "the cluster has 2 GPUs, and who asks for none runs on CPU cores: set cluster.rollout_gpus"
+        "the cluster has 2 GPUs, but actors that ask for none run on CPU cores: set cluster.rollout_gpus"
     ]
 
 

@@ -45,7 +45,7 @@ def exact_interval(prompts=4, fitted=FIRST, **shard):
 def test_gradient_is_that_of_finite_differences(points, order):
     interval = exact_interval(order=order)
     found = distill_loss(interval, points, True).gradient
-    columns = np.array([c[0].tolist() for c in points.columns()])
+    columns = np.array([c[0].tolist() for c in points.columns().values()])
     assert found.shape == columns.shape
     h = 1e-6
     for row, k in np.ndindex(*columns.shape):
@@ -159,7 +159,7 @@ def test_parameters_come_back_as_the_points():
     for points in (PLAIN, scaled, replace(scaled, scale_time=(1.0, 0.85))):
         options = replace(OPTIONS, scale_range=0.2)
         columns = point_columns(raw_parameters(points, options), (1.0, 0.5), options)
-        torch.testing.assert_close(columns, torch.cat(points.columns()), rtol=0, atol=1e-9)
+        torch.testing.assert_close(columns, torch.cat(list(points.columns().values())), rtol=0, atol=1e-9)
     corner = point_columns(raw_parameters(Points((0.02, 0.98), (0.05, 0.95)), OPTIONS), (1.0, 0.5), OPTIONS)
     torch.testing.assert_close(corner, torch.tensor([[0.02, 0.98], [0.05, 0.95]]).double(), rtol=0, atol=0.004)
 
@@ -294,7 +294,7 @@ def test_every_family_has_the_gradient_of_finite_differences(name):
     found = used.distill_loss(shard, SCALED, True).gradient
     plain = distill_loss(used.states.interval(shard), SCALED, True, checkpointed=False).gradient
     np.testing.assert_array_equal(found, plain)
-    columns = np.array([c[0].tolist() for c in SCALED.columns()])
+    columns = np.array([c[0].tolist() for c in SCALED.columns().values()])
     h = 4e-4  # the embedded timestep bends the loss within a hundredth
     for row, k in ((0, 0), (0, 1), (2, 0), (3, 1)):
         there = []

@@ -66,7 +66,7 @@ def steps(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_environment_is_built_once(home: Path, steps: list[list[str]]) -> None:
     lines: list[str] = []
     assert install("hpsv2", say=lines.append) == interpreter("hpsv2") == home / "hpsv2" / "bin" / "python"
-    assert lines[0].startswith("hpsv2: making") and lines[-1] == "hpsv2: built"
+    assert lines[0].startswith("hpsv2: making") and lines[-1] == "hpsv2: the environment is built"
     assert [command[2] for command in steps] == ["virtualenv", "pip", "ignore"]
     assert set(requirements("hpsv2")) | {f"ray=={ray.__version__}"} <= set(steps[1])
     packages = environments._packages(home / "hpsv2")

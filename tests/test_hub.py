@@ -202,7 +202,7 @@ HUB: list[tuple[Callable[[], Exception], type[Exception], list[str]]] = [
     ),
     (
         lambda: answer(404, "RevisionNotFound", "Invalid rev id: nope"), errors.RevisionNotFoundError,
-        ["Revision Not Found for url", "Invalid rev id: nope", "check the revision: a branch, a tag or a commit"],
+        ["Revision Not Found for url", "Invalid rev id: nope", "check the revision: give a branch, a tag or a commit"],
     ),
     (
         lambda: answer(404, "EntryNotFound", "Entry not found"), errors.RemoteEntryNotFoundError,

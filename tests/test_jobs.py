@@ -173,7 +173,7 @@ def test_a_hook_of_the_jobs_own_is_refused_with_a_line(cli: Cli, tmp_path: Path)
     arguments = [*SIMULATED, "cluster.env=[HOME]"]
     cli.submit("hooked", "jobs/train.py", "--out", str(tmp_path / "run"), *arguments, runtime_env=own)
     assert cli.ended("hooked") == "FAILED"
-    assert "error: the job has a worker_process_setup_hook of its own, and Ray takes one alone" in cli.logs("hooked")
+    assert "error: the job has its own worker_process_setup_hook, but Ray takes only one" in cli.logs("hooked")
 
 
 @pytest.mark.slow

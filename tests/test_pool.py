@@ -355,7 +355,7 @@ def test_an_added_actor_that_cannot_load_is_given_up(
         return pool.bounds.high == 1 and bool(ended)
 
     assert {e.value for e in until(pool, given_up)} == {1}
-    assert "no more actors are added, one could not load: no weights on this node" in caplog.text
+    assert "the pool adds no more actors, because one could not load: no weights on this node" in caplog.text
     assert pool.bounds.high == 1
 
 

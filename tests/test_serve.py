@@ -136,8 +136,8 @@ class Broken:
     ("how", "problem"),
     [
         ("raise", "reward head 'tests.test_serve:Broken' failed with RuntimeError: out of memory"),
-        ("nan", "gave (3,) values for 3 images, or such as are not finite"),
-        ("count", "gave (4,) values for 3 images"),
+        ("nan", "gave values of shape (3,) for 3 images, or infinite ones"),
+        ("count", "gave values of shape (4,) for 3 images"),
     ],
 )
 def test_a_failing_head_is_a_500(how: str, problem: str) -> None:
@@ -215,7 +215,10 @@ def test_a_taken_port_is_named(url: str) -> None:
 
 
 def test_one_ray_serves_one_head(url: str) -> None:
-    with pytest.raises(ConfigError, match="Ray Serve runs already"), served("simulated", {}, port=free_port()):
+    with (
+        pytest.raises(ConfigError, match="Ray Serve runs on this Ray already"),
+        served("simulated", {}, port=free_port()),
+    ):
         pass
     assert httpx2.get(url.replace("/score", "/health")).status_code == 200
 
@@ -243,7 +246,7 @@ def test_gpus_that_a_server_does_not_ask_for_are_mentioned(
     for head, num_gpus in (("tests.test_serve:Broken", 0.0), ("tests.test_serve:Broken", 0.5), ("simulated", 0.0)):
         with pytest.raises(PlacementError), served(head, {}, port=free_port(), num_gpus=num_gpus):
             pass
-    assert caplog.messages == ["the cluster has 2 GPUs, and who asks for none runs on CPU cores: set --num-gpus"]
+    assert caplog.messages == ["the cluster has 2 GPUs, but actors that ask for none run on CPU cores: set --num-gpus"]
 
 
 @pytest.mark.parametrize(

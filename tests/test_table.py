@@ -2,6 +2,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -12,8 +13,12 @@ from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import epd_ray
+import epd_ray.solvers
 from epd_ray.errors import ScheduleError, TableError
 from epd_ray.solvers import Solver, SolverTable, dpm2_table, heun_table
+from epd_ray.solvers.costs import Cost, fewest_intervals, sequential_cost, table_cost
+from epd_ray.solvers.table import COLUMN_NAMES
 
 R = torch.tensor([[0.2, 0.6], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
 W = torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
@@ -259,3 +264,45 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert Solver.from_pretrained("owner/name", revision="v1").parallel_nfe == 6
     assert asked == [("owner/name", "solver.json", "v1")]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+def test_a_table_is_made_of_its_columns(columns: int) -> None:
+    values = dict(zip(COLUMNS, (R, W, torch.full_like(W, 1.5), torch.full_like(W, 0.5)), strict=True))
+    given = {name: values[name] for name in COLUMNS[:columns]}
+    table = SolverTable(**given)
+    assert list(table.columns()) == list(given) and tuple(COLUMN_NAMES) == COLUMNS
+    lists = table.to_lists()
+    assert tuple(lists) == COLUMNS and [name for name in COLUMNS if lists[name] is None] == list(COLUMNS[columns:])
+    again = SolverTable.from_lists(lists)  # type: ignore[arg-type]  # JSON values
+    for name, column in again.columns().items():
+        assert column.dtype == torch.float64 and torch.equal(column, given[name].double())
+    with pytest.raises(TableError, match=r"weights has rows of \[1, 2\] values"):
+        SolverTable.from_lists({"positions": [[0.5, 1.0]], "weights": [[1.0], [0.5, 0.5]]})
+
+
+def test_costs_are_those_of_every_interval() -> None:
+    cost = {
+        (afs, start): table_cost(3, 2, start_point=start, afs=afs) for afs in (False, True) for start in (False, True)
+    }
+    assert cost[False, False] == Cost(6, 9) and cost[True, False] == Cost(5, 8)
+    # The first interval's start is a point that nobody evaluated, if its drift was analytical.
+    assert cost[False, True] == Cost(6, 6) and cost[True, True] == Cost(5, 6)
+    assert table_cost(3, 1, start_point=True) == Cost(3, 3)
+    assert sequential_cost(4, 2, 1) == Cost(7, 7) and sequential_cost(4, 2, 1, afs=True) == Cost(6, 6)
+    for evals, last in ((1, None), (2, None), (2, 1), (4, None)):
+        for nfe in range(1, 12):
+            n = fewest_intervals(nfe, evals, last)
+            assert sequential_cost(n, evals, last).parallel_nfe >= nfe
+            assert n == 1 or sequential_cost(n - 1, evals, last).parallel_nfe < nfe
+
+
+@pytest.mark.parametrize("package", [epd_ray, epd_ray.solvers])
+def test_packages_offer_what_they_list(package: ModuleType) -> None:
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+    # An imported submodule takes its name in the package: the name would stand for the module instead.
+    folder = Path(package.__path__[0])
+    assert not set(package.__all__) & {path.stem for path in folder.iterdir()}

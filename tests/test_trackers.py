@@ -81,8 +81,8 @@ def test_an_mlflow_that_is_away_ends_no_run(run, mlflow, monkeypatch, caplog):
         end, _ = client.end_run, monkeypatch.setattr(client, "end_run", away)
     end()
     assert (
-        "MLflow misses iteration 1: no answer" in caplog.text
-        and "does not know that the run is FINISHED" in caplog.text
+        "the row of iteration 1 did not reach MLflow: no answer" in caplog.text
+        and "MLflow was not told that the run is FINISHED" in caplog.text
     )
     history = found(mlflow)[0].get_metric_history(found(mlflow)[1].info.run_id, "reward/clip")
     assert [m.step for m in history] == [0, 2]

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster can be joined, found out before Ray is asked to: it would wait for minutes, or abort."""
+"""Checks whether a Ray cluster can be joined, because ray.init itself would wait for minutes or abort the process."""
 
 import json
 import os
@@ -29,13 +29,16 @@ TOKEN_HELP = (
 
 
 def reachable(address: str | None) -> str | None:
-    """The host:port of a cluster that answers, knows our token and runs our versions; None: no cluster is asked for.
+    """Check that a cluster answers, accepts the token of this machine, and runs the same versions of Ray and Python.
 
     Args:
-        address: host:port or "auto"; None: what RAY_ADDRESS says, if anything.
+        address: host:port or "auto"; None takes the address in the environment variable RAY_ADDRESS, if it is set.
+
+    Returns:
+        The host:port of the cluster; None where neither `address` nor RAY_ADDRESS names a cluster.
 
     Raises:
-        ClusterError: why it cannot be joined, and what to do.
+        ClusterError: the cluster cannot be joined; the message says why, and how to mend it.
     """
     told = os.environ.get("RAY_ADDRESS")
     source = "RAY_ADDRESS" if told and address in (None, AUTO) else "cluster.address"
@@ -45,12 +48,12 @@ def reachable(address: str | None) -> str | None:
     where = f"{asked} ({source})"
     if asked.startswith(DASHBOARD):
         raise ClusterError(
-            f"{where} is the address of a dashboard, which takes jobs: use it as `ray job submit --address {asked}`, "
+            f"{where} is the address of a dashboard: submit a job to it by `ray job submit --address {asked}`, "
             f"or {_instead(source)}"
         )
     if asked.startswith("ray://"):
         raise ClusterError(
-            f"{where} is the address of a Ray Client server, which runs cannot go through: submit a job to the "
+            f"{where} is the address of a Ray Client server, which runs cannot use: submit a job to the "
             f"dashboard (ray job submit --address http://...:8265), or {_instead(source)}"
         )
     found = _resolved(asked, where, source)
@@ -69,11 +72,11 @@ def _resolved(asked: str, where: str, source: str) -> str:
         return str(canonicalize_bootstrap_address_or_die(asked))
     except ConnectionError:
         raise ClusterError(
-            f"no Ray runs on this machine to join as {where}: start one (ray start --head), or {_instead(source)} for "
-            "a Ray of the run's own"
+            f"no Ray runs on this machine to join as {where}: start one (ray start --head), or {_instead(source)} to "
+            "start Ray for this run alone"
         ) from None
     except ValueError:
-        raise ClusterError(f"{where} is no address: give host:port, such as 10.0.0.5:6379, or auto") from None
+        raise ClusterError(f"{where} is not an address: give host:port, such as 10.0.0.5:6379, or auto") from None
 
 
 def _require_listener(address: str, where: str, source: str) -> None:
@@ -84,12 +87,12 @@ def _require_listener(address: str, where: str, source: str) -> None:
             tried = "" if address in where else f", tried {address}"
             raise ClusterError(
                 f"no Ray answers at {where}{tried} within {CONNECT_SECONDS:.0f} s: start one there (ray start --head), "
-                f"or {_instead(source)} for a Ray of the run's own"
+                f"or {_instead(source)} to start Ray for this run alone"
             ) from None
 
 
 def _require_token(asked: str, where: str) -> None:
-    """A token is there if one is wanted: without it Ray would abort this process."""
+    """Check that this machine has a token if the cluster wants one: without it Ray would abort this process."""
     try:
         if asked == AUTO:  # as ray.init does
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -107,13 +110,15 @@ def _require_same_versions(address: str, where: str) -> None:
         stored = GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster", timeout=10)
     except RpcError:
         raise ClusterError(
-            f"{where} answers, but is no Ray head: give the port of `ray start --head --port`, 6379 by default"
+            f"{where} answers, but is not a Ray head: give the port of `ray start --head --port`, 6379 by default"
         ) from None
     except AuthenticationError:
-        sent = "another token" if get_authentication_mode() == AuthenticationMode.TOKEN else "none"
-        raise ClusterError(f"{where} asks for its token and was shown {sent}: {TOKEN_HELP}") from None
+        sent = "got another one" if get_authentication_mode() == AuthenticationMode.TOKEN else "got none"
+        raise ClusterError(f"{where} asks for its token and {sent}: {TOKEN_HELP}") from None
     theirs = json.loads(stored or b"{}")
     ours = {"ray_version": ray.__version__, "python_version": python_version()}
     for key, name in (("ray_version", "Ray"), ("python_version", "Python")):
         if theirs.get(key, ours[key]) != ours[key]:
-            raise ClusterError(f"{where} runs {name} {theirs[key]}, this is {ours[key]}: install the same on both")
+            raise ClusterError(
+                f"{where} runs {name} {theirs[key]}, this machine {ours[key]}: install the same version on both"
+            )

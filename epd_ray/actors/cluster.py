@@ -1,4 +1,4 @@
-"""Ray itself: a local one or a cluster, what its processes are told, and whether there is room for the actors."""
+"""Starting Ray or joining a cluster, the environment of its processes, and checks of the room for actors."""
 
 import json
 import logging
@@ -17,7 +17,6 @@ import torch
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
-import epd_ray
 from epd_ray.errors import ClusterError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
 
@@ -26,59 +25,59 @@ log = logging.getLogger(__name__)
 Resources = dict[str, float]
 PLACEMENT_SECONDS = 30.0
 START_SECONDS = 600.0
-LAST_WORDS_SECONDS = 1.0  # for the error to leave a process that ends with the next call, which may wait there already
+LAST_WORDS_SECONDS = 1.0  # in which the error leaves a process that ends with its next call
 HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-"""Without it an actor that asks for no GPU sees them all, and Ray knows nothing of what it takes there."""
+"""Without this variable an actor that asks for no GPU could use all of them, and Ray would not count it."""
 ONE_MACHINE = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray listens on every interface
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray listens on every network interface
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 HANDED_ON = ("HF_TOKEN", "HF_HOME")
-"""Environment variables that actors get, unless the run says otherwise."""
+"""Environment variables that actors get, unless `cluster.env` names others."""
 
 HOOK = "worker_process_setup_hook"
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where `ray job submit` leaves its own runtime environment
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in which `ray job submit` passes its runtime environment
 
-_broken = False  # an actor's GPU, for good
+_broken = False  # whether a CUDA error has made the GPU useless for this process
 
 
 class BrokenGpuError(EpdRayError):
-    """A CUDA error, from which its process never recovers; in the words of what it went wrong in, in one line."""
+    """A CUDA error, after which its process cannot use the GPU any more; the message is that of CUDA in one line."""
 
 
 def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> None:
-    """Join the cluster at `address` (or in RAY_ADDRESS, as submitted jobs have it); else start Ray on loopback.
+    """Join the cluster at `address` or in RAY_ADDRESS, which submitted jobs have; without either, start Ray locally.
 
-    No value goes into the runtime environment, which Ray writes into its logs for all to read: a local Ray's workers
-    have the driver's own environment, and those of a cluster set the variables before anything else runs there.
+    The values of the variables stay out of Ray's runtime environment, which Ray writes into its logs. The workers of a
+    local Ray inherit the environment of the driver; those of a cluster set the variables before anything else.
 
     Args:
-        address: of a cluster.
-        env: names of environment variables; those that are set here reach every actor.
-        dashboard: of a Ray that is started here, on loopback too.
+        address: the address of a cluster, host:port or "auto".
+        env: the names of environment variables; those that are set in this process reach every actor.
+        dashboard: whether a local Ray starts its dashboard, on 127.0.0.1.
 
     Raises:
-        ClusterError: why the cluster cannot be joined, or that a local Ray does not start.
+        ClusterError: the cluster cannot be joined, or a local Ray does not start.
     """
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    for name in ("ray", "ray.rllib"):  # notices of migrations and missing extras, not of this run
+    for name in ("ray", "ray.rllib"):  # their notices of migrations and missing extras do not concern the run
         logging.getLogger(name).setLevel(logging.ERROR)
-    from epd_ray.actors.address import reachable  # not above: the environments of reward packages lack what it needs
+    from epd_ray.actors.address import reachable  # not at the top: environments of reward packages lack what it imports
 
     cluster = reachable(address)
     if cluster is not None:
         ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | _handed_over(_variables(env)), **quiet)
         return
     os.environ.update(ONE_MACHINE)
-    # Actors import the package from where the driver has it, installed or not.
-    here = str(Path(epd_ray.__file__).parent.parent)
+    # Actors import the package from the same folder as the driver, also where it is not installed.
+    here = str(Path(__file__).parents[2])
     paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
     several = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported, before it was set here
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray has read the variable already, when it was imported
     try:
         started = ray.init(
-            address="local",  # else Ray would join one that somebody else has started on this machine
+            address="local",  # otherwise Ray would join one that another user has started on this machine
             num_cpus=max(os.cpu_count() or 1, 2),
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
@@ -86,27 +85,27 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
             runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
             **quiet,
         )
-    except Exception as error:  # Ray has no class of its own for this
+    except Exception as error:  # Ray has no class for this error
         if "timed out during startup" not in str(error):
             raise
-        raise ClusterError(
-            "Ray has not started within its 30 seconds: end what else keeps this machine busy, then try again"
-        ) from error
+        raise ClusterError("Ray did not start within 30 s: stop other work on this machine, then try again") from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several
     if dashboard:
         url = started.dashboard_url
-        log.warning("dashboard: http://%s (it asks for the token that `ray get-auth-token` prints)", url)
+        log.warning("The dashboard is at http://%s; it asks for the token that `ray get-auth-token` prints.", url)
 
 
 @contextmanager
 def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
-    """Join a Ray cluster or start a local Ray, and leave it afterwards; one that is joined already is used as it is.
+    """Join a Ray cluster or start a local Ray, and leave it at the end of the block.
+
+    Where this process has joined Ray already, the block uses that Ray and does not end it.
 
     Args:
-        address: of a cluster; None for a local Ray, unless a submitted job names its cluster.
-        env: names of the environment variables that actors get.
-        dashboard: of a Ray that is started here.
+        address: the address of a cluster; None starts a local Ray, unless RAY_ADDRESS names a cluster.
+        env: the names of the environment variables that actors get.
+        dashboard: whether a local Ray starts its dashboard.
     """
     if ray.is_initialized():
         yield
@@ -120,7 +119,7 @@ def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: 
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
+    """Let SIGTERM, which stops a submitted job, end a run in the same way as Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -133,45 +132,45 @@ def stop_signals() -> Iterator[None]:
 
 
 def _submitted() -> dict[str, Any]:
-    """The runtime environment that a submitted job has already; Ray refuses what is given twice."""
+    """The runtime environment of a submitted job; Ray refuses keys that are given twice."""
     found: dict[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
     return found
 
 
 def _variables(names: Sequence[str]) -> dict[str, str]:
-    """Those that are set, apart from what a submitted job has."""
+    """The variables that are set in this process, without those of a submitted job."""
     submitted = _submitted()
     there = submitted.get("env_vars") or {}
     values = {name: os.environ[name] for name in names if name in os.environ and name not in there}
     if values and HOOK in submitted:
         raise ClusterError(
-            f"the job has a {HOOK} of its own, and Ray takes one alone: submit it without, or with the override "
+            f"the job has its own {HOOK}, but Ray takes only one: submit it without, or with the override "
             f"cluster.env=[] and {', '.join(values)} set on the nodes"
         )
     return values
 
 
 def _hiding() -> dict[str, str]:
-    """HIDE_GPUS, unless a submitted job has its own word on it."""
+    """HIDE_GPUS, without what a submitted job sets itself."""
     there = _submitted().get("env_vars") or {}
     return {name: value for name, value in HIDE_GPUS.items() if name not in there}
 
 
 def warn_of_idle_gpus(asked: Mapping[str, float]) -> None:
-    """Name the settings that leave GPUs unused: forgotten ones would mean days on the CPU.
+    """Warn where the cluster has GPUs and actors that could use one ask for none, which may cost days.
 
     Args:
-        asked: settings of all actors that could use a GPU -> what they ask for.
+        asked: the settings of all actors that could use a GPU -> the number of GPUs that they ask for.
     """
     gpus, forgotten = ray.cluster_resources().get("GPU", 0), [key for key, amount in asked.items() if not amount]
     if gpus and forgotten and not _shows_gpus():
         log.warning(
-            "the cluster has %g GPUs, and who asks for none runs on CPU cores: set %s", gpus, ", ".join(forgotten)
+            "the cluster has %g GPUs, but actors that ask for none run on CPU cores: set %s", gpus, ", ".join(forgotten)
         )
 
 
 def _shows_gpus() -> bool:
-    """Whether actors see GPUs that they have not asked for: those of a Ray that the user has joined or started."""
+    """Whether actors see GPUs that they did not ask for, as in a Ray that the user started without HIDE_GPUS."""
     if not ray.is_initialized():
         return False
     variables = ray.get_runtime_context().runtime_env.get("env_vars") or {}
@@ -179,9 +178,11 @@ def _shows_gpus() -> bool:
 
 
 def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
-    """A runtime environment in which workers set these: Ray keeps the function in its store and logs its name."""
+    """A runtime environment in which each worker sets variables by a function, of which Ray logs only the name."""
 
-    def set_variables() -> None:  # nested, so that it travels by value: importing this module reads HF_HOME already
+    def set_variables() -> (
+        None
+    ):  # nested, so that Ray pickles it by value: importing this module would read HF_HOME too early
         os.environ.update(values)
 
     return {HOOK: set_variables} if values else {}
@@ -189,12 +190,13 @@ def _handed_over(values: Mapping[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def end_if_broken() -> Iterator[None]:
-    """Around an actor's work: after a CUDA error the next call ends the process, so that Ray starts another one.
+    """Surround the work of an actor: after a CUDA error its next call ends the process, so that Ray starts another one.
 
-    torch has one class for all of these errors, and another for too little memory; the causes of an error count too.
+    Too little memory is not a CUDA error here, because the process recovers from it. Outside of an actor the process
+    does not end.
 
     Raises:
-        BrokenGpuError: in place of such an error, whose own words it has; nothing else ends outside of actors.
+        BrokenGpuError: the work, or a cause of its error, raised a CUDA error (torch.AcceleratorError).
     """
     global _broken
     if _broken:
@@ -216,12 +218,12 @@ def _of_gpu(error: BaseException | None) -> bool:
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> Resources:
-    """What an actor asks for, without what it does not need."""
+    """The resources that an actor asks for, without those of amount 0."""
     return {k: float(v) for k, v in {"CPU": num_cpus, "GPU": num_gpus, **custom}.items() if v}
 
 
 def keep(images: ImageArray) -> "ray.ObjectRef[ImageArray]":
-    """Put pictures into this node's object store, which spills to its disk what does not fit.
+    """Put pictures into the object store of this node, which moves to disk what does not fit into memory.
 
     Raises:
         ClusterError: the disk is full too.
@@ -231,7 +233,7 @@ def keep(images: ImageArray) -> "ray.ObjectRef[ImageArray]":
     except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
         raise ClusterError(
             f"the object store on node {ray.util.get_node_ip_address()} has no room for {images.nbytes / 2**20:.3g} "
-            "MiB of images, and its disk none to spill to: make room on the disk, start Ray with more "
+            "MiB of images, in memory or on disk: free some space on the disk, start Ray with more "
             "--object-store-memory, or lower rdpo.staleness or rdpo.prompts_per_iteration"
         ) from None
 
@@ -240,11 +242,11 @@ def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = 
     """Check that all actors fit the cluster together, before any of them loads a model.
 
     Args:
-        bundles: what is placed ("rollout actors") -> a bundle per actor.
-        timeout_s: how long nodes may take to join.
+        bundles: every kind of actor, such as "rollout actors" -> the resources of each of its actors.
+        timeout_s: the seconds to wait for room, in which nodes may join.
 
     Raises:
-        PlacementError: names the resource that is short and who asks for it.
+        PlacementError: the actors do not fit; the message names the resources that are short, and who asks for them.
     """
     wanted = [dict(b) for group in bundles.values() for b in group if b]
     if not wanted:
@@ -258,14 +260,16 @@ def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = 
 
 
 def require_started(actors: Mapping[str, Sequence[ActorHandle[Any]]], timeout_s: float = START_SECONDS) -> None:
-    """Wait for processes, which another run may have left no room for since `require_room`; not for models to load.
+    """Wait until the processes of actors have started, but not until they have loaded their models.
+
+    Another run may have taken their room since `require_room`.
 
     Args:
-        actors: what they are ("rollout actors") -> handles.
-        timeout_s: generous; on a busy machine a process takes a minute to start.
+        actors: every kind of actor, such as "rollout actors" -> its handles.
+        timeout_s: the seconds to wait; on a busy machine a process takes a minute to start.
 
     Raises:
-        PlacementError: how many did not start.
+        PlacementError: some actors did not start; the message says how many.
     """
     for kind, handles in actors.items():
         references = [actor.__ray_ready__.remote() for actor in handles]
@@ -273,7 +277,7 @@ def require_started(actors: Mapping[str, Sequence[ActorHandle[Any]]], timeout_s:
             continue
         _, missing = ray.wait(references, num_returns=len(references), timeout=timeout_s)
         if missing:
-            fix = "if another run has taken their room, wait for its end; or add nodes"
+            fix = "if another run has taken their room, wait for its end, or add nodes"
             raise PlacementError(f"{len(missing)} of {len(handles)} {kind} did not start in {timeout_s:.0f} s: {fix}")
 
 
@@ -292,6 +296,6 @@ def _shortage(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> s
 
 
 def _counted(group: Sequence[Resources]) -> str:
-    """Equal bundles together: "2 x 1 CPU, 0.2 GPU and 1 x 1 CPU"."""
+    """Bundles with equal ones counted, such as "2 x 1 CPU, 0.2 GPU and 1 x 1 CPU"."""
     alike = Counter(", ".join(f"{amount:g} {name}" for name, amount in b.items()) or "nothing" for b in group)
     return " and ".join(f"{count} x {bundle}" for bundle, count in alike.items())

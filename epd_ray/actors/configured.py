@@ -1,4 +1,4 @@
-"""What the actors of a configured run need."""
+"""From the configuration of a run to the specs of its reward actors."""
 
 from epd_ray.actors.environments import package_spec
 from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
@@ -7,10 +7,10 @@ from epd_ray.config.sections import RewardConfig
 
 
 def reward_spec(reward: RewardConfig) -> RewardSpec:
-    """What an actor of a configured head needs.
+    """The spec of the actors of a configured head.
 
     Raises:
-        EpdRayError: the package backend has no environment.
+        EnvironmentFailure: the head runs in a published package whose environment is not built.
     """
     target, python = package_spec(reward.head) if reward.backend == "package" else (None, None)
     return RewardSpec(
@@ -29,6 +29,6 @@ def reward_spec(reward: RewardConfig) -> RewardSpec:
 
 
 def head_gpus(config: RunConfig) -> dict[str, float]:
-    """Key -> what the actors of a head that could use a GPU ask for."""
+    """The key of the GPUs of every head that could use one -> the number of GPUs that each of its actors asks for."""
     heads = {n: r for n, r in config.rewards.items() if r.replicas and wants_gpu(r.head, r.options)}
     return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}

@@ -1,4 +1,4 @@
-"""The text encoders in an actor of their own, which leaves the accelerators of the rollout actors to the pictures."""
+"""An actor for the text encoders, so that rollout actors need no GPU memory for them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class EncoderSpec:
     """The actor that holds the text encoders for all rollout actors.
 
     Attributes:
-        num_cpus: that it asks for.
-        num_gpus: that it asks for; 0 puts the encoders on the CPU.
-        resources: custom ones that it asks for.
+        num_cpus: the CPUs that it asks for.
+        num_gpus: the GPUs that it asks for, also a share of one; 0 runs the encoders on the CPU.
+        resources: the custom resources that it asks for.
     """
 
     num_cpus: float = 0.25
@@ -33,17 +33,19 @@ class EncoderSpec:
 
     @property
     def bundle(self) -> Resources:
-        """What the actor asks for."""
+        """The resources that the actor asks for."""
         return resources(self.num_cpus, self.num_gpus, self.resources)
 
 
 class EncoderActor:
-    """A pipeline's text encoders in their own process; loaded when first asked for, so that errors travel whole.
+    """The text encoders of a pipeline.
+
+    It loads them at the first call and not in its constructor, whose errors Ray would wrap.
 
     Args:
-        family: of the backbone.
-        options: its arguments.
-        spec: what the actor has.
+        family: the name of the backbone in the registry, or "module:Class".
+        options: the keyword arguments of the backbone.
+        spec: the resources of the actor.
     """
 
     def __init__(self, family: str, options: Mapping[str, Any], spec: EncoderSpec) -> None:
@@ -52,14 +54,14 @@ class EncoderActor:
         self._threads = max(1, int(spec.num_cpus))
         self._encoders: Any = None
 
-    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+    def __repr__(self) -> str:  # Ray's dashboard and logs show this
         return ENCODERS
 
     def ready(self) -> None:
-        """Load the encoders, once.
+        """Load the encoders, if they are not loaded yet.
 
         Raises:
-            EpdRayError: the model's own error.
+            EpdRayError: the model cannot be loaded.
         """
         if self._encoders is None:
             if not torch.cuda.is_available():
@@ -67,19 +69,26 @@ class EncoderActor:
             self._encoders = BACKBONES.build(self._family, self._options)
 
     def embed(self, prompt: str) -> tuple[Tensor, ...]:
-        """One prompt's embedding, on the CPU; the backbone's own for the empty prompt."""
+        """The embedding of a prompt, as tensors on the CPU; the backbone decides how the empty prompt is embedded."""
         with end_if_broken():
             self.ready()
             return tuple(tensor.cpu() for tensor in self._encoders.embeddings([prompt])[0])
 
     def memory(self) -> Memory:
-        """Peaks of this actor."""
+        """The peak memory of this actor so far."""
         return peak_memory()
 
 
 def start_encoder(name: str, family: str, options: Mapping[str, Any], spec: EncoderSpec) -> "ActorHandle[EncoderActor]":
-    """Start the encoder actor under a name that is unique on the cluster."""
-    lasting = {"max_restarts": -1, "max_task_retries": 0}  # its users ask again, but not for ever
+    """Start the encoder actor.
+
+    Args:
+        name: a name that is unique on the cluster.
+        family: see EncoderActor.
+        options: see EncoderActor.
+        spec: the resources of the actor.
+    """
+    lasting = {"max_restarts": -1, "max_task_retries": 0}  # rollout actors repeat a lost call themselves, a few times
     asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
     return ray.remote(EncoderActor).options(name=name, **lasting, **asked).remote(family, dict(options), spec)
 
@@ -88,13 +97,13 @@ def wait_for_encoder(actor: "ActorHandle[EncoderActor]") -> None:
     """Block until the encoders are loaded.
 
     Raises:
-        EpdRayError: the model's own error, or that its processes died over it.
+        EpdRayError: the model cannot be loaded, or the processes of the actor died while loading it.
     """
     insist(actor, ENCODERS, "loading", actor.ready.remote)
 
 
 def embed_with(name: str) -> Callable[[str], tuple[Tensor, ...]]:
-    """What PipelineBackbone.encode_with takes: prompts are embedded by the encoder actor of this name."""
+    """A function that lets the encoder actor of this name embed a prompt, for PipelineBackbone.encode_with."""
     actor = ray.get_actor(name)
 
     def embed(prompt: str) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Virtual environments for the packages that cannot live beside this one, and how actors start in them."""
+"""Virtual environments for published packages that cannot be installed beside this one, and actors that run in them."""
 
 import fcntl
 import hashlib
@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import epd_ray
 from epd_ray.errors import EpdRayError, UnknownNameError
 from epd_ray.registry import did_you_mean
 
@@ -28,29 +27,29 @@ HEADS = {
 """Reward head -> the class that runs its published package, and the environment that the class needs."""
 
 EXTRACTORS = {"inception": "fid"}
-"""Feature extractor -> the environment that it runs in."""
+"""Feature extractor -> the environment in which it runs."""
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-PACKAGE = Path(epd_ray.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 REQUIREMENTS = Path(__file__).parent / "requirements"
 
 log = logging.getLogger(__name__)
 
 
 class EnvironmentFailure(EpdRayError):
-    """An environment of its own that is not built, is out of date, or cannot be built."""
+    """An environment that is not built, is out of date, or cannot be built."""
 
 
 def home() -> Path:
-    """Where environments live: $EPD_RAY_HOME, by default ~/.cache/epd_ray."""
+    """The folder of the environments: $EPD_RAY_HOME, by default ~/.cache/epd_ray."""
     return Path(os.environ.get("EPD_RAY_HOME") or Path.home() / ".cache" / "epd_ray").expanduser().absolute()
 
 
 def requirements(name: str) -> list[str]:
-    """The requirement lines of an environment, without comments.
+    """The lines of an environment's requirement file, without comments.
 
     Raises:
-        UnknownNameError: no such environment.
+        UnknownNameError: there is no environment of this name.
     """
     if name not in NAMES:
         raise UnknownNameError(f"unknown environment {name!r}{did_you_mean(name, NAMES)}")
@@ -59,10 +58,10 @@ def requirements(name: str) -> list[str]:
 
 
 def interpreter(name: str) -> Path:
-    """The Python of a built environment.
+    """The Python interpreter of an environment.
 
     Raises:
-        UnknownNameError: no such environment.
+        UnknownNameError: there is no environment of this name.
         EnvironmentFailure: it is not built, or was built for another Ray, Python or requirement file.
     """
     problem = _problem(name)
@@ -73,11 +72,14 @@ def interpreter(name: str) -> Path:
 
 
 def package_spec(head: str) -> tuple[str, Path]:
-    """What runs `head` through its published package: the class, as the registry takes it, and the interpreter.
+    """How a head runs through its published package.
+
+    Returns:
+        The "module:Class" of the head, and the interpreter of its environment.
 
     Raises:
-        UnknownNameError: no package for this head.
-        EnvironmentFailure: as `interpreter`.
+        UnknownNameError: no published package has this head.
+        EnvironmentFailure: see `interpreter`.
     """
     if head not in HEADS:
         raise UnknownNameError(f"reward head {head!r} has no package backend{did_you_mean(head, HEADS)}")
@@ -86,40 +88,42 @@ def package_spec(head: str) -> tuple[str, Path]:
 
 
 def runtime_env(python: str) -> dict[str, object]:
-    """The Ray runtime environment of an actor that runs on the interpreter of an environment.
+    """The runtime environment of Ray for an actor that runs on the interpreter `python`.
 
-    Ray's shell chooses the interpreter: on a node without the environment the driver's takes its place, where the head
-    says what it misses; Ray would try to start one that is not there for ever. PYTHONPATH is emptied because it may
-    hold the driver's own packages, which would come before the environment's.
+    Where a node has no such interpreter, the actor runs on that of the driver, and the head says which package is
+    missing; Ray itself would try to start the missing interpreter for ever. PYTHONPATH is emptied, because the packages
+    of the driver would hide those of the environment.
     """
     own, other = shlex.quote(python), shlex.quote(sys.executable)
     return {"py_executable": f'"$(test -x {own} && echo {own} || echo {other})"', "env_vars": {"PYTHONPATH": ""}}
 
 
 def install(name: str, *, force: bool = False, say: Callable[[str], None] = log.info) -> Path:
-    """Build an environment on this machine, unless it is built and current.
+    """Build an environment on this machine, unless it is built and up to date.
 
     Args:
         name: one of NAMES.
-        force: build it again in any case.
-        say: takes a line of progress.
+        force: whether to build it again in any case.
+        say: receives each line of progress.
 
     Returns:
-        Its interpreter.
+        The interpreter of the environment.
 
     Raises:
-        UnknownNameError: no such environment.
+        UnknownNameError: there is no environment of this name.
         EnvironmentFailure: a step of the build failed.
     """
     wanted = _identity(name)
     folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), lambda: say(f"{name}: another process is building it, waiting")):
+    with _locked(
+        folder.with_suffix(".lock"), lambda: say(f"{name}: waiting for another process that builds the environment")
+    ):
         if force or _problem(name):
             _build(name, folder, say)
             record = folder / "environment.json.new"
             record.write_text(json.dumps(wanted))
-            record.replace(_record(name))  # what makes it count as built
+            record.replace(_record(name))  # the environment counts as built when this file is there
     return interpreter(name)
 
 
@@ -130,25 +134,25 @@ def _build(name: str, folder: Path, say: Callable[[str], None]) -> None:
     python = str(_python(name))
     say(f"{name}: making a virtual environment in {folder}")
     _run(name, [sys.executable, "-m", "virtualenv", "--quiet", str(folder)], say)
-    say(f"{name}: installing {', '.join(requirements(name))} (gigabytes, minutes)")
+    say(f"{name}: installing {', '.join(requirements(name))}, which takes minutes and gigabytes of disk")
     wheels = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     _run(name, [*wheels, *requirements(name), f"ray=={metadata.version('ray')}"], say)
     if name == "hpsv2":
         source, target = _packages(folder) / "open_clip", _packages(folder) / "hpsv2" / "src" / "open_clip"
         shutil.copyfile(source / VOCABULARY, target / VOCABULARY)
     _link(folder)
-    say(f"{name}: trying it")
-    # Imports what an actor will, which also leaves the compiled files that make its start fast.
+    say(f"{name}: trying the environment")
+    # This imports what an actor imports, and so also compiles the modules, which makes the actor start faster.
     needed = "import epd_ray.evaluation.suites.feature_pool; from epd_ray.rewards import package"
     _run(name, [python, "-W", "ignore", "-c", f"{needed}; package.PACKAGES[{name!r}]()"], say)
-    say(f"{name}: built")
+    say(f"{name}: the environment is built")
 
 
 def _run(name: str, command: Sequence[str], say: Callable[[str], None]) -> None:
-    """Run a step, passing on what shows that it moves.
+    """Run a step of the build, and pass its lines of progress on.
 
     Raises:
-        EnvironmentFailure: with the step's own last word.
+        EnvironmentFailure: the step failed; the message has its error.
     """
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     last: deque[str] = deque(maxlen=40)
@@ -167,7 +171,7 @@ def _run(name: str, command: Sequence[str], say: Callable[[str], None]) -> None:
 
 
 def _problem(name: str) -> str | None:
-    """Why an environment cannot be used as it is; None when it can."""
+    """Why an environment cannot be used; None where it can."""
     wanted = _identity(name)
     record = _record(name)
     if not record.is_file():
@@ -185,14 +189,14 @@ def _problem(name: str) -> str | None:
 
 
 def _identity(name: str) -> dict[str, str]:
-    """What an environment is built for."""
+    """The versions of Ray, Python and the requirements for which an environment is built."""
     content = hashlib.sha256("\n".join(requirements(name)).encode()).hexdigest()[:12]
     minor = ".".join(platform.python_version_tuple()[:2])
     return {"ray": metadata.version("ray"), "python": minor, "requirements": content}
 
 
 def _link(folder: Path) -> None:
-    """Let the environment import this very package, and nothing else of where it is installed."""
+    """Link this package into the environment, without the other packages beside it."""
     link = _packages(folder) / PACKAGE.name
     if link.is_symlink() and link.readlink() == PACKAGE:
         return

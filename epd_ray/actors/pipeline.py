@@ -1,4 +1,5 @@
-"""Tasks through generation and scoring, with retries: the images of one task are scored while others are made."""
+"""The way of tasks through generation and scoring, with retries. The images of one task are scored while the next ones
+are drawn."""
 
 import logging
 import time
@@ -21,16 +22,16 @@ from epd_ray.types import FloatArray, ImageArray
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 0.25  # for an answer, before the pools look around
-SILENT_SECONDS = 30.0  # of waiting without an answer, before it is said who is waited for; then twice as many
-TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, few enough that images fit the object store
+WAIT_SECONDS = 0.25  # to wait for an answer before the pools check their actors
+SILENT_SECONDS = 30.0  # without an answer before the first warning; each further warning comes after twice as many
+TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, and few enough for the object store
 MAX_ATTEMPTS = 3
-MAX_LOSSES = 10  # a task that takes its actors down with it must not do so for ever
-LOST_IMAGES = ray.exceptions.ObjectLostError  # also of an owner that died
+MAX_LOSSES = 10  # a task that kills its actors must not do so for ever
+LOST_IMAGES = ray.exceptions.ObjectLostError  # also raised where the owner of the images died
 
 
 class LocalRunner(Protocol):
-    """Does the tasks in the driver, where there are no rollout actors."""
+    """Does tasks in the driver, where there are no rollout actors."""
 
     def run(self, task: Task) -> Answer: ...
 
@@ -40,11 +41,11 @@ class Outcome:
     """A finished task.
 
     Attributes:
-        value: what the worker returned beside images.
-        scores: head -> raw values [B], empty for tasks without scoring.
-        images: [B, 3, H, W] uint8 when the task keeps them.
-        generate_seconds: in the rollout actor.
-        head_seconds: head -> in its actor, or in the driver.
+        value: what the method of the worker returned beside images.
+        scores: the name of each head -> its raw scores, [B]; empty for tasks without scoring.
+        images: [B, 3, H, W], uint8; None unless the task keeps its images.
+        generate_seconds: the seconds of the task in the rollout actor.
+        head_seconds: the name of each head -> the seconds that it took to score.
     """
 
     value: Any
@@ -55,7 +56,7 @@ class Outcome:
 
     @property
     def score_seconds(self) -> float:
-        """In the slowest head."""
+        """The seconds of the slowest head."""
         return max(self.head_seconds.values(), default=0.0)
 
 
@@ -76,9 +77,9 @@ class RolloutPipeline:
     """Hands tasks to free rollout actors and their images to the reward actors.
 
     Args:
-        runners: actors with TaskRunner's methods.
-        rewards: the heads.
-        local: does the tasks in the driver, where there are no rollout actors.
+        runners: the pool of rollout actors, which have the methods of TaskRunner.
+        rewards: the pools of the reward heads.
+        local: does the tasks in the driver where there are no rollout actors; else None.
     """
 
     def __init__(self, runners: Pool, rewards: RewardPool, local: LocalRunner | None = None) -> None:
@@ -94,10 +95,10 @@ class RolloutPipeline:
         self.retries = self.recoveries = 0
         self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
         self.memory: dict[str, Memory] = {}
-        """Peaks, as the actors that answered last told them: "rollout", "reward <head>"."""
+        """"rollout" or "reward <head>" -> the peak memory of the actor of this kind that answered last."""
 
     def submit(self, tasks: Iterable[Task]) -> None:
-        """Queue tasks, first come first served."""
+        """Add tasks to the end of the queue."""
         for task in tasks:
             call = Call(task.task_id, _runs(task))
             self._pending[task.task_id] = _Pending(task, call)
@@ -108,7 +109,7 @@ class RolloutPipeline:
             self._runners.submit(call)
 
     def discard(self) -> None:
-        """Forget all tasks; what the actors are at already comes to nothing."""
+        """Drop all tasks. Actors finish the calls that they have begun, but the answers are ignored."""
         self._pending.clear()
         self._done.clear()
         for pool in (self._runners, *self._rewards.values()):
@@ -116,20 +117,26 @@ class RolloutPipeline:
 
     @property
     def runners(self) -> list[ActorHandle[Any]]:
-        """All rollout actors."""
+        """The handles of all rollout actors."""
         return self._runners.actors
 
     def stop(self) -> None:
-        """End the rollout actors, whatever they are at and also those that wait for room."""
+        """End all rollout actors at once, also those that still wait for room."""
         self._runners.stop()
 
     def collect(self, task_ids: Iterable[str]) -> list[Outcome]:
-        """Block until these tasks are done; their outcomes in the order asked.
+        """Block until some tasks are done.
+
+        Args:
+            task_ids: the ids of submitted tasks.
+
+        Returns:
+            The outcomes, in the order of `task_ids`.
 
         Raises:
-            EpdRayError: a wrong reward, a model that cannot be used, or a task whose actors die over and over.
-            TaskError: a task failed three times, on different actors where there are several, or an actor broke its
-                GPU as often in a row; the cause is the error.
+            EpdRayError: a reward is not valid, a model cannot be used, or the actors of a task died MAX_LOSSES times.
+            TaskError: a task failed MAX_ATTEMPTS times, on different actors where there are several, or the processes
+                of an actor had that many CUDA errors in a row. The cause is the last error.
         """
         wanted = list(task_ids)
         while missing := [i for i in wanted if i not in self._done]:
@@ -143,10 +150,13 @@ class RolloutPipeline:
         return [self._done.pop(i) for i in wanted]
 
     def stream(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
-        """Do any number of tasks, a few at a time; each with its outcome as it comes, in any order.
+        """Do any number of tasks, TASKS_AHEAD per rollout actor at a time.
 
         Args:
-            tasks: taken one by one, as there is room.
+            tasks: the tasks, which are taken from the iterable when there is room for them.
+
+        Yields:
+            Each task with its outcome as soon as it is done, in any order.
 
         Raises:
             EpdRayError: see `collect`.
@@ -164,7 +174,7 @@ class RolloutPipeline:
                 yield waiting.pop(task_id), self._done.pop(task_id)
 
     def _run_here(self) -> bool:
-        """Run one task in the driver, where there are no rollout actors; whether there was one."""
+        """Do one task in the driver, where there are no rollout actors. Returns whether there was a task to do."""
         waiting = next((p for p in self._pending.values() if p.answer is None), None)
         if self._local is None or waiting is None:
             return False
@@ -172,11 +182,15 @@ class RolloutPipeline:
         return True
 
     def _holds(self, number: int) -> bool:
-        """Whether a rollout actor's images are still to be scored: they would be lost with it."""
+        """Whether images of a rollout actor are not scored yet: they would be lost if the actor ended."""
         return any(p.maker == number and p.answer is not None for p in self._pending.values())
 
     def poll(self, wait: float) -> None:
-        """Take in what is ready, waiting at most so many seconds for the first of it, and start what can be started."""
+        """Handle the answers that are ready, and hand out waiting tasks.
+
+        Args:
+            wait: the largest number of seconds to wait for the first answer.
+        """
         pools = [self._runners, *self._rewards.values()]
         begin, answers = time.monotonic(), 0
         references = [reference for pool in pools for reference in pool.references()]
@@ -191,7 +205,7 @@ class RolloutPipeline:
                     self._on_score(head, ended)
                     answers += not ended.lost
         elif self._local is None:
-            time.sleep(min(wait, 0.05))  # all actors are lost and on their way back
+            time.sleep(min(wait, 0.05))  # all actors are lost and restart
         if time.monotonic() > self._next_tick:
             self._next_tick = time.monotonic() + WAIT_SECONDS
             for pool in pools:
@@ -199,19 +213,19 @@ class RolloutPipeline:
         self._count_silence(0.0 if answers else self._silent + time.monotonic() - begin)
 
     def _count_silence(self, seconds: float) -> None:
-        """Say who is waited for, where nobody has answered for so many seconds of waiting."""
+        """Warn of the actors that are waited for, after a number of seconds without any answer."""
         self._silent = seconds
         if not seconds:
             self._next_word = SILENT_SECONDS
         elif seconds >= self._next_word:
             self._next_word *= 2
             if who := [said for pool in (self._runners, *self._rewards.values()) if (said := pool.busy())]:
-                log.warning("waiting %.0f s for %s", seconds, "; ".join(who))
+                log.warning("no answer for %.0f s from %s", seconds, "; ".join(who))
 
     def _on_answer(self, ended: Ended) -> None:
         pending = self._pending.get(ended.call.key)
         if pending is None or pending.call is not ended.call:
-            return  # of a task that was discarded
+            return  # the task was discarded
         if ended.lost:
             self._requeue(pending, f"rollout actor {ended.number} {ended.how_lost}", late=ended.late)
             return
@@ -235,7 +249,7 @@ class RolloutPipeline:
             self._finish(pending)
 
     def _begin_scoring(self, pending: _Pending, images: "ray.ObjectRef[Any] | None") -> None:
-        """Score in the driver what is scored there, then hand the images on to the heads' actors."""
+        """Score with the heads in the driver, then hand the images to the reward actors."""
         assert images is not None
         task = pending.task
         try:
@@ -276,13 +290,13 @@ class RolloutPipeline:
             self._finish_scored(pending)
 
     def _count_break(self, actor: str, error: BrokenGpuError) -> None:
-        """Another process of an actor may do better, unless so many in a row have done nothing."""
+        """Count a CUDA error of an actor, and raise TaskError after MAX_ATTEMPTS of its processes in a row."""
         self._breaks[actor] += 1
         if self._breaks[actor] >= MAX_ATTEMPTS:
             raise TaskError(f"{actor} failed in {MAX_ATTEMPTS} processes in a row, last with {error}") from error
 
     def _rescore(self, pending: _Pending, head: str, ended: Ended, error: BrokenGpuError) -> None:
-        """Ask another of the head's actors, or this one's next process, unless the task's errors are too many."""
+        """Score again with another actor of the head or a new process of this one, unless a task failed too often."""
         self.retries += 1
         pending.attempts += 1
         if pending.attempts >= MAX_ATTEMPTS:
@@ -314,12 +328,12 @@ class RolloutPipeline:
             self.recovered(time.monotonic() - pending.lost_at)
 
     def recovered(self, seconds: float) -> None:
-        """Count work that was lost and is done again, so many seconds later."""
+        """Count lost work that is done again, and the seconds since it was lost."""
         self.recoveries += 1
         self._recover_seconds += seconds
 
     def _requeue(self, pending: _Pending, why: str, error: BaseException | None = None, *, late: bool = False) -> None:
-        """Make the task's images again, unless its own errors or the actors lost with it are too many."""
+        """Draw the images of a task again, unless it failed or lost its actors too often."""
         pending.answer, pending.scoring, pending.scores = None, {}, {}
         if error is None:
             self._lose(pending, why, late)
@@ -345,12 +359,12 @@ class RolloutPipeline:
         log.warning("task %s runs again: %s", pending.task.task_id, why)
 
     def give_way(self) -> None:
-        """Leave the room to what was lost: no actors are added for a while."""
+        """Add no actors for a while, so that the lost ones have room to restart."""
         for pool in (self._runners, *self._rewards.values()):
             pool.give_way()
 
     def take_metrics(self) -> dict[str, float]:
-        """Queues and actors as they are; waits, recoveries and their seconds since the last call."""
+        """The present queues and actors, and the waits and recovery seconds since the last call, as metrics by name."""
         found = {
             "queue/waiting": self._runners.waiting,
             "queue/generating": self._runners.working,

@@ -1,4 +1,4 @@
-"""Elastic pools of restartable actors: calls wait in one queue for the first actor that is free."""
+"""Pools of actors that restart, and whose number follows the load. Calls wait in one queue for the first free actor."""
 
 import logging
 import math
@@ -15,26 +15,29 @@ from epd_ray.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-DEAD = (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError)  # the latter: ended by Ray, without a restart
+DEAD = (
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.OutOfMemoryError,
+)  # the latter where Ray ended the process without a restart
 LOST_ACTOR = (*DEAD, ray.exceptions.ActorUnavailableError)
-CHECK_SECONDS = 0.5  # between questions to an actor that is away
-DEATHS = 3  # of one actor in a row while it loads
+CHECK_SECONDS = 0.5  # between checks of an actor that is away
+DEATHS = 3  # of an actor in a row while it loads
 LOOK_BACK_SECONDS = 5.0  # over which the load is averaged
-SHRINK_SECONDS = 60.0  # that the load must have been low
+SHRINK_SECONDS = 60.0  # of low load before actors are ended
 TASK_SECONDS = 1800.0  # without an answer, before an actor counts as lost
-FIRST = 4  # times as long may the first answer of a process take, which loads a model, or compiles it
-SHOWN = 4  # actors of a pool that a message names
-CALM_SECONDS = 30.0  # without growth after a loss: what was lost comes back first
+FIRST = 4  # the first answer of a process may take this many times as long, because it loads or compiles a model
+SHOWN = 4  # the largest number of actors that a message names
+CALM_SECONDS = 30.0  # after a loss in which no actors are added, so that the lost one restarts first
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many actors a pool may have.
+    """The number of actors that a pool may have.
 
     Attributes:
-        low: at least, >= 0; there is always room for them.
-        high: at most.
-        load: calls, waiting or under way, that one actor is meant to have.
+        low: the smallest number of actors, >= 0, for which the cluster always has room.
+        high: the largest number of actors.
+        load: the number of calls per actor, waiting or in progress, that the pool aims for.
     """
 
     low: int
@@ -47,9 +50,9 @@ class Call:
     """Work for one actor.
 
     Attributes:
-        key: what it is called.
-        send: makes the remote call.
-        avoid: numbers of the actors that it failed on; others get it where there are any.
+        key: the name of the call.
+        send: makes the remote call on the given actor.
+        avoid: the numbers of the actors on which the call failed; it goes to other actors where there are any.
     """
 
     key: str
@@ -59,8 +62,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a call: a value, or the error; `lost` when the actor was lost with it, `late` when it was ended
-    because it gave no answer in time."""
+    """The end of a call.
+
+    Attributes:
+        call: the call.
+        number: the number of the actor.
+        value: the answer of the actor; None where there is an error.
+        error: the error; None where there is an answer.
+        lost: whether the actor died during the call.
+        late: whether the actor was ended because it gave no answer in time.
+    """
 
     call: Call
     number: int
@@ -71,7 +82,7 @@ class Ended:
 
     @property
     def how_lost(self) -> str:
-        """What became of the actor, for people."""
+        """What happened to the actor, as a phrase for messages."""
         return "gave no answer in time" if self.late else "was lost"
 
 
@@ -84,28 +95,28 @@ class _Member:
     check: "ray.ObjectRef[Any] | None" = None
     next_check: float = 0.0
     deaths: int = 0
-    since: float | None = None  # when it last answered, or was asked with nothing to do; None: it may wait for room
-    answered: bool = False  # a call, in this process
+    since: float | None = None  # when it last answered, or got its first call; None while it may wait for room
+    answered: bool = False  # whether its present process has answered a call
     late: bool = False
     calls: "dict[ray.ObjectRef[Any], Call]" = field(default_factory=dict)
 
 
 class Pool:
-    """Actors of one kind, between two bounds, each with at most `depth` calls.
+    """Actors of one kind, whose number stays between two bounds, with at most `depth` calls each.
 
-    The pool grows with the load of the last seconds and shrinks when it was low for a minute. An actor that was added
-    and still waits for room gives way as soon as any actor is lost, so that it does not take the place of that one.
+    The pool grows with the mean load of the last seconds, and shrinks after a minute of low load. An actor that was
+    added and still waits for room is ended as soon as any other actor is lost, so that the lost one finds room.
 
     Args:
-        what: the actors, for people: "reward head 'clip'".
-        actors: that are there at the start, by number.
-        make: starts one more; its number and its handle.
-        load: asks an actor to load what it works with; the answer's error is its own.
-        bounds: of the number of actors.
-        depth: calls that one actor may have; a second is fetched while the first is worked on.
-        timeout_s: without an answer, before an actor counts as lost: its process is ended, and another takes its place.
-            The first answer of a process may take FIRST times as long. None: no bound.
-        removed: told the number of an actor that is gone for good.
+        what: the name of the actors in messages, such as "reward head 'clip'".
+        actors: the actors at the start, as pairs of number and handle.
+        make: starts another actor, and returns its number and its handle.
+        load: asks an actor to load its model; the answer has the error if it cannot.
+        bounds: the bounds of the number of actors.
+        depth: the number of calls that an actor may have; the data of a second one arrive while the first is done.
+        timeout_s: seconds without an answer after which the process of an actor is ended and replaced. The first answer
+            of a process may take FIRST times as long. None sets no bound.
+        removed: is called with the number of an actor that will not come back.
     """
 
     def __init__(
@@ -123,7 +134,7 @@ class Pool:
         self._make, self._load, self._depth, self._removed = make, load, depth, removed
         self._timeout_s = math.inf if timeout_s is None else timeout_s
         self.holds: Callable[[int], bool] = lambda number: False
-        """Whether the actor of this number has what others still need, so that it must not end."""
+        """Whether the actor of this number holds data that is still needed, so that the pool must not end it."""
         self._members = [_Member(number, actor, "there") for number, actor in actors]
         self._waiting: deque[Call] = deque()
         self._loads: deque[tuple[float, int]] = deque()
@@ -134,25 +145,31 @@ class Pool:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Queue a call, first come first served."""
+        """Add a call to the end of the queue."""
         self._waiting.append(call)
         self._dispatch()
 
     def forget(self) -> None:
-        """Drop the calls that wait; what is under way ends, and comes out of `take` as usual."""
+        """Drop the calls that wait. Calls in progress continue, and `take` returns them as usual."""
         self._waiting.clear()
 
     def references(self) -> "list[ray.ObjectRef[Any]]":
-        """What to wait for: every answer that is still to come."""
+        """The references of all answers that are still to come."""
         checks = [m.check for m in self._members if m.check is not None]
         return [*checks, *(reference for m in self._members for reference in m.calls)]
 
     def take(self, ready: "set[ray.ObjectRef[Any]]") -> list[Ended]:
-        """Take in what is ready of `references`, and hand out what waits.
+        """Handle the answers that are ready, and hand out waiting calls.
+
+        Args:
+            ready: the `references` that are ready.
+
+        Returns:
+            The calls that have ended.
 
         Raises:
             ModelError: an actor died DEATHS times while loading.
-            Exception: why an actor could not load; of one that was added, only a warning.
+            Exception: an actor cannot load its model. For an actor that the pool added, this is only a warning.
         """
         self._count_idle()
         ended = []
@@ -160,7 +177,7 @@ class Pool:
             for reference in [r for r in member.calls if r in ready]:
                 call = member.calls.pop(reference, None)
                 member.since = time.monotonic()
-                if call is not None:  # else the loss of another has queued it again
+                if call is not None:  # otherwise the loss of another actor has queued it again
                     ended.append(self._end(member, call, reference))
         for member in list(self._members):
             if member.check in ready:
@@ -171,7 +188,9 @@ class Pool:
     def _end(self, member: _Member, call: Call, reference: "ray.ObjectRef[Any]") -> Ended:
         try:
             value = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:  # first: it may also be of the class of its cause
+        except (
+            ray.exceptions.RayTaskError
+        ) as error:  # before the others, because it may also be of the class of its cause
             return Ended(call, member.number, error=error)
         except LOST_ACTOR as error:
             if member.state == "there":
@@ -198,17 +217,19 @@ class Pool:
         self._waiting = kept
 
     def _choose(self, call: Call) -> _Member | None:
-        """The least loaded of those that are free; not one that the call failed on where another is there."""
+        """The least loaded free actor, where possible one on which the call has not failed; None if none is free."""
         there = [m for m in self._members if m.state == "there"]
         others = [m for m in there if m.number not in call.avoid]
         free = [m for m in others or there if len(m.calls) < self._depth]
         return min(free, key=lambda m: len(m.calls), default=None)
 
-    # -- actors that come and go --------------------------------------------------------------------------------------
+    # -- actors that join and leave ------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """End those that are late, ask after those that are away, follow the load; to be called every few tenths of a
-        second."""
+        """End actors that are late, check those that are away, and adapt the number of actors to the load.
+
+        The owner of the pool calls this method every few tenths of a second.
+        """
         self._count_idle()
         now = time.monotonic()
         for member in list(self._members):
@@ -220,7 +241,7 @@ class Pool:
         self._dispatch()
 
     def _end_if_late(self, member: _Member, now: float) -> None:
-        """End the process of an actor that has not answered for too long: it counts as lost from then on."""
+        """End the process of an actor that has not answered for too long, and count the actor as lost."""
         asked = member.calls or member.state == "loading"
         if not asked or member.since is None or member.late or member.state == "away":
             return
@@ -247,7 +268,7 @@ class Pool:
             self._came(member)
 
     def _came(self, member: _Member) -> None:
-        """The process is there: let it load, then give it work."""
+        """Let an actor whose process has started load its model, or mark it as ready if it has loaded."""
         if member.state == "away":
             member.state, member.check = "loading", self._load(member.actor)
             member.since, member.answered, member.late = time.monotonic(), False, False
@@ -263,7 +284,7 @@ class Pool:
         member.state, member.next_check = "away", time.monotonic() + CHECK_SECONDS
 
     def _died(self, member: _Member) -> None:
-        """It never comes back by itself: another takes its place where it is needed."""
+        """Drop an actor that does not restart, and add another one if the pool is too small."""
         if member.state == "loading":
             self._died_loading += 1
             if self._died_loading >= DEATHS:
@@ -282,7 +303,7 @@ class Pool:
             cause = ModelError(f"{self.what}: its environment cannot be set up: {last_line(error)}")
         if not member.grown:
             raise cause
-        log.warning("%s: no more actors are added, one could not load: %s", self.what, cause)
+        log.warning("%s: the pool adds no more actors, because one could not load: %s", self.what, cause)
         self._drop(member)
         self.bounds = Bounds(self.bounds.low, max(self.bounds.low, len(self._members)), self.bounds.load)
 
@@ -306,7 +327,7 @@ class Pool:
                 self._drop(member)
 
     def give_way(self) -> None:
-        """End the added actors that wait for room, load or were lost; no growth for a while."""
+        """End added actors that are not ready, and add none for a while, so that lost actors find room."""
         self._calm_until = time.monotonic() + CALM_SECONDS
         for member in [m for m in self._members if m.grown and m.state != "there"]:
             self._drop(member)
@@ -327,15 +348,15 @@ class Pool:
         for member in list(self._members):
             self._drop(member)
 
-    # -- what is told about it ----------------------------------------------------------------------------------------
+    # -- metrics and messages -----------------------------------------------------------------------------------------
 
     @property
     def actors(self) -> "list[ActorHandle[Any]]":
-        """All that the pool has, there or not."""
+        """The handles of all actors of the pool, ready or not."""
         return [m.actor for m in self._members]
 
     def busy(self) -> str:
-        """The actors that have something to do, or are not there, and what it is; empty where there are none."""
+        """The actors that have calls or are not ready, with their calls or states, for messages; empty without any."""
         what = {m.number: ", ".join(f"task {c.key}" for c in m.calls.values()) or m.state for m in self._members}
         said = [f"actor {number} ({doing})" for number, doing in what.items() if doing != "there"]
         more = [f"{len(said) - SHOWN} more"] if len(said) > SHOWN else []
@@ -343,26 +364,26 @@ class Pool:
 
     @property
     def present(self) -> int:
-        """Actors that can work."""
+        """The number of actors that are ready."""
         return sum(m.state == "there" for m in self._members)
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for an actor."""
+        """The number of calls that wait for an actor."""
         return len(self._waiting)
 
     @property
     def working(self) -> int:
-        """Calls under way."""
+        """The number of calls in progress."""
         return sum(len(m.calls) for m in self._members)
 
     def _count_idle(self) -> None:
-        """Add up the seconds of actors that could work and have nothing to do."""
+        """Add up the seconds in which actors are ready and have no calls."""
         now = time.monotonic()
         self.idle_seconds += (now - self._counted) * sum(m.state == "there" and not m.calls for m in self._members)
         self._counted = now
 
 
 def last_line(error: BaseException) -> str:
-    """What Ray's errors say after pages of context."""
+    """The last line of an error, which is where Ray gives the reason."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Ray around the plain workers: reward actors and their pools; or the heads in the driver, where that scores."""
+"""Reward actors and their pools, and the heads that score in the driver."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,29 +20,29 @@ from epd_ray.telemetry.memory import Memory, peak_memory
 from epd_ray.types import FloatArray, ImageArray
 from epd_ray.weights.devices import one_thread
 
-RESTART_SECONDS = 300.0  # for a process to take the place of one that died
+RESTART_SECONDS = 300.0  # in which a new process must take the place of one that died
 POLL_SECONDS = 0.2
-ATTEMPTS = 3  # processes that may die over the same work
-CALLS_PER_ACTOR = 2  # images of the second travel while the first is scored
+ATTEMPTS = 3  # processes of an actor that may die over the same call
+CALLS_PER_ACTOR = 2  # the images of the second call arrive while those of the first are scored
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One head of the mix, and the actors that run it.
+    """A reward head, and the actors that run it.
 
     Attributes:
         head: a name in the registry, or "module:Class".
-        target: the "module:Class" that runs in its place, where a published package does the head's work.
-        options: the head's keyword arguments.
-        weight: share in the mix, relative to the other heads.
-        replicas: number of actors at the start; 0: the driver scores, without an actor.
-        min_replicas: they may become this few while little waits to be scored; None: as many as at the start.
-        max_replicas: they may become this many while much does; None: as many as at the start.
-        num_cpus: per actor.
-        num_gpus: per actor.
-        resources: custom resources per actor.
-        python: interpreter of an environment of its own (see environments); None for the driver's.
+        target: the "module:Class" that runs in place of the head, where it runs in a published package; else None.
+        options: the keyword arguments of the head.
+        weight: the weight of the head in the reward, relative to the other heads.
+        replicas: the number of actors at the start; with 0 the driver scores.
+        min_replicas: the smallest number of actors, while few images wait; None for `replicas`.
+        max_replicas: the largest number of actors, while many images wait; None for `replicas`.
+        num_cpus: the CPUs of each actor.
+        num_gpus: the GPUs of each actor, also a share of one.
+        resources: the custom resources of each actor.
+        python: the interpreter of the environment of the head (see environments); None for that of the driver.
     """
 
     head: str = "clip"
@@ -59,18 +59,18 @@ class RewardSpec:
 
     @property
     def bundle(self) -> Resources:
-        """What one actor asks for."""
+        """The resources that one actor asks for."""
         return resources(self.num_cpus, self.num_gpus, self.resources)
 
 
 def wants_gpu(head: str, options: Mapping[str, Any]) -> bool:
-    """Whether a head's model is one for a GPU: neither embedded, nor on another machine."""
+    """Whether a head could use a GPU, because its model is neither embedded nor on another machine."""
     return head not in ("http", "simulated") and options.get("model") not in EMBEDDED
 
 
 @dataclass(frozen=True)
 class TimedScores:
-    """Raw scores [B], the seconds they took, and the actor's peak memory so far."""
+    """Raw scores, [B], the seconds that they took, and the peak memory of the process so far."""
 
     values: FloatArray
     seconds: float
@@ -78,23 +78,28 @@ class TimedScores:
 
 
 class RewardActor:
-    """A Scorer for a process of its own, or for the driver.
+    """A Scorer in an actor or in the driver.
 
-    It is built when first asked for, so that errors travel whole and deaths of its process are counted.
+    It builds the head at the first call and not in its constructor, whose errors Ray would wrap.
+
+    Args:
+        name: the name of the head in this run.
+        head: the name of the head in the registry, or "module:Class".
+        options: the keyword arguments of the head.
     """
 
     def __init__(self, name: str, head: str, options: Mapping[str, Any]) -> None:
         self._name, self._head, self._options = name, head, options
         self._scorer: Scorer | None = None
 
-    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+    def __repr__(self) -> str:  # Ray's dashboard and logs show this
         return f"reward {self._name}"
 
     def ready(self) -> None:
-        """Build the head, once.
+        """Build the head, if it is not built yet.
 
         Raises:
-            EpdRayError: what keeps it from being built.
+            EpdRayError: the head cannot be built.
         """
         self._built()
 
@@ -104,7 +109,7 @@ class RewardActor:
                 self._scorer = Scorer(self._name, HEADS.build(self._head, self._options))
             except EpdRayError:
                 raise
-            except Exception as error:  # anybody's class may stand here; its own words go to the user
+            except Exception as error:  # a class of the user may raise anything, and the user sees its message
                 if is_own_bug(error):
                     raise
                 why = f"{type(error).__name__}: {error}"
@@ -120,16 +125,16 @@ class RewardActor:
         return TimedScores(values, time.perf_counter() - start, peak_memory())
 
     def model_id(self) -> str:
-        """What the head's model is called."""
+        """The name of the head's model."""
         return self._built().head.model_id
 
 
 class RewardPool:
-    """An elastic pool of restartable actors per head; heads without replicas are in this process.
+    """A pool of actors per head. Heads without replicas score in this process.
 
     Args:
-        specs: head name in this run -> its spec.
-        tag: makes actor names unique on the cluster.
+        specs: the name of each head in this run -> its spec.
+        tag: a text that makes the names of the actors unique on the cluster.
         timeout_s: see Pool.
     """
 
@@ -144,7 +149,7 @@ class RewardPool:
 
     def _pool(self, name: str, spec: RewardSpec) -> Pool:
         low, high = spec.min_replicas or spec.replicas, spec.max_replicas or spec.replicas
-        if ray.util.get_current_placement_group() is not None:  # a trial, whose room is fixed
+        if ray.util.get_current_placement_group() is not None:  # the resources of a Tune trial are fixed
             low = high = spec.replicas
         start = [self._make(name) for _ in range(spec.replicas)]
         bounds = Bounds(low, max(high, spec.replicas), CALLS_PER_ACTOR)
@@ -155,7 +160,7 @@ class RewardPool:
         spec = self.specs[name]
         self._made += 1
         asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources)}
-        # A call that its process died over is not repeated by Ray, which would do so for ever.
+        # Ray must not repeat a call whose process died, because it would do so for ever.
         lasting = {"name": f"reward:{name}:{self._tag}:{self._made}", "max_restarts": -1, "max_task_retries": 0}
         return self._made, start_head(name, spec, {**asked, **lasting})
 
@@ -163,13 +168,13 @@ class RewardPool:
         """Block until every head is loaded.
 
         Raises:
-            EpdRayError: the head's own error, or that its processes died over it.
+            EpdRayError: a head cannot be loaded, or its processes died while loading it.
         """
         everyone = [(name, actor) for name, pool in self.pools.items() for actor in pool.actors]
         for _, actor in everyone:
-            actor.ready.remote().future()  # all load at once; Ray would complain of errors that nobody takes
+            actor.ready.remote().future()  # all load at once; with a future Ray does not log unfetched errors
         for head in self._here.values():
-            one_thread()  # as in an actor: the last bits depend on it
+            one_thread()  # as in an actor, because the last bits depend on the number of threads
             head.ready()
         for name, actor in everyone:
             insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
@@ -177,7 +182,14 @@ class RewardPool:
     def score(
         self, key: str, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
     ) -> dict[str, Call]:
-        """One call per head, on images that stay where they are until an actor opens them."""
+        """Queue one call per head that has actors; the images stay in the object store until an actor fetches them.
+
+        Args:
+            key: the key of the calls.
+            images: [B, 3, H, W], uint8, in the object store.
+            prompts: the prompt of each image.
+            rollout_ids: the rollout id of each image, for messages.
+        """
         calls = {name: Call(key, _scores(name, images, prompts, rollout_ids)) for name in self.pools}
         for name, call in calls.items():
             self.pools[name].submit(call)
@@ -186,10 +198,10 @@ class RewardPool:
     def score_here(
         self, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
     ) -> dict[str, TimedScores]:
-        """What the heads in this process say, now.
+        """Score with the heads in this process, and return when they are done; the arguments are those of `score`.
 
         Raises:
-            RewardError: an answer that is no reward.
+            RewardError: a score is not valid.
             RayError: the images are lost.
         """
         if not self._here:
@@ -199,11 +211,11 @@ class RewardPool:
 
     @property
     def actors(self) -> list[ActorHandle[RewardActor]]:
-        """All of them."""
+        """The handles of all reward actors."""
         return [actor for pool in self.pools.values() for actor in pool.actors]
 
     def stop(self) -> None:
-        """End the actors of this pool."""
+        """End all reward actors."""
         for pool in self.pools.values():
             pool.stop()
 
@@ -219,12 +231,12 @@ def _load(actor: ActorHandle[RewardActor]) -> "ray.ObjectRef[Any]":
 
 
 def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> ActorHandle[RewardActor]:
-    """Start a head's actor, in its own environment where it has one.
+    """Start an actor of a head, in the environment of the head if it has one.
 
     Args:
-        name: of the head in this run.
-        spec: of the head; what its actor asks for is in `options`.
-        options: Ray's, of the actor.
+        name: the name of the head in this run.
+        spec: the spec of the head; the resources of the actor come from `options` instead.
+        options: the options of Ray for the actor.
     """
     own = {} if spec.python is None else {"runtime_env": runtime_env(spec.python)}
     actor = ray.remote(RewardActor).options(**options, **own)
@@ -232,18 +244,20 @@ def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> Actor
 
 
 def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ray.ObjectRef[Any]]") -> Any:
-    """An actor's answer, asked for again of the next process when one dies over it, or breaks its GPU.
+    """Call an actor, and repeat the call with its next process where one dies over it or has a CUDA error.
 
     Args:
-        actor: that may restart, and whose constructor does nothing heavy.
-        what: the actor, for people.
-        doing: what it is asked for, for people.
+        actor: an actor that restarts, and whose constructor loads nothing.
+        what: the name of the actor in messages.
+        doing: the name of the work in messages, such as "loading".
         ask: makes the call.
 
+    Returns:
+        The answer of the actor.
+
     Raises:
-        ModelError: the actor cannot start, no process took the place of one that died, or ATTEMPTS of them died or
-            broke their GPUs.
-        BaseException: what the actor raised.
+        ModelError: the actor cannot start, does not restart, or ATTEMPTS of its processes died or had a CUDA error.
+        BaseException: the call raised an error, which is raised here as it is.
     """
     why = f"its process died {ATTEMPTS} times while {doing}: out of memory?"
     for _ in range(ATTEMPTS):
@@ -253,31 +267,31 @@ def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ra
             cause = unwrap(error)
             if not isinstance(cause, BrokenGpuError):
                 raise cause from None
-            why = f"{cause} (while {doing})"  # the process ends with the next call
+            why = f"{cause} (while {doing})"  # the next call ends the process
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise ModelError(f"{what}: its environment cannot be set up: {last_line(error)}") from None
         except LOST:
             gone = _why_gone(actor)
             if gone is not None:
-                raise ModelError(f"{what}: its process died while {doing}, for good: {gone}") from None
+                raise ModelError(f"{what}: its process died while {doing} and does not restart: {gone}") from None
     raise ModelError(f"{what}: {why}")
 
 
 def _why_gone(actor: ActorHandle[Any]) -> str | None:
-    """Wait until an actor that restarts is there again; else why it never will be."""
+    """Wait until an actor has restarted, and return None; else return why it does not."""
     end = time.monotonic() + RESTART_SECONDS
     while time.monotonic() < end:
         try:
             ray.get(actor.__ray_ready__.remote())
             return None
         except ray.exceptions.ActorUnavailableError:
-            time.sleep(POLL_SECONDS)  # calls to one that restarts fail at once
+            time.sleep(POLL_SECONDS)  # while it restarts, calls fail at once
         except (*DEAD, ray.exceptions.RuntimeEnvSetupError) as error:
             return last_line(error)
-    return f"none took its place in {RESTART_SECONDS:.0f} s"
+    return f"no new process started within {RESTART_SECONDS:.0f} s"
 
 
 def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
-    """The exception that the actor raised."""
+    """The exception that the actor raised, from the error in which Ray wraps it."""
     cause: BaseException = error.cause if error.cause is not None else error
     return cause

@@ -1,4 +1,4 @@
-"""`epd-ray rewards serve`: a reward head behind HTTP, on Ray Serve. The protocol is HttpHead's."""
+"""`epd-ray rewards serve`: a reward head behind HTTP, on Ray Serve, with the protocol of HttpHead."""
 
 import asyncio
 import base64
@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """The largest request that the server accepts.
 
     Attributes:
-        body_bytes: of the JSON.
-        images: in one request.
-        side: pixels of an image's longer side.
-        pixels: of all images of a request together; 2**25 are 32 images of 1024 x 1024, and 384 MiB as float32.
-        prompt_chars: of one prompt.
+        body_bytes: the bytes of the JSON.
+        images: the number of images.
+        side: the pixels of the longer side of an image.
+        pixels: the pixels of all images together; 2**25 are 32 images of 1024 x 1024, or 384 MiB as float32.
+        prompt_chars: the characters of one prompt.
     """
 
     body_bytes: int = 64 << 20
@@ -54,22 +54,26 @@ class Limits:
 
 
 class BadRequestError(Exception):
-    """A request that is the sender's to mend; one line."""
+    """A request that the sender has to correct; the message is one line."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Images [B, 3, H, W], float32 in [0, 1], and their prompts."""
+    """Images, [B, 3, H, W], float32 in [0, 1], and one prompt per image."""
 
     images: Tensor
     prompts: list[str]
 
 
 def read_request(body: bytes, limits: Limits) -> ScoreRequest:
-    """Check and decode a request. No pickle is read; no picture is unpacked before its size is known to be in bounds.
+    """Check and decode a request. It reads no pickle, and decompresses no image before it has checked the size.
+
+    Args:
+        body: the bytes of the request.
+        limits: the largest request.
 
     Raises:
-        BadRequestError: names the first thing that is wrong.
+        BadRequestError: the request is not valid; the message names the first problem.
     """
     try:
         asked = json.loads(body)
@@ -112,7 +116,7 @@ def _decode(file: object) -> bytes:
 
 def _read_png(file: bytes, side: int) -> FloatArray:
     try:
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:  # reads the header alone
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:  # this reads only the header
             _check_size(picture.height, picture.width, side)
             if picture.mode != "RGB":
                 raise BadRequestError(f"PNG of mode {picture.mode}, expected RGB of 8 bits")
@@ -154,7 +158,15 @@ def _check_size(height: int, width: int, side: int) -> None:
 
 
 class Service:
-    """A head behind POST /score and GET /health; one that cannot be built is reported by `ready`, as its own error."""
+    """A head behind POST /score and GET /health.
+
+    Its constructor keeps the error of a head that cannot be built, and `ready` raises it.
+
+    Args:
+        name: the name of the head in the registry, or "module:Class".
+        options: the keyword arguments of the head.
+        limits: the largest request.
+    """
 
     def __init__(self, name: str, options: Mapping[str, Any], limits: Limits) -> None:
         self._name, self._limits, self._turn = name, limits, threading.Lock()
@@ -163,13 +175,17 @@ class Service:
             self._head: RewardHead = HEADS.build(name, options)
         except EpdRayError as error:
             self._error = error
-        except Exception as error:  # anybody's class may stand here; its own words go to the user
+        except Exception as error:  # a class of the user may raise anything, and the user sees its message
             if is_own_bug(error):
                 raise
             self._error = ModelError(f"reward head {name!r} cannot be built: {type(error).__name__}: {error}")
 
     def ready(self) -> str:
-        """The head's model_id; raises what kept it from being built."""
+        """The model_id of the head.
+
+        Raises:
+            EpdRayError: the head could not be built.
+        """
         if self._error is not None:
             raise self._error
         return self._head.model_id
@@ -191,19 +207,19 @@ class Service:
         return await asyncio.to_thread(self.answer, bytes(body))
 
     def answer(self, body: bytes) -> JSONResponse:
-        """The scores of a request, or one line about what is wrong with it (400) or with the head (500)."""
+        """The scores of a request, or one line about a problem of the request (400) or of the head (500)."""
         try:
             asked = read_request(body, self._limits)
         except BadRequestError as error:
             return _failed(400, str(error))
         try:
-            with self._turn:  # heads are not made for several threads
+            with self._turn:  # a head is used by one thread at a time
                 scores = torch.as_tensor(self._head.score(asked.images, asked.prompts)).detach().float().cpu()
-        except Exception as error:  # whatever it is, the sender is told, and the server goes on
+        except Exception as error:  # whatever it is, the server answers with it and goes on
             log.exception("reward head %r failed", self._name)
             return _failed(500, f"reward head {self._name!r} failed with {type(error).__name__}: {error}")
         if scores.shape != (len(asked.prompts),) or not bool(torch.isfinite(scores).all()):
-            wrong = f"gave {tuple(scores.shape)} values for {len(asked.prompts)} images, or such as are not finite"
+            wrong = f"gave values of shape {tuple(scores.shape)} for {len(asked.prompts)} images, or infinite ones"
             return _failed(500, f"reward head {self._name!r} {wrong}")
         return JSONResponse({"scores": scores.tolist()})
 
@@ -223,35 +239,38 @@ def served(
     num_gpus: float = 0.0,
     limits: Limits | None = None,
 ) -> Iterator[str]:
-    """A head behind HTTP for as long as the context is open; the value is the URL for HttpHead.
+    """Serve a head over HTTP until the end of the block; yields the URL for HttpHead.
 
-    Joins the Ray that is there, else the cluster of RAY_ADDRESS, else starts one on loopback; ends what it started.
+    The server uses the Ray that this process has joined, else the cluster in RAY_ADDRESS, else a new local Ray. It ends
+    what it has started.
 
     Args:
         head: a name in the registry, or "module:Class".
-        options: the head's keyword arguments.
-        host: to listen on; who reaches it may ask, so beyond loopback put something in front that authenticates.
-        port: to listen on.
-        replicas: copies of the head, asked in turn.
-        num_gpus: per replica.
-        limits: of a request.
+        options: the keyword arguments of the head.
+        host: the address to listen on. The server does not authenticate: put a proxy in front of a public address.
+        port: the port to listen on.
+        replicas: the number of copies of the head, which take requests in turn.
+        num_gpus: the GPUs of each replica, also a share of one.
+        limits: the largest request; None for the default.
 
     Raises:
-        ConfigError: the port is taken, or Ray Serve listens elsewhere already.
-        PlacementError: the replicas have no room.
-        EpdRayError: the head's own error.
+        ConfigError: the port is in use, or Ray Serve runs already.
+        PlacementError: the cluster has no room for the replicas.
+        EpdRayError: the head cannot be built.
     """
-    HEADS.get(head)  # a misspelt name before anything starts
+    HEADS.get(head)  # raises for a misspelt name, before anything starts
     _require_free(host, port)
     began_ray = not ray.is_initialized()
     if began_ray:
         start_ray()
     try:
         if serve.status().proxies:
-            raise ConfigError(["Ray Serve runs already on this Ray: end it, or unset RAY_ADDRESS for a Ray of its own"])
+            raise ConfigError(["Ray Serve runs on this Ray already: end it, or unset RAY_ADDRESS to start another Ray"])
         if wants_gpu(head, options):
             warn_of_idle_gpus({"--num-gpus": num_gpus})
-        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})  # Ray Serve would wait for ever
+        require_room(
+            {"replicas": [resources(1.0, num_gpus, {})] * replicas}
+        )  # without it Ray Serve would wait for ever
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -259,15 +278,15 @@ def served(
                 Service,
                 name="reward",
                 num_replicas=replicas,
-                max_ongoing_requests=4,  # the next ones are decoded while the head works
-                max_queued_requests=64,  # then 503, which HttpHead tries again
+                max_ongoing_requests=4,  # further requests are decoded while the head works
+                max_queued_requests=64,  # above, the answer is 503, after which HttpHead tries again
                 ray_actor_options={"num_cpus": 1.0, "num_gpus": num_gpus},
             )
             app = deployment.bind(head, dict(options), limits or Limits())
             _run(app, head)
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}/score"
         finally:
-            with redirect_stdout(io.StringIO()):  # Ray tells of calls that its own shutdown cuts off
+            with redirect_stdout(io.StringIO()):  # Ray prints the calls that its shutdown interrupts
                 serve.shutdown()
     finally:
         if began_ray:
@@ -285,7 +304,7 @@ def serve_head(
     limits: Limits | None = None,
     say: Callable[[str], None] = log.info,
 ) -> None:
-    """Serve until interrupted or terminated; the arguments are those of `served`, and `say` takes the URL's line."""
+    """Serve a head until Ctrl-C or SIGTERM. `say` receives a line with the URL; `served` explains the others."""
     with served(head, options, host=host, port=port, replicas=replicas, num_gpus=num_gpus, limits=limits) as url:
         ended = threading.Event()
         before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -301,7 +320,7 @@ def _run(app: serve.Application, head: str) -> None:
         serve.run(app, name="epd-ray", route_prefix="/").ready.remote().result(timeout_s=READY_SECONDS)
     except ray.exceptions.RayTaskError as error:
         raise unwrap(error) from None
-    except (RuntimeError, TimeoutError) as error:  # of a replica that never came up, mostly because its process died
+    except (RuntimeError, TimeoutError) as error:  # a replica did not start, mostly because its process died
         said = " ".join(str(error).split())[:300] or f"not ready after {READY_SECONDS:.0f} s"
         raise ModelError(f"reward head {head!r} cannot be served: {said}") from None
 

@@ -1,4 +1,4 @@
-"""What rollout actors are asked to do, and the plain worker that does it; RLlib is not imported here."""
+"""The tasks of rollout actors, and the class that does them; it does not import RLlib."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,13 +23,14 @@ Method = Literal["describe", "truncated", "generate", "sample", "distill", "dist
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Which model the rollout actors load.
+    """The model that the rollout actors load.
 
     Attributes:
         family: a name in the registry, or "module:Class".
-        options: the backbone's keyword arguments.
-        guidance_scale: for every picture; None: the usual one of its family.
-        encoder: name of the actor that embeds the prompts (family "auto"); None: each rollout actor does.
+        options: the keyword arguments of the backbone.
+        guidance_scale: the guidance scale of every picture; None for the default of the model's family.
+        encoder: the name of the actor that embeds the prompts, for family "auto" only; None where each rollout actor
+            embeds them itself.
     """
 
     family: str = "auto"
@@ -38,7 +39,7 @@ class BackboneSpec:
     encoder: str | None = None
 
     def open(self) -> Backbone:
-        """Load the model, without its text encoders where an actor has them."""
+        """Load the model, without its text encoders where an encoder actor has them."""
         if self.encoder is None:
             return BACKBONES.build(self.family, self.options)
         backbone = BACKBONES.build(self.family, {**self.options, "parts": "image"})
@@ -52,7 +53,7 @@ class _Textless(Protocol):
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a rollout actor builds, once, when its first task comes."""
+    """The backbone and the sampler that a rollout actor builds when its first task comes."""
 
     backbone: BackboneSpec
     space: TableSpace
@@ -69,16 +70,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """A call to RolloutWorker. `score` sends the images on to the reward actors.
+    """A call of a method of RolloutWorker.
 
     Attributes:
-        task_id: unique among pending tasks.
-        method: of RolloutWorker.
-        arguments: its positional arguments.
-        prompts: of the images, in order, for the heads.
-        rollout_ids: of the images.
-        score: whether the answer has images to score.
-        keep_images: whether the images come back to the driver as well.
+        task_id: a name that is unique among pending tasks.
+        method: the name of the method.
+        arguments: the positional arguments of the method.
+        prompts: the prompt of each image, in order, for the reward heads.
+        rollout_ids: the rollout id of each image, in the same order.
+        score: whether the reward actors score the images.
+        keep_images: whether the images also come to the driver.
     """
 
     task_id: str
@@ -91,19 +92,28 @@ class Task:
 
 
 def task_id(job: RolloutJob) -> str:
-    """What a rollout job is called while it is pending."""
+    """The id of the task of a rollout job."""
     return f"rollout-{job.job_id[0]}-{job.job_id[1]}"
 
 
 def rollout_task(job: RolloutJob, keep_images: bool = False) -> Task:
-    """The task that makes a job's pictures and has them scored."""
+    """The task that draws the pictures of a job and lets the reward actors score them."""
     prompts, ids = tuple(r.prompt for r in job.requests), tuple(r.rollout_id for r in job.requests)
     return Task(task_id(job), "generate", (job,), prompts, ids, score=True, keep_images=keep_images)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task: its value, the images in the object store, or the error; and the actor's peak memory."""
+    """The answer of a rollout actor to a task.
+
+    Attributes:
+        task_id: the id of the task.
+        value: what the method returned beside images.
+        images: the images, [B, 3, H, W] uint8, in the object store; None where there are none.
+        seconds: how long the task took in the actor.
+        memory: the peak memory of the actor so far.
+        error: the error of the task; None where it succeeded.
+    """
 
     task_id: str
     value: Any = None
@@ -114,10 +124,10 @@ class Answer:
 
 
 class TaskRunner:
-    """Does tasks with one backbone, which it loads when the first of them comes.
+    """Does tasks with one backbone, which it loads when the first task comes.
 
     Args:
-        spec: of the backbone and what is drawn with it.
+        spec: the backbone and the sampler.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -125,15 +135,15 @@ class TaskRunner:
         self._worker: RolloutWorker | None = None
 
     def ready(self) -> None:
-        """Load the model, once.
+        """Load the model, if it is not loaded yet.
 
         Raises:
-            EpdRayError: what keeps it from being loaded.
+            EpdRayError: the model cannot be loaded.
         """
         self._built()
 
     def run(self, task: Task) -> Answer:
-        """Do a task; whatever goes wrong travels back as a value, whole."""
+        """Do a task. Errors are returned in the answer, because Ray would wrap an exception."""
         start = time.perf_counter()
         try:
             with end_if_broken():
@@ -145,7 +155,7 @@ class TaskRunner:
 
     def _built(self) -> RolloutWorker:
         if self._worker is None:
-            one_thread()  # it is the fastest for an actor, too
+            one_thread()  # an actor is fastest with one thread, too
             self._worker = self._spec.build()
         return self._worker
 

@@ -1,10 +1,10 @@
-"""Frozen diffusion models behind one protocol; each entry loads when first asked for."""
+"""Frozen diffusion models behind the protocol `Backbone`; each one is imported when first asked for."""
 
 from typing import TYPE_CHECKING
 
 from epd_ray.registry import Registry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # epd_ray.types imports torch, and the names alone are often enough
     from epd_ray.types import Backbone
 
 BACKBONES: "Registry[Backbone]" = Registry(

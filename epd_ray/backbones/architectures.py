@@ -1,4 +1,4 @@
-"""The published networks as configurations, and small ones of the same kinds, for random weights."""
+"""Configurations of the published networks and of small ones of the same kind, to build them with random weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ class Architecture:
     """A family's denoising network and VAE, and the shapes of their inputs.
 
     Attributes:
-        pipeline: diffusers class.
-        component: name of the network in it.
-        network: diffusers class.
-        full: its configuration.
-        small: what is different for a machine without a GPU.
-        scheduler: diffusers class and configuration.
-        vae: of an AutoencoderKL, what differs from VAE.
-        resolution: pixels per side that the published model draws.
-        tokens: of the text.
+        pipeline: diffusers class of the pipeline.
+        component: name of the network in the pipeline.
+        network: diffusers class of the network.
+        full: the network's configuration.
+        small: changes to it for a machine without a GPU.
+        scheduler: diffusers class and configuration of the scheduler.
+        vae: configuration of an AutoencoderKL where it differs from VAE.
+        resolution: pixels per side of the pictures that the published model draws.
+        tokens: number of text tokens.
         parts: other components that the pipeline's constructor asks for.
     """
 
@@ -36,7 +36,7 @@ class Architecture:
     parts: tuple[str, ...]
 
 
-VAE = {  # what the published ones have in common
+VAE = {  # what the published VAEs have in common
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4,

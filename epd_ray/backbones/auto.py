@@ -1,4 +1,4 @@
-"""Any diffusers pipeline by directory or hub id: its model_index.json says which family drives it."""
+"""Open a diffusers pipeline by directory or hub id; its model_index.json says which family it belongs to."""
 
 import inspect
 from dataclasses import replace
@@ -25,15 +25,15 @@ UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 
 
 def open_backbone(**options: Any) -> PipelineBackbone:
-    """Open a pipeline and drive it.
+    """Open a pipeline as a backbone.
 
     Args:
         options: the fields of PipelineOptions.
 
     Raises:
-        ModelError: the model is missing, damaged, gated, or of a family that nothing here drives; an option that is
-            not one.
-        ConfigError: a device or dtype that is not there.
+        ModelError: the model is missing, damaged, gated, or of a family that is not supported; or an option has a value
+            that it cannot have.
+        ConfigError: the device or dtype is not available.
     """
     opened = PipelineOptions(**options)
     index = read_index(opened.model, opened.revision)
@@ -41,7 +41,7 @@ def open_backbone(**options: Any) -> PipelineBackbone:
         known = ", ".join(FAMILIES.names())
         raise ModelError(f"model {opened.model!r} is a {index.class_name}, supported are: {known}")
     if opened.dtype == "auto" and index.class_name in UNCONDITIONAL:
-        opened = replace(opened, dtype="float32")  # small networks, judged by statistics that see rounding
+        opened = replace(opened, dtype="float32")  # small networks, judged by statistics that are sensitive to rounding
     denoiser = "transformer" if "transformer" in index.components else "unet"
     pipeline = open_pipeline(index, opened, denoiser)
     family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})
@@ -49,10 +49,10 @@ def open_backbone(**options: Any) -> PipelineBackbone:
 
 
 def takes_prompts(model: str, revision: str | None) -> bool:
-    """Whether a pipeline draws what it is told, before anything heavy is read.
+    """Whether a pipeline takes prompts; only its model_index.json is read.
 
     Raises:
-        ModelError: no such model, or no pipeline.
+        ModelError: there is no such model, or it is not a pipeline.
     """
     return read_index(model, revision).class_name not in UNCONDITIONAL
 

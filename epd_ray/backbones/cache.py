@@ -1,4 +1,4 @@
-"""Prompt embeddings, kept while they fit."""
+"""A cache of prompt embeddings with a bounded size."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -9,16 +9,17 @@ Embedding = tuple[Tensor, ...]
 
 
 class EmbeddingCache:
-    """Least-recently-used cache bounded in bytes.
+    """A least-recently-used cache with a bound in bytes.
 
-    Prompts are encoded one at a time: an embedding then never depends, in its last bits, on the batch it was in.
+    Prompts are encoded one at a time, so that the last bits of an embedding do not depend on the other prompts of a
+    batch.
 
     Args:
-        encode: one prompt -> its tensors.
-        max_bytes: bound on the sum over kept tensors.
+        encode: returns the tensors of one prompt.
+        max_bytes: bound on the size of all kept tensors together.
     """
 
-    def __init__(self, encode: Callable[[str], Embedding], max_bytes: int = 1 << 30) -> None:
+    def __init__(self, encode: Callable[[str], Embedding], max_bytes: int) -> None:
         self._encode, self.max_bytes = encode, max_bytes
         self._kept: OrderedDict[str, Embedding] = OrderedDict()
         self.num_bytes = 0
@@ -28,7 +29,7 @@ class EmbeddingCache:
         return [self._one(prompt) for prompt in prompts]
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Drop all embeddings."""
         self._kept.clear()
         self.num_bytes = 0
 

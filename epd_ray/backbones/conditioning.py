@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 Network = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
-"""network(x [B, ...], sigma [B], tensors of B rows each) -> dx/dsigma [B, ...], float32."""
+"""network(x [B, ...], sigma [B], tensors of B rows each) returns dx/dsigma [B, ...], float32."""
 
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """B encoded prompts; with guidance, the first B rows of each tensor are the empty prompt's.
+    """B encoded prompts; with classifier-free guidance, each tensor has B rows of the empty prompt before them.
 
     Attributes:
-        tensors: what the network takes beside the latents, each with B rows, or 2B with guidance.
+        tensors: the network's inputs beside the latents, each with B rows, or 2B with classifier-free guidance.
         rows: B.
-        guidance_scale: as asked for; what a model with embedded guidance is told.
-        guided: whether the network runs for both halves.
+        guidance_scale: the guidance scale; a model with embedded guidance takes it as an input.
+        guided: whether classifier-free guidance is used, so that the network runs for both halves.
     """
 
     tensors: tuple[Tensor, ...]
@@ -30,24 +30,24 @@ class TextConditioning:
         return self.rows
 
     def repeat(self, k: int) -> "TextConditioning":
-        """Each row k times in a row (b*k + i), within each half."""
+        """Each row k times in a row (row b * k + i), separately in each half."""
         tensors = tuple(t.repeat_interleave(k, 0) for t in self.tensors)
         return TextConditioning(tensors, self.rows * k, self.guidance_scale, self.guided)
 
 
 def guided_drift(network: Network, x: Tensor, sigma: Tensor, conditioning: TextConditioning) -> Tensor:
-    """The network's drift; both halves of classifier-free guidance in one forward, mixed in float32.
+    """The drift with guidance: both halves of classifier-free guidance are one forward pass, mixed in float32.
 
     Args:
-        network: see Network.
-        x: [B, ...].
-        sigma: [B].
-        conditioning: of B rows.
+        network: returns the drift without guidance, see `Network`.
+        x: [B, ...], the state.
+        sigma: [B], > 0.
+        conditioning: B encoded prompts.
 
     Returns:
         dx/dsigma [B, ...], float32.
 
-    Source: classifier-free guidance (arXiv 2207.12598); mixing denoisers is mixing drifts.
+    Source: classifier-free guidance (arXiv 2207.12598); mixing denoised pictures is the same as mixing drifts.
     """
     if not conditioning.guided:
         return network(x, sigma, conditioning.tensors)

@@ -1,4 +1,4 @@
-"""Unconditional pixel and latent models, as the public CIFAR-10, LSUN and CelebA-HQ ones."""
+"""Unconditional models in pixel or latent space, such as the published ones for CIFAR-10, LSUN and CelebA-HQ."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,15 @@ from epd_ray.types import Form
 
 
 class DDPMFamily:
-    """Drives a DDPMPipeline, a DDIMPipeline or an LDMPipeline; prompts only count the images.
+    """A DDPMPipeline, DDIMPipeline or LDMPipeline as a family; the text of a prompt has no effect.
 
     Args:
-        pipeline: one of these.
-        options: that it was opened with.
+        pipeline: an open pipeline of one of these classes.
+        options: the options that it was opened with.
 
     Raises:
-        ModelError: a schedule that cannot be driven, or a network that wants a class or gives something else.
+        ModelError: the schedule is not supported, the network is conditioned on classes, or its output has another
+            number of channels than expected.
     """
 
     name = "ddpm"
@@ -42,7 +43,7 @@ class DDPMFamily:
 
     @property
     def _scale(self) -> int:
-        """Pixels per latent."""
+        """Pixels per side of one latent value."""
         return 1 if self._vqvae is None else 2 ** (len(self._vqvae.config.block_out_channels) - 1)
 
     @property
@@ -77,13 +78,15 @@ class DDPMFamily:
         """The drift from the UNet's output at x."""
         unet = self._pipeline.unet
         output = unet(network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma), return_dict=False)[0]
-        return self._time.drift(x, sigma, output[:, : x.shape[1]].float())  # a learned variance comes behind
+        return self._time.drift(
+            x, sigma, output[:, : x.shape[1]].float()
+        )  # channels of a learned variance come after these
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
         if self._vqvae is None:
             return x
         config = self._vqvae.config
-        # What the model's own config does not name, diffusers fills in; such a model was trained on unscaled latents.
+        # Diffusers fills in a factor that the model's own config lacks; such a model was trained on unscaled latents.
         factor = 1.0 if "scaling_factor" in config.get("_use_default_values", ()) else config.scaling_factor
         images: Tensor = self._vqvae.decode((x / factor).to(self._vqvae.dtype), return_dict=False)[0]
         return images

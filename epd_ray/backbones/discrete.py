@@ -1,4 +1,4 @@
-"""What the discrete-time families share: sigmas and timesteps of their training schedule, and the network's output."""
+"""Shared by the families with discrete time: sigmas and timesteps of the training schedule, and the drift."""
 
 from typing import Any, get_args
 
@@ -19,11 +19,11 @@ class DiscreteTime:
     """A training schedule of T noise levels, in VE form: x = clean + sigma * noise.
 
     Args:
-        scheduler: any discrete diffusers scheduler; its betas and prediction type count, not its method.
-        model: for messages.
+        scheduler: any diffusers scheduler with training betas; only its betas and prediction type are used.
+        model: name of the model, for messages.
 
     Raises:
-        ModelError: a schedule or a prediction type that cannot be driven.
+        ModelError: the schedule or the prediction type is not supported.
     """
 
     def __init__(self, scheduler: Any, model: str) -> None:
@@ -46,7 +46,7 @@ class DiscreteTime:
         self.sigma_max = float(timestep_to_sigma(torch.tensor(len(self.alphas_cumprod) - 1.0), self.alphas_cumprod))
 
     def sigmas(self, num_intervals: int, final_zero: bool) -> Tensor:
-        """Uniform in the model's time; with `final_zero` as EulerDiscreteScheduler(timestep_spacing="trailing")."""
+        """Sigmas uniform in the model's time; with `final_zero` as EulerDiscreteScheduler with trailing spacing."""
         if not final_zero:
             return discrete(num_intervals + 1, self.alphas_cumprod)
         steps = len(self.alphas_cumprod)
@@ -55,7 +55,7 @@ class DiscreteTime:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The network's timestep [B] at sigma [B], fractional between training steps; on sigma's device."""
-        if sigma.device.type == "mps":  # no float64 there
+        if sigma.device.type == "mps":  # which has no float64
             return timestep_on_grid(sigma.cpu(), self._grids["cpu"]).float().to(sigma.device)
         device = str(sigma.device)
         if device not in self._grids:
@@ -68,12 +68,12 @@ class DiscreteTime:
 
 
 def network_input(x: Tensor, sigma: Tensor) -> Tensor:
-    """x [B, ...] scaled to unit variance, as the network was trained."""
+    """x [B, ...] at sigma [B], scaled to unit variance as in the network's training."""
     return unit_variance(x, _spread(sigma, x))
 
 
 def _spread(sigma: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to multiply x [B, ...]."""
+    """Sigmas [B] as [B, 1, ...], so that they broadcast with x [B, ...]."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 

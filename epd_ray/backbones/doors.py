@@ -1,4 +1,4 @@
-"""How diffusers' pipelines for text to image call their networks, by class; nothing of diffusers is imported."""
+"""How diffusers' text-to-image pipelines call their networks, by pipeline class. Diffusers is not imported."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ class Door:
     """How a pipeline calls its network.
 
     Attributes:
-        network: the pipeline's attribute.
-        hidden: the network's argument for the latents.
-        form: of the ODE.
-        family: of the backbone, as solvers name it.
-        time_unit: of the network's timestep, in the scheduler's.
+        network: the attribute of the pipeline that holds the network.
+        hidden: name of the network's argument for the latents.
+        form: how noise enters x, "ve" or "flow".
+        family: the backbone's family, as solver files name it.
+        time_unit: factor from the scheduler's timestep to the network's.
     """
 
     network: str

@@ -1,4 +1,7 @@
-"""What the flow-matching families share: the pipeline scheduler's own sigmas."""
+"""Shared by the flow-matching families: the sigmas of the pipeline's own scheduler.
+
+Diffusers is imported inside the functions, because that takes seconds.
+"""
 
 from typing import Any
 
@@ -9,10 +12,10 @@ from epd_ray.errors import ModelError
 
 
 def require_flow_scheduler(scheduler: Any, model: str) -> None:
-    """Refuse schedulers whose sigmas are not one per step, or no flow's.
+    """Refuse any scheduler but a FlowMatchEulerDiscreteScheduler, because others have other sigmas or several per step.
 
     Raises:
-        ModelError: not a FlowMatchEulerDiscreteScheduler.
+        ModelError: the scheduler is of another class.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -24,14 +27,14 @@ def require_flow_scheduler(scheduler: Any, model: str) -> None:
 def flow_sigmas(
     scheduler: Any, num_intervals: int, final_zero: bool, image_tokens: int, *, own_grid: bool = False
 ) -> Tensor:
-    """The scheduler's sigmas with its shift; without `final_zero` one step more, whose end at 0 is dropped.
+    """The scheduler's shifted sigmas. Without `final_zero` they are those of N + 1 steps, without the 0 at their end.
 
     Args:
-        scheduler: a FlowMatchEulerDiscreteScheduler; left as it is.
+        scheduler: a FlowMatchEulerDiscreteScheduler; it is not changed.
         num_intervals: N.
         final_zero: whether the last sigma is 0.
-        image_tokens: of one image, which decide a dynamic shift.
-        own_grid: with `final_zero`, hand over the grid 1, ..., 1 / N, as FluxPipeline does.
+        image_tokens: number of tokens of one image, on which a dynamic shift depends.
+        own_grid: whether, with `final_zero`, the scheduler gets the grid 1, ..., 1 / N, as from FluxPipeline.
 
     Returns:
         Sigmas [N+1], float64, decreasing.

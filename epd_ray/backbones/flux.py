@@ -1,4 +1,4 @@
-"""FLUX.1: packed latents, embedded guidance, a shift that depends on the resolution."""
+"""FLUX.1: its latents are packed, its guidance is an input of the network, its shift depends on the resolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,18 @@ from epd_ray.backbones.pipeline import decode_latents
 from epd_ray.solvers.scheduler_config import FLOW_FACTS
 from epd_ray.types import Form
 
-T5_TOKENS = 512  # as in the pipeline's call
+T5_TOKENS = 512  # the default of the pipeline's call
 
 
 class FluxFamily:
-    """Drives a FluxPipeline; the solver's state is the packed latents [B, tokens, 4 * channels].
+    """A FluxPipeline as a family; the solver's state is the packed latents [B, tokens, 4 * channels].
 
     Args:
-        pipeline: a FluxPipeline.
-        options: that it was opened with.
+        pipeline: an open FluxPipeline.
+        options: the options that it was opened with.
 
     Raises:
-        ModelError: a scheduler that cannot be followed.
+        ModelError: the scheduler is not supported.
     """
 
     name = "flux"
@@ -79,7 +79,7 @@ class FluxFamily:
         return packed
 
     def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
-        """The network's velocity, which is the drift of flow matching; its timestep is sigma itself."""
+        """The network's velocity, which is the drift in flow form; the network's timestep is sigma itself."""
         transformer = self._pipeline.transformer
         embeds, pooled = tensors
         guidance = x.new_full(x.shape[:1], guidance_scale) if transformer.config.guidance_embeds else None
@@ -91,7 +91,7 @@ class FluxFamily:
         return velocity.float()
 
     def _ids(self, x: Tensor) -> Tensor:
-        """Row and column of each token, [tokens, 3]."""
+        """The position of each token for the network, [tokens, 3]: 0, row and column."""
         tokens = x.shape[1]
         if tokens not in self._image_ids:
             side = int(tokens**0.5)

@@ -1,4 +1,4 @@
-"""Gaussian mixtures as diffusion models: the drift is exact and, for one Gaussian, so is the solution."""
+"""Gaussian mixtures as diffusion models: the drift is exact, and for a single Gaussian the ODE's solution too."""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Mixture:
         Args:
             x: [B, ...].
             sigma: [B], > 0; at most 1 in flow form.
-            form: how noise enters x.
+            form: how noise enters x, "ve" or "flow".
 
         Returns:
             [B, ...], in the dtype of x.
@@ -55,10 +55,10 @@ class Mixture:
         return (x - self.denoise(x, sigma, form)) / sigma.reshape(-1, *[1] * (x.ndim - 1))
 
     def solution(self, x: Tensor, start: float, end: float, form: Form) -> Tensor:
-        """Where the ODE leads x [B, ...] from sigma `start` to sigma `end` >= 0, for one Gaussian.
+        """The solution of the ODE at sigma `end` >= 0 from x [B, ...] at sigma `start`, for a single Gaussian.
 
         Raises:
-            ModelError: a mixture of more than one, which has no closed solution.
+            ModelError: the mixture has several Gaussians, so there is no closed solution.
         """
         if len(self.std) != 1:
             raise ModelError(f"a mixture of {len(self.std)} Gaussians has no closed solution, expected 1")
@@ -76,7 +76,7 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class GaussianConditioning:
-    """What a prompt adds to every mean, times the guidance scale: offsets [B, ...]."""
+    """Encoded prompts: offsets [B, ...] that are added to every mean, already multiplied by the guidance scale."""
 
     offsets: Tensor
 
@@ -89,22 +89,23 @@ class GaussianConditioning:
 
 
 class GaussianBackbone:
-    """Small images [3, size, size] from a Gaussian mixture around a picture that the prompt's text decides.
+    """Small images [3, size, size] from a Gaussian mixture around a picture that depends on the prompt's text.
 
-    Guidance scales the prompt's picture; for one Gaussian this equals classifier-free guidance against a zero mean.
+    The guidance scale multiplies the prompt's picture. For a single Gaussian this is the same as classifier-free
+    guidance whose unconditional mean is zero.
 
     Args:
-        model: any text; decides the means of the mixture. Other texts are other models.
-        form: "ve" or "flow".
-        components: Gaussians in the mixture, >= 1. One has its mean at the prompt's picture and a closed solution.
-        std: of each Gaussian, > 0.
-        size: height and width, >= 1.
-        sigma_min: last sigma above 0, in flow form before the shift by 3; None picks 0.002 (VE) or 0.001 (flow).
-        sigma_max: first sigma, VE only; None picks 80.
+        model: any text; the means of the mixture depend on it, so that another text is another model.
+        form: how noise enters x, "ve" or "flow".
+        components: number of Gaussians, >= 1. A single one has its mean at the prompt's picture and a closed solution.
+        std: standard deviation of each Gaussian, > 0.
+        size: height and width of the images in pixels, >= 1.
+        sigma_min: last sigma above 0; in flow form, before the shift by 3. None means 0.002 (VE) or 0.001 (flow).
+        sigma_max: first sigma, in VE form only; None means 80.
 
     Raises:
         ModelError: a value outside its range.
-        ScheduleError: sigma_min or sigma_max that make no schedule.
+        ScheduleError: sigma_min and sigma_max do not make a schedule.
     """
 
     family = "gaussian"
@@ -142,7 +143,7 @@ class GaussianBackbone:
         self.sigmas(1)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> GaussianConditioning:
-        """Conditioning of length B for B prompts: each text draws its own picture, flat colour plus texture."""
+        """Conditioning of length B for B prompts: each text stands for its own picture, a colour plus a texture."""
         pictures = [
             0.5 * text_normal(f"colour:{prompt}", (3, 1, 1)) + 0.2 * text_normal(f"texture:{prompt}", self._shape)
             for prompt in prompts
@@ -150,11 +151,14 @@ class GaussianBackbone:
         return GaussianConditioning(guidance_scale * torch.stack(pictures))
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """0: any length is read."""
+        """Always 0: prompts may have any length."""
         return 0
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
-        """Polynomial with rho 7 (VE) or shifted by 3 (flow): [num_intervals + 1], float64; `final_zero`: ends at 0."""
+        """Sigmas [num_intervals + 1], float64: polynomial with rho 7 (VE) or shifted by 3 (flow).
+
+        They end at 0 if `final_zero` is true, else at sigma_min (in flow form, sigma_min after the shift).
+        """
         low, high = self._bounds
         count = num_intervals + (not final_zero)
         grid = flow_shifted(count, t_min=low) if self.form == "flow" else polynomial(count, low, high)
@@ -173,15 +177,15 @@ class GaussianBackbone:
         return self.mixture(conditioning).drift(x, sigma, self.form)
 
     def exact(self, x: Tensor, start: float, end: float, conditioning: Conditioning) -> Tensor:
-        """Where the ODE leads x [B, 3, size, size] from sigma `start` to `end` >= 0; one component only.
+        """The solution of the ODE at sigma `end` >= 0 from x [B, 3, size, size] at sigma `start`, for one component.
 
         Raises:
-            ModelError: more than one component.
+            ModelError: there is more than one component.
         """
         return self.mixture(conditioning).solution(x, start, end, self.form)
 
     def mixture(self, conditioning: Conditioning) -> Mixture:
-        """The clean latents' distribution for each row of the conditioning that `encode` gave."""
+        """The distribution of clean images for each row of a conditioning that `encode` returned."""
         if not isinstance(conditioning, GaussianConditioning):
             raise TypeError(
                 f"conditioning is a {type(conditioning).__name__}, expected what this backbone's encode gave"
@@ -195,7 +199,7 @@ class GaussianBackbone:
 
 
 def text_normal(text: str, shape: tuple[int, ...]) -> Tensor:
-    """Unit normals, float32, that depend on the text alone (not on the process, unlike hash)."""
+    """Unit normals, float32, that depend on the text alone; Python's hash would differ between processes."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.randn(shape, generator=torch_generator(seed))
 

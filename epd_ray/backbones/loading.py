@@ -1,4 +1,7 @@
-"""From a model's name to an open diffusers pipeline: files, dtype, device, memory and speed options."""
+"""Open a diffusers pipeline by the name of a model: its files, dtype, device, and options for memory and speed.
+
+Diffusers and the hub's client are imported inside the functions, because that takes seconds.
+"""
 
 import hashlib
 import json
@@ -19,10 +22,10 @@ from epd_ray.weights.hub import opening
 Parts = Literal["all", "text", "image"]
 Offload = Literal["none", "model", "sequential"]
 INDEX = "model_index.json"
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # the pipelines' calls use them, the ODE does not
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that the ODE does not need
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth"})  # suffixes that diffusers and the reward heads read
-SAMPLES, SAMPLE = 64, 16 << 10  # of a file of weights, and bytes of each
+SAMPLES, SAMPLE = 64, 16 << 10  # places at which a large weight file is read for its fingerprint, and bytes at each
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,19 @@ class PipelineOptions:
 
     Attributes:
         model: a pipeline directory, a hub id, or the name of an embedded model.
-        revision: of a hub repository: branch, tag or commit.
-        device: "auto" (cuda, mps, cpu), or a torch device.
-        dtype: of the networks: "auto" (see pick_dtype; float32 for unconditional models), "float32", "bfloat16" or
-            "float16".
-        resolution: pixels per side; the model's own when None.
-        max_sequence_length: T5 tokens, in families that have T5; the pipeline's own number when None.
-        offload: "model" or "sequential" keeps on the device what is at work alone; needs accelerate.
-        vae_slicing: decode one image at a time.
-        vae_tiling: decode in tiles.
-        compile: torch.compile the denoising network, see `speed_up`.
-        attention: a diffusers attention backend, such as "native" or "flash", for networks whose layers ask for one.
-        embedding_cache_mib: bound on the cached prompt embeddings.
-        parts: what is loaded: "all", the "text" encoders alone, or "image", everything but them.
+        revision: branch, tag or commit of a hub repository.
+        device: a torch device, or "auto": cuda, else mps, else cpu.
+        dtype: dtype of the networks: "float32", "bfloat16", "float16", or "auto", see `pick_dtype`; for unconditional
+            models "auto" is float32.
+        resolution: pixels per side; None means the model's own.
+        max_sequence_length: number of T5 tokens, in families that have T5; None means the pipeline's default.
+        offload: "model" or "sequential" moves parts to the device only while they are used; needs accelerate.
+        vae_slicing: whether the VAE decodes one image at a time.
+        vae_tiling: whether the VAE decodes images in tiles.
+        compile: whether the denoising network is compiled by torch.compile, see `speed_up`.
+        attention: a diffusers attention backend, such as "native" or "flash"; None keeps the network's own.
+        embedding_cache_mib: bound on the cached prompt embeddings, in MiB.
+        parts: which components are loaded: "all", only the "text" encoders, or "image": everything else.
 
     Raises:
         ModelError: a value outside its range.
@@ -75,14 +78,15 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class Index:
-    """A model_index.json.
+    """The contents of a model_index.json.
 
     Attributes:
-        location: what diffusers' from_pretrained takes.
-        class_name: of the pipeline.
-        components: name -> whether the model has it.
-        commit: of a hub repository.
-        fingerprint: of a local directory, digits that other weights and settings do not have; see `fingerprint`.
+        location: the directory or hub id that diffusers' from_pretrained takes.
+        class_name: class of the pipeline.
+        components: for each component of the class, whether the model has it.
+        commit: commit of a hub repository; None for a directory.
+        fingerprint: digits that identify a directory's weights and settings, see the function `fingerprint`; None for a
+            hub repository.
     """
 
     location: str
@@ -93,10 +97,14 @@ class Index:
 
 
 def read_index(model: str, revision: str | None) -> Index:
-    """Which pipeline a model is, before anything heavy is read.
+    """Read which pipeline a model is, without its weights.
+
+    Args:
+        model: a pipeline directory, a hub id, or the name of an embedded model.
+        revision: branch, tag or commit of a hub repository.
 
     Raises:
-        ModelError: no such model, or no pipeline.
+        ModelError: there is no such model, or it is not a pipeline.
     """
     location = resolve_model(model)
     with opening(model):
@@ -104,7 +112,7 @@ def read_index(model: str, revision: str | None) -> Index:
             path, commit = Path(location, INDEX), None
             if not path.is_file():
                 raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
-            digits: str | None = fingerprint(path.parent)  # not before: any folder may stand here
+            digits: str | None = fingerprint(path.parent)  # only now, because the folder may hold anything
         else:
             from huggingface_hub import hf_hub_download
 
@@ -121,11 +129,11 @@ def read_index(model: str, revision: str | None) -> Index:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits that tell a model's folder from another's.
+    """16 hexadecimal digits that identify the model in a folder.
 
-    They are of its .json files whole (a scheduler's shift, a tokenizer's words) and of samples of its weights, which
-    have gigabytes and change everywhere by training: of a file up to 1 MiB all, of a larger one head, tail and 62
-    places between them.
+    They depend on all of its .json files, such as a scheduler's shift or a tokenizer's words, and on samples of its
+    weights, which are large and change everywhere in training. A weight file of up to 1 MiB is read whole, a larger one
+    at its beginning, its end and 62 places between them.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in {".json", *WEIGHTS} and p.is_file()):
@@ -145,13 +153,16 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
     """Open the pipeline on its device, frozen.
 
     Args:
-        index: of the model.
-        options: see PipelineOptions.
-        denoiser: name of the network's component, "unet" or "transformer".
+        index: the model's index, see `read_index`.
+        options: how the pipeline is opened.
+        denoiser: name of the denoising network's component, "unet" or "transformer".
+
+    Returns:
+        The pipeline; no parameter requires a gradient.
 
     Raises:
-        ModelError: with what is wrong and what to do.
-        ConfigError: a device or dtype that is not there.
+        ModelError: the model cannot be opened, or an option does not fit it; the message says what to do.
+        ConfigError: the device or dtype is not available.
     """
     import diffusers
     from diffusers.utils import is_accelerate_available
@@ -193,12 +204,12 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
                 f"model {options.model!r} does not fit on {device} in {str(dtype).removeprefix('torch.')} "
                 f"with offload={options.offload!r}: use offload=model or sequential, or a smaller dtype"
             ) from error
-        except ImportError as error:  # of an accelerate that is too old
+        except ImportError as error:  # accelerate is too old
             raise ModelError(f"model {options.model!r} with offload={options.offload!r}: {error}") from error
 
 
 def _left_out(index: Index, parts: Parts, denoiser: str) -> list[str]:
-    """Components that the model lacks, of those that diffusers insists on, and those that are not wanted here."""
+    """Names of the components that are not loaded: diffusers wants None for those, also if the model lacks them."""
     lacking = [name for name, there in index.components.items() if not there or name in UNUSED]
     encoders = [name for name in index.components if name.startswith("text_encoder")]
     if parts == "text":
@@ -215,19 +226,21 @@ def _cut_up(vae: Any, options: PipelineOptions) -> None:
 
 
 def lay_out(network: Any, device: torch.device) -> None:  # torch types `to` without memory_format
-    """Channels last where that was measured to be faster: convolutions on CPUs, by 1.15 to 1.2 times."""
+    """Use the channels-last memory format on CPUs, where convolutions were measured to be 1.15 to 1.2 times as fast."""
     if device.type == "cpu":
         network.to(memory_format=torch.channels_last)
 
 
 def speed_up(network: Any, options: PipelineOptions) -> None:
-    """Attention and torch.compile as `options` have them.
+    """Set the attention backend and torch.compile of a network as `options` say.
 
-    Of a transformer the blocks are compiled, equal ones once: that made SD3 Medium 1.24 times as fast on an H200, after
-    24 seconds of compiling; the whole took 50 for a first batch size alone. Another network is compiled whole.
+    In a transformer each block is compiled, equal blocks only once. On an H200 this made SD3 Medium 1.24 times as fast
+    after 24 seconds of compiling; compiling it as a whole took 50 seconds for the first batch size alone. Any other
+    network is compiled as a whole.
 
     Raises:
-        ModelError: an attention backend that is not there, or that no layer of the network would use; no C compiler.
+        ModelError: the attention backend is not available, no layer of the network would use it, or there is no C
+            compiler.
     """
     if options.attention is not None:
         _attend(network, options)
@@ -239,7 +252,7 @@ def speed_up(network: Any, options: PipelineOptions) -> None:
 
 
 def _require_compiler(model: str) -> None:
-    """As torch.compile looks for it, which would only say so at the first picture."""
+    """Refuse now if there is no C compiler: torch.compile would only fail at the first picture."""
     names = [os.environ[name] for name in ("CC", "CXX") if os.environ.get(name)] or ["gcc", "clang", "cc"]
     if not any(shutil.which(name) for name in names):
         raise ModelError(
@@ -279,10 +292,10 @@ def _place(pipeline: Any, device: torch.device, options: PipelineOptions) -> Any
 
 
 def square_size(size: int | Sequence[int] | None, model: str) -> int:
-    """A network's own side, from the sample_size of its config.
+    """The side of the square that a network works on, from the sample_size of its configuration.
 
     Raises:
-        ModelError: it names none, or a rectangle.
+        ModelError: the configuration has no sample_size, or one that is not a square.
     """
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as an ODE in sigma. What differs between families is behind `Family`, one file each."""
+"""A diffusers pipeline as an ODE in sigma. Differences between families are behind the protocol `Family`."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,19 +19,19 @@ from epd_ray.weights.devices import pick_dtype
 
 
 class Family(Protocol):
-    """What a pipeline family does in its own way.
+    """What differs between families of pipelines.
 
     Attributes:
-        name: of the family, as solver files have it.
-        form: of its ODE.
-        schedule: the name of its own schedule.
+        name: name of the family, as in solver files.
+        form: how noise enters x, "ve" or "flow".
+        schedule: the name of the family's own schedule in epd_ray.solvers.schedules.SCHEDULES.
         default_guidance: the guidance scale that the family is usually run with.
-        prompted: whether it draws what a prompt says.
-        classifier_free: whether guidance takes a second pass for the empty prompt.
-        pixel_step: what the resolution has to be a multiple of.
-        default_resolution: pixels per side.
-        text_limits: per text encoder, its tokenizer and how many tokens it takes.
-        scheduler_facts: what EPDScheduler needs to know, as JSON values.
+        prompted: whether the pictures depend on a prompt.
+        classifier_free: whether guidance takes a second pass of the network for the empty prompt.
+        pixel_step: the resolution must be a multiple of this number of pixels.
+        default_resolution: pixels per side, if the user asks for none.
+        text_limits: for each text encoder, its tokenizer and the largest number of tokens that it reads.
+        scheduler_facts: fields of epd_ray.solvers.scheduler_config.SchedulerFacts, as JSON values.
     """
 
     name: str
@@ -54,19 +54,19 @@ class Family(Protocol):
     def scheduler_facts(self) -> dict[str, JsonValue]: ...
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Of one image's noise."""
+        """The shape of one image's noise."""
         ...
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """One prompt's tensors, without a batch dimension; the pipeline itself would look for its device each time."""
+        """The tensors of one prompt, without a batch dimension, on a device (looking that up each time takes long)."""
         ...
 
     def embed_nothing(self, device: torch.device) -> Embedding:
-        """The same for the unguided half."""
+        """The tensors of the empty prompt for classifier-free guidance."""
         ...
 
     def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
-        """See Backbone.sigmas."""
+        """The sigmas [num_intervals + 1] of the family's own schedule, see `Backbone.sigmas`."""
         ...
 
     def initial(self, noise: Tensor) -> Tensor:
@@ -74,26 +74,26 @@ class Family(Protocol):
         ...
 
     def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
-        """dx/dsigma, float32; differentiable in x and sigma."""
+        """dx/dsigma before classifier-free guidance; float32, differentiable in x and sigma."""
         ...
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
-        """Decoded images [B, 3, H, W], around [-1, 1]."""
+        """Decoded images [B, 3, H, W], in [-1, 1] up to the VAE's overshoot."""
         ...
 
 
 class PipelineBackbone:
-    """See epd_ray.types.Backbone. The networks run in their dtype; state, guidance and noise stay float32.
+    """A pipeline as an epd_ray.types.Backbone. The networks run in their dtype; state, guidance and noise are float32.
 
     Args:
-        pipeline: opened by `open_pipeline`.
-        family: around the same pipeline.
-        options: that it was opened with.
-        commit: of a hub repository.
-        fingerprint: of a local directory, see Index.
+        pipeline: the result of `open_pipeline`.
+        family: the family object of the same pipeline.
+        options: the options that the pipeline was opened with.
+        commit: commit of a hub repository; None for a directory.
+        fingerprint: fingerprint of a directory, see `Index`; None for a hub repository.
 
     Raises:
-        ModelError: a resolution that the model cannot draw.
+        ModelError: the model cannot draw at this resolution.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class PipelineBackbone:
         self.schedule, self.default_guidance = family.schedule, family.default_guidance
         self.device = pipeline._execution_device
         self._dtype = pick_dtype(options.dtype, self.device)
-        # Text encoders alone draw nothing, and know no size.
+        # With the text encoders alone nothing is drawn, and there is no network that has a size.
         self.resolution = options.resolution or (0 if options.parts == "text" else family.default_resolution)
         if options.parts != "text":
             _check_resolution(self.model_id, self.resolution, family.pixel_step)
@@ -124,10 +124,10 @@ class PipelineBackbone:
         self.embeddings = EmbeddingCache(self._embed, options.embedding_cache_mib << 20)
 
     def encode_with(self, embed: Callable[[str], Embedding]) -> None:
-        """Let prompts be embedded elsewhere, as when the text encoders are in an actor of their own."""
+        """Embed prompts by another function, for example one that asks an actor with the text encoders."""
         self.embeddings = EmbeddingCache(embed, self.options.embedding_cache_mib << 20)
 
-    @torch.no_grad()  # not inference_mode: embeddings enter graphs when a table is fitted by gradients
+    @torch.no_grad()  # not inference_mode, because embeddings are part of a graph when a table is fitted by gradient
     def _embed(self, prompt: str) -> Embedding:
         if self.options.parts == "image" and self._family.text_limits:
             raise ModelError(f"model {self.model_id!r} has no text encoders (parts='image'): call encode_with first")
@@ -140,11 +140,13 @@ class PipelineBackbone:
         guided = self._family.classifier_free and guidance_scale > 1
         rows = self.embeddings([*([""] * len(prompts) if guided else []), *prompts])
         stacked = (torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
-        tensors = tuple(t.to(self._dtype) if t.is_floating_point() else t for t in stacked)  # the encoder's may differ
+        tensors = tuple(
+            t.to(self._dtype) if t.is_floating_point() else t for t in stacked
+        )  # an encoder may have another dtype
         return TextConditioning(tensors, len(prompts), guidance_scale, guided)
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts no text encoder takes whole; their ends are cut."""
+        """How many of the prompts are too long for every text encoder, so that their ends are cut."""
         limits = self._family.text_limits
         return sum(bool(limits) and all(_tokens(t, prompt) > most for t, most in limits) for prompt in prompts)
 
@@ -179,10 +181,10 @@ class PipelineBackbone:
 
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
-    """Without the warnings per cut prompt and encoder, which quote the text; `truncated` counts them."""
+    """Suppress the libraries' warnings about each cut prompt, which quote its text; `truncated` counts such prompts."""
     loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
     for logger in loggers:
-        logger.addFilter(_is_error)  # setLevel would empty every logger's cache, a millisecond a prompt
+        logger.addFilter(_is_error)  # setLevel would clear the cache of every logger, a millisecond per prompt
     try:
         yield
     finally:
@@ -205,7 +207,7 @@ def _tokens(tokenizer: Any, prompt: str) -> int:
 
 
 def decode_latents(vae: Any, x: Tensor) -> Tensor:
-    """Images of an AutoencoderKL from latents in the network's scale."""
+    """Decode latents in the scale of the denoising network with an AutoencoderKL; returns images [B, 3, H, W]."""
     latents = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return images

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL, and every model in their diffusers layouts."""
+"""Stable Diffusion 1.x, 2.x and XL, and every model in the same diffusers layout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from epd_ray.types import Form
 
 
 class SDFamily:
-    """Drives a StableDiffusionPipeline on its own discrete noise levels.
+    """A StableDiffusionPipeline as a family.
 
     Args:
-        pipeline: a StableDiffusionPipeline.
-        options: that it was opened with.
+        pipeline: an open StableDiffusionPipeline.
+        options: the options that it was opened with.
 
     Raises:
-        ModelError: a schedule that cannot be driven.
+        ModelError: the training schedule is not supported.
     """
 
     name = "sd"
@@ -38,7 +38,7 @@ class SDFamily:
 
     @property
     def pixel_step(self) -> int:
-        return 8  # as the pipelines check, whatever the VAE
+        return 8  # the multiple that the pipelines check, whatever their VAE
 
     @property
     def default_resolution(self) -> int:
@@ -70,7 +70,7 @@ class SDFamily:
         return self._time.sigma_max * noise
 
     def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
-        """The drift from the UNet's epsilon or v at x."""
+        """The drift from the UNet's output at x."""
         unet = self._pipeline.unet
         output = unet(
             network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma),
@@ -86,7 +86,8 @@ class SDFamily:
 
 
 class SDXLFamily(SDFamily):
-    """The same with a second text encoder, embedded sizes, and zeros for the empty prompt where the model says so."""
+    """A StableDiffusionXLPipeline as a family: it has a second text encoder, the picture's size is an input of the
+    network, and the empty prompt is embedded as zeros if the model's configuration says so."""
 
     name = "sdxl"
     default_guidance = 5.0

@@ -15,18 +15,19 @@ from epd_ray.errors import ModelError
 from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.types import Form
 
-T5_TOKENS = 256  # as in the pipeline's call
+T5_TOKENS = 256  # the default of the pipeline's call
 
 
 class SD3Family:
-    """Drives a StableDiffusion3Pipeline.
+    """A StableDiffusion3Pipeline as a family.
 
     Args:
-        pipeline: a StableDiffusion3Pipeline.
-        options: that it was opened with; without T5 the pipeline pads with max_sequence_length empty tokens.
+        pipeline: an open StableDiffusion3Pipeline.
+        options: the options that it was opened with. Without T5, the pipeline pads with max_sequence_length empty
+            tokens.
 
     Raises:
-        ModelError: a scheduler that cannot be followed, or a resolution beyond the network's positions.
+        ModelError: the scheduler is not supported, or the resolution needs more positions than the network has.
     """
 
     name = "sd3"
@@ -83,7 +84,7 @@ class SD3Family:
         return noise  # flow matching starts at sigma = 1
 
     def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
-        """The network's velocity, which is the drift of flow matching."""
+        """The network's velocity, which is the drift in flow form."""
         transformer = self._pipeline.transformer
         embeds, pooled = tensors
         velocity: Tensor = transformer(

@@ -1,4 +1,4 @@
-"""A backbone that takes time instead of computing: for scale, scheduling and failure tests without a GPU."""
+"""A backbone that sleeps instead of computing, to test scaling, scheduling and failures without a GPU."""
 
 import math
 import time
@@ -13,14 +13,14 @@ from epd_ray.types import Conditioning, Form
 
 
 class SimulatedBackbone:
-    """A small two-component Gaussian mixture in flow form behind a fixed delay.
+    """A small Gaussian mixture of two components in flow form, with a fixed delay in each evaluation.
 
-    The image depends deterministically on table, prompt and noise, so that learning has something to learn.
+    The image is a function of table, prompt and noise, so that training can improve the table.
 
     Args:
-        model: any text; other texts are other models.
-        latency: seconds that each drift call sleeps, whatever its batch, >= 0.
-        size: height and width of the images, >= 1.
+        model: any text; another text is another model.
+        latency: seconds that each call of the drift sleeps, whatever the size of its batch, >= 0.
+        size: height and width of the images in pixels, >= 1.
 
     Raises:
         ModelError: a value outside its range.
@@ -44,7 +44,7 @@ class SimulatedBackbone:
         return self._inner.encode(prompts, guidance_scale)
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """0: any length is read."""
+        """Always 0: prompts may have any length."""
         return 0
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:

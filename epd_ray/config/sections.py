@@ -96,8 +96,8 @@ class BackboneConfig(Section):
     )
     offload: Literal["none", "model", "sequential"] = Field(
         default="none",
-        description="What is kept in CPU memory until it is needed: none, all networks but the one at work (model), "
-        "or all layers but the one at work (sequential, slowest). Both need the accelerate package.",
+        description="How much of the model is on the device at a time: all of it (none), the network at work (model), "
+        "or the layer at work (sequential, slowest). model and sequential need the accelerate package.",
     )
     vae_slicing: bool = Field(
         default=False, description="Whether the VAE decodes one picture at a time, which takes less memory."
@@ -370,8 +370,8 @@ class RDPOSection(Section):
     )
     baseline: Literal["per_prompt", "mixed"] = Field(
         default="per_prompt",
-        description="The pictures that a picture's reward is compared with: those of the same prompt, or, as in the "
-        "reference code, a mix of prompts (mixed).",
+        description="What a picture's reward is compared with: the other pictures of its prompt (per_prompt), or, as "
+        "in the reference code, pictures of several prompts (mixed).",
     )
     lr: float = Field(
         default=1e-3,
@@ -436,8 +436,8 @@ class RDPOSection(Section):
     )
     normalisation: Literal["none", "reference", "zscore"] = Field(
         default="none",
-        description="What happens to raw scores before the heads are averaged: nothing, the clamps of the reference "
-        "code, or a z-score over the last 1024 pictures.",
+        description="How raw scores are changed before the heads are averaged: not at all (none), by the clamps of the "
+        "reference code (reference), or to z-scores over the last 1024 pictures (zscore).",
     )
     staleness: int = Field(
         default=1,

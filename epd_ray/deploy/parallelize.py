@@ -1,4 +1,4 @@
-"""Latency mode: the points of an interval in one forward of a diffusers pipeline's network, or on several devices."""
+"""Latency mode: a diffusers pipeline evaluates the points of an interval in one batch, or each on its own device."""
 
 import copy
 import weakref
@@ -20,27 +20,29 @@ from epd_ray.solvers.stepwise import PointInputs
 Pipeline = TypeVar("Pipeline")
 
 SHARED = frozenset({"txt_ids", "img_ids"})
-"""Inputs that have no rows, whatever their first size."""
+"""Inputs of a network without a batch dimension, whatever their first size is."""
 
 
 def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.device] | None = None) -> Pipeline:
-    """Let a pipeline run a solver with the points of each interval at once; it is called as before.
+    """Let a pipeline run a solver with all points of an interval evaluated at once; the pipeline is called as before.
 
-    The pipeline itself is changed: it gets a scheduler, and its network hooks that act while that scheduler is in
-    place. `restore` undoes it. Load adapters before: replicas on further devices are copies of the network as it is.
+    The pipeline is changed in place: it gets another scheduler, and its network gets hooks that act as long as that
+    scheduler is in use. `restore` undoes this. Load adapters first, because the networks on further devices are copies
+    of the network as it is now.
 
     Args:
         pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image.
-        solver: made for its model; what it does not say about the network is taken from the pipeline's scheduler.
-        devices: that share the points; the first is the network's own, and no more are used than there are points
-            to evaluate.
+        solver: made for the pipeline's model; facts about the network that its meta lacks are taken from the
+            pipeline's scheduler.
+        devices: the devices that share the points. The first must be the device of the network; at most as many are
+            used as there are points to evaluate. None means the network's device alone.
 
     Returns:
-        pipe.
+        The same pipeline.
 
     Raises:
-        ModelError: a pipeline of another kind, a solver that does not fit it, or a device that is not there.
-        TableError: see `EPDScheduler.from_solver`.
+        ModelError: a pipeline of another kind, a solver that does not fit it, or a device that is not available.
+        TableError: too little is known about the network, or it is not the one that the solver was made for.
     """
     whole: Any = pipe
     door = _door(whole)
@@ -71,13 +73,13 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
 
 
 def restore(pipe: Pipeline) -> Pipeline:
-    """Undo `parallelize`: the hooks go, and the scheduler from before comes back unless another one has taken over.
+    """Undo `parallelize`: remove the hooks, and put the former scheduler back unless somebody has set another one.
 
     Args:
-        pipe: any pipeline.
+        pipe: any pipeline; one that was not parallelized is left as it is.
 
     Returns:
-        pipe.
+        The same pipeline.
     """
     whole: Any = pipe
     installed = _installed.pop(whole, None)
@@ -91,8 +93,11 @@ def restore(pipe: Pipeline) -> Pipeline:
 
 
 class _Expansion:
-    """The hooks. Before the network: rows for each point, and all but the first device's share sent off. After it:
-    the shares joined."""
+    """The hooks around the network of a parallelized pipeline.
+
+    `before` makes one row per point, and starts the network's replicas on their shares of the points. `after` joins
+    their outputs with that of the network itself.
+    """
 
     def __init__(
         self, pipe: "weakref.ref[Any]", scheduler: EPDScheduler, door: Door, replicas: Sequence[nn.Module]
@@ -109,7 +114,7 @@ class _Expansion:
         pipe = self._pipe()
         if pipe is None or pipe.scheduler is not self.scheduler:
             return None
-        names = (self._door.hidden, "timestep")  # what pipelines give by position, if anything
+        names = (self._door.hidden, "timestep")  # the arguments that some pipelines pass by position
         given = dict(zip(names, args, strict=False)) | kwargs
         points = self.scheduler.point_inputs(given[self._door.hidden])
         if points is None:
@@ -141,13 +146,13 @@ class _Expansion:
             self._pool.shutdown()
 
     def _settle(self) -> None:
-        """A call that failed may have left the others at work."""
+        """Wait for the replicas: a call that failed may have left them at work."""
         if self._pending is not None:
             wait(self._pending[1])
             self._pending = None
 
     def _inputs(self, given: Mapping[str, Any], points: PointInputs, share: list[int]) -> dict[str, Any]:
-        """The network's arguments for some of the points, one row for each row of the pipeline and point."""
+        """The network's arguments for some of the points: one row per row of the pipeline and point."""
         hidden = points.hidden[:, share]  # [R, k, ...]
         rows = len(hidden)
         timesteps = points.timesteps[share] * self._door.time_unit  # [k]
@@ -161,7 +166,7 @@ class _Expansion:
 
 @dataclass(frozen=True)
 class _Mode:
-    """What torch keeps for each thread."""
+    """Settings that torch keeps separately for each thread."""
 
     grad: bool
     inference: bool
@@ -196,12 +201,12 @@ def _forward(network: nn.Module, inputs: dict[str, Any], mode: _Mode) -> Tensor:
 
 
 def _repeat(value: Any, rows: int, times: int) -> Any:
-    """Each row of every tensor that has `rows` of them, `times` times in a row."""
+    """Repeat each row `times` times in a row, in every tensor that has `rows` rows."""
     return _map(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    # Towards the CPU such a copy would be read before it is complete.
+    # A non-blocking copy to the CPU could be read before it is complete.
     return _map(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
@@ -216,7 +221,7 @@ def _map(value: Any, change: Any) -> Any:
 
 
 def _replica(network: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on a device, made there at once: one beside the network would need its memory twice."""
+    """A copy of the network, made directly on the device: a copy beside the network would need its memory twice."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to(device, copy=True), p.requires_grad)
         for p in network.parameters()
@@ -238,7 +243,7 @@ def _door(pipe: Any) -> Door:
 
 
 def _devices(names: Sequence[str | torch.device] | None, network: nn.Module) -> list[torch.device]:
-    """The devices by full name, the network's own first."""
+    """The devices with their indices; the first is the network's own."""
     own = _device(network)
     if names is None:
         return [own]

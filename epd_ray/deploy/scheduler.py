@@ -1,4 +1,4 @@
-"""A learned solver as a diffusers scheduler, for pipelines as they are: `pipe.scheduler = EPDScheduler...`."""
+"""A trained solver as a diffusers scheduler, for unmodified pipelines: `pipe.scheduler = EPDScheduler...`."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 from epd_ray.errors import TableError
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
-from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, facts_of, parse_facts
+from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, TRAIN_TIMESTEPS, facts_of, parse_facts
 from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
 from epd_ray.solvers.table import Rows
 from epd_ray.types import Form
@@ -26,31 +26,33 @@ log = logging.getLogger(__name__)
 class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships no types
     """Runs a solver inside an unmodified diffusers pipeline, one evaluation per call of the network.
 
-    An interval takes `order` = K + 1 calls. The analytical first step saves the first of them, except for flow
-    models: their pipelines let no scheduler alter what the network sees first, so its answer is left unused.
-    The state is kept in float32 whatever dtype the pipeline's latents have. Pipelines that start from a noisy picture
-    are not supported. A saved pipeline opens again after `import epd_ray.deploy.scheduler`.
+    An interval takes `order` calls of the network: K + 1, or K with a start point, and at most 2 in parallel mode. The
+    analytical first step saves the first call, except for flow models: their pipelines let no scheduler change the
+    network's first input, so that call is made and its output not used. The state is kept in float32, whatever the
+    dtype of the pipeline's latents. Pipelines that start from a noisy picture are not supported. To open a saved
+    pipeline that has this scheduler, import `epd_ray.deploy.scheduler` first.
 
     Args:
-        sigmas: [N+1], see `Solver`.
-        positions: [N, K], as are weights and scales, see `SolverTable`.
-        weights: see above.
-        scale_dir: see above.
-        scale_time: see above.
-        form: of the ODE, "ve" or "flow".
-        afs: see `Solver`.
-        solver_order: see `Solver`.
-        prediction_type: "epsilon", "v_prediction" or "sample" in VE form, "flow_prediction" in flow form.
-        num_train_timesteps: of the network.
-        beta_start: of its training schedule (VE form), as in diffusers' other schedulers.
-        beta_end: see above.
-        beta_schedule: see above.
-        trained_betas: see above.
-        use_flow_sigmas: derived from the form; tells pipelines to pass no sigmas of their own.
+        sigmas: [N+1], decreasing, > 0.
+        positions: [N, K], column of the table, see `SolverTable`.
+        weights: [N, K], column of the table.
+        scale_dir: [N, K], column of the table; None stands for ones.
+        scale_time: [N, K], column of the table; None stands for ones.
+        form: how noise enters x, "ve" or "flow".
+        afs: whether the first drift is analytical.
+        solver_order: order of the multistep slope that leads to the points, 1 to 4.
+        prediction_type: what the network's output is: "epsilon", "v_prediction" or "sample" in VE form,
+            "flow_prediction" in flow form.
+        num_train_timesteps: number of timesteps in the network's training.
+        beta_start: first beta of the training schedule (VE form only), as in diffusers' other schedulers.
+        beta_end: last beta of the training schedule.
+        beta_schedule: diffusers' name of the curve between them.
+        trained_betas: all betas, in place of the three values above.
+        use_flow_sigmas: derived from the form; tells pipelines not to pass sigmas of their own.
 
     Raises:
         TableError: values that are absent, wrong, or do not fit each other.
-        ScheduleError: sigmas that do not decrease or reach 0.
+        ScheduleError: sigmas that do not decrease or that reach 0.
     """
 
     # The arguments are as many as they are because diffusers keeps a scheduler's configuration as the arguments of its
@@ -67,7 +69,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         afs: bool = False,
         solver_order: int = 1,
         prediction_type: str | None = None,
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: int = TRAIN_TIMESTEPS,
         beta_start: float | None = None,
         beta_end: float | None = None,
         beta_schedule: str | None = None,
@@ -101,14 +103,15 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """The scheduler that runs a solver.
 
         Args:
-            solver: with `meta["scheduler"]`, which solvers of this version have.
-            like: the scheduler of the pipeline it is for: tells what meta lacks, and is compared with what it has.
+            solver: its `meta["scheduler"]` holds the facts about the network that it was made for.
+            like: the scheduler of the pipeline that it will run in. It supplies the facts if meta has none; otherwise
+                both must agree.
 
         Returns:
             A new scheduler.
 
         Raises:
-            TableError: a network about which too little is known, or another one than the pipeline's.
+            TableError: too little is known about the network, or the pipeline's network is another one.
         """
         theirs = None if like is None else facts_of(like.config, solver.form)
         config = solver.scheduler_config(theirs if solver.meta.get("scheduler") is None else None)
@@ -134,14 +137,14 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Args:
             pretrained_model_name_or_path: a directory, a hub id "owner/name", or a preset ("sd3-1024-rl").
-            subfolder: that holds the files.
-            return_unused_kwargs: see diffusers' SchedulerMixin.
+            subfolder: the folder in it that holds the files.
+            return_unused_kwargs: whether to return the pair (scheduler, unused keyword arguments), as diffusers does.
 
         Returns:
             The scheduler.
 
         Raises:
-            TableError: a solver that is missing, or that does not say enough about its network.
+            TableError: the solver is missing, or does not say enough about its network.
         """
         source = os.fspath(pretrained_model_name_or_path)
         folder = Path(source, subfolder or "")
@@ -160,11 +163,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     @property
     def parallel(self) -> bool:
-        """Whether an interval's points are one call, which needs `parallelize`."""
+        """Whether all points of an interval are evaluated in one call, which only works after `parallelize`."""
         return self._plan.parallel
 
     def set_parallel(self, parallel: bool) -> None:
-        """Choose so; ends a loop under way."""
+        """Choose whether all points of an interval are evaluated in one call. A loop that is under way ends."""
         self._plan = Plan(self.solver, self.network, parallel=parallel)
         self.order = self._plan.order
         self.set_timesteps()
@@ -180,10 +183,10 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """Begin a denoising loop.
 
         Args:
-            num_inference_steps: not used, as the solver has its own N; another number is reported once.
-            device: of the timesteps.
-            sigmas: not used, as the solver has its own; reported once.
-            mu: not used.
+            num_inference_steps: not used, because the solver has its own N; another number is logged once.
+            device: where `timesteps` is put.
+            sigmas: not used, because the solver has its own; logged once.
+            mu: not used, because it only shapes sigmas.
         """
         intervals = self.solver.table.intervals
         if not self._warned and (sigmas is not None or num_inference_steps not in (None, intervals)):
@@ -197,36 +200,37 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._loop, self._scaled, self._expanded = Loop(self._plan), False, False
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Loops begin at the first timestep.
+        """Accept 0 only: a loop begins at the first timestep.
 
         Raises:
-            TableError: any other.
+            TableError: any other index.
         """
         if begin_index:
             raise TableError(f"begin_index is {begin_index}, expected 0: a learned solver starts from noise alone")
 
     @property
     def begin_index(self) -> int:
-        """Always 0."""
+        """Always 0: a loop begins at the first timestep."""
         return 0
 
     @property
     def step_index(self) -> int | None:
-        """Calls made so far in this loop, None outside of one."""
+        """Number of calls made so far in this loop; None outside of a loop."""
         return None if self._loop is None else self._loop.made
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """What the network of a VE model sees.
+        """The network's input in the next call, for a model in VE form.
 
         Args:
-            sample: [R, ...], the latents, once or twice.
-            timestep: not used: calls come in order.
+            sample: [R, ...], the latents, repeated where classifier-free guidance needs them twice.
+            timestep: not used, because calls come in order.
 
         Returns:
-            The evaluated point at unit variance, shape and dtype of sample; with `set_parallel`, points come later.
+            The point to evaluate at unit variance, in the shape and dtype of sample. In parallel mode the hook of
+            `parallelize` supplies an interval's points later, and the sample is returned as it is.
 
         Raises:
-            TableError: a flow solver in such a pipeline, or no loop begun.
+            TableError: the solver is for a flow model, or no loop has begun.
         """
         if self.form == "flow":
             raise TableError(
@@ -237,13 +241,14 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return sample if self.parallel and loop.call[1] is not None else loop.seen(sample)[:, 0]
 
     def point_inputs(self, hidden: Tensor) -> PointInputs | None:
-        """The points of the interval, for the call that evaluates them all; `parallelize` asks for them.
+        """The points of the interval, if the next call evaluates them all; `parallelize` asks for them.
 
         Args:
-            hidden: [R, ...], what the pipeline gives its network: the latents, once or twice.
+            hidden: [R, ...], the pipeline's input for its network: the latents, repeated for classifier-free guidance.
 
         Returns:
-            The points in the dtype of hidden, or None where the call is not one of these.
+            The points in the dtype of hidden; None if the next call evaluates an interval's start, or outside of
+            parallel mode.
         """
         loop = self._loop
         if not self.parallel or loop is None or loop.call[1] is None:
@@ -256,21 +261,21 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True,
         generator: Any = None,
     ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
-        """Take the network's answer and say where to look next.
+        """Take the network's output and return the latents for the next call.
 
         Args:
             model_output: [B, ...], or [B * K, ...] for the points of an interval in one call (row b * K + k).
-            timestep: not used: calls come in order.
-            sample: [B, ...], as returned by the call before; where it is another tensor, that one counts at the start
-                of an interval, and inside one for its own point alone.
-            return_dict: whether to return a SchedulerOutput.
-            generator: not used: nothing is drawn at random.
+            timestep: not used, because calls come in order.
+            sample: [B, ...], the tensor that the call before returned. If the pipeline changed or replaced it, the new
+                values count: as the state at an interval's start, or as the one point that this call evaluated.
+            return_dict: whether to return a SchedulerOutput or a tuple.
+            generator: not used, because nothing is drawn at random.
 
         Returns:
-            The latents [B, ...] of the next call, in the dtype of sample.
+            The latents [B, ...] for the next call, in the dtype of sample.
 
         Raises:
-            TableError: more calls than the solver makes, or a pipeline that it does not fit.
+            TableError: more calls than the solver makes, or a pipeline that the solver does not fit.
 
         Source: EPD-Solver (arXiv 2507.14797).
         """

@@ -1,4 +1,4 @@
-"""Samplers by name: what a picture is drawn with, and what it costs."""
+"""Samplers: a method with its number of intervals and its schedule, ready to draw pictures with a backbone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +19,19 @@ EPD = "epd"
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver with its number of intervals; "epd" carries its table.
+    """A method with its number of intervals and its schedule; the method "epd" has a table.
 
     Attributes:
         kind: "epd", or the name of a method in epd_ray.solvers.zoo.
         intervals: N, at least 1.
-        key: unique in a comparison, safe as a file name.
-        label: for people.
-        table: [N, K] or [B, N, K] for "epd", else None.
-        afs: analytical first step: one evaluation less.
-        order: of the multistep slope ("epd": 1 to 4).
-        sigmas: [N+1], where a saved solver brings its own; else by `schedule`.
-        schedule: "model" for the backbone's own, or a name of epd_ray.solvers.schedules.SCHEDULES.
-        final_zero: whether a method's last sigma is 0; None: as in the pipelines, see epd_ray.solvers.zoo.
+        key: a name that is unique in a comparison and safe as a file name.
+        label: the sampler's name in tables and plots.
+        table: [N, K] or [B, N, K] for "epd"; None for any other method.
+        afs: whether the first drift is analytical, which saves one evaluation.
+        order: order of the multistep slope of "epd", 1 to 4.
+        sigmas: [N+1], the sigmas of a saved solver; None takes those of `schedule`.
+        schedule: "model" for the backbone's own schedule, or a key of epd_ray.solvers.schedules.SCHEDULES.
+        final_zero: whether the last sigma is 0; None means as usual for the method, see `zoo.Method.ends_at_zero`.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Sampler:
         return replace(self, table=table)
 
     def rows(self, start: int, stop: int) -> "Sampler":
-        """For a part of a batch's pictures: tables of their own are cut out with them."""
+        """The sampler for the samples from `start` to `stop` of a batch; only tables per sample make a difference."""
         if self.table is None or self.table.batch is None:
             return self
         return self.with_table(self.table.rows(start, stop))
@@ -80,11 +80,17 @@ class Sampler:
     def run(
         self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
     ) -> Tensor:
-        """From unit noise [B, ...] to latents [B, ...]; "epd" evaluates the start of rows that begin alike once.
+        """Solve the ODE from unit noise [B, ...] to latents [B, ...].
+
+        Args:
+            backbone: the frozen model.
+            conditioning: B encoded prompts.
+            noise: [B, ...], unit normal.
+            starts: which rows have the same prompt and noise, so that "epd" evaluates their first drift only once.
 
         Raises:
-            ConfigError: a method that does not follow the backbone's form, or whose package is missing.
-            ScheduleError: a schedule that is not for this backbone.
+            ConfigError: the method is for the other form of the ODE, or its package is missing.
+            ScheduleError: the schedule is not for this backbone.
         """
         drift = conditioned_drift(backbone, conditioning)
         if self.sigmas is not None:
@@ -102,18 +108,18 @@ class Sampler:
 
 
 def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, afs: bool = False) -> Sampler:
-    """A named method at a given sequential depth.
+    """A method of the zoo with as many intervals as a given parallel NFE allows.
 
     Args:
-        name: of the zoo, an alias, or "module:function"; "heun@logsnr" also names the schedule.
-        parallel_nfe: at least 1, one that the method can have.
-        final_zero: see Sampler.
-        afs: see Sampler.
+        name: a name of the zoo, an alias, or "module:function"; "heun@logsnr" also names the schedule.
+        parallel_nfe: at least 1; the method must be able to have exactly this many.
+        final_zero: whether the last sigma is 0; None means as usual for the method.
+        afs: whether the first drift is analytical.
 
     Raises:
-        UnknownNameError: no such method or schedule.
-        ConfigError: its package is missing.
-        ValueError: a depth that the method cannot have, with those that it can.
+        UnknownNameError: there is no such method or schedule.
+        ConfigError: the package that the method needs is missing.
+        ValueError: the method cannot have this parallel NFE; the message names the nearest ones.
     """
     zoo.require_installed([name])
     (kind, schedule), method = zoo.split(name), zoo.find(name)
@@ -136,7 +142,7 @@ def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, af
 
 
 def nearest_baseline(name: str, parallel_nfe: int) -> Sampler:
-    """A named method at the smallest sequential depth that it can have from `parallel_nfe` on; see `baseline`."""
+    """A method of the zoo at the smallest parallel NFE, at least `parallel_nfe`, that it can have; see `baseline`."""
     method = zoo.find(name)
     return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)))
 
@@ -145,17 +151,17 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
     """Sigmas of a named schedule between the backbone's own ends.
 
     Args:
-        backbone: whose first and last sigmas above 0 they span.
+        backbone: its first sigma and its last sigma above 0 are the ends of the schedule.
         intervals: N.
-        schedule: "model", or a name of epd_ray.solvers.schedules.SCHEDULES.
-        final_zero: whether the last sigma is 0; N sigmas of the schedule come before it, as in the pipelines.
+        schedule: "model", or a key of epd_ray.solvers.schedules.SCHEDULES.
+        final_zero: whether a 0 follows after N sigmas of the schedule, as in diffusers' pipelines.
 
     Returns:
         [N+1], float64, decreasing.
 
     Raises:
-        ScheduleError: a schedule that is not for this backbone.
-        UnknownNameError: no such schedule.
+        ScheduleError: the schedule is not for this backbone.
+        UnknownNameError: there is no such schedule.
     """
     require_schedule(schedule)
     if schedule in (MODEL, backbone.schedule):
@@ -171,19 +177,19 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
 
 
 def schedules_for(backbone: Backbone) -> list[str]:
-    """Every schedule that a backbone can be run on, its own first, as "model"."""
+    """The names of all schedules that a backbone can use; the first is "model", its own."""
     others = [name for name, form in SCHEDULES.items() if form == backbone.form and name not in IN_MODEL_TIME]
     return [MODEL, *(name for name in others if name != backbone.schedule)]
 
 
 def learned(solver: Solver, key: str, label: str) -> Sampler:
-    """A sampler around a saved solver."""
+    """The sampler that runs a saved solver."""
     sigmas = tuple(solver.sigmas.tolist())
     return Sampler(EPD, solver.table.intervals, key, label, solver.table, solver.afs, solver.order, sigmas)
 
 
 def beginning_with(first: Drift, then: Drift) -> Drift:
-    """A drift whose first call is another's."""
+    """A drift that is `first` in its first call and `then` in all later ones."""
     calls = 0
 
     def drift(x: Tensor, sigma: Tensor) -> Tensor:
@@ -196,12 +202,12 @@ def beginning_with(first: Drift, then: Drift) -> Drift:
 
 @dataclass(frozen=True)
 class Alike:
-    """The D < B distinct beginnings in a batch: rows of the same prompt and noise have the same first drift.
+    """The D < B distinct pairs of prompt and noise in a batch; rows with the same pair have the same first drift.
 
     Attributes:
-        conditioning: of the D prompts.
-        rows: [D], of the batch, the first of each.
-        kinds: [B], which of the D each row is.
+        conditioning: the encoded prompts of the D pairs.
+        rows: [D], the first row of the batch with each pair.
+        kinds: [B], the index of each row's pair.
     """
 
     conditioning: Conditioning
@@ -209,7 +215,7 @@ class Alike:
     kinds: tuple[int, ...]
 
     def begin(self, backbone: Backbone, drift: Drift) -> Drift:
-        """The same drift, for a solver whose first call is at the start: that one evaluates D rows."""
+        """The same drift for a solver whose first call is at the start of the ODE; that call evaluates only D rows."""
 
         def shared(x: Tensor, sigma: Tensor) -> Tensor:
             rows = list(self.rows)
@@ -221,7 +227,7 @@ class Alike:
 def alike(
     backbone: Backbone, prompts: Sequence[str], noise_seeds: Sequence[int], guidance_scale: float
 ) -> Alike | None:
-    """Which rows of a batch begin alike; None where no two of them do."""
+    """Which rows of a batch have the same prompt and noise; None if no two of them have."""
     beginnings = list(zip(prompts, noise_seeds, strict=True))
     distinct = list(dict.fromkeys(beginnings))
     if len(distinct) == len(beginnings):
@@ -232,5 +238,5 @@ def alike(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> uint8, rounded, on the CPU; rounded where the images are, which is less to copy."""
+    """Images [B, 3, H, W] in [0, 1] as uint8 on the CPU; rounded on their device, so that fewer bytes are copied."""
     return (images * 255).round().to(torch.uint8).cpu()

@@ -1,4 +1,4 @@
-"""What a rollout actor does: draw tables, make pictures. Every answer is a function of the request alone."""
+"""The work of a rollout actor: draw tables and pictures. Every answer depends on the request alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What the driver needs to know about a model that it does not load.
+    """What the driver needs to know about a model that only the actors load.
 
     Attributes:
-        family: of the backbone.
-        model_id: as given.
-        form: of the ODE.
+        family: the backbone's family.
+        model_id: the model as the user names it.
+        form: how noise enters x, "ve" or "flow".
         sigmas: [N+1], the schedule of the policy's solver.
-        guidance_scale: that the pictures are made with.
-        more: resolution, revision and scheduler, as JSON values.
+        guidance_scale: the guidance scale of all pictures.
+        more: the backbone's further facts, such as resolution, revision and scheduler, as JSON values.
     """
 
     family: str
@@ -39,20 +39,20 @@ class BackboneFacts:
 
 @dataclass(frozen=True)
 class Generated:
-    """A job's rollouts and their images [B, 3, H, W], uint8, in the order of the requests."""
+    """The rollouts of a job and their images [B, 3, H, W], uint8, both in the order of the requests."""
 
     rollouts: tuple[Rollout, ...]
     images: ImageArray
 
 
 class RolloutWorker:
-    """Makes pictures with one backbone.
+    """Draws tables and pictures with one backbone.
 
     Args:
         backbone: the frozen model.
-        guidance_scale: for every picture.
-        space: what the policy draws.
-        sampler: N, AFS and order of the solver whose table is drawn.
+        guidance_scale: the guidance scale of all pictures.
+        space: which numbers of a table the policy draws.
+        sampler: the solver in which the drawn tables are used: its number of intervals, first step and order.
     """
 
     def __init__(self, backbone: Backbone, guidance_scale: float, space: TableSpace, sampler: Sampler) -> None:
@@ -61,25 +61,25 @@ class RolloutWorker:
         self.states = ShardStates(backbone, guidance_scale)
 
     def describe(self, num_intervals: int) -> BackboneFacts:
-        """The model's name, form and schedule for N intervals."""
+        """The facts about the model, with its schedule for N intervals."""
         b = self.backbone
         sigmas = tuple(b.sigmas(num_intervals).tolist())
         return BackboneFacts(b.family, b.model_id, b.form, sigmas, self.guidance_scale, dict(b.facts))
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """See Backbone.truncated."""
+        """How many of the prompts are longer than the model reads."""
         return self.backbone.truncated(prompts)
 
     def distill(self, shard: Shard, grid: Sequence[float]) -> NormalEquations:
-        """See epd_ray.stage_one.least_squares.normal_equations."""
+        """The least-squares problem of a shard, see epd_ray.stage_one.least_squares.normal_equations."""
         return normal_equations(self.states.interval(shard), grid)
 
     def distill_loss(self, shard: Shard, points: Points, gradient: bool) -> Loss:
-        """See epd_ray.stage_one.gradient.distill_loss."""
+        """The loss of a shard and its gradient on request, see epd_ray.stage_one.gradient.distill_loss."""
         return distill_loss(self.states.interval(shard), points, gradient)
 
     def generate(self, job: RolloutJob) -> Generated:
-        """Draw a table for each request and make its picture, the whole job in one batch."""
+        """Draw a table and its picture for each request; the whole job is one batch."""
         policy = TableDistribution(self.space, torch.from_numpy(job.parameters.copy()))  # Ray's arrays are read-only
         actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
         log_probs = log_prob(policy, actions)
@@ -95,7 +95,11 @@ class RolloutWorker:
         return Generated(rollouts, images)
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int]) -> ImageArray:
-        """Pictures [B, 3, H, W], uint8, one per prompt and seed."""
+        """Pictures [B, 3, H, W], uint8, one for each prompt with its seed.
+
+        Raises:
+            ModelError: a picture has values that are not finite.
+        """
         conditioning = self.backbone.encode(prompts, self.guidance_scale)
         starts = alike(self.backbone, prompts, noise_seeds, self.guidance_scale)
         with torch.inference_mode():
@@ -111,6 +115,6 @@ class RolloutWorker:
 
 
 def log_prob(policy: TableDistribution, actions: torch.Tensor) -> torch.Tensor:
-    """Log-density of actions [B, N, A] in float64, so that rollout and learner agree to 1e-5; [B]."""
+    """Log-density [B] of actions [B, N, A], computed in float64 so that rollout and learner agree to 1e-5."""
     exact = TableDistribution(policy.space, policy.parameters.double())
     return exact.log_prob(actions.double())

@@ -1,14 +1,15 @@
-"""The distribution over solver tables: Dirichlet segments and weights per interval, log-normal scales on request.
+"""The distribution over solver tables: in each interval Dirichlet segments and weights, and optional log-normal scales.
 
 Per interval, S = K + 1 segments g ~ Dirichlet(alpha_g) give the positions r = cumsum(g)[:K], and w ~ Dirichlet(alpha_w)
-in R^K the weights; with a start point r_1 = 0 and S = K. The policy is a row of parameters per interval, in this order:
-S log-concentrations of the segments, K of the weights, then for each trained scale (direction, time) K logarithms of
-its mean and K log standard deviations of its logarithm. An action has the same order without the standard deviations.
+in R^K the weights; with a start point r_1 = 0 and S = K. The policy has one row of parameters per interval, in this
+order: S log-concentrations of the segments, K log-concentrations of the weights, then for each trained scale
+(direction, time) K logarithms of its mean and K logarithms of the standard deviation of its logarithm. An action has
+the same order without the standard deviations.
 
-The reference's parameter of a scale is the mean of the logarithm, m, instead of the logarithm of the mean,
-m + std^2 / 2. There the deployed scale, the mean, starts exp(std^2 / 2) above the table of stage 1 and rises whenever
-std does, though nothing was learned about the scale. Here it starts as that table, and std changes the spread alone.
-Densities, entropy and KL of a given m and std are the reference's.
+The EPD authors' code takes the mean of the scale's logarithm, m, as the parameter, instead of the logarithm of the
+mean, m + std^2 / 2. There the deployed scale, which is the mean, starts at exp(std^2 / 2) times the scale of stage 1,
+and grows with std although nothing was learned about the scale. Here it starts at the scale of stage 1, and std only
+changes the spread. For a given m and std, the density, entropy and KL divergence are the same as there.
 """
 
 import math
@@ -27,8 +28,8 @@ from epd_ray.types import FloatArray, Form
 
 INITIAL_LOG_STD = -3.0
 LOG_STD_RANGE = (-7.0, 2.0)
-SMALLEST_PART = 1e-6  # of a simplex draw: the log-density has no value at 0
-SMALLEST_BASE = 1e-3  # of a base table's segment or weight: a zero has no concentration
+SMALLEST_PART = 1e-6  # of a segment or weight that was drawn: the log-density is infinite at 0
+SMALLEST_BASE = 1e-3  # of a segment or weight of the start table: its concentration must be above 0
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class TableSpace:
     """Which numbers of a table are drawn.
 
     Attributes:
-        points: K.
+        points: K, the number of points per interval.
         scale_dir: whether direction scales are drawn too.
         scale_time: whether time scales are drawn too.
-        start_point: whether the first point stays at the interval's start (see SolverTable).
+        start_point: whether the first point of each interval stays at the interval's start.
     """
 
     points: int
@@ -49,7 +50,7 @@ class TableSpace:
 
     @property
     def segments(self) -> int:
-        """S, between the points that move and the interval's ends."""
+        """S, the number of segments between the points that move and the interval's ends."""
         return self.points + 1 - int(self.start_point)
 
     @property
@@ -58,20 +59,21 @@ class TableSpace:
 
     @property
     def parameter_width(self) -> int:
-        """S + K, and 2K more per trained scale."""
+        """W, the number of policy parameters per interval: S + K, and 2K more for each trained scale."""
         return self.segments + self.points + 2 * self.points * self.scales
 
     @property
     def action_width(self) -> int:
-        """S + K, and K more per trained scale."""
+        """A, the number of values per interval in an action: S + K, and K more for each trained scale."""
         return self.segments + self.points + self.points * self.scales
 
     @property
     def residual_units(self) -> Tensor:
-        """What a policy's output of 1 adds to each parameter, [W].
+        """What an output of 1 of the policy network adds to each parameter, [W].
 
-        1, but the first standard deviation for the logarithms of the means of scales. In units of 1 the steps that suit
-        concentrations would take those means several standard deviations away at once, where nothing was drawn.
+        It is 1, except for the logarithms of the scales' means, where it is their initial standard deviation. With 1, a
+        step size that suits the concentrations would move those means several standard deviations at once, to where
+        nothing was drawn.
         """
         k = self.points
         scale = [math.exp(INITIAL_LOG_STD)] * k + [1.0] * k
@@ -84,7 +86,7 @@ class TableSpace:
         return _inside_simplex(segments), _inside_simplex(weights), scales
 
     def table(self, action: Tensor) -> SolverTable:
-        """The table of an action [..., N, A]."""
+        """The table [..., N, K] that an action [..., N, A] stands for."""
         segments, weights, scales = self.split_action(action)
         positions = segments.cumsum(-1)[..., :-1].clamp(max=1.0)
         if self.start_point:
@@ -99,8 +101,8 @@ class TableDistribution:
     """A policy's distribution over tables.
 
     Attributes:
-        space: what is drawn.
-        parameters: [..., N, W].
+        space: which numbers of a table are drawn.
+        parameters: [..., N, W], in the order that the module's docstring gives.
     """
 
     space: TableSpace
@@ -135,21 +137,21 @@ class TableDistribution:
         return self.log_prob_per_interval(action).sum(-1)
 
     def entropy_per_interval(self) -> Tensor:
-        """[..., N]."""
+        """Differential entropy of each interval, [..., N]."""
         total: Tensor = self.segments.entropy() + self.weights.entropy()
         for distribution in self.scales:
             total = total + distribution.entropy().sum(-1)
         return total
 
     def kl_per_interval(self, other: "TableDistribution") -> Tensor:
-        """KL(self || other), [..., N]."""
+        """KL(self || other) of each interval, [..., N]."""
         total: Tensor = kl_divergence(self.segments, other.segments) + kl_divergence(self.weights, other.weights)
         for mine, theirs in zip(self.scales, other.scales, strict=True):
             total = total + kl_divergence(mine, theirs).sum(-1)
         return total
 
     def mean_action(self) -> Tensor:
-        """The mean of every part, [..., N, A]: what is deployed."""
+        """The mean of the distribution as an action, [..., N, A]; the deployed solver uses it."""
         return torch.cat([self.segments.mean, self.weights.mean, *(s.mean for s in self.scales)], dim=-1)
 
     def mean_table(self) -> SolverTable:
@@ -157,7 +159,7 @@ class TableDistribution:
         return self.space.table(self.mean_action())
 
     def draw(self, seed: int) -> FloatArray:
-        """One action [N, A], a function of the parameters [N, W] and the seed alone, on any machine."""
+        """One action [N, A], which depends on the parameters [N, W] and the seed alone, not on the machine."""
         rng = stream(Purpose.TABLE, seed)
         simplices = []
         for distribution in (self.segments, self.weights):
@@ -173,7 +175,7 @@ class TableDistribution:
 
 
 def _log_normal(log_mean: Tensor, std: Tensor) -> LogNormal:
-    """With the mean exp(log_mean), whatever the standard deviation `std` of the logarithm."""
+    """A log-normal with mean exp(log_mean), whose logarithm has the standard deviation `std`."""
     return LogNormal(log_mean - std**2 / 2, std)
 
 
@@ -183,15 +185,15 @@ def _inside_simplex(parts: Tensor) -> Tensor:
 
 
 def base_parameters(table: SolverTable, space: TableSpace, concentration: float) -> Tensor:
-    """Parameters [N, W] whose mean is the table, scales too: the policy starts as the stage 1 solver.
+    """Parameters [N, W] of a distribution whose mean is a given table, so that the policy starts as that table.
 
     Args:
-        table: one table [N, K]; segments and weights of at least 0.001.
-        space: what is drawn.
-        concentration: c0, the total concentration of each simplex per interval (10 to 30 in practice).
+        table: one table [N, K], whose segments and weights are at least 0.001.
+        space: which numbers of a table are drawn.
+        concentration: total concentration of each Dirichlet, > 0 (10 to 30 in practice).
 
     Raises:
-        TableError: a per-sample table, another K, or an entry too small to be a mean.
+        TableError: one table per sample, another K, scales that are not drawn, or an entry too small to be a mean.
     """
     if table.batch is not None or table.points != space.points:
         raise TableError(f"base table has shape {tuple(table.positions.shape)}, expected [N, {space.points}]")
@@ -223,14 +225,14 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
 def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTable:
     """For a flow model, lower each time scale until its point is evaluated at sigmas[0] at most.
 
-    A log-normal scale has no upper end, but the model has never seen a sigma above its first. Apply this wherever a
-    drawn or mean table meets a backbone. The action and its log-density stay as drawn: the clamp belongs to what an
-    action does, so the policy gradient is unchanged.
+    A log-normal scale has no upper bound, but the model knows no sigma above the first. Call this wherever a drawn
+    table or the mean table is used with a backbone. The action and its log-density stay as drawn: the clamp is part of
+    what the environment makes of an action, so the policy gradient is unchanged.
 
     Args:
         table: [N, K] or [B, N, K].
         sigmas: [N+1], decreasing, > 0.
-        form: of the ODE; nothing is clamped in "ve".
+        form: how noise enters x; in "ve" nothing is clamped.
     """
     grid = sigmas.double()[:, None]
     largest = largest_sigma(form, grid[0])
@@ -241,9 +243,15 @@ def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTa
 
 
 def bound_concentration(parameters: Tensor, space: TableSpace, bound: float) -> Tensor:
-    """Scale each simplex's concentrations down to a total of at most `bound`; the means stay.
+    """Scale the concentrations of each Dirichlet down to a total of at most `bound`, which keeps their means.
 
-    Without a bound exploration collapses: the policy sharpens until only noise is left to normalise.
+    Without a bound the policy becomes so narrow that the rewards of a group differ only by noise, which the advantages
+    would then amplify.
+
+    Args:
+        parameters: [..., N, W].
+        space: which numbers of a table are drawn.
+        bound: largest total concentration, > 0.
     """
     simplices = [space.segments, space.points]
     parts = list(parameters.split([*simplices, parameters.shape[-1] - sum(simplices)], dim=-1))

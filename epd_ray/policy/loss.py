@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPREAD_FLOOR = 1e-6  # reward spread below which a group says nothing but rounding
+SPREAD_FLOOR = 1e-6  # a smaller standard deviation of a group's rewards is taken for rounding
 STD_FLOOR = 1e-8
 
 
@@ -15,9 +15,9 @@ class Advantages:
     """Leave-one-out advantages of a batch.
 
     Attributes:
-        values: [B], normalised over the batch.
-        group_spread: mean over groups of the population std of the reward.
-        silent_groups: groups whose spread is below the floor; their advantages are 0.
+        values: [B], divided by their standard deviation over the batch.
+        group_spread: mean over groups of the population standard deviation of the reward.
+        silent_groups: number of groups with a standard deviation below 1e-6; their advantages are 0.
     """
 
     values: Tensor
@@ -26,14 +26,16 @@ class Advantages:
 
 
 def leave_one_out(rewards: Tensor, group_ids: Sequence[str]) -> Advantages:
-    """Each reward minus the mean of the others in its group, divided by the batch's std (RLOO, Ahmadian et al. 2024).
+    """Each reward minus the mean of the other rewards in its group, divided by the standard deviation over the batch.
 
     Args:
         rewards: [B], finite.
-        group_ids: B ids; the order of rows does not matter.
+        group_ids: the group of each row; groups may be in any order.
 
     Raises:
-        ValueError: a group of one.
+        ValueError: a group has only one rollout.
+
+    Source: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740).
     """
     members: dict[str, list[int]] = {}
     for row, group in enumerate(group_ids):
@@ -58,7 +60,14 @@ def leave_one_out(rewards: Tensor, group_ids: Sequence[str]) -> Advantages:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The clipped policy loss and what is logged beside it; all scalars but `ratio` [B]."""
+    """The clipped policy loss and the values that are logged with it.
+
+    Attributes:
+        loss: scalar to minimise.
+        ratio: [B], the probability of each action under the trained policy over that under the old one.
+        clipfrac: share of the rows whose ratio is outside 1 - clip to 1 + clip.
+        approx_kl: estimate of KL(old || new), >= 0.
+    """
 
     loss: Tensor
     ratio: Tensor
@@ -73,7 +82,7 @@ def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor
         log_prob: [B] under the policy that is trained.
         old_log_prob: [B] under the policy that drew the actions.
         advantages: [B].
-        clip: epsilon, > 0.
+        clip: epsilon, the clipping range of the ratio, > 0.
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -82,5 +91,5 @@ def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor
         loss=-surrogate.mean(),
         ratio=ratio.detach(),
         clipfrac=((ratio - 1).abs() > clip).float().mean().detach(),
-        approx_kl=(ratio - 1 - log_ratio).mean().detach(),  # k3 estimator of KL(old || new), never negative
+        approx_kl=(ratio - 1 - log_ratio).mean().detach(),  # the k3 estimator, which is never negative
     )

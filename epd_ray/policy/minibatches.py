@@ -1,4 +1,4 @@
-"""How an iteration's images are divided among gradient steps: pure functions of numbers."""
+"""How the images of an iteration are divided among gradient steps: pure functions of numbers."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,11 +7,13 @@ from epd_ray.randomness import Purpose, stream
 
 
 def minibatch_problem(minibatch: int, images: int) -> str | None:
-    """What is wrong with a minibatch size, if anything: RLlib fills up an incomplete minibatch with repeated images.
+    """An error message if a minibatch size does not divide the images of an iteration, otherwise None.
+
+    RLlib would fill an incomplete minibatch with repeated images.
 
     Args:
-        minibatch: images per gradient step; one at least as large as the iteration takes all images in one step.
-        images: of an iteration, prompts times group size.
+        minibatch: images per gradient step; a size of at least `images` takes all of them in one step.
+        images: images per iteration, prompts times group size.
     """
     if minibatch >= images or images % minibatch == 0:
         return None
@@ -26,14 +28,14 @@ def minibatch_problem(minibatch: int, images: int) -> str | None:
 def image_order(seed: int, iteration: int, images: int, epochs: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
     """Rows [epochs * images] in the order in which the gradient steps take them; each epoch has every row once.
 
-    The first epoch keeps the order of drawing: its prompts were chosen at random, and its groups stay together. Later
-    epochs are shuffled.
+    The first epoch keeps the order in which the images were drawn: their prompts were chosen at random, and groups stay
+    together. Later epochs are shuffled.
 
     Args:
-        seed: of the run.
-        iteration: from 0.
-        images: of an iteration.
-        epochs: passes over them.
+        seed: seed of the run.
+        iteration: index of the iteration, from 0.
+        images: images per iteration.
+        epochs: passes over the images.
         shuffle: whether later epochs are shuffled.
     """
     rng, drawn = stream(Purpose.MINIBATCHES, seed, iteration), np.arange(images)

@@ -1,4 +1,4 @@
-"""The policy network: interval index -> residual on the base table's log-concentrations. Ray is not imported here."""
+"""The policy network, which maps an interval's index to a change of the start table's parameters. It uses no Ray."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class PolicySpec:
     """The policy network's shape and start.
 
     Attributes:
-        space: what is drawn.
-        base: [N][W] parameters of the start (see dirichlet.base_parameters).
-        max_concentration: bound on each simplex's total concentration.
-        width: of the hidden layers.
+        space: which numbers of a table are drawn.
+        base: [N][W] parameters of the start table, see `dirichlet.base_parameters`.
+        max_concentration: bound on the total concentration of each Dirichlet.
+        width: width of the hidden layers.
         depth: number of residual layers.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
     """
 
     space: TableSpace
@@ -32,14 +32,14 @@ class PolicySpec:
 
 
 class _Linear(nn.Linear):
-    """Without initial weights of its own, which would come from the global random state."""
+    """A linear layer that is not initialised: nn.Linear would draw from the global random state."""
 
     def reset_parameters(self) -> None:
-        """Left to whoever holds the generator."""
+        """Do nothing; the owner of the layer initialises it with a generator of its own."""
 
 
 class PolicyNetwork(nn.Module):
-    """Interval index -> embedding -> residual MLP -> zero-initialised output: it starts as the base table."""
+    """Interval index -> embedding -> residual MLP -> output, which is zero at first: the policy starts as `base`."""
 
     base: Tensor
     units: Tensor
@@ -55,7 +55,7 @@ class PolicyNetwork(nn.Module):
         linears = [_Linear(spec.width, spec.width) for _ in range(spec.depth)]
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(spec.width), nn.SiLU(), linear) for linear in linears)
         self.out = _Linear(spec.width, self.base.shape[1])
-        bound = spec.width**-0.5  # the usual one of nn.Linear
+        bound = spec.width**-0.5  # the same as in nn.Linear
         for linear in linears:
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
@@ -63,7 +63,7 @@ class PolicyNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self) -> Tensor:
-        """Parameters [N, W] of the table distribution, their concentrations bounded."""
+        """Parameters [N, W] of the table distribution, with bounded concentrations."""
         hidden = self.embedding.weight
         for layer in self.layers:
             hidden = hidden + layer(hidden)
@@ -72,5 +72,5 @@ class PolicyNetwork(nn.Module):
 
     @torch.no_grad()
     def parameters_array(self) -> FloatArray:
-        """`forward()` as numpy, for the rollout jobs."""
+        """The result of `forward()` as a numpy array, for the rollout jobs."""
         return np.array(self().numpy(), np.float32)

@@ -1,4 +1,4 @@
-"""Searching a solver table without gradients: CMA-ES and random draws, in rounds of tables and what they scored."""
+"""Search for a solver table without gradients, by CMA-ES or random draws, in rounds of tables and their rewards."""
 
 import importlib.util
 import math
@@ -15,35 +15,36 @@ from epd_ray.randomness import Purpose, request_seeds, stream
 from epd_ray.solvers import SolverTable
 
 Floats = npt.NDArray[np.floating]
-STEP = 0.5  # CMA-ES's first standard deviation, in the coordinates: factors of about 1.6 between neighbouring segments
-SCALE_UNIT = math.exp(INITIAL_LOG_STD) / STEP  # of a scale's logarithm: it begins with RDPO's standard deviation
+STEP = 0.5  # CMA-ES's first standard deviation of a coordinate; it changes the ratio of two segments by about 1.6
+SCALE_UNIT = math.exp(INITIAL_LOG_STD) / STEP  # unit of a scale's logarithm, so that it starts with RDPO's spread
 
 
 class Search(Protocol):
-    """Proposes tables, is told what they scored, and says which it would take home."""
+    """A search that proposes tables, is told their rewards, and names the best table so far."""
 
     def ask(self) -> SolverTable:
         """The next round's tables, [C, N, K]."""
         ...
 
     def tell(self, rewards: Floats) -> None:
-        """Rewards [C] of the tables asked for last, in order."""
+        """Take the rewards [C] of the tables of the last `ask`, in order."""
         ...
 
     def favourite(self) -> SolverTable:
-        """The table [N, K] to judge on held-out prompts."""
+        """The table [N, K] that the search would return now, to be judged on held-out prompts."""
         ...
 
 
 def space_of(table: SolverTable) -> TableSpace:
-    """What is searched around a table: its direction scales too, if it has any."""
+    """Which numbers are searched around a table; direction scales are among them if the table has any."""
     return TableSpace(table.points, table.scale_dir is not None, start_point=table.start_point)
 
 
 def coordinates(table: SolverTable) -> Floats:
-    """A table [N, K] as unbounded numbers [N D]: log-ratios to the last segment and weight, then logarithms of scales.
+    """A table [N, K] as N * D unbounded numbers, where D = S + K - 2, and K more with direction scales.
 
-    D = S + K - 2, and K more with direction scales.
+    They are, for each interval, the logarithms of the segments' ratios to the last segment and of the weights' ratios
+    to the last weight, then the logarithms of the scales in units of SCALE_UNIT.
     """
     space = space_of(table)
     widths = [space.segments, space.points, space.points * space.scales]
@@ -53,7 +54,7 @@ def coordinates(table: SolverTable) -> Floats:
 
 
 def tables_at(rows: Sequence[Floats] | Floats, space: TableSpace) -> SolverTable:
-    """The tables [C, N, K] of coordinates [C, N D]."""
+    """The tables [C, N, K] of C rows of coordinates, each of N * D numbers; the inverse of `coordinates`."""
     widths = [space.segments - 1, space.points - 1, space.points * space.scales]
     values = torch.as_tensor(np.array(rows)).reshape(len(rows), -1, sum(widths))  # [C, N, D]
     *ratios, scales = values.split(widths, dim=-1)
@@ -62,27 +63,29 @@ def tables_at(rows: Sequence[Floats] | Floats, space: TableSpace) -> SolverTable
 
 
 class CmaSearch:
-    """CMA-ES around a table. Source: Hansen, arXiv 1604.00772; the `cma` package.
+    """CMA-ES that starts from a table, by the `cma` package.
 
     Args:
         start: [N, K], without time scales.
-        candidates: tables a round, at least 2.
-        seed: of the draws.
+        candidates: tables per round, at least 2.
+        seed: seed of the random draws.
 
     Raises:
         ConfigError: the package is not installed.
+
+    Source: Hansen, arXiv 1604.00772.
     """
 
     def __init__(self, start: SolverTable, candidates: int, seed: int) -> None:
         if importlib.util.find_spec("cma") is None:
             raise ConfigError(["CMA-ES: the package cma is not installed: pip install 'epd-ray[search]'"])
-        import cma
+        import cma  # here, since the package is optional
 
         rng = stream(Purpose.CMA_TABLES, seed)
         options: dict[str, Any] = {
             "popsize": candidates,
             "randn": lambda *shape: rng.standard_normal(shape),
-            "seed": np.nan,  # leave numpy's global generator alone
+            "seed": np.nan,  # cma then leaves numpy's global generator alone
             "verbose": -9,
             "verb_log": 0,
         }
@@ -103,13 +106,13 @@ class CmaSearch:
 
 
 class RandomSearch:
-    """Tables from the distribution that RDPO starts with; the best of the last round is the favourite.
+    """Tables drawn from the distribution that RDPO starts with; the best table of the last round is the favourite.
 
     Args:
         start: [N, K], without time scales.
-        candidates: tables a round.
-        seed: of the draws.
-        concentration: total of each Dirichlet.
+        candidates: tables per round.
+        seed: seed of the random draws.
+        concentration: total concentration of each Dirichlet.
     """
 
     def __init__(self, start: SolverTable, candidates: int, seed: int, concentration: float) -> None:
@@ -127,5 +130,5 @@ class RandomSearch:
         self._favourite = self._asked.row(int(np.argmax(rewards)))
 
     def favourite(self) -> SolverTable:
-        """The best of the last round; the start before the first."""
+        """The best table of the last round; before the first round, the start."""
         return self._favourite

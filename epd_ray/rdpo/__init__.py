@@ -1,4 +1,4 @@
-"""What RLlib needs of RDPO: the algorithm and its configuration, the learner and its module, the rollout actors."""
+"""RDPO on RLlib: the algorithm and its configuration, the learner, the policy module and the rollout actors."""
 
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig

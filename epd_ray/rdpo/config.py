@@ -1,4 +1,4 @@
-"""RDPOConfig: everything about an RDPO run that RLlib does not know already."""
+"""RDPOConfig: the settings of RDPO, in addition to those that RLlib has for every algorithm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
 
 
 class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
-    """Configures RDPO; the defaults fine-tune the embedded model's solver.
+    """Configures RDPO. The defaults fine-tune a solver of the embedded model.
 
     Example:
         >>> algo = RDPOConfig().solver(concentration=20).rollouts(group_size=8).build_algo()
@@ -41,8 +41,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         >>> algo.mean_table()
 
     Attributes:
-        builds: the algorithm that `build_algo` builds. epd_ray.rdpo sets it, because the algorithm knows its
-            configuration and not the other way round.
+        builds: the algorithm class that `build_algo` builds. epd_ray.rdpo sets it, because the module of the algorithm
+            imports this module.
     """
 
     builds: ClassVar[type[Algorithm] | None] = None
@@ -58,7 +58,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.env_runner_health_probe_timeout_s = 5.0
         self.enable_env_runner_and_connector_v2 = self.enable_rl_module_and_learner = True
         self.num_cpus_per_env_runner, self.num_cpus_per_learner, self.num_cpus_for_main_process = 0.75, 0.25, 0
-        rdpo, solver, cluster = RDPOSection(), SolverConfig(), ClusterConfig()  # the defaults stand there alone
+        rdpo, solver, cluster = RDPOSection(), SolverConfig(), ClusterConfig()  # the only place of the defaults
         self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = (
             rdpo.lr,
             rdpo.grad_clip,
@@ -98,18 +98,18 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         hidden_width: int = NotProvided,
         hidden_depth: int = NotProvided,
     ) -> "RDPOConfig":
-        """The table to start from and the policy around it.
+        """Set the table to start from and the policy around it.
 
         Args:
-            table: [N, K]; its mean is where the policy starts.
-            concentration: c0, total Dirichlet concentration of each simplex at the start.
-            concentration_bound: largest total, times c0.
-            scale_dir: draw direction scales too.
-            scale_time: draw time scales too.
-            afs: analytical first step.
-            order: of the multistep slope that leads to the points, 1 to 4.
-            hidden_width: of the policy's residual layers.
-            hidden_depth: number of residual layers.
+            table: the solver table, [N, K], which is the mean of the policy at the start.
+            concentration: c0, the total concentration of each Dirichlet distribution at the start, > 0.
+            concentration_bound: the largest total concentration, as a multiple of c0, >= 1.
+            scale_dir: whether the policy also draws a direction scale for each point.
+            scale_time: whether the policy also draws a time scale for each point.
+            afs: whether the first step is analytical, which saves an evaluation.
+            order: the order of the multistep slope from an interval's start to its points, 1 to 4.
+            hidden_width: the width of the residual layers of the policy network.
+            hidden_depth: the number of its residual layers.
         """
         return self._assign(locals())
 
@@ -120,22 +120,31 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         options: Mapping[str, Any] = NotProvided,
         guidance_scale: float | None = NotProvided,
     ) -> "RDPOConfig":
-        """The frozen model: registry name, constructor's arguments, guidance scale (None: its family's usual one)."""
+        """Set the frozen model.
+
+        Args:
+            family: a name in the registry of backbones, or "module:Class".
+            options: the keyword arguments of the constructor.
+            guidance_scale: the guidance scale of every picture; None for the default of the model's family.
+        """
         given: dict[str, Any] = {"family": family, "options": options, "guidance_scale": guidance_scale}
         chosen = {k: v for k, v in given.items() if v is not NotProvided}
         self.backbone_spec = replace(self.backbone_spec, **chosen)
         return self
 
     def placing(self, timeout_s: float) -> "RDPOConfig":
-        """How long actors may wait for room on the cluster; more than 30 s where an autoscaler adds nodes."""
+        """Set how many seconds actors may wait for room; an autoscaler that adds nodes needs more than the default."""
         return self._assign({"placement_timeout_s": timeout_s})
 
     def answering(self, timeout_s: float | None) -> "RDPOConfig":
-        """How long a rollout or reward actor may take over an answer (its first: four times) before it is replaced."""
+        """Set after how many seconds without an answer a rollout or reward actor is replaced.
+
+        The first answer of a process may take four times as long, because it loads a model. None sets no bound.
+        """
         return self._assign({"task_timeout_s": timeout_s})
 
     def encoder(self, spec: EncoderSpec | None) -> "RDPOConfig":
-        """An actor for the text encoders, which rollout actors then do without; None: each has its own."""
+        """Set the actor that holds the text encoders for all rollout actors; with None each loads its own."""
         return self._assign({"encoder_spec": spec})
 
     def rollouts(  # type: ignore[override]
@@ -151,23 +160,23 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         keep_images: bool = NotProvided,
         max_env_runners: int = NotProvided,
     ) -> "RDPOConfig":
-        """What an iteration draws.
+        """Set what an iteration draws.
 
         Args:
-            prompts: to train on; the embedded scenes when empty.
-            prompts_per_iteration: P.
-            group_size: G, images per prompt.
-            images_per_job: batch of one actor call, whatever the number of actors.
-            same_latent: images of a group share their noise.
-            baseline: "per_prompt", or the reference's "mixed" one.
-            staleness: how many updates old the policy behind a rollout may be; 0 is fully synchronous.
-            keep_images: bring the pictures to the driver, into the rows of `RDPO.last`.
-            max_env_runners: rollout actors that there may be while nodes come and go; 0: those of the start.
+            prompts: the prompts to train on; where there are none, the embedded scenes.
+            prompts_per_iteration: P, the number of prompts per iteration.
+            group_size: G, the number of images per prompt, >= 2.
+            images_per_job: the number of images in one call of a rollout actor, >= 1.
+            same_latent: whether the images of a group share their noise.
+            baseline: the baseline of the advantages: "per_prompt", or "mixed", which the reference uses.
+            staleness: how many updates old the policy of a rollout may be, >= 0; 0 is fully synchronous.
+            keep_images: whether the images come to the driver, into the rollouts of `RDPO.last`.
+            max_env_runners: the largest number of rollout actors while nodes join; 0 for as many as at the start.
         """
         return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
 
     def rewards(self, heads: Mapping[str, RewardSpec], *, normalisation: Mode = NotProvided) -> "RDPOConfig":
-        """The heads of the mix and their actors, by name; how raw scores enter the mix (see Mixer)."""
+        """Set the reward heads and their actors by name, and how raw scores are normalised (see Mixer)."""
         self.reward_specs = dict(heads)
         return self._assign({"normalisation": normalisation})
 
@@ -180,7 +189,15 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         weight_decay: float = NotProvided,
         **rllib: Any,
     ) -> "RDPOConfig":
-        """The update: PPO's clip, weights of KL to the base and of entropy, and RLlib's own (lr, num_epochs ...)."""
+        """Set the update of the policy.
+
+        Args:
+            clip: PPO clips the probability ratio to 1 - clip and 1 + clip.
+            kl_coeff: the weight of the KL divergence from the policy to the one at the start.
+            entropy_coeff: the weight of the policy's entropy.
+            weight_decay: the weight decay of AdamW.
+            **rllib: settings of RLlib, such as lr and num_epochs.
+        """
         super().training(**rllib)
         given = locals()
         names = ("clip", "kl_coeff", "entropy_coeff", "weight_decay")
@@ -194,17 +211,17 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
     @property
     def space(self) -> TableSpace:
-        """What the policy draws."""
+        """The space of the tables that the policy draws."""
         return TableSpace(self.table.points, self.scale_dir, self.scale_time, self.table.start_point)
 
     def mixer(self) -> Mixer:
-        """A fresh mix of the heads."""
+        """A new Mixer of the reward heads."""
         weights = {name: spec.weight for name, spec in self.reward_specs.items()}
         return Mixer(weights, {name: spec.head for name, spec in self.reward_specs.items()}, self.normalisation)
 
     @property
     def batch_plan(self) -> BatchPlan:
-        """What decides the requests of every iteration."""
+        """The settings that determine the requests of every iteration."""
         return BatchPlan(
             seed=self.seed or 0,
             prompts_per_iteration=self.prompts_per_iteration,
@@ -216,18 +233,18 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
     @property
     def update_plan(self) -> UpdatePlan:
-        """How the learner goes through the pictures of an iteration."""
+        """The epochs and minibatches in which the learner goes through the images of an iteration."""
         return UpdatePlan(self.seed or 0, self.num_epochs, self.minibatch_size, self.shuffle_batch_per_epoch)
 
     @property
     def worker_spec(self) -> WorkerSpec:
-        """What each rollout actor builds."""
+        """The backbone and the sampler that each rollout actor builds."""
         sampler = Sampler("epd", self.table.intervals, "policy", "policy", None, self.afs, self.order)
         return WorkerSpec(self.backbone_spec, self.space, sampler)
 
     @property
     def policy_spec(self) -> PolicySpec:
-        """What the learner builds."""
+        """The policy network that the learner builds."""
         base = base_parameters(self.table, self.space, self.concentration)
         bound = self.concentration * self.concentration_bound
         rows = tuple(tuple(row) for row in base.tolist())
@@ -241,35 +258,39 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         return RLModuleSpec(module_class=SolverTableModule, model_config={"policy": self.policy_spec})
 
     def validate(self) -> None:
-        self.create_local_env_runner = self.num_env_runners == 0  # else the driver would load the backbone too
+        self.create_local_env_runner = self.num_env_runners == 0  # with rollout actors the driver needs no backbone
         shape = (self.table.intervals, self.space.action_width)
         self.observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
         self.action_space = gym.spaces.Box(0, np.inf, shape, np.float32)
         super().validate()
         if self.group_size < 2:
-            self._value_error(f"group_size is {self.group_size}, leave-one-out needs at least 2 images per prompt")
+            self._value_error(
+                f"group_size is {self.group_size}: the leave-one-out baseline needs at least 2 images per prompt"
+            )
         if problem := minibatch_problem(self.minibatch_size, self.batch_plan.images):
             self._value_error(f"minibatch_size {problem}")
         if self.staleness < 0 or self.images_per_job < 1:
             self._value_error("staleness must be at least 0 and images_per_job at least 1")
         if self.concentration_bound < 1:
             self._value_error(
-                f"concentration_bound is {self.concentration_bound}, at least 1 (times the start) is needed"
+                f"concentration_bound is {self.concentration_bound}, at least 1 (a multiple of the start) is needed"
             )
         if self.num_learners > 1:
-            self._value_error(f"num_learners is {self.num_learners}: the policy is a few kilobytes, use 0 or 1")
+            self._value_error(
+                f"num_learners is {self.num_learners}: use 0 or 1, because the policy has only a few kilobytes"
+            )
         for name, spec in self.reward_specs.items():
             if spec.replicas < 1 and (spec.replicas < 0 or spec.python is not None or spec.max_replicas):
                 self._value_error(
-                    f"rewards() has replicas {spec.replicas} for {name!r}: 0 (in the driver) goes without python and "
-                    "max_replicas, else at least 1 is needed"
+                    f"rewards() has replicas {spec.replicas} for {name!r}: it must be at least 1, or 0 (in the driver) "
+                    "without python and max_replicas"
                 )
         if self.encoder_spec is not None and self.backbone_spec.family != "auto":
-            self._value_error(f"encoder() is for family 'auto', this one is {self.backbone_spec.family!r}")
+            self._value_error(f"encoder() needs the backbone family 'auto', not {self.backbone_spec.family!r}")
 
 
 def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
-    """What is placed -> what each actor asks for."""
+    """Every kind of actor -> the resources that each of its actors asks for."""
     runner = {"CPU": config.num_cpus_per_env_runner, "GPU": config.num_gpus_per_env_runner}
     runner |= config.custom_resources_per_env_runner
     learner = {"CPU": config.num_cpus_per_learner, "GPU": config.num_gpus_per_learner}

@@ -1,4 +1,4 @@
-"""The update: one clipped policy-gradient step per minibatch, on RLlib's TorchLearner."""
+"""The update of the policy: one step on the clipped PPO loss per minibatch, in the TorchLearner of RLlib."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ from epd_ray.policy.loss import clipped_surrogate
 from epd_ray.policy.network import PolicyNetwork
 
 ADVANTAGES = "advantages"
-RATIO_TOLERANCE = 1e-3  # log-probabilities travel in float32, and devices differ in their last bits
+RATIO_TOLERANCE = 1e-3  # log-probabilities are sent in float32, and devices differ in the last bits
 
 
 class RDPOLearner(TorchLearner):  # type: ignore[misc]
-    """Minimises the clipped surrogate, plus KL to the base table and minus entropy where their weights are set."""
+    """Minimises the clipped PPO loss + kl_coeff * KL(policy || policy at the start) - entropy_coeff * entropy."""
 
-    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+    def __repr__(self) -> str:  # Ray's dashboard and logs show this
         return "learner"
 
     def build(self) -> None:
-        torch.set_num_threads(1)  # in the driver of a job as in an actor: the last bits depend on it
+        torch.set_num_threads(1)  # in the driver as in an actor, because the last bits depend on the number of threads
         super().build()
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
@@ -38,7 +38,7 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._weights_seq_no = -1  # else RLlib keeps its own weights where those had more updates
+        self._weights_seq_no = -1  # otherwise RLlib keeps its present weights if they had more updates
         super().set_state(state)
         for optimizer in self._named_optimizers.values():
             for group in optimizer.param_groups:
@@ -47,7 +47,9 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         super().before_gradient_based_update(timesteps=timesteps)
         [(optimizer, schedule)] = self._optimizer_lr_schedules.items()
-        self._lr = schedule.update(timesteps["images"])  # a checkpoint brings another run's, under PBT
+        self._lr = schedule.update(
+            timesteps["images"]
+        )  # set anew, because population-based training loads checkpoints of other trials
         self._set_optimizer_lr(optimizer, lr=self._lr)
         self._on_policy = timesteps["staleness"] == 0
         self._first_minibatch = True
@@ -85,11 +87,13 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         return loss
 
     def _check_ratio(self, ratio: Tensor) -> None:
-        """Before the first step on fresh rollouts learner and actors must hold the same policy."""
+        """Check that the learner and the rollout actors hold the same policy before the first step on new rollouts."""
         self._first_minibatch = False
         worst = float((ratio - 1).abs().max())
         if self._on_policy and worst > RATIO_TOLERANCE:
-            raise RuntimeError(f"first ratio is off 1 by {worst:.2g}, at most {RATIO_TOLERANCE:g} on fresh rollouts")
+            raise RuntimeError(
+                f"the first probability ratio differs from 1 by {worst:.2g}, at most {RATIO_TOLERANCE:g} is expected"
+            )
 
     def _log(self, module_id: str, values: Mapping[str, Tensor | float]) -> None:
         self.metrics.log_dict({k: float(v) for k, v in values.items()}, key=module_id, window=1)

@@ -1,4 +1,4 @@
-"""The policy network as RLlib's module, and the table distribution as RLlib's action distribution."""
+"""The policy network as a module of RLlib, and the distribution of tables as an action distribution of RLlib."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from epd_ray.policy.network import PolicyNetwork, PolicySpec
 
 
 class TableActions(Distribution):  # type: ignore[misc]
-    """RLlib's view of TableDistribution; `space` is bound by get_partial_dist_cls."""
+    """TableDistribution as an action distribution of RLlib; get_partial_dist_cls binds `space`."""
 
     def __init__(self, parameters: Tensor, space: TableSpace) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TableActions(Distribution):  # type: ignore[misc]
 
 
 class SolverTableModule(TorchRLModule):  # type: ignore[misc]
-    """RLModule around PolicyNetwork; `model_config["policy"]` is a PolicySpec. Observations are ignored."""
+    """PolicyNetwork as a module of RLlib. `model_config["policy"]` is its PolicySpec; observations are ignored."""
 
     def setup(self) -> None:
         spec: PolicySpec = self.model_config["policy"]

@@ -1,4 +1,4 @@
-"""The rollout actor, which is RLlib's EnvRunner around a TaskRunner, and the pool of rollout actors."""
+"""The rollout actor, which is an EnvRunner of RLlib around a TaskRunner, and the pool of rollout actors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ from epd_ray.actors.tasks import Answer, Task, TaskRunner
 
 
 class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
-    """Holds a frozen backbone. It has no policy of its own: the parameters come with every job."""
+    """A rollout actor. It holds the frozen backbone but no policy: every job brings the parameters of the policy."""
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         self._runner = TaskRunner(config.worker_spec)
 
-    def __repr__(self) -> str:  # what Ray's dashboard and logs call it
+    def __repr__(self) -> str:  # Ray's dashboard and logs show this
         return f"rollout {self.worker_index}"
 
     def ready(self) -> None:
@@ -33,7 +33,7 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
         return self._runner.run(task)
 
     def sample(self, **kwargs: Any) -> None:
-        """Not used: tasks go through `run`."""
+        """Raises RuntimeError, because rollout actors take tasks through `run`."""
         raise RuntimeError("SolverEnvRunner takes tasks through run(), not sample()")
 
     def get_spaces(self) -> dict[str, tuple[Any, Any]]:
@@ -57,16 +57,16 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
 
 
 def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None = TASK_SECONDS) -> Pool:
-    """RLlib's rollout actors as a pool. RLlib makes the actors, and is told of those that are gone.
+    """The rollout actors of RLlib as a pool. RLlib makes the actors, and the pool tells RLlib which of them are gone.
 
     Args:
-        group: RLlib's group of SolverEnvRunner actors.
-        most: the largest number of rollout actors that there may be while nodes join; at least those of the start.
+        group: the group of SolverEnvRunner actors of RLlib.
+        most: the largest number of rollout actors while nodes join. The pool never has fewer than at the start.
         timeout_s: seconds after which an actor that gives no answer counts as lost; None for no bound.
     """
     manager = group._worker_manager
     start = list(manager.actors().items())
-    in_trial = ray.util.get_current_placement_group() is not None  # whose bundles are fixed
+    in_trial = ray.util.get_current_placement_group() is not None  # the resources of a Tune trial are fixed
     bounds = Bounds(len(start), len(start) if in_trial else max(most, len(start)))
 
     def make() -> tuple[int, ActorHandle[Any]]:
@@ -74,7 +74,7 @@ def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None = TASK
         number = max(manager.actor_ids())
         return number, manager.actors()[number]
 
-    # The next batch waits at the actor already, so that it starts without asking the driver.
+    # With two calls per actor the next batch is there already when the first one is done.
     return Pool(
         "rollout actors", start, make, lambda a: a.ready.remote(), bounds, 2, timeout_s, manager.remove_actor
     )  # fmt: skip

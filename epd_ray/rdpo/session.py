@@ -1,4 +1,4 @@
-"""From a run's configuration to live actors."""
+"""From the configuration of a run to a built algorithm with its actors."""
 
 import math
 import shutil
@@ -22,11 +22,20 @@ FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "inverse": lambda done: min(1.0, 0.1 / done) if done else 1.0,
 }
-"""Share of a run that is done, in [0, 1] -> share of the learning rate. Source of "inverse": Robbins, Monro 1951."""
+"""The share of the iterations that are done, in [0, 1] -> the factor of the learning rate, in [0, 1].
+
+Source of "inverse": Robbins and Monro, 1951.
+"""
 
 
 def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
-    """The algorithm's configuration of a run, starting from `table` (evenly spaced points when None)."""
+    """The configuration of the algorithm for a run.
+
+    Args:
+        config: the configuration of the run.
+        prompts: the prompts to train on.
+        table: the table to start from, [N, K]; None for evenly spaced points with equal weights.
+    """
     rdpo = config.rdpo
     heads = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     built: RDPOConfig = (
@@ -75,7 +84,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
 
 
 def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:
-    """What RLlib takes as lr: a number, or [images drawn before, rate] for each iteration and the end."""
+    """The learning rate as RLlib takes it: a number, or [images drawn so far, rate] for each iteration and the end."""
     if rdpo.lr_schedule == "constant" or not rdpo.iterations:
         return rdpo.lr
     images = rdpo.prompts_per_iteration * rdpo.group_size
@@ -84,7 +93,7 @@ def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:
 
 
 def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
-    """With the actors that a cluster section asks for."""
+    """Set the actors that the section `cluster` of the configuration asks for."""
     encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
     placed: RDPOConfig = (
         built.encoder(encoder if cluster.encoder_actors else None)
@@ -106,7 +115,7 @@ def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
 
 
 def _warn_of_idle_gpus(config: RunConfig) -> None:
-    """Of a run's actors; a driver that draws sees every GPU."""
+    """Warn of GPUs that no actor of a run asks for. A driver that draws is left out, because it sees every GPU."""
     cluster = config.cluster
     asked: dict[str, float] = {}
     if ":" in config.backbone.family or config.backbone.model != SHAPES:
@@ -117,7 +126,16 @@ def _warn_of_idle_gpus(config: RunConfig) -> None:
 
 @contextmanager
 def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
-    """A built RDPO on a Ray session, both ended afterwards."""
+    """Start or join Ray and build the algorithm; both end with the block.
+
+    Args:
+        config: the configuration of the run.
+        prompts: the prompts to train on.
+        table: the table to start from, [N, K]; None for evenly spaced points with equal weights.
+
+    Raises:
+        EpdRayError: Ray cannot be started or joined, the actors have no room, or a model cannot be used.
+    """
     cluster = config.cluster
     with ray_session(cluster.address, cluster.env, cluster.dashboard):
         _warn_of_idle_gpus(config)
@@ -126,7 +144,7 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
             yield algo
         finally:
             algo.stop()
-            shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib's empty folder in ~/ray_results; a run has its own
+            shutil.rmtree(algo.logdir, ignore_errors=True)  # RLlib leaves an empty folder in ~/ray_results
 
 
 def warn_of_long_prompts(algo: RDPO, prompts: Sequence[str]) -> None:

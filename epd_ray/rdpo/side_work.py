@@ -1,4 +1,4 @@
-"""What the actors of a run do beside training: pictures for evaluation, drawn and scored, and other calls."""
+"""The work of a run's actors beside training: drawing and scoring pictures for evaluations, and stage 1."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +14,13 @@ from epd_ray.types import OnImages, Sampled
 
 
 class SideWork:
-    """Work on the actors of a pipeline.
+    """Hands work beside training to the actors of a pipeline.
 
     Args:
-        pipeline: whose actors do it.
-        images_per_job: pictures of a task, whatever the number of actors.
-        heads: that score the pictures; none: they are only drawn.
-        mixer: makes their scores a reward.
+        pipeline: the pipeline of the rollout and reward actors.
+        images_per_job: the number of pictures in one task.
+        heads: the names of the reward heads that score the pictures; without any, pictures are only drawn.
+        mixer: combines the scores of the heads into a reward.
     """
 
     def __init__(self, pipeline: RolloutPipeline, images_per_job: int, heads: Sequence[str], mixer: Mixer) -> None:
@@ -29,7 +29,7 @@ class SideWork:
 
     @property
     def images_at_once(self) -> int:
-        """Pictures that are drawn, scored or on their way to the driver at a time, at most."""
+        """The largest number of pictures that are drawn, scored or sent to the driver at the same time."""
         return TASKS_AHEAD * max(1, len(self._pipeline.runners)) * self._size
 
     def sample_scored(
@@ -65,6 +65,6 @@ class SideWork:
         return [outcome.value for outcome in self.run(tasks)]
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Do a few tasks; their outcomes in order."""
+        """Do a few tasks, and return their outcomes in the same order."""
         self._pipeline.submit(tasks)
         return self._pipeline.collect([task.task_id for task in tasks])

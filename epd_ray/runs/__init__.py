@@ -1,1 +1,1 @@
-"""What the commands do: training with its stages, distilling, sampling, fetching weights, dry runs and reports."""
+"""The work behind the commands: training, stage 1, sampling, evaluation, dry runs, reports and fetched weights."""

@@ -16,8 +16,8 @@ def describe(config: RunConfig) -> tuple[str, str]:
     heads = [name for name, head in config.rewards.items() if head.weight]
     what = (
         f"This run fine-tunes a solver of {_counted(s.intervals, 'interval')} with {_counted(s.points, 'point')} each "
-        f"(parallel NFE {table.cost(s.afs).parallel_nfe}) for the model {model} on the {'rewards' if len(heads) > 1 else 'reward'} "
-        f"{', '.join(heads)}: {_counted(r.iterations, 'iteration')}, "
+        f"(parallel NFE {table.cost(s.afs).parallel_nfe}) for the model {model} on the "
+        f"{'rewards' if len(heads) > 1 else 'reward'} {', '.join(heads)}: {_counted(r.iterations, 'iteration')}, "
         f"{r.iterations * r.prompts_per_iteration * r.group_size} images."
     )
     if model != SHAPES or config.cluster.rollout_gpus:

@@ -1,4 +1,4 @@
-"""Stage 1 alone: a solver that follows a finer one, for any model, also one that no reward can judge."""
+"""`epd-ray distill`: stage 1 alone. It fits a solver to a finer one and needs no reward."""
 
 from functools import partial
 from pathlib import Path
@@ -22,22 +22,22 @@ from epd_ray.types import FloatArray, ImageArray
 
 
 def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
-    """Fit a table, save it, and say how far its held-out pictures are from the teacher's.
+    """Fit a table, save it, and compare its pictures with those of the teacher on held-out prompts.
 
     Args:
-        config: of a run; its rewards are left out, and stage 1 runs also where the run would leave it out.
-        out: a directory that is empty or not there yet.
+        config: the configuration of a run. Its rewards are not used, and stage 1 runs even if it disables stage 1.
+        out: a directory that is empty or does not exist yet.
         observer: sees the progress.
 
     Returns:
-        A line per solver: root mean square distance of its pictures to the teacher's, in [0, 1].
+        One line per solver with the root mean square distance of its pictures to those of the teacher, in [0, 1].
 
     Raises:
-        RunDirectoryError: there is something in `out` already.
-        EpdRayError: something else that the user can mend.
+        RunDirectoryError: `out` is not empty.
+        EpdRayError: something else is wrong that the user can mend.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunDirectoryError(f"{out} is there and not empty: choose another --out")
+        raise RunDirectoryError(f"{out} is not empty: choose another --out")
     config = resolve(config.model_dump(mode="json"), ["distill.enabled=true", "distill.table=null"])
     require_installed(config.evaluation.baselines)
     prompts = load_prompts(config.prompts, config.seed)
@@ -60,17 +60,17 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         lines = []
         for sampler, distance in zip([ours, *others], distances, strict=True):
             cost = f"NFE {sampler.parallel_nfe:>2} ({sampler.model_evals:>2} evaluations)"
-            lines.append(f"{sampler.label:<18} {cost}  from the teacher's pictures {distance.mean():.4f}")
+            lines.append(f"{sampler.label:<18} {cost}  distance from the teacher's pictures {distance.mean():.4f}")
     return [*lines, f"solver: {out}"]
 
 
 def _distances(
     algo: RDPO, teacher: Sampler, samplers: list[Sampler], prompts: list[str], seeds: list[int], observer: Observer
 ) -> list[FloatArray]:
-    """How far each sampler's pictures are from the teacher's, [B] each, see `rms`.
+    """The distance of each sampler's pictures to those of the teacher, [B] per sampler (see `rms`).
 
-    All samplers draw a part of the prompts before the next part, so that the teacher's pictures of one part alone are
-    held at a time.
+    All samplers draw one part of the prompts before the next part, so that only the teacher's pictures of one part are
+    in memory.
     """
     size = algo.images_at_once
     starts = range(0, len(prompts), size)
@@ -92,11 +92,11 @@ def _measure(distances: FloatArray, target: dict[int, ImageArray], first: int, i
 
 
 def rms(images: ImageArray, target: ImageArray) -> FloatArray:
-    """Root mean square difference per picture, [B], in units of the full range.
+    """The root mean square difference of each picture, [B], in [0, 1], where 1 is the difference of black and white.
 
     Args:
-        images: [B, 3, H, W], uint8.
-        target: the same shape.
+        images: pictures [B, 3, H, W], uint8.
+        target: pictures of the same shape.
     """
     difference = (images.astype(np.float32) - target.astype(np.float32)) / 255
     return np.asarray(np.sqrt((difference**2).mean(axis=(1, 2, 3))), np.float32)

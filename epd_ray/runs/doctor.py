@@ -1,4 +1,4 @@
-"""Whether this machine can run: versions, device, memory, embedded models."""
+"""`epd-ray doctor`: the versions, the device, the memory and the embedded models of this machine."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from epd_ray.embedded.models import EMBEDDED
 
-# What is touched in each package: diffusers and transformers import their parts late, and fail late.
+# A name in each package: diffusers and transformers import their parts when they are used, and fail only then.
 PACKAGES = {
     "torch": "Tensor",
     "ray": "init",
@@ -28,7 +28,7 @@ NEEDED_CORES, NEEDED_GIB = 2, 8
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and how to mend it; an empty fix means all is well."""
+    """What was examined, what was found, and how to mend it; `fix` is empty where nothing is wrong."""
 
     what: str
     found: str
@@ -36,14 +36,14 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything that a run needs; takes a few seconds, since it imports all of it."""
+    """Examine everything that a run needs. It takes a few seconds, because it imports all packages."""
     packages = [_package(name, part) for name, part in PACKAGES.items()]
     models = [_model(name, folder) for name, folder in EMBEDDED.items()]
     return [Finding("python", platform.python_version()), *packages, _device(), _cores(), _memory(), *models]
 
 
 def show(findings: list[Finding]) -> bool:
-    """Print a table and a line per fix. Returns whether all is well."""
+    """Print a table, and a line per fix. Returns whether nothing is wrong."""
     console = Console()
     table = Table("", "", "found")
     for finding in findings:
@@ -86,7 +86,7 @@ def _cores() -> Finding:
 
 def _memory() -> Finding:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    # Half a GiB of slack: firmware and kernel keep a part of what was bought.
+    # Half a GiB less counts too, because the firmware and the kernel keep a part of the memory.
     fix = (
         "" if gib > NEEDED_GIB - 0.5 else f"the default run needs up to {NEEDED_GIB} GiB: use cluster.rollout_actors=1"
     )

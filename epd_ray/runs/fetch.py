@@ -1,4 +1,4 @@
-"""Weights on every node before a run: the files that its actors will open, once per node."""
+"""`epd-ray fetch`: download the weights that the actors of a run open, once to every node."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +17,17 @@ from epd_ray.errors import EpdRayError, ModelError
 from epd_ray.telemetry.progress import Observer
 from epd_ray.weights.hub import opening
 
-NOT_OPENED = ("safety_checker", "feature_extractor", "image_encoder")  # the backbone does without them
+NOT_OPENED = ("safety_checker", "feature_extractor", "image_encoder")  # the backbone does not use them
 POLL_SECONDS = 0.5
 
 
 class FetchError(EpdRayError):
-    """Weights that could not be placed on some node; a line for each."""
+    """Weights that could not be downloaded to some node, with one line for each."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, by Ray's id and its address."""
+    """A machine of the cluster, with its id in Ray and its address."""
 
     node_id: str
     address: str
@@ -41,9 +41,9 @@ class Item:
     """Something that every node needs.
 
     Attributes:
-        what: for people.
-        place: runs on the node; raises what goes wrong.
-        arguments: of `place`.
+        what: the name that messages show.
+        place: the function that runs on the node, and raises an error if the item cannot be placed there.
+        arguments: the positional arguments of `place`.
     """
 
     what: str
@@ -52,17 +52,17 @@ class Item:
 
 
 def fetch(config: RunConfig, observer: Observer) -> list[str]:
-    """Place a run's weights on every alive node: the pipeline's files, and what each reward head opens.
+    """Download the weights of a run, the files of the pipeline and of each reward head, to every node that is alive.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         observer: sees the progress.
 
     Returns:
-        A line per node: what is there, and the seconds that each took.
+        One line per node with its items, and the seconds that each item took.
 
     Raises:
-        FetchError: a line for everything that is missing, with its node.
+        FetchError: something could not be downloaded; one line per item and node.
     """
     items = _items(config)
     with ray_session(config.cluster.address, config.cluster.env):
@@ -70,7 +70,9 @@ def fetch(config: RunConfig, observer: Observer) -> list[str]:
         observer.stage("fetching", len(nodes) * len(items))
         placed: dict[Node, list[str]] = {node: [] for node in nodes}
         problems = []
-        for item in items:  # one after the other: two heads opened at once could take more memory than a node has
+        for (
+            item
+        ) in items:  # one after the other, because two heads that are open at once may need more memory than a node has
             for node, seconds, problem in _on_all(item, nodes):
                 observer.advance()
                 if problem is None:
@@ -86,14 +88,14 @@ def _items(config: RunConfig) -> list[Item]:
     from epd_ray.rdpo.session import rdpo_config
 
     backbone, specs = config.backbone, rdpo_config(config, ["any"]).reward_specs
-    # Other families are computed, or somebody's own class: nothing is known here of their files.
+    # Other families have no files, or are classes of the user, whose files are not known here.
     model = [Item(f"model {backbone.model}", fetch_model, (backbone.model, backbone.revision))]
     heads = [Item(f"reward {name}", fetch_head, (name, spec)) for name, spec in specs.items()]
     return [*(model if backbone.family == AUTO else []), *heads]
 
 
 def _on_all(item: Item, nodes: Sequence[Node]) -> Iterator[tuple[Node, float, str | None]]:
-    """Each node with the seconds it took and what went wrong there, in the order they finish."""
+    """Place an item on all nodes; yields each node with the seconds and the problem, if any, as soon as it is done."""
     start, task = time.monotonic(), ray.remote(item.place)
     waiting = {task.options(max_retries=0, **_there(node.node_id)).remote(*item.arguments): node for node in nodes}
     while waiting:
@@ -102,7 +104,7 @@ def _on_all(item: Item, nodes: Sequence[Node]) -> Iterator[tuple[Node, float, st
 
 
 def _there(node_id: str) -> dict[str, Any]:
-    """Ray options of what runs on one node, however busy it is."""
+    """The options of Ray for work that runs on one node, however busy the node is."""
     return {
         "num_cpus": 0,
         "num_gpus": 0,
@@ -113,7 +115,7 @@ def _there(node_id: str) -> dict[str, Any]:
 def _problem(reference: "ray.ObjectRef[Any]") -> str | None:
     try:
         ray.get(reference)
-    except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:  # the latter: the node itself is lost
+    except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:  # the latter where the node is lost
         cause = unwrap(error) if isinstance(error, ray.exceptions.RayTaskError) else error
         if isinstance(cause, EpdRayError):
             return str(cause)
@@ -123,15 +125,15 @@ def _problem(reference: "ray.ObjectRef[Any]") -> str | None:
 
 
 def fetch_model(model: str, revision: str | None) -> None:
-    """Download a pipeline's files into this machine's cache; of a directory, see that it is here.
+    """Download the files of a pipeline into the cache of this machine, or check that a local directory is there.
 
     Raises:
-        ModelError: no such model, none that can be reached, or of a family that nothing here drives.
+        ModelError: the model does not exist, cannot be reached, or is of a family that this package does not support.
     """
     from epd_ray.backbones.auto import FAMILIES
     from epd_ray.backbones.loading import read_index
 
-    index = read_index(model, revision)  # a small file, before gigabytes that nobody could use
+    index = read_index(model, revision)  # a small file, read before gigabytes are downloaded in vain
     if index.class_name not in FAMILIES.names():
         known = ", ".join(FAMILIES.names())
         raise ModelError(f"model {model!r} is a {index.class_name}, supported are: {known}")
@@ -145,15 +147,15 @@ def fetch_model(model: str, revision: str | None) -> None:
 
 
 def fetch_head(name: str, spec: RewardSpec) -> None:
-    """Open a head once on this machine's CPU, in its own environment where it has one, and end it.
+    """Load a head once on the CPU of this machine, in its own environment if it has one, and end it.
 
     Raises:
-        ModelError: its environment is not built here.
-        EpdRayError: the head's own error.
+        ModelError: the environment of the head is not built on this machine.
+        EpdRayError: the head cannot be loaded.
     """
-    options = {**spec.options, **({"device": "cpu"} if "device" in spec.options else {})}  # the GPUs may be taken
+    options = {**spec.options, **({"device": "cpu"} if "device" in spec.options else {})}  # the GPUs may be in use
     if spec.python is not None and not Path(spec.python).is_file():
-        raise ModelError(f"{spec.python} is not here: run `epd-ray rewards install` on this node")
+        raise ModelError(f"{spec.python} does not exist: run `epd-ray rewards install` on this node")
     there = _there(ray.get_runtime_context().get_node_id())
     handle = start_head(name, replace(spec, options=options), there)
     try:

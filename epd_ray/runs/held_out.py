@@ -1,4 +1,4 @@
-"""What a run's page says of its held-out curve: the kept table head by head, alarms, an early end."""
+"""What the report of a run says about the validations: the kept table per head, alarms and an early end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,15 @@ from epd_ray.report.page import digits
 
 @dataclass(frozen=True)
 class HeadRow:
-    """A head on the validation prompts: the start's mean, the kept table's, and their paired difference."""
+    """The scores of a head on the validation prompts.
+
+    Attributes:
+        head: the name of the head.
+        watched: whether the head is only watched and not trained on.
+        start: the mean score of the start table.
+        kept: the mean score of the kept table.
+        gain: the mean of the paired differences, kept minus start, with its interval.
+    """
 
     head: str
     watched: bool
@@ -25,7 +33,14 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the curve says about the table that is kept, and where it raised the alarm."""
+    """The kept table on the validation prompts, and the alarms of the run.
+
+    Attributes:
+        prompts: the number of validation prompts.
+        iteration: the iteration of the kept table.
+        heads: one row per head.
+        alarms: one sentence per alarm.
+    """
 
     prompts: int
     iteration: int
@@ -34,11 +49,11 @@ class HeldOut:
 
 
 def held_out(curve: Curve | None, rows: Sequence[Mapping[str, float]]) -> HeldOut | None:
-    """What there is to say; None before the first validation.
+    """Summarise the validations of a run; None before the first one.
 
     Args:
-        curve: of the run.
-        rows: its metrics, which name the best validation.
+        curve: the scores of all validations; None where the run has none yet.
+        rows: the metrics of the run, in which validation/best marks the kept table.
     """
     best = [int(row["iteration"]) for row in rows if row.get("validation/best")]
     if curve is None or not best:
@@ -52,7 +67,7 @@ def held_out(curve: Curve | None, rows: Sequence[Mapping[str, float]]) -> HeldOu
 
 
 def early_end(rows: Sequence[Mapping[str, float]]) -> str | None:
-    """Why fine-tuning ended before its last iteration, if it did."""
+    """A sentence about why fine-tuning ended before its last iteration; None if it did not."""
     last = rows[-1] if rows else {}
     why = next((why for why in STOPPED if last.get(f"stopped/{why}")), None)
     return why and f"Fine-tuning ended early, after iteration {last['iteration']:.0f}: {STOPPED[why]}."

@@ -1,4 +1,4 @@
-"""A run as one self-contained page: what was gained, at which cost, and how it looks."""
+"""The report of a run: one self-contained page with its results, its costs and its pictures."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -26,24 +26,24 @@ SHEET_ROWS = 8
 
 @dataclass(frozen=True)
 class Headline:
-    """The result in one sentence, and how to read it."""
+    """The result in one sentence, and a note that explains it."""
 
     sentence: str
     note: str
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html and its pictures from what the run has so far.
+    """Write report.html and its pictures from the files that the run has so far.
 
     Args:
-        run: a run directory, finished or not; a part that is missing becomes a sentence saying so.
+        run: a run directory. The run may be unfinished: the page says which results are missing.
 
     Returns:
-        The page: one file, no network.
+        The path of the page, a single file that needs no network.
 
     Raises:
-        RunDirectoryError: no run there, or a file in it that cannot be read.
-        TableError: a solver.json that is not a solver.
+        RunDirectoryError: the directory holds no run, or a file in it cannot be read.
+        TableError: a solver.json is not a solver.
     """
     files = RunDirectory(run)
     if not (files.config.is_file() or files.metrics.is_file() or files.evaluation.is_file()):
@@ -93,18 +93,19 @@ def write_report(run: Path) -> Path:
 
 
 def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
-    """The same prompts and seeds (down) through several solvers (across).
+    """Draw a sheet of pictures with one row per prompt and seed, and one column per solver.
 
     Args:
         run: a run directory with images/samples.
-        columns: solver keys, folders of images/samples.
-        rows: how many prompts, from the first; fewer where there are fewer.
+        columns: the keys of the solvers, which are folders in images/samples.
+        rows: the largest number of prompts, from the first.
 
     Returns:
-        RGB, captions left of the pictures, labels with both costs above them; an absent picture stays blank.
+        An RGB image with the prompts on the left, and the names and costs of the solvers at the top. Where a picture is
+        missing, its place stays blank.
 
     Raises:
-        RunDirectoryError: no prompts.json, no such column, or a damaged picture.
+        RunDirectoryError: prompts.json or a column is missing, or a picture is damaged.
     """
     files = RunDirectory(run)
     prompts = (_load(list[str], files.samples / "prompts.json") or [])[:rows]
@@ -145,7 +146,7 @@ def _load(kind: Any, path: Path) -> Any:
 
 
 def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:
-    """The solvers that have pictures: in the evaluation's order, then by name."""
+    """The solvers that have pictures, in the order of the evaluation, then by name."""
     folders = sorted(folder.name for folder in files.samples.iterdir() if folder.is_dir())
     known = [row.key for row in evaluation.solvers] if evaluation else []
     keys = [key for key in known if key in folders] + [key for key in folders if key not in known]
@@ -185,7 +186,7 @@ def _headline(evaluation: Evaluation | None, rows: Sequence[Mapping[str, float]]
 
 
 def _facts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """What fine-tuning amounts to, validation included, as (value, name)."""
+    """Totals of fine-tuning with its validations, as pairs (value, name)."""
     if not rows:
         return []
     images, seconds = sum(row.get("images", 0) for row in rows), sum(row.get("time/total", 0) for row in rows)
@@ -196,7 +197,7 @@ def _facts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
 
 
 def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
-    """Median seconds per iteration of each phase, the whole training step first."""
+    """The median seconds per iteration of each phase; the whole training step comes first."""
     phases = [f"time/{phase}" for phase in ("iteration", "generate", "score", "learn", "wait")]
     phases += sorted({name for row in rows for name in row if name.startswith("time/")} - {"time/total", *phases})
     found = {phase: [row[phase] for row in rows if phase in row] for phase in phases}
@@ -204,5 +205,5 @@ def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
 
 
 def _decimals(evaluation: Evaluation, metric: str) -> int:
-    """Of a metric, by its differences."""
+    """The number of decimals that suits the differences in a metric."""
     return digits([d.high - d.low for d in evaluation.differences if d.metric == metric])

@@ -1,4 +1,4 @@
-"""Pictures from a saved solver, on the model that its file names or on another."""
+"""`epd-ray sample`: pictures by a saved solver, on the model that its file names or on another model."""
 
 import logging
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What `sample` may do otherwise than the solver's own file says.
+    """Settings of `sample` that replace those in the solver file; None keeps those of the file.
 
     Attributes:
-        model: pipeline directory or hub id; the solver's own when None.
-        guidance_scale: the solver's own when None.
-        resolution: pixels per side; the solver's own when None.
-        device: as everywhere.
-        dtype: of the network.
-        family: one's own backbone class, "module:Class".
+        model: a pipeline directory or a hub id.
+        guidance_scale: the guidance scale.
+        resolution: pixels per side.
+        device: a torch device, or "auto".
+        dtype: the precision of the network, or "auto".
+        family: a backbone class of the user, as "module:Class".
     """
 
     model: str | None = None
@@ -45,7 +45,7 @@ class SampleOptions:
 
 
 class _MadeWith(BaseModel):
-    """What of a solver's meta decides how its model is opened."""
+    """The metadata of a solver that determine how its model is loaded."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
@@ -59,22 +59,25 @@ class _MadeWith(BaseModel):
 
 
 def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, options: SampleOptions) -> Path:
-    """Draw one picture per prompt with a saved solver, side by side into one file.
+    """Draw one picture per prompt with a saved solver, and write them side by side into one file.
 
     Args:
-        solver_name: directory, preset or hub id.
-        prompts: at least one.
-        seed: of the noise; prompt i uses seed + i.
-        out: an image file, by its suffix.
-        options: see SampleOptions.
+        solver_name: a solver directory, the name of a preset, or a hub id.
+        prompts: at least one prompt.
+        seed: the noise seed; prompt i uses seed + i.
+        out: the image file to write; its suffix names the format.
+        options: settings that replace those of the solver file.
+
+    Returns:
+        The path of the image file.
 
     Raises:
-        ConfigError: an `out` that is no image file, or options that the backbone does not have.
-        TableError: a solver that cannot be read, or that is for another kind of model.
-        ModelError: a model that cannot be opened.
+        ConfigError: `out` is not an image file, or the backbone does not have one of the options.
+        TableError: the solver cannot be read, or is for another kind of model.
+        ModelError: the model cannot be loaded.
     """
     if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError([f"--out {out} is no image file: give a name that ends in .png"])
+        raise ConfigError([f"--out {out} is not an image file: give a name that ends in .png"])
     solver = Solver.from_pretrained(solver_name)
     try:
         made = _MadeWith.model_validate(dict(solver.meta))
@@ -101,11 +104,13 @@ def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, optio
 
 
 def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
-    """The model that a solver's file names, or the one asked for instead."""
+    """Load the model that the solver file names, or the one in the options."""
     registry = options.family or made.registry
-    if options.family is None and registry not in BACKBONES.names():  # a file from elsewhere must not choose what runs
+    if (
+        options.family is None and registry not in BACKBONES.names()
+    ):  # a downloaded file must not choose the code that runs
         raise TableError(
-            f"solver {name} was made with the backbone {registry!r}, which is code of somebody's own: "
+            f"solver {name} was made with the backbone {registry!r}, which is code from outside of this package: "
             f"to run it, pass --family {registry}"
         )
     model = options.model or made.model_id

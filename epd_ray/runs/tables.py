@@ -1,4 +1,4 @@
-"""Looking at solver tables and moving them between formats: what `epd-ray tables` does."""
+"""`epd-ray tables`: show solver tables and convert them between formats."""
 
 import os
 from itertools import pairwise
@@ -15,22 +15,23 @@ from epd_ray.solvers.table import COLUMN_NAMES
 
 
 def load_solver(source: str | os.PathLike[str]) -> Solver:
-    """A solver from wherever one may come from.
+    """Load a solver from any source.
 
     Args:
-        source: a preset's name, a directory or file of ours, a *.pkl of the reference, or a hub id.
+        source: the name of a preset, a solver directory or its solver.json, a *.pkl file of the reference
+            implementation, or a hub id.
 
     Returns:
-        The solver, float64.
+        The solver, in float64.
 
     Raises:
-        TableError: nothing there, or nothing that is a solver.
+        TableError: the source does not exist, or is not a solver.
     """
     return read_reference(source) if Path(source).suffix == SUFFIX else Solver.from_pretrained(source)
 
 
 def show_solver(source: str | os.PathLike[str]) -> Group:
-    """A solver as a page of text: its costs, what it was made for, and its table.
+    """Describe a solver as text: its costs, its origin and its table.
 
     Args:
         source: see `load_solver`.
@@ -42,8 +43,8 @@ def show_solver(source: str | os.PathLike[str]) -> Group:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_column()
     facts.add_column(overflow="fold")
-    facts.add_row("parallel NFE", f"{solver.parallel_nfe} calls that wait for each other")
-    facts.add_row("evaluations", f"{solver.model_evals} an image; twice the passes where guidance mixes two")
+    facts.add_row("parallel NFE", f"{solver.parallel_nfe} evaluations that wait for each other")
+    facts.add_row("evaluations", f"{solver.model_evals} per image; with guidance each takes two network passes")
     facts.add_row("form", as_text(solver.form))
     if solver.afs:
         facts.add_row("first step", "analytical")
@@ -55,35 +56,35 @@ def show_solver(source: str | os.PathLike[str]) -> Group:
 
 
 def import_reference(file: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Turn a *.pkl of the reference into a directory of ours, running nothing that is in it.
+    """Convert a *.pkl file of the reference implementation to a solver directory. None of its code is run.
 
     Args:
-        file: the *.pkl.
-        out: made where missing; must hold nothing.
+        file: the *.pkl file.
+        out: the directory to write, which must be empty or must not exist yet.
 
     Returns:
         The path of solver.json.
 
     Raises:
-        TableError: a file that is not one of the reference, or an `out` that holds something.
+        TableError: the file is not one of the reference implementation, or `out` is not empty.
     """
     if Path(file).suffix != SUFFIX:
-        raise TableError(f"{os.fspath(file)!r} is no {SUFFIX} file (for any other solver: epd-ray tables convert)")
+        raise TableError(f"{os.fspath(file)!r} is no {SUFFIX} file (use epd-ray tables convert for any other solver)")
     return convert(file, out)
 
 
 def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Write any solver as a directory of ours.
+    """Write any solver to a solver directory.
 
     Args:
         source: see `load_solver`.
-        out: made where missing; must hold nothing.
+        out: the directory to write, which must be empty or must not exist yet.
 
     Returns:
         The path of solver.json.
 
     Raises:
-        TableError: see `load_solver`; an `out` that holds something, is no directory, or cannot be written.
+        TableError: see `load_solver`; or `out` is not empty, is not a directory, or cannot be written.
     """
     solver, folder = load_solver(source), Path(out)
     try:

@@ -1,4 +1,4 @@
-"""W&B and MLflow, on request: a run's rows through Ray's own integrations, a sweep's through Ray's own callbacks."""
+"""W&B and MLflow, where a run or a sweep asks for them, by the integrations and callbacks that Ray has."""
 
 import importlib.util
 import json
@@ -14,23 +14,23 @@ from epd_ray.storage.run_directory import RunDirectory, write_text
 
 log = logging.getLogger(__name__)
 
-TRACKING = "tracking.json"  # in the run directory: what the trackers call the run
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> the smallest package that has it
+TRACKING = "tracking.json"  # in the run directory: the id of the run at each tracker
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> the smallest package that contains it
 
 
 class Sink(Protocol):
-    """Takes the rows of a run's metrics, one per iteration."""
+    """Takes the rows of metrics of a run, one per iteration."""
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Finite numbers by name, with "iteration"."""
+        """Take a row: finite numbers by name, of which one is "iteration"."""
         ...
 
 
 def require_trackers(tracking: TrackingConfig) -> None:
-    """Check that the packages of the trackers that are asked for are there.
+    """Check that the packages of the chosen trackers are installed.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: a package is missing.
     """
     asked = [name for name, section in (("wandb", tracking.wandb), ("mlflow", tracking.mlflow)) if section is not None]
     missing = [name for name in asked if importlib.util.find_spec(name) is None]
@@ -42,15 +42,15 @@ def require_trackers(tracking: TrackingConfig) -> None:
 
 @contextmanager
 def trackers(tracking: TrackingConfig, run: RunDirectory, config: Mapping[str, Any]) -> Iterator[list[Sink]]:
-    """Open the trackers that are asked for; a resumed run goes on where it was.
+    """Open the chosen trackers. A run that is resumed continues under its id.
 
     Args:
-        tracking: which, and where.
-        run: keeps what they call the run.
-        config: of the run, shown beside its metrics.
+        tracking: the trackers and their settings.
+        run: the run directory, which stores the id of the run at each tracker.
+        config: the configuration of the run, which the trackers show beside its metrics.
 
     Raises:
-        ConfigError: a package or a key is missing, or a server refuses.
+        ConfigError: a package or a key is missing, or a server refuses the run.
     """
     require_trackers(tracking)
     with ExitStack() as stack:
@@ -63,7 +63,7 @@ def trackers(tracking: TrackingConfig, run: RunDirectory, config: Mapping[str, A
 
 
 def tune_callbacks(tracking: TrackingConfig) -> list[Any]:
-    """Ray's own callbacks for `tune.RunConfig(callbacks=...)`: each trial becomes a run of the trackers asked for.
+    """Ray's callbacks for `tune.RunConfig(callbacks=...)`, which make each trial a run of the chosen trackers.
 
     Raises:
         ConfigError: a package is missing.
@@ -93,17 +93,17 @@ def _remember(run: RunDirectory, tracker: str, name: str) -> None:
 
 
 class WandbSink:
-    """Rows of a run on W&B, whose steps are the iterations.
+    """Writes the rows of a run to W&B, where iterations are steps.
 
     Args:
-        session: W&B's run.
+        session: the run of W&B.
     """
 
     def __init__(self, session: Any) -> None:
         self._session = session
 
     def write(self, row: Mapping[str, float]) -> None:
-        """A row that W&B has already, from before a resumption, is left out there: it is the same."""
+        """Write a row. After a resume W&B ignores the rows that it has already, which are the same."""
         self._session.log(dict(row), step=int(row["iteration"]), commit=True)
 
 
@@ -114,7 +114,7 @@ def _wandb(section: WandbConfig, run: RunDirectory, config: Mapping[str, Any]) -
 
     name = _known(run).get("wandb") or uuid.uuid4().hex[:12]
     place = {"project": section.project, "group": section.group, "dir": str(run.path)}
-    quiet = wandb.Settings(silent=True, console="off")  # the terminal belongs to the run's own display
+    quiet = wandb.Settings(silent=True, console="off")  # the display of the run needs the terminal
     try:
         session = setup_wandb(dict(config), trial_id=name, trial_name=run.path.name, settings=quiet, **place)
     except (ValueError, wandb.Error) as error:
@@ -130,23 +130,23 @@ def _wandb(section: WandbConfig, run: RunDirectory, config: Mapping[str, Any]) -
 
 
 class MlflowSink:
-    """Rows of a run on MLflow, whose steps are the iterations.
+    """Writes the rows of a run to MLflow, where iterations are steps.
 
     Args:
-        client: MLflow's module.
-        name: of the run there.
+        client: the module of MLflow.
+        name: the id of the run at MLflow.
     """
 
     def __init__(self, client: Any, name: str) -> None:
         self._client, self._name = client, name
 
     def write(self, row: Mapping[str, float]) -> None:
-        """A server that is away does not end the run, which has the row in metrics.jsonl."""
+        """Write a row. A server that cannot be reached only causes a warning, because metrics.jsonl has the row too."""
         values = {name: float(value) for name, value in row.items() if name != "iteration"}
         try:
             self._client.log_metrics(values, step=int(row["iteration"]), run_id=self._name)
         except self._client.MlflowException as error:
-            log.warning("MLflow misses iteration %d: %s", row["iteration"], _first_line(error))
+            log.warning("the row of iteration %d did not reach MLflow: %s", row["iteration"], _first_line(error))
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _mlflow(section: MlflowConfig, run: RunDirectory, config: Mapping[str, Any])
             )
             name = mlflow.active_run().info.run_id
             _remember(run, "mlflow", name)
-        else:  # Ray's function always begins a new run
+        else:  # the function of Ray would begin a new run
             mlflow.set_tracking_uri(section.tracking_uri)
             mlflow.start_run(run_id=name)
     except mlflow.MlflowException as error:
@@ -183,7 +183,7 @@ def _mlflow(section: MlflowConfig, run: RunDirectory, config: Mapping[str, Any])
         try:
             mlflow.end_run(status)
         except mlflow.MlflowException as error:
-            log.warning("MLflow does not know that the run is %s: %s", status, _first_line(error))
+            log.warning("MLflow was not told that the run is %s: %s", status, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

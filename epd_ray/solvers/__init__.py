@@ -5,7 +5,7 @@ The solver step itself is `epd_ray.solvers.epd.epd`: a package cannot offer a na
 
 from typing import TYPE_CHECKING
 
-from epd_ray.lazy import lazy_names
+from epd_ray.registry import lazy_names
 
 if TYPE_CHECKING:
     from epd_ray.solvers.baselines import dpm2, edm, euler, heun, ipndm

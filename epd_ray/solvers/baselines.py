@@ -1,4 +1,4 @@
-"""The solvers that a learned table has to beat. All are `solve(drift, x, sigmas, *, callback=None)`."""
+"""Classic solvers to compare a learned table with. Each is called `solve(drift, x, sigmas, *, callback=None)`."""
 
 from collections import deque
 from itertools import pairwise
@@ -16,10 +16,10 @@ def euler(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None 
     """Euler's method, which on this ODE is DDIM: N evaluations, parallel NFE N.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -36,10 +36,10 @@ def heun(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
     """Heun's method: 2N evaluations, parallel NFE 2N.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, > 0.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -54,13 +54,15 @@ def heun(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
 
 
 def edm(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
-    """EDM's deterministic sampler, Heun's method with a last step of Euler's to 0: 2N - 1 evaluations.
+    """EDM's deterministic sampler: Heun's method, with an Euler step in the last interval, which ends at sigma 0.
+
+    It takes 2N - 1 evaluations, all of which wait for each other.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing to 0.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N] = 0, [B, ...].
@@ -91,10 +93,10 @@ def dpm2(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
     """DPM-Solver-2: 2N evaluations, parallel NFE 2N.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, > 0.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -109,14 +111,16 @@ def dpm2(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
 
 
 def ipndm(drift: Drift, x: Tensor, sigmas: Tensor, *, order: int = 4, callback: Callback | None = None) -> Tensor:
-    """Improved pseudo-linear multistep, warmed up by its lower orders: N evaluations, parallel NFE N.
+    """Improved pseudo-linear multistep (iPNDM): N evaluations, parallel NFE N.
+
+    The first intervals use the lower orders, until enough drifts are stored.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0.
-        order: 1 to 4.
-        callback: called after each interval.
+        order: number of drifts that a slope combines, 1 to 4.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].

@@ -1,4 +1,4 @@
-"""The model card beside a solver file: what it was made for, what it costs, and how to use it."""
+"""The model card of a solver: what the solver was made for, what it costs, and how to use it."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _SHOWN = (
     "rewards_after",
     "scheduler",
     "prompted",
-)  # in tables of their own, or in the scheduler's file
+)  # entries of meta that the card does not list: they have tables of their own, or a file
 
 
 def model_card(
@@ -64,12 +64,12 @@ def model_card(
 
 
 def takes_prompts(meta: Mapping[str, JsonValue]) -> bool:
-    """Whether a solver's model draws what it is told: unless its backbone said otherwise when the solver was made."""
+    """Whether the model that a solver was made for takes prompts; true unless meta says `"prompted": false`."""
     return meta.get("prompted") is not False
 
 
 def local_model(meta: Mapping[str, JsonValue]) -> str | None:
-    """The model that a solver was made for, where it is a path on this machine and no hub id."""
+    """The model that a solver was made for, if meta names it by a path on this machine; None for a hub id."""
     model = meta.get("model_id")
     if not isinstance(model, str):
         return None
@@ -78,7 +78,7 @@ def local_model(meta: Mapping[str, JsonValue]) -> str | None:
 
 
 def _base_model(meta: Mapping[str, JsonValue]) -> str | None:
-    """The hub id of the model that a solver was made for; runs note no revision of one from a directory."""
+    """The hub id of the model that a solver was made for, or None. A run on a directory stores the revision null."""
     model = meta.get("model_id")
     if not isinstance(model, str) or local_model(meta) or meta.get("revision", "") is None:
         return None
@@ -92,7 +92,7 @@ def _pipeline(meta: Mapping[str, JsonValue], intervals: int, source: str, base: 
 
 
 def _rewards(before: JsonValue, after: JsonValue) -> str:
-    """A table of mean rewards by head, empty where nothing was measured."""
+    """A Markdown table of mean rewards by reward head; an empty string where none was measured."""
     if not isinstance(after, dict):
         return ""
     start = before if isinstance(before, dict) else {}

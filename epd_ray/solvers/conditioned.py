@@ -1,4 +1,4 @@
-"""What a solver asks of a backbone: its noise, and its drift for given prompts."""
+"""The drift of a backbone for given prompts, and its initial noise for given seeds."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,11 @@ from epd_ray.types import Backbone, Conditioning, Drift
 
 
 def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
-    """The backbone's drift for fixed prompts; K points a sample come as B*K rows."""
+    """The backbone's drift for B fixed prompts.
+
+    It takes B rows, or B * K rows where K points of each sample are evaluated at once (row b * K + k). The repeated
+    conditioning is kept between calls.
+    """
     repeated: dict[int, Conditioning] = {1: conditioning}
 
     def drift(x: Tensor, sigma: Tensor) -> Tensor:

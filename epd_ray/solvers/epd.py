@@ -1,4 +1,4 @@
-"""Ensemble Parallel Directions: one drift at each interval's start, then K drifts inside it, all at once."""
+"""The EPD step: evaluate the drift at an interval's start, then at K points inside it at once, and average the K."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Drift, Form
 
 Callback = Callable[[int, float, Tensor], None]
-"""callback(step_index, sigma_next, x) after each interval."""
+"""Called as callback(step_index, sigma_next, x) after each interval."""
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -22,7 +22,7 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-"""Coefficients of the stored drifts, newest first, by order."""
+"""Coefficients of the stored drifts, newest first, by the number of drifts."""
 ROUNDING = 1e-6  # by which a time scale that was rounded to float32 may lead above the largest sigma
 
 
@@ -37,18 +37,20 @@ def epd(
     form: Form | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Follow the probability-flow ODE with a table; the K drifts of an interval are one batched call.
+    """Solve the probability-flow ODE with a table; the K drifts of an interval are one batched call.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]); its second call per interval has B * K rows, row b * K + k,
-            where the table has a start point B * (K - 1): the drift there is that of the first call (K = 1: no call).
-        x: [B, ...], the state at sigmas[0]. Its dtype is that of the whole computation.
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]). Its second call in an interval has B * K rows, row
+            b * K + k for point k of sample b. If the table has a start point, that call has B * (K - 1) rows, because
+            the drift at the start is known from the first call; with K = 1 there is no second call.
+        x: [B, ...], the state at sigmas[0]. The whole computation has its dtype.
         sigmas: [N+1], decreasing, > 0.
-        table: N intervals, shared or one per sample.
-        afs: analytical first step, which saves the first drift (see `analytic_drift`); needs `form`.
-        order: of the multistep slope that leads to the points, 1 to 4; above 1 this is the EPD-Plugin on iPNDM.
-        form: of the ODE; "flow" also refuses a scale_time that leads above sigma 1.
-        callback: called after each interval.
+        table: N intervals, one table for all samples or one per sample.
+        afs: whether the first drift is analytical, which saves one evaluation (see `analytic_drift`); needs `form`.
+        order: order of the multistep slope that leads from the start to the points, 1 to 4. Above 1 the solver is the
+            EPD-Plugin on iPNDM.
+        form: how noise enters x. For "flow", a scale_time that leads above sigma 1 is refused.
+        callback: see `Callback`.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -76,15 +78,15 @@ def epd(
 def epd_step(
     drift: Drift, x: Tensor, history: Sequence[Tensor], width: float, points: tuple[Tensor, ...], known: int
 ) -> Tensor:
-    """One interval of `epd`; the drift is called once, for all points that are not known.
+    """One interval of `epd` after the drift at its start; the drift is called once, for all points not known yet.
 
     Args:
         drift: see `epd`.
         x: [B, ...], the state at the interval's start.
-        history: the drifts there and at the starts before it, newest first, as many as the slope's order.
+        history: drifts at this start and at the starts before it, newest first, as many as the slope combines.
         width: sigma at its end minus sigma at its start.
-        points: the interval's rows of `stages`, each [B or 1, K], dtype of x.
-        known: see SolverTable.known_points.
+        points: the interval's rows of the three results of `stages`, each [B or 1, K], in the dtype of x.
+        known: how many of the first points need no evaluation, see `SolverTable.known_points`.
 
     Returns:
         The state at the interval's end, [B, ...].
@@ -106,13 +108,13 @@ def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, 
     Args:
         table: N intervals.
         sigmas: [N+1].
-        afs: see `epd`.
-        order: see `epd`.
-        form: see `epd`.
+        afs: whether the first drift is analytical.
+        order: order of the multistep slope.
+        form: how noise enters x; None where it is unknown.
 
     Raises:
         ScheduleError: sigmas that do not decrease, reach 0, or start above 1 in flow form.
-        TableError: everything else.
+        TableError: a table, order or form that is wrong or does not fit the rest.
     """
     check_sigmas(sigmas)
     if table.intervals != len(sigmas) - 1:
@@ -148,12 +150,14 @@ def check_order(order: int) -> None:
 
 
 def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
-    """The first drift without the network: that of a unit Gaussian (VE), or of a zero denoiser (flow).
+    """An estimate of the first drift without the network.
+
+    In VE form it is the drift of data distributed as a unit Gaussian, in flow form that of a denoiser that returns 0.
 
     Args:
         x: [B, ...], the state at sigma.
         sigma: > 0.
-        form: of the ODE.
+        form: how noise enters x, "ve" or "flow".
 
     Returns:
         dx/dsigma, shape of x.
@@ -164,7 +168,7 @@ def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
 
 
 def multistep(history: Sequence[Tensor]) -> Tensor:
-    """Adams-Bashforth slope of the stored drifts, of order len(history).
+    """The Adams-Bashforth slope of the stored drifts; its order is their number.
 
     Args:
         history: 1 to 4 drifts, newest first.
@@ -181,7 +185,12 @@ def multistep(history: Sequence[Tensor]) -> Tensor:
 
 
 def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluated sigmas c * s, offsets s - a, and gains w * o * c, float64, each [B or 1, N, K]."""
+    """What `epd_step` needs of a table, from sigmas [N+1]; each result is float64, [B or 1, N, K].
+
+    Returns:
+        The sigmas c * s at which the drift is evaluated, the offsets s - a along the slope, and the gains w * o * c of
+        the drifts, where s is the sigma at the point's position and a the sigma at the interval's start.
+    """
     grid = sigmas.double().to(table.positions.device)[:, None]  # [N + 1, 1]
     a, b, r = grid[:-1], grid[1:], table.positions.double()
     s = inner_sigma(a, b, r)
@@ -192,6 +201,6 @@ def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """[k] or [B or 1, k] -> [B or 1, k, 1, ...], of the dtype, device and rank of [B, k, ...]."""
+    """Values [k] or [B or 1, k] as [B or 1, k, 1, ...], with the dtype, device and rank of `like` [B, k, ...]."""
     cast = values.to(like.dtype).to(like.device)  # in this order: not every device has float64
     return cast.reshape(-1, values.shape[-1], *[1] * (like.ndim - 2))

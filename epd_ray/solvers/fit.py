@@ -1,4 +1,4 @@
-"""Whether a saved solver may drive a model: a table belongs to its family, schedule, resolution and guidance."""
+"""Checks whether a saved solver fits a model: a table is trained for one family, resolution and guidance scale."""
 
 from collections.abc import Mapping
 
@@ -12,21 +12,21 @@ from epd_ray.types import Form
 def check_fit(
     solver: Solver, name: str, family: str, form: Form, guidance_scale: float, facts: Mapping[str, JsonValue]
 ) -> list[str]:
-    """Refuse a solver made for another kind of model, and say where it was made for other settings.
+    """Refuse a solver that was made for another kind of model, and warn of settings that differ from its training.
 
     Args:
-        solver: with the meta of a run or a preset; what it does not say is not checked.
+        solver: with the meta of a run or a preset; a fact that its meta lacks is not checked.
         name: of the solver, for messages.
-        family: of the backbone.
-        form: of its ODE.
-        guidance_scale: that pictures will be made with.
-        facts: of the backbone; its resolution counts.
+        family: the backbone's family.
+        form: the form of the backbone's ODE, "ve" or "flow".
+        guidance_scale: the guidance scale that pictures will be drawn with.
+        facts: the backbone's facts, see `Backbone`; only the resolution is compared.
 
     Returns:
         Warnings, one line each, that name both values.
 
     Raises:
-        TableError: another family, or another form of the ODE.
+        TableError: the solver is for another family or another form of the ODE.
     """
     made_for = solver.meta.get("backbone", family)
     if made_for != family:

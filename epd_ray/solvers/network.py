@@ -1,4 +1,5 @@
-"""What a network's output means: its timestep, its input's scale, and the drift behind what it predicts."""
+"""The conventions of a denoising network: its timestep at a sigma, the scale of its input, and the drift that its
+output stands for."""
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from epd_ray.solvers.schedules import alphas_cumprod, sigma_to_timestep
 
 
 class Network:
-    """The conventions of one network, for points [B, k, ...] with k sigmas.
+    """The conventions of one network, for k points of each sample, [B, k, ...], with one sigma per point.
 
     Args:
-        facts: what it predicts and how it was trained.
+        facts: what the network predicts and how it was trained.
 
     Raises:
         TableError: a beta schedule that diffusers does not know.
@@ -25,29 +26,29 @@ class Network:
         self._alphas_cumprod = None if self.flow else _alphas_cumprod(facts)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The network's timesteps [k], float32 on the CPU, at sigmas [k] there."""
+        """The network's timesteps [k], float32, at sigmas [k]; both on the CPU."""
         if self._alphas_cumprod is None:
             return (sigma * self.facts.num_train_timesteps).float()
         return sigma_to_timestep(sigma, self._alphas_cumprod).float()
 
     def scaled(self, points: Tensor, sigma: Tensor) -> Tensor:
-        """Points [B, k, ...] at sigmas [k] as the network was trained on them: in VE form, at unit variance."""
+        """Points [B, k, ...] at sigmas [k] in the scale of the network's input: unit variance in VE form."""
         return points if self.flow else unit_variance(points, spread(sigma, points))
 
     def drift(self, output: Tensor, points: Tensor, sigma: Tensor) -> Tensor:
-        """dx/dsigma from the network's output at points, each [B, k, ...], with sigmas [k]."""
+        """dx/dsigma [B, k, ...] from the network's output at points, both [B, k, ...], with sigmas [k]."""
         return output if self.flow else ve_drift(output, points, spread(sigma, points), self.facts.prediction_type)
 
 
 def check_same(ours: SchedulerFacts, theirs: SchedulerFacts) -> None:
-    """Refuse a pipeline whose network was trained in another way than a solver's.
+    """Refuse a pipeline whose network was trained in another way than the network that a solver was made for.
 
     Args:
-        ours: of the solver.
-        theirs: of the pipeline's scheduler.
+        ours: facts that the solver has of its network.
+        theirs: facts from the pipeline's scheduler.
 
     Raises:
-        TableError: another prediction, number of timesteps, or training schedule.
+        TableError: another prediction type, number of timesteps, or training schedule.
     """
     fix = "(use a solver made for it)"
     if ours.prediction_type != theirs.prediction_type:
@@ -75,13 +76,13 @@ def unit_variance(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def ve_drift(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """dx/dsigma in VE form from what a network predicts at x.
+    """dx/dsigma in VE form from the output of a network at x.
 
     Args:
-        output: of the network, shape of x.
+        output: what the network returned, in the shape of x.
         x: clean + sigma * noise.
         sigma: > 0, of a shape that broadcasts with x.
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: what the output is: "epsilon", "sample" or "v_prediction".
 
     Source: EDM (arXiv 2206.00364), table 1; v prediction (arXiv 2202.00512).
     """

@@ -1,4 +1,4 @@
-"""Import of the reference's own solver files (*.pkl), without running anything that is in them.
+"""Import of the solver files (*.pkl) of the EPD authors' code, without running anything that the files contain.
 
 Source: github.com/BeierZhu/EPD, training/networks.py (EPD_predictor) and torch_utils/persistence.py.
 """
@@ -25,7 +25,7 @@ from epd_ray.solvers.solver import REFERENCE_SUFFIX, Solver
 from epd_ray.solvers.table import SolverTable
 
 SUFFIX = REFERENCE_SUFFIX
-MAX_BYTES = 4 << 20  # the released files have some 10 KiB
+MAX_BYTES = 4 << 20  # a released file has about 10 KiB
 
 _MAX_VALUES = 100_000  # in one object, shared parts counted as often as they appear
 _NEEDED = (
@@ -46,22 +46,22 @@ _UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""What pickle and torch raise for damaged or forged files."""
+"""Exceptions that pickle and torch raise for damaged or forged files."""
 
 _Weights = list[int | None]  # of the values on the pickle machine's stack; None is a mark
 
 
 def read_reference(path: str | os.PathLike[str]) -> Solver:
-    """A solver from a *.pkl of the reference: its table, the sigmas its code would use, and where it came from.
+    """Read a solver from a *.pkl of the reference: its table, the sigmas that its code would use, and its origin.
 
     Args:
-        path: the file. Nothing in it is executed: what it names is replaced by stand-ins, or refused.
+        path: the file. Nothing in it is executed: every class that it names is replaced by a stand-in, or refused.
 
     Returns:
         The solver, float64, with the meta of a preset.
 
     Raises:
-        TableError: a file that is absent, too large, damaged, of another kind, or that names anything unknown.
+        TableError: the file is absent, too large, damaged, of another kind, or names an unknown class.
     """
     file = Path(path)
     try:
@@ -86,7 +86,7 @@ def read_reference(path: str | os.PathLike[str]) -> Solver:
 
 
 def _table(parameters: Mapping[str, Any], facts: ReferenceFacts) -> SolverTable:
-    """The table as the reference's forward pass makes it, sorted by position."""
+    """The table as the reference's forward pass computes it from its parameters, sorted by position."""
     shape = (facts.num_steps - 1, facts.num_points)
 
     def raw(name: str) -> Tensor:
@@ -112,7 +112,7 @@ def _table(parameters: Mapping[str, Any], facts: ReferenceFacts) -> SolverTable:
 
 @dataclass(frozen=True, slots=True)
 class _Persistent:
-    """Stands in for an object that the reference would rebuild by running the source text in its file."""
+    """A stand-in for an object that the reference would rebuild by running the source text in its file."""
 
     class_name: str
     state: dict[str, Any]
@@ -127,7 +127,7 @@ def _predictor_state(snapshot: object) -> dict[str, Any]:
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler whose every global is a stand-in or an error."""
+    """An unpickler for which every global name is either a stand-in or an error."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -149,9 +149,10 @@ def _unpickle(data: bytes) -> object:
 
 
 def _check_pickle(stream: io.BytesIO, allowed: frozenset[str]) -> None:
-    """Walk one pickle without running it, so that its size in memory is bounded by its size on disk.
+    """Walk through one pickle without running it, and refuse one that would take much more memory than its file.
 
-    pickle itself allocates what an opcode claims, and hashes nested tuples that share parts for as long as it takes.
+    The pickle module allocates as much as an opcode claims, and takes exponential time to hash nested tuples that share
+    their parts.
     """
     stack: _Weights = []
     memo: _Weights = []
@@ -181,7 +182,7 @@ def _check_pickle(stream: io.BytesIO, allowed: frozenset[str]) -> None:
 
 
 def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
-    """By global name. Made anew for each file, because a pickle may write attributes to what it is given."""
+    """The stand-in of each allowed global name. They are made anew for each file, because a pickle may change them."""
 
     class Inert:
         """A module without parameters."""
@@ -214,7 +215,7 @@ def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 def _storage(data: object) -> Tensor:
-    """The values of a pickled torch storage, one row."""
+    """The values of a pickled torch storage, as one row."""
     if not isinstance(data, bytes):
         raise TableError(f"a storage is {type(data).__name__}, expected bytes")
     stream = io.BytesIO(data)

@@ -1,4 +1,4 @@
-"""What the reference's metadata means: which model, resolution and sigmas a table of its was made for.
+"""What the metadata in a solver file of the EPD authors' code means: the model, resolution and sigmas of its table.
 
 Source: github.com/BeierZhu/EPD, training/networks.py (EPD_predictor), sample.py and models/backends.
 """
@@ -23,7 +23,7 @@ CITATION = ["EPD-Solver (arXiv 2507.14797)", "RDPO (arXiv 2512.22796)"]
 
 @dataclass(frozen=True)
 class _Family:
-    """What the reference's code fixes for one of its backends, and its files do not say."""
+    """Facts of one backend of the reference that its code fixes and its files do not contain."""
 
     name: str
     form: Form
@@ -52,7 +52,7 @@ _FAMILIES = {
 
 
 class BackendConfig(BaseModel):
-    """What a file says about its model."""
+    """The part of a file that describes its model."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -63,13 +63,13 @@ class BackendConfig(BaseModel):
 
 
 class ReferenceFacts(BaseModel):
-    """The metadata of a reference file, under its own names; what it does not need is left out."""
+    """The metadata of a reference file that a solver depends on, under the file's own names."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     num_steps: int = Field(ge=2, le=MAX_INTERVALS + 1)  # sigmas, one more than the intervals
     num_points: int = Field(ge=1, le=MAX_POINTS)
-    dataset_name: Literal["ms_coco"] = "ms_coco"  # the others are no text-to-image models
+    dataset_name: Literal["ms_coco"] = "ms_coco"  # the other data sets have no text
     sampler_stu: Literal["epd", "ipndm"] = "epd"
     max_order: int | None = None
     afs: bool = False
@@ -90,16 +90,16 @@ def reference_solver(
 
     Args:
         table: [N, K], float64.
-        facts: of its file.
-        source: what to record of the file's origin.
-        source_sha256: of the file.
+        facts: metadata of the file.
+        source: where the file came from, for the solver's meta.
+        source_sha256: SHA-256 of the file.
 
     Returns:
         The solver.
 
     Raises:
         TableError: facts that do not fit each other or the table.
-        ScheduleError: a schedule out of range.
+        ScheduleError: a schedule with a value outside its range.
     """
     family, config = _FAMILIES[facts.backend], facts.backend_config
     if facts.afs and family.form == "flow":
@@ -125,7 +125,7 @@ def reference_solver(
 
 
 def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str, JsonValue]]:
-    """Sigmas [N+1], and what they follow from."""
+    """Sigmas [N+1], and the name and options of their schedule, for the solver's meta."""
     kind, rho, config = facts.schedule_type, facts.schedule_rho, facts.backend_config
     if (kind == "flowmatch") != (family.form == "flow"):
         raise TableError(f"schedule_type is {kind!r}, which the backend {facts.backend!r} does not have")
@@ -153,7 +153,7 @@ def _alphas_cumprod() -> Tensor:
 
 
 def _flowmatch(num_sigmas: int, config: BackendConfig, dynamic: bool) -> Tensor:
-    """The pipeline scheduler's own sigmas [num_sigmas], its terminal 0 dropped."""
+    """The sigmas [num_sigmas] of the pipeline's own scheduler, without the 0 at their end."""
     from diffusers import FlowMatchEulerDiscreteScheduler  # here, since diffusers takes long to import
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flowmatch_shift, use_dynamic_shifting=dynamic)

@@ -1,4 +1,4 @@
-"""The configuration of an EPDScheduler, and what it has to say of the network that the scheduler is for."""
+"""The configuration of an EPDScheduler, and the facts about a network that it contains."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -21,15 +21,17 @@ VEPrediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 class SchedulerFacts(BaseModel):
-    """What a scheduler has to know of a network: `meta["scheduler"]`.
+    """What a scheduler has to know about a network; a solver keeps it as `meta["scheduler"]`.
+
+    The betas describe the training schedule of a network in VE form, under diffusers' names; flow models have none.
 
     Attributes:
         prediction_type: what the network's output is.
-        num_train_timesteps: its timestep at the largest sigma, about.
-        beta_start: of its training schedule in discrete time, as in diffusers; the others too.
-        beta_end: see above.
-        beta_schedule: see above.
-        trained_betas: instead of these three.
+        num_train_timesteps: number of timesteps T in training.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: diffusers' name of the curve between them.
+        trained_betas: all T betas, in place of the three values above.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -43,22 +45,22 @@ class SchedulerFacts(BaseModel):
 
     @property
     def has_betas(self) -> bool:
-        """Whether the training schedule is given."""
+        """Whether the training schedule is known."""
         return self.trained_betas is not None or None not in (self.beta_start, self.beta_end, self.beta_schedule)
 
 
 def parse_facts(values: object, form: str | None) -> SchedulerFacts:
-    """Check what is known of a network against the form of the ODE.
+    """Check the facts about a network, and that they fit the form of the ODE.
 
     Args:
-        values: a mapping, see `SchedulerFacts`.
-        form: "ve" or "flow".
+        values: a mapping with the fields of `SchedulerFacts`.
+        form: how noise enters x, "ve" or "flow".
 
     Returns:
-        The facts.
+        The checked facts.
 
     Raises:
-        TableError: a value of the wrong kind, or a prediction that the form does not have.
+        TableError: a value of the wrong kind, a prediction type that the form does not have, or absent betas.
     """
     try:
         facts = SchedulerFacts.model_validate(values)
@@ -75,17 +77,17 @@ def parse_facts(values: object, form: str | None) -> SchedulerFacts:
 
 
 def facts_of(config: Mapping[str, JsonValue], form: str | None) -> dict[str, JsonValue]:
-    """What the config of another scheduler of diffusers says about its network.
+    """The facts about a network that the configuration of a diffusers scheduler contains.
 
     Args:
         config: `pipe.scheduler.config`.
-        form: of the ODE.
+        form: how noise enters x in the solver that shall run, "ve" or "flow".
 
     Returns:
-        See `SchedulerFacts`.
+        Fields of `SchedulerFacts`, as JSON values.
 
     Raises:
-        TableError: a training schedule that no sigma fits.
+        TableError: a training schedule that starts at infinite sigma, or one without betas in VE form.
     """
     if form != "flow" and config.get("rescale_betas_zero_snr"):
         raise TableError("this pipeline's scheduler starts at infinite sigma (rescale_betas_zero_snr): not supported")
@@ -107,8 +109,8 @@ def scheduler_config(
     Args:
         table: [N, K].
         sigmas: [N+1], decreasing, > 0.
-        form: of the ODE; None where it is unknown.
-        known: what is known of the network, see `SchedulerFacts`. In flow form None stands for FLOW_FACTS.
+        form: how noise enters x; None where it is unknown.
+        known: the facts about the network, fields of `SchedulerFacts`. In flow form, None stands for FLOW_FACTS.
         afs: whether the first drift is analytical.
         order: of the multistep slope, 1 to 4.
 

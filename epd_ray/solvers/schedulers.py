@@ -1,4 +1,7 @@
-"""Multistep methods through diffusers' own schedulers, on any sigmas: `solve(drift, x, sigmas, *, form, ...)`."""
+"""Multistep methods of diffusers' own schedulers, on any sigmas: `solve(drift, x, sigmas, *, form, ...)`.
+
+Diffusers is imported inside the functions, because that takes seconds.
+"""
 
 from itertools import pairwise
 from typing import Any
@@ -19,16 +22,16 @@ def dpmpp(
 ) -> Tensor:
     """Multistep DPM-Solver++ (DPMSolverMultistepScheduler): N evaluations, parallel NFE N.
 
-    As in diffusers the last interval is of first order where it ends at 0, and below 15 intervals the last ones are of
-    lower order in any case; its step rounds to float32.
+    As in diffusers, an interval that ends at 0 is of first order, and with fewer than 15 intervals the last ones are of
+    lower order. Diffusers' step rounds to float32.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0; at most 1 in flow form.
-        form: of the ODE.
+        form: how noise enters x, "ve" or "flow".
         order: 1 to 3.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -57,15 +60,15 @@ def unipc(
 ) -> Tensor:
     """UniPC, predictor and corrector (UniPCMultistepScheduler, B2): N evaluations, parallel NFE N.
 
-    As in diffusers the last intervals are of lower order.
+    As in diffusers, the last intervals are of lower order.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0; at most 1 in flow form.
-        form: of the ODE.
-        order: 1 to 3, of the predictor.
-        callback: called after each interval.
+        form: how noise enters x, "ve" or "flow".
+        order: order of the predictor, 1 to 3.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -91,15 +94,15 @@ def deis(
 ) -> Tensor:
     """DEIS, log-rho multistep (DEISMultistepScheduler): N evaluations, parallel NFE N.
 
-    As in diffusers, below 15 intervals the last ones are of lower order.
+    As in diffusers, with fewer than 15 intervals the last ones are of lower order.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, > 0; at most 1 in flow form.
-        form: of the ODE.
+        form: how noise enters x, "ve" or "flow".
         order: 1 to 3.
-        callback: called after each interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -121,7 +124,7 @@ def deis(
 
 
 def _prediction(form: Form) -> str:
-    """What the drift is in diffusers' words: the noise in VE form, the velocity of a flow."""
+    """Diffusers' name for the drift: the predicted noise in VE form, the velocity in flow form."""
     return "flow_prediction" if form == "flow" else "epsilon"
 
 
@@ -131,10 +134,11 @@ def _check_order(order: int) -> None:
 
 
 def _on_grid(scheduler: Any, sigmas: Tensor, device: torch.device) -> None:
-    """Put a scheduler at the start of any sigmas.
+    """Set a scheduler to the start of any sigmas [N+1].
 
-    Only UniPC in flow form takes sigmas by its public `set_timesteps`, so they are put where its `step` reads them,
-    after a call that empties its memory. Timesteps are labels from here on: `drift` knows sigma itself.
+    Only UniPC in flow form accepts sigmas in its public `set_timesteps`. So this first calls that, which clears the
+    scheduler's memory, and then sets the attributes that `step` reads. The timesteps are mere labels: `drift` takes
+    sigma itself.
     """
     steps = len(sigmas) - 1
     scheduler.set_timesteps(steps)
@@ -147,7 +151,10 @@ def _on_grid(scheduler: Any, sigmas: Tensor, device: torch.device) -> None:
 
 
 def _follow(scheduler: Any, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, callback: Callback | None) -> Tensor:
-    """The pipelines' loop. The state is float64, where the device has it: DEIS divides a flow's by 1 - sigma."""
+    """The denoising loop of diffusers' pipelines.
+
+    The state is float64 where the device has that type, because DEIS divides by 1 - sigma in flow form.
+    """
     _on_grid(scheduler, sigmas, x.device)
     values = sigmas.tolist()
     # diffusers keeps x in VP form, x / sqrt(1 + sigma^2), where ours is VE.

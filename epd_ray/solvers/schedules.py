@@ -9,7 +9,7 @@ from epd_ray.errors import ScheduleError, UnknownNameError
 from epd_ray.registry import did_you_mean
 from epd_ray.types import Form
 
-MODEL = "model"  # whichever is the model's own
+MODEL = "model"  # stands for the schedule of the model itself
 SCHEDULES: dict[str, Form] = {
     "polynomial": "ve",
     "logsnr": "ve",
@@ -17,8 +17,8 @@ SCHEDULES: dict[str, Form] = {
     "time_uniform": "ve",
     "shift": "flow",
 }
-"""Named schedules, and the form of the models that each is for."""
-IN_MODEL_TIME = ("uniform", "shift")  # which the model alone knows; the others lie between any two sigmas
+"""The named schedules, and the form of the models that each one is for."""
+IN_MODEL_TIME = ("uniform", "shift")  # need the model's own time; the others can span any two sigmas
 
 _EPSILON_S = 1e-3  # smallest VP time, as in EDM (arXiv 2206.00364, table 1)
 
@@ -27,7 +27,7 @@ def polynomial(num_sigmas: int, sigma_min: float, sigma_max: float, rho: float =
     """Uniform in sigma ** (1 / rho).
 
     Args:
-        num_sigmas: how many, >= 1.
+        num_sigmas: number of sigmas, N + 1, >= 1.
         sigma_min: last sigma, > 0.
         sigma_max: first sigma, > sigma_min.
         rho: curvature, > 0; larger spends more intervals at small sigmas.
@@ -48,7 +48,7 @@ def logsnr(num_sigmas: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in log sigma.
 
     Args:
-        num_sigmas: how many, >= 1.
+        num_sigmas: number of sigmas, N + 1, >= 1.
         sigma_min: last sigma, > 0.
         sigma_max: first sigma, > sigma_min.
 
@@ -68,7 +68,7 @@ def time_uniform(num_sigmas: int, sigma_min: float, sigma_max: float, rho: float
     """Uniform in VP time ** (1 / rho), from time 1 to 1e-3.
 
     Args:
-        num_sigmas: how many, >= 1.
+        num_sigmas: number of sigmas, N + 1, >= 1.
         sigma_min: last sigma, > 0.
         sigma_max: first sigma, > sigma_min.
         rho: curvature in time, > 0.
@@ -93,7 +93,7 @@ def discrete(num_sigmas: int, alphas_cumprod: Tensor, rho: float = 1.0) -> Tenso
     """Uniform in (a model's own discrete time) ** (1 / rho), from its last training step to its first.
 
     Args:
-        num_sigmas: how many, >= 1.
+        num_sigmas: number of sigmas, N + 1, >= 1.
         alphas_cumprod: [T], in (0, 1), decreasing: the training noise schedule, see the function of that name.
         rho: curvature in time, > 0.
 
@@ -114,7 +114,7 @@ def flow_shifted(num_sigmas: int, shift: float = 3.0, t_min: float = 1e-3) -> Te
     """Uniform in flow time, then shifted towards noise: sigma = shift * t / (1 + (shift - 1) * t).
 
     Args:
-        num_sigmas: how many, >= 1.
+        num_sigmas: number of sigmas, N + 1, >= 1.
         shift: > 0; 1 is no shift.
         t_min: last time before the shift, in (0, 1).
 
@@ -137,10 +137,10 @@ def alphas_cumprod(betas: Tensor) -> Tensor:
 
 
 def timestep_to_sigma(timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Sigma at a network timestep, between and beyond the training steps by lines in log alpha.
+    """Sigma at a network timestep; between and beyond the training steps, log alpha is interpolated linearly.
 
     Args:
-        timestep: [...], in training steps from 0, may be fractional.
+        timestep: [...], counted in training steps from 0; may be fractional.
         alphas_cumprod: [T], in (0, 1), decreasing.
 
     Returns:
@@ -169,7 +169,7 @@ def sigma_to_timestep(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 
 def timestep_grid(alphas_cumprod: Tensor) -> Tensor:
-    """What timestep_on_grid looks up, checked once.
+    """The lookup table of `timestep_on_grid`, so that the schedule is checked only once.
 
     Args:
         alphas_cumprod: [T], in (0, 1), decreasing.
@@ -178,7 +178,7 @@ def timestep_grid(alphas_cumprod: Tensor) -> Tensor:
         [2, T], float64: log alpha, increasing, and the training step of each.
 
     Raises:
-        ScheduleError: no such schedule.
+        ScheduleError: alphas_cumprod is not one row of decreasing values in (0, 1).
     """
     log_alpha = _log_alpha(alphas_cumprod)
     steps = torch.arange(len(log_alpha), dtype=torch.float64, device=log_alpha.device)
@@ -186,7 +186,7 @@ def timestep_grid(alphas_cumprod: Tensor) -> Tensor:
 
 
 def timestep_on_grid(sigma: Tensor, grid: Tensor) -> Tensor:
-    """As sigma_to_timestep, without looking at any value: a GPU need not be waited for.
+    """The same as `sigma_to_timestep`, but without reading any value on the CPU, so that a GPU is not waited for.
 
     Args:
         sigma: [...], VE form, > 0.
@@ -203,8 +203,8 @@ def spanning(name: str, num_sigmas: int, sigma_min: float, sigma_max: float) -> 
     """A named schedule between two sigmas.
 
     Args:
-        name: of SCHEDULES, but for those in a model's own time.
-        num_sigmas: how many, >= 1.
+        name: "polynomial", "logsnr" or "time_uniform".
+        num_sigmas: number of sigmas, N + 1, >= 1.
         sigma_min: last sigma, > 0.
         sigma_max: first sigma, > sigma_min.
 
@@ -219,10 +219,10 @@ def spanning(name: str, num_sigmas: int, sigma_min: float, sigma_max: float) -> 
 
 
 def require_schedule(name: str) -> None:
-    """Refuse a name that is no schedule's.
+    """Refuse a name that is neither "model" nor a key of SCHEDULES.
 
     Raises:
-        UnknownNameError: with the nearest.
+        UnknownNameError: the message suggests the nearest name.
     """
     if name != MODEL and name not in SCHEDULES:
         raise UnknownNameError(f"unknown schedule {name!r}{did_you_mean(name, [MODEL, *SCHEDULES])}")
@@ -268,7 +268,7 @@ def _log_alpha(alphas_cumprod: Tensor) -> Tensor:
 
 
 def _interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    """Piecewise linear through (xp, fp), xp increasing; the outermost pieces extend."""
+    """Piecewise linear interpolation through (xp, fp), xp increasing; the outermost pieces are extrapolated."""
     right = torch.searchsorted(xp, x.contiguous()).clamp(1, len(xp) - 1)
     x0, x1, f0, f1 = xp[right - 1], xp[right], fp[right - 1], fp[right]
     return f0 + (x - x0) * (f1 - f0) / (x1 - x0)

@@ -1,8 +1,9 @@
 """Samplers of the skrample library (the extra `skrample`) on any sigmas: `solve(drift, x, sigmas, *, form, ...)`.
 
-Their noise level is a pair: sigma and alpha, the share of clean data. In VE form that is (sigma, 1), in flow form
-(sigma, 1 - sigma); skrample's formulas take any pair, so the state needs no other scale. Each sampler works on the
-denoised x, the library's default.
+The library describes a noise level by two numbers, sigma and alpha, where x = alpha * clean + sigma * noise. In VE form
+they are (sigma, 1), in flow form (sigma, 1 - sigma). Its formulas accept any such pair, so the state is not rescaled.
+Each sampler integrates the denoised x, which is the library's default. It is imported inside the functions, because it
+is an optional dependency.
 """
 
 from collections.abc import Sequence
@@ -25,16 +26,16 @@ def structured(
 ) -> Tensor:
     """A multistep sampler of skrample.sampling.structured: N evaluations, parallel NFE N.
 
-    The first and the last intervals are of lower order, as the library has them.
+    As in the library, the first and the last intervals are of lower order.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0; at most 1 in flow form.
-        form: of the ODE.
+        form: how noise enters x, "ve" or "flow".
         sampler: "DPM", "Adams", "UniP" or "UniPC".
-        order: at least 1; 3 is the most for DPM, 9 for the others.
-        callback: called after each interval.
+        order: 1 to 3 for DPM, 1 to 9 for the others.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -58,12 +59,12 @@ def runge_kutta(
     """Ralston's Runge-Kutta method of least error bound (RKUltra): order * N evaluations, parallel NFE the same.
 
     Args:
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, > 0; at most 1 in flow form.
-        form: of the ODE.
-        order: 2, 3 or 4, which is the number of stages too.
-        callback: called after each interval.
+        form: how noise enters x, "ve" or "flow".
+        order: 2, 3 or 4; also the number of evaluations per interval.
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
@@ -102,13 +103,13 @@ def _sample(sampler: Any, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, c
 
 @cache
 def _grid() -> Any:
-    """The class of a schedule through given sigmas; in a function, because its base is in the optional package."""
+    """The class of a schedule through given sigmas. It is made in a function because its base class is in skrample."""
     from skrample.scheduling import FlowMatching, SigmaSpace, SkrampleSchedule, VariancePreserving
 
     class Grid(SkrampleSchedule):  # type: ignore[misc]  # the package has no types here
-        """Sigmas [N+1] at the times 1, 1 - 1/N, ..., 0, and between them by lines in 1 / sigma.
+        """Sigmas [N+1] at the times 1, 1 - 1/N, ..., 0; between them 1 / sigma is interpolated linearly.
 
-        That is the variable in which the denoised x is integrated, so that a Runge-Kutta method keeps its order.
+        The denoised x is integrated over 1 / sigma, so this lets a Runge-Kutta method keep its order.
         """
 
         def __init__(self, sigmas: Sequence[float], form: Form) -> None:
@@ -127,11 +128,11 @@ def _grid() -> Any:
 
 
 def between(sigmas: Values, position: Values) -> Values:
-    """Sigmas at positions in [0, N]: those of the grid at whole ones, else by lines in 1 / sigma.
+    """Sigmas at positions in [0, N]: the grid's own at whole positions, else interpolated linearly in 1 / sigma.
 
     Args:
         sigmas: [N+1], decreasing, >= 0.
-        position: [M], whole up to rounding where the grid's own sigmas are meant.
+        position: [M]; a position within 1e-9 of a whole number counts as whole.
 
     Returns:
         [M].

@@ -1,4 +1,4 @@
-"""What people take home: a table with the sigmas it was made for, as one small readable file."""
+"""A trained solver: a table with the sigmas that it was made for, saved as one small readable file."""
 
 import json
 import logging
@@ -37,10 +37,10 @@ class Solver:
     Args:
         table: [N, K], shared by all samples.
         sigmas: [N+1], decreasing, > 0.
-        form: of the ODE, "ve" or "flow"; None where unknown.
-        afs: analytical first step; needs `form`.
-        order: of the slope that leads to the points, 1 to 4.
-        meta: what it was made for and from, as JSON values.
+        form: how noise enters x, "ve" or "flow"; None where it is unknown.
+        afs: whether the first drift is analytical, which saves one evaluation; needs `form`.
+        order: order of the multistep slope that leads from an interval's start to its points, 1 to 4.
+        meta: JSON values that say what the solver was made for and how.
 
     Raises:
         ScheduleError: sigmas that do not decrease or reach 0.
@@ -91,10 +91,10 @@ class Solver:
         return model_card(self.table, self.sigmas, self.cost, self.meta, source, has_scheduler=has_scheduler)
 
     def solve(self, drift: Drift, x: Tensor, callback: Callback | None = None) -> Tensor:
-        """Follow the ODE from sigmas[0] to sigmas[N].
+        """Solve the ODE from sigmas[0] to sigmas[N].
 
         Args:
-            drift: dx/dsigma at (x [B, ...], sigma [B]).
+            drift: returns dx/dsigma at (x [B, ...], sigma [B]).
             x: [B, ...], the state at sigmas[0].
             callback: called with (step_index, sigma_next, x) after each interval.
 
@@ -104,11 +104,13 @@ class Solver:
         return epd(drift, x, self.sigmas, self.table, afs=self.afs, order=self.order, form=self.form, callback=callback)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write solver.json, a model card and, where `meta["scheduler"]` or the flow form allows, the configuration of
-        an EPDScheduler; each file appears whole or not at all. Solvers of unconditional models get no configuration.
+        """Write solver.json, a model card and the configuration of an EPDScheduler.
+
+        Each file appears whole or not at all. The configuration is left out where `meta["scheduler"]` is absent in VE
+        form, where the form is unknown, and for unconditional models, whose pipelines do not scale their inputs.
 
         Args:
-            directory: made where missing.
+            directory: made where it is missing.
 
         Returns:
             The path of solver.json.
@@ -126,22 +128,24 @@ class Solver:
         private: bool = False,
         commit_message: str = "Upload a learned diffusion solver",
     ) -> str:
-        """Put what `save_pretrained` writes into a repository of the Hugging Face hub, made where there is none.
+        """Upload the files of `save_pretrained` to a repository of the Hugging Face hub, which is made if necessary.
 
-        A model that is a path on this machine is published by its last component alone.
+        If `meta["model_id"]` is a path on this machine, only its last component is published.
 
         Args:
             repo_id: "owner/name".
-            token: with permission to write; the stored one when None.
-            private: whether a new repository is.
-            commit_message: of the upload.
+            token: with permission to write; None means the one that `hf auth login` stored.
+            private: whether a new repository is private.
+            commit_message: the message of the upload's commit.
 
         Returns:
             The repository's address.
 
         Raises:
-            TableError: no token, no permission, no connection, or what `save_pretrained` raises.
+            TableError: no token, no permission, no connection, or meta that `save_pretrained` refuses.
         """
+        from epd_ray.weights.publish import upload  # here, since the hub's client takes long to import
+
         published = self
         if (local := local_model(self.meta)) is not None:
             name = Path(local).expanduser().resolve().name
@@ -149,14 +153,12 @@ class Solver:
             published = replace(self, meta={**self.meta, "model_id": name})
         with tempfile.TemporaryDirectory() as folder:
             published._save(Path(folder), repo_id)
-            from epd_ray.weights.publish import upload  # here, since the hub's client takes long to import
-
             return upload(repo_id, Path(folder), token=token, private=private, commit_message=commit_message)
 
     def _save(self, path: Path, source: str) -> Path:
-        """Write the files; the card tells people to load from `source`."""
+        """Write the files into `path`; the card tells people to load the solver from `source`."""
         config = self.scheduler_config()
-        if not takes_prompts(self.meta):  # no scheduler fits into their pipelines, which scale no inputs
+        if not takes_prompts(self.meta):  # their pipelines do not scale inputs, so no EPDScheduler fits them
             config = None
         record = self._record()
         try:
@@ -174,17 +176,17 @@ class Solver:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> "Solver":
-        """Read a solver from a local directory or file or, where there is none of that name, a preset or the hub.
+        """Read a solver from a local directory or file, or else from a preset or the hub.
 
         Args:
             source: a directory, a solver file, a preset ("sd3-1024-rl"), or a Hugging Face hub id "owner/name".
-            revision: of the hub repository: branch, tag or commit.
+            revision: branch, tag or commit of the hub repository.
 
         Returns:
             The solver, float64.
 
         Raises:
-            TableError: no such file, or one that is not a solver.
+            TableError: there is no such file, or it is not a solver.
         """
         path, name = Path(source), os.fspath(source)
         if path.is_dir():

@@ -1,4 +1,7 @@
-"""The EPD step one network call at a time, for whoever owns the loop; `epd` is the same with the loop inside."""
+"""The EPD step divided into single calls of the network, for a caller that owns the loop, such as a pipeline.
+
+`epd_ray.solvers.epd.epd` computes the same with the loop inside.
+"""
 
 from collections import deque
 from dataclasses import dataclass
@@ -12,16 +15,16 @@ from epd_ray.solvers.network import Network
 from epd_ray.solvers.solver import Solver
 
 Call = tuple[int, slice | None]
-"""A call of the network: its interval, and its points (None at the interval's start)."""
+"""A call of the network: the index of its interval, and which points it evaluates (None: the interval's start)."""
 
 
 @dataclass(frozen=True)
 class PointInputs:
-    """What the network sees when the points of an interval are one batch.
+    """The network's input when the points of an interval are evaluated in one batch.
 
     Attributes:
-        hidden: [R, K, ...], for R rows of the pipeline's own input.
-        timesteps: [K], float32.
+        hidden: [R, k, ...], the k points for each of the R rows that the pipeline gives its network.
+        timesteps: [k], float32, the network's timestep at each point.
     """
 
     hidden: Tensor
@@ -29,12 +32,12 @@ class PointInputs:
 
 
 class Plan:
-    """Which calls a solver makes, and where.
+    """Which calls of the network a solver makes, in order, and the arithmetic around each one.
 
     Args:
-        solver: with a form.
-        network: its conventions.
-        parallel: whether an interval's points are one call.
+        solver: its form must be known.
+        network: the conventions of the network that is called.
+        parallel: whether all points of an interval are evaluated in one call.
     """
 
     def __init__(self, solver: Solver, network: Network, *, parallel: bool) -> None:
@@ -46,71 +49,71 @@ class Plan:
             if parallel and points:
                 points = [slice(first, end)]
             calls += [(i, part) for part in (None, *points)]
-        # One call at a time, the caller of a flow model's network shows it the state as it is: the first call of the
-        # analytical first step cannot be a point, so the state is shown and the answer left unused.
+        # A pipeline for a flow model shows its network the latents as they are. So with one point per call, an
+        # analytical first step cannot save the first call: it is made, and its answer is not used.
         self.calls = calls[1:] if solver.afs and (parallel or not network.flow) else calls
         self.order = 1 + len(points)
         self._inner, self._offsets, self._gains = (values[0] for values in stages(solver.table, solver.sigmas))
 
     def sigma(self, call: Call) -> Tensor:
-        """Evaluated sigmas [k], float64, on the CPU."""
+        """The sigmas [k] at which a call evaluates the drift, float64, on the CPU."""
         interval, part = call
         return self.solver.sigmas[interval : interval + 1] if part is None else self._inner[interval, part]
 
     def points(self, x: Tensor, slope: Tensor, call: Call) -> Tensor:
-        """x [B, ...] at the points of a call along a slope, [B, k, ...]; at an interval's start x itself."""
+        """The points [B, k, ...] of a call: x [B, ...] moved along a slope, or x itself at an interval's start."""
         x = x.unsqueeze(1)
         interval, part = call
         return x if part is None else x + spread(self._offsets[interval, part], x) * slope.unsqueeze(1)
 
     def at_start(self, drift: Tensor, interval: int) -> Tensor | float:
-        """The share in an interval's slope of the drift [B, ...] at its start, where a point stands there."""
+        """What the drift [B, ...] at an interval's start adds to the interval's slope; 0 without a start point."""
         known = self.solver.table.known_points(interval, self.solver.afs)
         return self.weighted(drift.unsqueeze(1), (interval, slice(0, 1))) if known else 0.0
 
     def weighted(self, drifts: Tensor, call: Call) -> Tensor:
-        """The share [B, ...] in an interval's slope of the drifts [B, k, ...] at a call's points."""
+        """What the drifts [B, k, ...] at a call's points add to the interval's slope, [B, ...]."""
         return (spread(self._gains[call], drifts) * drifts).sum(1)
 
     def analytic(self, x: Tensor) -> Tensor:
-        """The first drift without the network, at x [B, ...]."""
+        """The analytical first drift at x [B, ...], which needs no network."""
         return analytic_drift(x, self.solver.sigmas[0].item(), self.solver.form)
 
 
 class Loop:
-    """One denoising loop: everything that changes from call to call. The state is float32 or wider.
+    """One denoising loop: the state that changes from call to call, kept in float32 or wider.
 
     Args:
-        plan: of its calls.
+        plan: the calls of the loop.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.made = plan, 0
         self._history: deque[Tensor] = deque(maxlen=plan.solver.order)
         self._x: Tensor | None = None  # [B, ...], at the interval's start
-        self._total: Tensor | float = 0.0  # of the interval's weighted drifts so far
+        self._total: Tensor | float = 0.0  # sum of the interval's weighted drifts so far
         self._returned: Tensor | None = None
         self._exact: Tensor | None = None  # `_returned` before it was rounded
         self._version = 0
 
     @property
     def done(self) -> bool:
-        """Whether all calls are made."""
+        """Whether all calls have been made."""
         return self.made == len(self.plan.calls)
 
     @property
     def call(self) -> Call:
-        """The next one."""
+        """The next call."""
         return self.plan.calls[self.made]
 
     def seen(self, rows: Tensor) -> Tensor:
-        """What the network sees in the next call.
+        """The network's input in the next call.
 
         Args:
-            rows: [R, ...], the latents that the caller holds, repeated as the caller's guidance needs.
+            rows: [R, ...], the latents that the caller holds; R is 2 * B where classifier-free guidance repeats them.
 
         Returns:
-            Points [R, k, ...] in the network's scale, dtype of rows.
+            Points [R, k, ...] in the scale of the network's input and the dtype of rows.
         """
         x = _widen(rows)
         if self.call[1] is not None and (self._x is None or self.plan.parallel):
@@ -124,15 +127,15 @@ class Loop:
         return self.plan.network.scaled(points, self.plan.sigma(self.call)).to(rows.dtype)
 
     def advance(self, output: Tensor, sample: Tensor) -> Tensor:
-        """Take the network's answer.
+        """Take the network's output in the next call and move on.
 
         Args:
-            output: [B * k, ...], row b * k + j for the call's point j.
-            sample: [B, ...], as returned last; where it is another tensor, that one counts at an interval's start,
-                and inside an interval for its own point alone.
+            output: [B * k, ...], row b * k + j for point j of the call and sample b.
+            sample: [B, ...], the tensor that the last call returned. If the caller changed or replaced it, the new
+                values count: as the state at an interval's start, or as the one point that this call evaluated.
 
         Returns:
-            The latents [B, ...] for the next call, dtype of sample.
+            The latents [B, ...] for the next call, in the dtype of sample.
 
         Source: EPD-Solver (arXiv 2507.14797).
         """
@@ -166,7 +169,7 @@ class Loop:
         return self.plan.network.drift(_widen(output).reshape(points.shape), points, self.plan.sigma(call))
 
     def _recall(self, sample: Tensor) -> Tensor:
-        """The state behind a sample: unrounded where it is the tensor that was returned last, untouched since."""
+        """The unrounded state behind a sample that was returned last and is unchanged; otherwise the sample itself."""
         if sample is self._returned and self._exact is not None and _version(sample) == self._version:
             return self._exact
         return _widen(sample)
@@ -178,10 +181,10 @@ class Loop:
 
 
 def check_shapes(loop: Loop, output: Tensor, sample: Tensor) -> None:
-    """Refuse an output that is not of the next call's points.
+    """Refuse an output whose shape does not fit the next call.
 
     Raises:
-        TableError: with both shapes.
+        TableError: the message names both shapes.
     """
     part = loop.call[1]
     expected = (len(sample) * (1 if part is None else part.stop - part.start), *sample.shape[1:])
@@ -194,5 +197,5 @@ def _widen(values: Tensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; tensors made under torch.inference_mode keep no count."""
+    """How often a tensor was changed in place; 0 for tensors made under torch.inference_mode, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""The solver as a table of numbers: where to look along each interval and how to weigh what was seen."""
+"""The solver as a table of numbers: where in each interval the drift is evaluated, and the weight of each drift."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,16 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class SolverTable:
-    """N intervals times K parallel points, one table for all samples or one per sample; checked when made.
+    """N intervals with K parallel points each; one table for all samples or one per sample; checked when made.
 
     Args:
-        positions: [N, K] or [B, N, K], in [0, 1], increasing along K (equal neighbours allowed): r.
-        weights: same shape, >= 0, summing to 1 along K: w.
-        scale_dir: same shape, > 0: o, a factor on each direction. None stands for ones.
-        scale_time: same shape, > 0: c, a factor on each evaluated sigma. None stands for ones.
+        positions: r, [N, K] or [B, N, K], in [0, 1], not decreasing along K: where in its interval each point is, from
+            0 (start) to 1 (end).
+        weights: w, of the same shape, >= 0, with sum 1 along K.
+        scale_dir: o, of the same shape, > 0, a factor on each point's drift. None stands for ones.
+        scale_time: c, of the same shape, > 0, a factor on the sigma of each point's evaluation. None stands for ones.
 
     Raises:
-        TableError: a value that breaks one of these, named with its row.
+        TableError: a value breaks one of these rules; the message names it with its row.
 
     Source: EPD-Solver (arXiv 2507.14797).
     """
@@ -109,24 +110,24 @@ class SolverTable:
 
     @property
     def intervals(self) -> int:
-        """N."""
+        """N, the number of intervals."""
         return self.positions.shape[-2]
 
     @property
     def points(self) -> int:
-        """K."""
+        """K, the number of points per interval."""
         return self.positions.shape[-1]
 
     @property
     def batch(self) -> int | None:
-        """B, or None where all samples share the table."""
+        """B, the number of samples with a table of their own; None where all samples share one table."""
         return self.positions.shape[0] if self.positions.ndim == 3 else None
 
     @property
     def start_point(self) -> bool:
-        """Whether every first point is its interval's start, whose drift is known: it needs no evaluation.
+        """Whether the first point of every interval is the interval's start, so that it needs no evaluation of its own.
 
-        With K = 1 the solver is Euler, whose steps the direction scales stretch.
+        With K = 1 the solver is then the Euler method, its steps multiplied by the direction scales.
         """
         first = [None if c is None else c[..., 0].flatten().tolist() for c in (self.positions, self.scale_time)]
         return has_start_point(first[0] or (), first[1] or ())

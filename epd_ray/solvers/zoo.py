@@ -1,4 +1,4 @@
-"""The methods that a learned table is compared with: what each costs and where it applies. All load when first run."""
+"""The methods that a learned table is compared with: their costs and where they apply. Each loads when first run."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ STRUCTURED, RUNGE_KUTTA = "epd_ray.solvers.skrample:structured", "epd_ray.solver
 
 @dataclass(frozen=True)
 class Method:
-    """A solver with its facts.
+    """A method and its facts.
 
     Attributes:
-        label: for people.
+        label: the method's name in tables and plots.
         target: "module:function" of `solve(drift, x, sigmas, *, callback=None)`.
-        options: its further keyword arguments.
-        evals: evaluations of the drift an interval, one after the other.
-        last_evals: in the last interval; None: as many.
-        ends_at_zero: whether its last sigma is 0, as in the pipelines; else it is above 0.
-        forms: of the ODE that it follows.
-        needs_form: whether `solve` takes `form`.
-        extra: the optional dependency of this package that it needs, named after the module that it imports.
+        options: further keyword arguments of that function.
+        evals: evaluations of the drift per interval, all of which wait for each other.
+        last_evals: evaluations in the last interval; None means `evals`.
+        ends_at_zero: whether the last sigma is 0, as in diffusers' pipelines, or above 0.
+        forms: forms of the ODE that the method can solve.
+        needs_form: whether the function takes the keyword argument `form`.
+        extra: the optional dependency of this package that the method needs, named after the module that it imports.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def installed(self) -> bool:
-        """Whether the optional dependency is there, if there is one."""
+        """Whether the optional dependency is installed; true for a method without one."""
         return self.extra is None or importlib.util.find_spec(self.extra) is not None
 
 
@@ -79,7 +79,8 @@ def _runge_kutta(order: int) -> Method:
 
 METHODS: dict[str, Method] = {
     "euler": Method("DDIM / Euler", f"{NATIVE}:euler", ends_at_zero=True),
-    # The pipelines' last step, from near 0 to 0, changes next to nothing: EPD does without, so one rival does too.
+    # The last step of the pipelines, from a small sigma to 0, changes almost nothing. EPD has no such step, so it is
+    # also compared with an Euler method that has none.
     "euler_no_zero": Method("DDIM / Euler without the step to 0", f"{NATIVE}:euler"),
     "heun": Method("Heun", f"{NATIVE}:heun", evals=2),
     "edm": Method("EDM", f"{NATIVE}:edm", evals=2, last_evals=1, ends_at_zero=True),
@@ -101,7 +102,7 @@ METHODS: dict[str, Method] = {
 }
 
 ALIASES = {"ddim": "euler", "ipndm1": "euler", "ipndm4": "ipndm", "unipc2": "unipc", "deis2": "deis"}
-"""Other names of the same methods, so that none is drawn twice."""
+"""Other names of the same methods; a comparison draws each method only once."""
 
 SOLVERS: Registry[Tensor] = Registry(
     "solver", {name: METHODS[ALIASES.get(name, name)].target for name in (*METHODS, *ALIASES)}
@@ -109,10 +110,10 @@ SOLVERS: Registry[Tensor] = Registry(
 
 
 def split(name: str) -> tuple[str, str]:
-    """A method and the schedule that it follows: "heun@logsnr"; without one the model's own.
+    """The method and the schedule of a name such as "heun@logsnr"; without "@" the schedule is the model's own.
 
     Raises:
-        UnknownNameError: no such schedule.
+        UnknownNameError: there is no such schedule.
     """
     method, at, schedule = name.partition("@")
     if at:
@@ -121,12 +122,13 @@ def split(name: str) -> tuple[str, str]:
 
 
 def find(name: str) -> Method:
-    """The method behind a name, an alias, or "module:attribute"; its schedule makes no difference.
+    """The method behind a name, an alias, or "module:attribute"; a schedule after "@" is ignored.
 
-    An attribute is a Method, or a bare function: one evaluation an interval, any form, a last sigma above 0.
+    The attribute is a Method, or a function, which stands for a method with one evaluation per interval, any form and a
+    last sigma above 0.
 
     Raises:
-        UnknownNameError: no such method or schedule.
+        UnknownNameError: there is no such method or schedule.
     """
     name, _ = split(name)
     if name in METHODS:
@@ -136,21 +138,21 @@ def find(name: str) -> Method:
 
 
 def applicable(form: Form, *, installed: bool = True) -> list[str]:
-    """Every method of the zoo that follows a form, each by one name.
+    """The names of all methods that can solve a form of the ODE, without aliases.
 
     Args:
-        form: of the ODE.
-        installed: leave out what needs a package that is not there.
+        form: how noise enters x, "ve" or "flow".
+        installed: whether methods whose package is not installed are left out.
     """
     return [name for name, m in METHODS.items() if form in m.forms and (m.installed or not installed)]
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Check that the packages of the methods that are asked for are there.
+    """Check that the packages that some methods need are installed.
 
     Raises:
-        ConfigError: one is missing.
-        UnknownNameError: no such method.
+        ConfigError: a package is missing.
+        UnknownNameError: there is no such method.
     """
     missing = {name: method.extra for name in names if not (method := find(name)).installed}
     if missing:
@@ -163,11 +165,11 @@ def require_installed(names: Sequence[str]) -> None:
 
 
 def require_form(names: Sequence[str], form: Form) -> None:
-    """Check that methods and their schedules follow a model's form.
+    """Check that methods and their schedules fit the form of a model's ODE.
 
     Raises:
-        ConfigError: one does not.
-        UnknownNameError: no such method or schedule.
+        ConfigError: a method or schedule is for the other form.
+        UnknownNameError: there is no such method or schedule.
     """
     problems = []
     for name in names:
@@ -182,23 +184,23 @@ def require_form(names: Sequence[str], form: Form) -> None:
 def follow(
     name: str, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, *, callback: Callback | None = None
 ) -> Tensor:
-    """Run a method.
+    """Solve the ODE with a method.
 
     Args:
-        name: see `find`.
-        drift: dx/dsigma at (x [B, ...], sigma [B]).
+        name: a name, an alias, or "module:attribute", see `find`.
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
         x: [B, ...], the state at sigmas[0].
-        sigmas: [N+1], decreasing, >= 0, or > 0 where the method does not end at zero.
-        form: of the ODE.
-        callback: called after each interval.
+        sigmas: [N+1], decreasing, >= 0; > 0 for a method that does not end at 0.
+        form: how noise enters x, "ve" or "flow".
+        callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
         The state at sigmas[N], [B, ...].
 
     Raises:
-        ConfigError: a form that the method does not follow, or a package that is missing.
-        ScheduleError: sigmas that the method cannot follow.
-        UnknownNameError: no such method.
+        ConfigError: the method is for the other form, or its package is missing.
+        ScheduleError: the method cannot use these sigmas.
+        UnknownNameError: there is no such method.
     """
     method = find(name)
     require_form([name], form)

@@ -1,19 +1,19 @@
-"""How many combinations of grid positions stage 1 fits an interval by, and how many are too many."""
+"""The number of combinations of grid positions that least squares tries for an interval, and its bound."""
 
 from bisect import bisect_right
 from math import comb
 
 MAX_COMBINATIONS = 200_000
-"""An interval's fit takes about a minute with so many: 0.2 to 0.3 ms for each where it has direction scales."""
+"""With so many an interval's fit takes about a minute: 0.2 to 0.3 ms per combination with direction scales."""
 
 
 def too_many_combinations(grid: int, points: int, start_point: bool) -> str | None:
-    """What is wrong where least squares would try too many combinations of positions, else None.
+    """An error message if least squares would try too many combinations of positions, otherwise None.
 
     Args:
-        grid: positions that it tries.
-        points: K.
-        start_point: whether the first of them stays where it is.
+        grid: number of positions that a point may have.
+        points: K, the number of points per interval.
+        start_point: whether the first point stays at the interval's start.
     """
     moving = points - start_point
     count = comb(grid, moving)

@@ -1,4 +1,4 @@
-"""Stage 1 over all intervals: which tasks go to the workers, and what becomes of their answers."""
+"""Stage 1 over all intervals: the tasks that go to the workers, and the table that their answers make."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from epd_ray.stage_one.least_squares import best_points, position_grid
 from epd_ray.stage_one.shard import Fit, Points, Shard
 
 Work = Callable[[Literal["distill", "distill_loss"], Sequence[tuple[Any, ...]]], list[Any]]
-"""work(method, arguments): one call of RolloutWorker's method per tuple, anywhere; the answers in order."""
+"""work(method, arguments) calls a method of RolloutWorker once per tuple, on any worker; the answers are in order."""
 
 
 @dataclass(frozen=True)
 class StageOne:
-    """A table to fit, shard by shard.
+    """What stage 1 fits. The student is the solver of the table, the teacher a solver with many small steps.
 
     Attributes:
         intervals: N.
-        points: K.
-        prompts: to follow the teacher on.
-        noise_seeds: one each.
-        shard_size: prompts of a task, whatever the number of workers.
-        teacher_steps: DPM-Solver-2 steps of the teacher per interval.
-        grid: positions that least squares tries per interval.
-        min_weight: smallest weight of a point.
-        afs: analytical first step of the student.
-        order: of the student's multistep slope.
-        start_point: whether the first point is the interval's start.
-        scale_range: of the direction scales; 0: none.
+        points: K, the number of points per interval.
+        prompts: the prompts on which the student is compared with the teacher.
+        noise_seeds: the seed of each prompt's initial noise.
+        shard_size: number of prompts in a task; it does not depend on the number of workers.
+        teacher_steps: DPM-Solver-2 steps of the teacher in each interval.
+        grid: number of positions that least squares tries for a point.
+        min_weight: smallest weight that a point may have.
+        afs: whether the student's first drift is analytical.
+        order: order of the student's multistep slope, 1 to 4.
+        start_point: whether the first point of each interval is the interval's start.
+        scale_range: S; direction scales lie in [1 - S, 1 + S]. 0 fits none.
 
     Raises:
-        ConfigError: a grid of more combinations than an interval's fit can try.
+        ConfigError: the grid makes more combinations of positions than least squares can try.
     """
 
     intervals: int
@@ -56,7 +56,7 @@ class StageOne:
             raise ConfigError([problem])
 
     def shards(self, fitted: Sequence[Fit]) -> list[Shard]:
-        """The tasks of the next interval."""
+        """The tasks of the interval that comes after the fitted ones."""
         so_far, size = tuple(fit.points for fit in fitted), self.shard_size
         return [
             Shard(
@@ -81,15 +81,19 @@ def fit_table(
     from_least_squares: bool = True,
     after_each: Callable[[Fit], None] = lambda fit: None,
 ) -> list[Fit]:
-    """One fit per interval, each from where the earlier ones lead.
+    """Fit one interval after the other, each from the states that the intervals fitted before lead to.
 
     Args:
-        work: runs tasks.
+        work: runs tasks on the workers, see `Work`.
         stage: what is fitted.
-        sigmas: N+1.
-        descent: go on by gradient; None leaves it at least squares.
-        from_least_squares: where the descent starts; else at evenly spaced points of equal weight.
-        after_each: called with each interval's fit, as it is found.
+        sigmas: the schedule, N + 1 values.
+        descent: options of the gradient descent; None uses least squares alone.
+        from_least_squares: whether the descent starts from the least-squares fit, or from evenly spaced points of equal
+            weight.
+        after_each: called with each interval's fit as soon as it is found.
+
+    Returns:
+        One fit per interval.
     """
     fits: list[Fit] = []
     for i in range(stage.intervals):
@@ -110,7 +114,7 @@ def _evenly_spaced(points: int, start_point: bool) -> Points:
 
 
 def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:
-    """The next interval's fit; stage.grid positions are tried, where a point moves."""
+    """The least-squares fit of the next interval; without a point that moves, only the start's position is tried."""
     moving = stage.points > stage.start_point
     grid = position_grid(stage.grid if moving else 0, stage.start_point)
     equations = reduce(add, work("distill", [(shard, grid) for shard in shards]))
@@ -118,7 +122,7 @@ def least_squares(work: Work, stage: StageOne, shards: Sequence[Shard]) -> Fit:
 
 
 def losses(work: Work, stage: StageOne, fits: Sequence[Fit]) -> list[Loss]:
-    """How far a table leads from the teacher, interval by interval, on the prompts of a stage."""
+    """The distance between student and teacher at the end of each interval, on the prompts of a stage."""
     found = []
     for i, fit in enumerate(fits):
         shards = stage.shards(fits[:i])

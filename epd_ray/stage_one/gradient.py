@@ -1,13 +1,13 @@
-"""Stage 1 by back-propagation: the table's own step against the teacher's, down the gradient through the network.
+"""Stage 1 by back-propagation: gradient descent on the distance between the table's own step and the teacher's.
 
-Interval by interval from the student's own state, as the reference does it. What an interval's parameters p, q, u and
-v stand for:
+Intervals are fitted one after the other, each from the student's own state, as in the EPD authors' code. Positions r,
+weights w, direction scales o and time scales c are functions of unbounded parameters p, q, u and v:
 
     r = m + (1 - 2m) sigmoid(p),  w = f + (1 - K f) softmax(q),  o, c = 2 S sigmoid(u/2 or v/2) + 1 - S
 
 with m the margin that a Dirichlet needs, f the smallest weight and S the range of the scales; a start point keeps
-r = 0. A shard sends back the
-loss and its derivatives by r, w, o and c; the driver, which alone knows p to v, sums them and makes the step.
+r = 0. The worker of a shard returns the loss and its derivatives by r, w, o and c. The driver, which alone holds p, q,
+u and v, adds them up and makes the step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,19 +27,20 @@ from epd_ray.stage_one.least_squares import END_MARGIN, Matrix
 from epd_ray.stage_one.shard import Fit, Interval, Points
 from epd_ray.types import Drift
 
-MARGIN = END_MARGIN / 2  # so that the grid's ends lie inside
-LOGIT_BOUND = 6.0  # of a start on the border, which no sigmoid reaches
+MARGIN = END_MARGIN / 2  # smaller than the grid's margin, so that all grid positions can be represented
+LOGIT_BOUND = 6.0  # for a start value on the border, which no sigmoid reaches
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a shard adds.
+    """The loss of one shard, or the sum over several.
 
     Attributes:
-        distance: squared distance of the student's next state to the teacher's.
+        distance: squared distance between the student's next state and the teacher's.
         step: squared length of the teacher's step from the student's state; distance / step is the residual.
-        gradient: of the distance, a row for each column of the points, [2 to 4, K]; zeros where it was not asked for.
-        size: latent values that the distance sums over.
+        gradient: derivatives of the distance, one row for each column of the points, [2 to 4, K]; zeros where none were
+            asked for.
+        size: number of latent values that the distance sums over.
     """
 
     distance: float
@@ -61,16 +62,17 @@ class Loss:
 
 
 def distill_loss(interval: Interval, points: Points, gradient: bool, checkpointed: bool = True) -> Loss:
-    """How far the points lead from the teacher's state, and down where it gets less.
+    """The squared distance between where the points lead and the teacher's state, with its gradient on request.
 
     Args:
-        interval: B prompts.
-        points: in any order.
-        gradient: whether to differentiate; without it this is inference.
-        checkpointed: run the network again on the way back, so that memory is that of one forward of B rows.
+        interval: the states of B prompts.
+        points: the table's points in this interval, in any order.
+        gradient: whether to compute the gradient.
+        checkpointed: whether the network runs again during back-propagation, so that only one forward pass of B rows is
+            held in memory.
 
     Raises:
-        TableError: points that make no table.
+        TableError: the points do not make a valid table.
     """
     named = {name: column.requires_grad_(gradient) for name, column in points.columns().items()}
     columns = list(named.values())
@@ -82,22 +84,22 @@ def distill_loss(interval: Interval, points: Points, gradient: bool, checkpointe
 
 
 def step_distance(interval: Interval, table: SolverTable, checkpointed: bool = True) -> Tensor:
-    """Squared distance between where `epd` leads with a table [1, K] and the teacher's state; differentiable in it.
+    """The squared distance between the state that `epd` reaches with a table [1, K] and the teacher's state.
 
     Args:
-        interval: B prompts.
-        table: whose tensors may require a gradient.
+        interval: the states of B prompts.
+        table: its tensors may require a gradient; the result is differentiable in them.
         checkpointed: see `distill_loss`.
 
     Returns:
-        A float64 number on the CPU.
+        A float64 scalar on the CPU.
     """
     drift = _in_turn(interval, checkpointed and torch.is_grad_enabled())
     return _squared(epd(drift, interval.x, interval.sigmas, table) - interval.target)
 
 
 def _in_turn(interval: Interval, checkpointed: bool) -> Drift:
-    """A drift for one step of `epd`: the slope is known, and the K points are K calls of B rows."""
+    """A drift for one step of `epd`: its first call returns the known slope, and K points become K calls of B rows."""
     known = [interval.slope]
 
     def drift(x: Tensor, sigma: Tensor) -> Tensor:
@@ -119,23 +121,23 @@ def _in_turn(interval: Interval, checkpointed: bool) -> Drift:
 
 
 def _squared(x: Tensor) -> Tensor:
-    """Squared norm in float64, on the CPU: not every device has it."""
+    """Squared norm in float64, on the CPU because not every device has that type."""
     return x.cpu().double().square().sum()
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How an interval's points are looked for.
+    """Options of the gradient descent on an interval's points.
 
     Attributes:
-        steps: of Adam.
-        lr: at the first step; falls to 0 along half a cosine.
-        batch: shards a step, at least 1.
-        min_weight: f.
-        scale_range: S in [0, 1), of direction scales; 0 trains no scales.
-        scale_time: time scales too.
-        start_point: the first point stays at 0.
-        max_sigma: the largest sigma that the model knows, which no time scale exceeds; None: no such bound.
+        steps: number of Adam steps.
+        lr: learning rate of the first step; it falls to 0 along half a cosine.
+        batch: number of shards per step, at least 1.
+        min_weight: f, the smallest weight that a point may have.
+        scale_range: S in [0, 1); scales lie in [1 - S, 1 + S]. 0 trains no scales.
+        scale_time: whether time scales are trained beside the direction scales.
+        start_point: whether the first point stays at position 0.
+        max_sigma: the largest sigma at which a point may be evaluated, see `interval.largest_sigma`; None: no bound.
     """
 
     steps: int
@@ -149,18 +151,18 @@ class Descent:
 
 
 Evaluate = Callable[[Points, Sequence[int], bool], list[Loss]]
-"""evaluate(points, shards, gradient): the losses of these shards, in order."""
+"""evaluate(points, shards, gradient) returns the losses of the shards with these indices, in order."""
 
 
 def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start: Points, options: Descent) -> Fit:
-    """Adam on one interval's points; the better of start and end by the residual over all shards.
+    """Improve one interval's points with Adam, and return the start or the result, whichever has the lower residual.
 
     Args:
-        evaluate: runs shards, anywhere.
-        shards: how many there are.
-        sigmas: where the interval begins and ends.
-        start: in order of position; scales that it lacks begin at 1.
-        options: see Descent.
+        evaluate: computes losses of shards on the workers, see `Evaluate`.
+        shards: number of shards.
+        sigmas: the sigmas at the interval's start and end.
+        start: the points to start from, in order of position; scales that they lack start at 1.
+        options: see `Descent`.
     """
     start = _with_scales(start, options)
     raw = raw_parameters(start, options).requires_grad_()
@@ -180,7 +182,7 @@ def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start:
 
 
 def _with_scales(points: Points, options: Descent) -> Points:
-    """Points with the scales that are trained, and no others."""
+    """The points with exactly the scales that are trained; absent scales are ones."""
     if not options.scale_range:
         return Points(points.positions, points.weights)
     ones = (1.0,) * len(points.weights)
@@ -189,7 +191,7 @@ def _with_scales(points: Points, options: Descent) -> Points:
 
 
 def _batches(shards: int, size: int) -> Iterator[list[int]]:
-    """Groups of shards in turn, for ever."""
+    """Endless groups of `size` shards, each shard in turn."""
     size, first = min(size, shards), 0
     while True:
         yield [(first + i) % shards for i in range(size)]
@@ -197,12 +199,12 @@ def _batches(shards: int, size: int) -> Iterator[list[int]]:
 
 
 def total(losses: Sequence[Loss]) -> Loss:
-    """Their sum, in order."""
+    """The sum of losses, added in order."""
     return reduce(add, losses)
 
 
 def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) -> Tensor:
-    """r, w and, where they are trained, o and c, [2 to 4, K], of parameters p, q, u, v of that shape."""
+    """The columns r, w and, where they are trained, o and c, [2 to 4, K], of parameters of the same shape."""
     p, q, *scales = raw
     r = MARGIN + (1 - 2 * MARGIN) * p.sigmoid()
     if options.start_point:
@@ -215,7 +217,7 @@ def point_columns(raw: Tensor, sigmas: tuple[float, float], options: Descent) ->
 
 
 def raw_parameters(points: Points, options: Descent) -> Tensor:
-    """The parameters p, q, u, v of points, [2 to 4, K], float64; as many as the points have columns."""
+    """The parameters p, q, u, v of points, [2 to 4, K], float64; one row for each column that the points have."""
     positions, weights = (torch.tensor(v, dtype=torch.float64) for v in (points.positions, points.weights))
     r = (positions - MARGIN) / (1 - 2 * MARGIN)
     w = (weights - options.min_weight) / (1 - len(weights) * options.min_weight)
@@ -232,14 +234,14 @@ def _points(columns: Tensor) -> Points:
 
 
 def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
-    """The points in order of position and apart, since a Dirichlet draws the segments between them."""
+    """The points sorted by position and moved apart, because a Dirichlet draws the segments between them."""
     rows = torch.cat(list(points.columns().values())).numpy()  # [2 to 4, K]
     rows = rows[:, rows[0].argsort(kind="stable")]
     r, k = rows[0], len(rows[0])
     gap = min(MARGIN, (1 - 2 * MARGIN) / k)
     for i in range(1, k):
         r[i] = max(r[i], r[i - 1] + gap)
-    for i in range(k):  # what was pushed beyond the end comes back
+    for i in range(k):  # points that were pushed beyond the end come back
         r[i] = min(r[i], 1 - MARGIN - (k - 1 - i) * gap)
     if len(rows) == 4:
         inner = inner_sigma(*sigmas, torch.from_numpy(r))

@@ -1,12 +1,13 @@
-"""Stage 1: the table that follows a finer solver best, by least squares. Inference only, any backbone size.
+"""Stage 1 by least squares: the table that comes closest to a finer solver. It needs no gradients of the network.
 
-The weights enter the EPD step linearly. So per interval, from the student's own state x, take the drifts d_m at a
-grid of positions, and find the simplex weights on K of them that come nearest the teacher's next state y:
+The weights enter the EPD step linearly. So for each interval, from the student's own state x, the drifts d_m are
+evaluated at a grid of positions, and weights on K of them are found that come closest to the teacher's next state y:
 
     min_w || x + (b - a) sum_m w_m d_m - y ||^2  =  (b - a)^2 (w' G w - 2 w' c + |t|^2),   t = (y - x) / (b - a)
 
-with G = D D' and c = D t. G and c are sums over prompts, so every shard sends back a matrix of a few dozen numbers.
-Where direction scales are allowed, w is o times such weights, one o in [1 - S, 1 + S] for the interval.
+with G = D D' and c = D t. G and c are sums over prompts, so the worker of a shard returns only a matrix of a few dozen
+numbers. The weights are at least a floor and add up to 1. Where direction scales are allowed, they are multiplied by
+one scale o in [1 - S, 1 + S] per interval.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,14 @@ from epd_ray.solvers.interval import inner_sigma
 from epd_ray.stage_one.shard import Fit, Interval, Points
 
 Matrix = npt.NDArray[np.float64]
-END_MARGIN = 0.02  # positions keep this distance from 0, 1 and each other: a Dirichlet cannot sit on its border
-FREE_MARGIN = 0.003  # beside a start point, which is not drawn
+END_MARGIN = 0.02  # distance of the grid from 0 and 1, because a Dirichlet draws no position on its border
+FREE_MARGIN = 0.003  # the same with a start point
 RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """What a shard adds: G [M, M], c [M], and the target's squared norm."""
+    """The least-squares problem of one shard, or the sum over several: G [M, M], c [M], and the squared norm |t|^2."""
 
     gram: Matrix
     cross: Matrix
@@ -44,11 +45,11 @@ class NormalEquations:
 def normal_equations(interval: Interval, grid: Sequence[float]) -> NormalEquations:
     """The least-squares problem of an interval, summed over its B prompts.
 
-    The device holds one forward of B rows at a time. The CPU holds the drifts, 4 bytes for each of M * B latents, and
-    one prompt's in float64 (not every device has it).
+    The device holds one forward pass of B rows at a time. The CPU holds M * B drifts in float32, and the M drifts of
+    one prompt in float64, a type that not every device has.
 
     Args:
-        interval: B prompts.
+        interval: the states of B prompts.
         grid: M positions to try, in [0, 1).
     """
     directions = drifts_inside(interval, grid)  # M of [B, ...]
@@ -63,7 +64,7 @@ def normal_equations(interval: Interval, grid: Sequence[float]) -> NormalEquatio
 
 
 def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
-    """The drifts of the EPD points at each position of the grid, M of [B, ...] on the CPU, one position a call."""
+    """The drifts at the M positions of the grid, each [B, ...] on the CPU; one call of the network per position."""
     (a, b), x = interval.sigmas.tolist(), interval.x
     found = []
     for r in grid:
@@ -73,7 +74,7 @@ def drifts_inside(interval: Interval, grid: Sequence[float]) -> list[Tensor]:
 
 
 def position_grid(count: int, start_point: bool = False) -> tuple[float, ...]:
-    """`count` positions from 0.02 to 0.98; with a start point 0, then `count` from 0.003 to 0.997."""
+    """`count` evenly spaced positions from 0.02 to 0.98; with a start point 0 and then `count` from 0.003 to 0.997."""
     margin = FREE_MARGIN if start_point else END_MARGIN
     grid: tuple[float, ...] = tuple(np.linspace(margin, 1 - margin, count).round(6).tolist())
     return (0.0, *grid) if start_point else grid
@@ -82,14 +83,14 @@ def position_grid(count: int, start_point: bool = False) -> tuple[float, ...]:
 def best_points(
     equations: NormalEquations, grid: Sequence[float], points: int, min_weight: float, scale_range: float = 0.0
 ) -> Fit:
-    """Try every K of the grid's positions with their best simplex weights; where 0 is on the grid, it is one of them.
+    """Try all combinations of K grid positions with their best weights, and return the one with the lowest residual.
 
     Args:
-        equations: summed over all shards.
-        grid: M positions.
+        equations: the sum over all shards.
+        grid: M positions. If 0 is one of them, it is part of every combination: the start point.
         points: K, at most M.
-        min_weight: lower bound of each weight, below 1 / K.
-        scale_range: S in [0, 1); above 0 the points come with direction scales, the same for all K.
+        min_weight: smallest weight that a point may have, below 1 / K.
+        scale_range: S in [0, 1). Above 0 the points come with a direction scale in [1 - S, 1 + S], the same for all K.
     """
     best: Fit | None = None
     start = [0] if grid[0] == 0 else []
@@ -107,9 +108,10 @@ def best_points(
 
 
 def scaled_least_squares(gram: Matrix, cross: Matrix, min_weight: float, scale_range: float) -> tuple[Matrix, float]:
-    """min o^2 w'Gw - 2 o w'c over simplex weights w as below, and o in [1 - scale_range, 1 + scale_range]; w and o.
+    """Minimise o^2 w'Gw - 2 o w'c over weights w and a scale o in [1 - scale_range, 1 + scale_range]; returns w and o.
 
-    In o w the problem is convex, hence what is left of it in o is too.
+    The weights are those of `simplex_least_squares`. The problem is convex in the product o w, so its minimum over w is
+    convex in o.
     """
 
     def weights(scale: float) -> Matrix:
@@ -126,9 +128,10 @@ def scaled_least_squares(gram: Matrix, cross: Matrix, min_weight: float, scale_r
 
 
 def simplex_least_squares(gram: Matrix, cross: Matrix, min_weight: float) -> Matrix:
-    """min w'Gw - 2w'c over weights of at least `min_weight` that sum to 1.
+    """Minimise w'Gw - 2w'c over weights w of at least `min_weight` that sum to 1.
 
-    The floor is shifted out and the sum becomes one heavy row of a non-negative least-squares problem.
+    With the floor subtracted, this is a non-negative least-squares problem in which one heavily weighted row stands for
+    the condition on the sum.
     """
     size = len(cross)
     room = 1 - size * min_weight

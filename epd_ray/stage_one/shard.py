@@ -1,4 +1,4 @@
-"""What both ways of stage 1 start from: a shard of prompts, the student's own state and the teacher's next one."""
+"""What both methods of stage 1 start from: a shard of prompts, the student's state, and the teacher's next state."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -13,18 +13,18 @@ from epd_ray.solvers.epd import analytic_drift, check_options, epd_step, multist
 from epd_ray.solvers.table import COLUMN_NAMES
 from epd_ray.types import Backbone, Drift, Form
 
-KEPT_BYTES = 1 << 30  # of states in a worker; what is dropped is made again
+KEPT_BYTES = 1 << 30  # bound on the states that a worker keeps; a state that was dropped is computed again
 
 
 @dataclass(frozen=True)
 class Points:
-    """One interval of a table.
+    """The points of one interval of a table, as a hashable record; the columns are those of SolverTable.
 
     Attributes:
-        positions: [K], in (0, 1).
+        positions: [K], in [0, 1).
         weights: [K], summing to 1.
-        scale_dir: [K], > 0; None stands for ones, as in SolverTable.
-        scale_time: likewise.
+        scale_dir: [K], > 0; None stands for ones.
+        scale_time: [K], > 0; None stands for ones.
     """
 
     positions: tuple[float, ...]
@@ -40,35 +40,36 @@ class Points:
 
 @dataclass(frozen=True)
 class Fit:
-    """An interval's points, and the relative squared distance that they leave, in units of the teacher's step."""
+    """An interval's points and their residual: the squared distance to the teacher's next state, divided by the squared
+    length of the teacher's step."""
 
     points: Points
     residual: float
 
 
 def as_table(fits: Sequence[Fit]) -> SolverTable:
-    """The table of one fit per interval."""
+    """The table [N, K] made of one fit per interval."""
     return table_of([fit.points for fit in fits])
 
 
 def table_of(points: Sequence[Points]) -> SolverTable:
-    """The table of N intervals, whose points may be in any order."""
+    """The table [N, K] made of the points of N intervals; points may be in any order within an interval."""
     columns = [p.columns() for p in points]
     return SolverTable.from_unsorted(**{name: torch.cat([rows[name] for rows in columns]) for name in columns[0]})
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A few prompts and the interval that is fitted on them: all that an answer depends on.
+    """A few prompts and the interval that is fitted on them: everything that a worker's answer depends on.
 
     Attributes:
-        prompts: B.
-        noise_seeds: B.
-        intervals: N of the whole schedule.
-        fitted: the intervals so far; the next one is to be fitted.
-        teacher_steps: DPM-Solver-2 steps of the teacher per interval.
-        afs: analytical first step of the student.
-        order: of the student's multistep slope.
+        prompts: B prompts.
+        noise_seeds: B seeds of their initial noise.
+        intervals: N, the number of intervals of the whole schedule.
+        fitted: the points of the intervals fitted so far; the interval after them is the one to fit.
+        teacher_steps: DPM-Solver-2 steps of the teacher in each interval.
+        afs: whether the student's first drift is analytical.
+        order: order of the student's multistep slope, 1 to 4.
     """
 
     prompts: tuple[str, ...]
@@ -82,13 +83,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where an interval begins and should end.
+    """The states between which an interval is fitted.
 
     Attributes:
-        drift: of the shard's prompts.
-        sigmas: [2], float64.
+        drift: the backbone's drift for the shard's prompts.
+        sigmas: [2], the sigmas at the interval's start and end, float64.
         x: [B, ...], the student's own state at sigmas[0].
-        slope: [B, ...], which leads from x to the points.
+        slope: [B, ...], the slope that leads from x to the points.
         target: [B, ...], the teacher's state at sigmas[1].
     """
 
@@ -101,10 +102,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class _Student:
-    """The solver that is being fitted, an interval at a time.
+    """The solver that is being fitted, advanced by one interval at a time.
 
-    What it needs to go on from an interval's start: the state x there, then the drifts there and at the starts before
-    it, newest first, as many as its slope is made of; each [B, ...].
+    Its states at an interval's start are a tuple of tensors [B, ...]: the state x, then the drifts at this start and at
+    the starts before it, newest first, as many as the slope combines.
     """
 
     shard: Shard
@@ -116,7 +117,7 @@ class _Student:
         return x, self._first_drift(0, x)
 
     def step(self, i: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Over interval i, with the points that it was fitted with."""
+        """Advance the states over interval i with the points that were fitted for it."""
         x, *history = states
         shard, sigmas, table = self.shard, self.sigmas[i : i + 2], table_of(self.shard.fitted[i : i + 1])
         check_options(table, sigmas, afs=shard.afs, order=shard.order, form=self.form)
@@ -126,7 +127,7 @@ class _Student:
         return x, *[self._first_drift(i + 1, x), *history][: shard.order]
 
     def _first_drift(self, i: int, x: Tensor) -> Tensor:
-        """At the start of interval i."""
+        """The drift at the start of interval i, where the state is x."""
         sigma = float(self.sigmas[i])
         if self.shard.afs and i == 0:
             return analytic_drift(x, sigma, self.form)
@@ -134,20 +135,20 @@ class _Student:
 
 
 class ShardStates:
-    """A worker's states, kept on the CPU between calls: those of the teacher, and where the student is.
+    """The states of teacher and student in a worker, kept on the CPU between calls.
 
     Args:
         backbone: the frozen model.
-        guidance_scale: for student and teacher.
+        guidance_scale: the guidance scale of both student and teacher.
     """
 
     def __init__(self, backbone: Backbone, guidance_scale: float) -> None:
         self.backbone, self.guidance_scale = backbone, guidance_scale
         self._kept: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
 
-    @torch.no_grad()  # not inference_mode: no graph could keep such states
+    @torch.no_grad()  # not inference_mode, whose tensors cannot be part of an autograd graph
     def interval(self, shard: Shard) -> Interval:
-        """The interval after those that the shard has points for."""
+        """The interval to fit: the one after the intervals that the shard has points for."""
         i = len(shard.fitted)
         drift = conditioned_drift(self.backbone, self.backbone.encode(shard.prompts, self.guidance_scale))
         sigmas = self.backbone.sigmas(shard.intervals)
@@ -161,9 +162,10 @@ class ShardStates:
         return Interval(drift, sigmas[i : i + 2], x, multistep(history), self._kept[key][i].to(start))
 
     def _advance(self, student: _Student, start: Tensor) -> None:
-        """Keep the student's states after the fitted intervals, made from those after as many of them as are kept.
+        """Compute and keep the student's states after the fitted intervals.
 
-        The ones that it goes on from are not needed again; the start is what remains where none are kept.
+        The computation starts from the latest kept states of this student, which are dropped because nobody needs them
+        again, or from the beginning if none are kept.
         """
         shard, goal = student.shard, len(student.shard.fitted)
         if shard in self._kept:
@@ -181,14 +183,14 @@ class ShardStates:
         self._keep(shard, states)
 
     def _keep(self, key: Hashable, states: tuple[Tensor, ...]) -> None:
-        """Where room is short, what was not used for longest goes."""
+        """Keep states; beyond KEPT_BYTES, those that were not used for the longest time are dropped."""
         self._kept[key] = tuple(state.cpu() for state in states)
         while len(self._kept) > 1 and sum(s.nbytes for kept in self._kept.values() for s in kept) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
 
 def teacher_states(drift: Drift, start: Tensor, sigmas: Tensor, steps: int) -> tuple[Tensor, ...]:
-    """The teacher's state at the end of each interval: DPM-Solver-2 with so many steps in each."""
+    """The teacher's state at the end of each interval, by DPM-Solver-2 with `steps` steps in each interval."""
     states: list[Tensor] = []
 
     def keep(step: int, sigma: float, x: Tensor) -> None:
@@ -200,7 +202,7 @@ def teacher_states(drift: Drift, start: Tensor, sigmas: Tensor, steps: int) -> t
 
 
 def refine(sigmas: Tensor, steps: int) -> Tensor:
-    """Each interval of sigmas [N+1] in `steps` equal parts; [N * steps + 1]."""
+    """Sigmas [N * steps + 1] that divide each interval of sigmas [N+1] into `steps` parts of equal width."""
     parts = torch.linspace(0, 1, steps + 1, dtype=sigmas.dtype)[:-1]
     inner = sigmas[:-1, None] + (sigmas[1:] - sigmas[:-1])[:, None] * parts
     return torch.cat([inner.flatten(), sigmas[-1:]])

@@ -200,6 +200,6 @@ def _prompts(config: RunConfig, request: Request) -> list[str]:
         found = load_prompts(config.prompts.model_copy(update={**source, **wanted}), config.seed).test
     if count is not None and count > len(found):
         raise PromptError(
-            f"--count asks for {count} prompts, there are {len(found)}: lower --count or give more prompts"
+            f"--count asks for {count} prompts, only {len(found)} are there: lower --count or give more prompts"
         )
     return found[:count]
