@@ -25,7 +25,7 @@ FOR_OTHER_MODELS: dict[str, Any] = {
 }
 
 
-RENAMED = {"rdpo.minibatch_size": "rdpo.minibatch_size", "rdpo.num_epochs": "rdpo.num_epochs"}
+RENAMED = {"rdpo.minibatch": "rdpo.minibatch_size", "rdpo.epochs": "rdpo.num_epochs"}
 """Keys that format 1 called otherwise -> what they are called now."""
 
 
