@@ -113,7 +113,7 @@ def test_other_families_have_no_encoder_to_part_with():
     (problem,) = raised.value.problems
     assert problem.startswith("cluster: encoder_actors is 1, but family 'simulated'")
     with pytest.raises(ValueError, match=r"encoder\(\).*'auto'"):
-        RDPOConfig().backbone(family="simulated", options={}).encoder(EncoderSpec()).validate()
+        RDPOConfig().backbone(family="simulated", options={}).actors(encoder_spec=EncoderSpec()).validate()
 
 
 @pytest.mark.parametrize("wrong", ["[HF_TOKEN=hf_secret]", "hf_secret", "{HF_TOKEN: hf_secret}", "[HF_HOME, 3]"])

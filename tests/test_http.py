@@ -229,11 +229,12 @@ def saying(body: bytes, status: int = 200, headers: dict[str, str] | None = None
     ],
 )
 def test_what_is_no_score_is_an_error(
-    serve: Callable[[Answer], Server], answer: Answer, problem: str, requests: int
+    serve: Callable[[Answer], Server], answer: Answer, problem: str, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("epd_ray.rewards.http.MAX_RESPONSE_BYTES", 65536)
     server = serve(answer)
     timeout = 0.3 if "took longer" in problem else 10.0  # a busy machine takes long to answer at all
-    head = HttpHead(url=server.url, retries=1, timeout=timeout, max_response_bytes=65536)
+    head = HttpHead(url=server.url, retries=1, timeout=timeout)
     with pytest.raises(RewardError, match=f"'{server.url}'.*{problem}") as caught:
         head.score(IMAGES, PROMPTS)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -268,9 +268,7 @@ def served(
             raise ConfigError(["Ray Serve runs on this Ray already: end it, or unset RAY_ADDRESS to start another Ray"])
         if wants_gpu(head, options):
             warn_of_idle_gpus({"--num-gpus": num_gpus})
-        require_room(
-            {"replicas": [resources(1.0, num_gpus, {})] * replicas}
-        )  # without it Ray Serve would wait for ever
+        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})  # Ray Serve would wait without end
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ from epd_ray.cli.common import (
 )
 from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from epd_ray.config.run_config import RunConfig
 
 
 def train(
@@ -53,35 +56,44 @@ def train(
             raise ConfigError(["--resume continues with the configuration of the run: leave out everything else"])
         if retry and (out is None or dry_run):
             raise ConfigError(["--retry continues the run in --out: give --out, and leave out --dry-run"])
-        if resume is None:
+        if resume is not None:
+            settings, path = None, place(resume)
+        else:
             from epd_ray.config.loading import load_config
 
             settings = load_config(config, overrides or [])
             if dry_run:
-                from epd_ray.runs.dry_run import dry_run as measure
-
-                with observed() as observer:
-                    lines = measure(settings, observer)
-                say(lines)
+                _measure(settings)
                 return
             path = place(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
-        else:
-            path = place(resume)
     with ending(path):
-        if resume is None:
-            from epd_ray.runs.describe import describe
+        _run(settings, path, retry)
 
-            say(describe(settings))  # before the imports that take seconds
-        from epd_ray.runs import train as run
-        from epd_ray.storage.places import inside
 
-        with observed() as observer:
-            if resume is None:
-                headline = run.train(settings, path, observer, again=retry)
-            else:
-                headline = run.resume(path, observer)
-        copy = "" if isinstance(path, Path) else " (copy it to a disk to sample with it)"
-        say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
+def _measure(settings: "RunConfig") -> None:
+    from epd_ray.runs.dry_run import dry_run
+
+    with observed() as observer:
+        lines = dry_run(settings, observer)
+    say(lines)
+
+
+def _run(settings: "RunConfig | None", path: str | Path, retry: bool) -> None:
+    """Begin a run, or continue it where there are no settings for a new one."""
+    if settings is not None:
+        from epd_ray.runs.describe import describe
+
+        say(describe(settings))  # before the imports that take seconds
+    from epd_ray.runs import train as run
+    from epd_ray.storage.places import inside
+
+    with observed() as observer:
+        if settings is None:
+            headline = run.resume(path, observer)
+        else:
+            headline = run.train(settings, path, observer, again=retry)
+    copy = "" if isinstance(path, Path) else " (copy it to a disk to sample with it)"
+    say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
 
 
 @dataclass(frozen=True)

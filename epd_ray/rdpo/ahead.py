@@ -31,7 +31,7 @@ class Ahead:
         keep_images: bool,
     ) -> None:
         self._pipeline, self._policies, self._plan, self._prompts = pipeline, policies, plan, prompts
-        self._max_staleness, self._keep_images = staleness, keep_images
+        self._staleness, self._keep_images = staleness, keep_images
         self._next = 0
         self.submitted: dict[int, list[RolloutJob]] = {}
         """Iterations that are submitted and not collected yet, with their jobs."""
@@ -40,7 +40,7 @@ class Ahead:
 
     def jobs(self, iteration: int) -> list[RolloutJob]:
         """Propose an iteration, with the newest policy that the staleness allows at the time."""
-        version = max(0, iteration - self._max_staleness)
+        version = max(0, iteration - self._staleness)
         parameters = self._policies.parameters(version)
         requests = propose(self._plan, self._prompts, iteration)
         return [RolloutJob((iteration, i), version, parameters, r) for i, r in enumerate(requests)]
@@ -52,7 +52,7 @@ class Ahead:
             done: the number of updates so far.
             needed: an iteration that is submitted although it lies behind the last one.
         """
-        end = done + self._max_staleness
+        end = done + self._staleness
         if self.last_iteration is not None:
             end = min(end, self.last_iteration - 1)
         while self._next <= max(end, needed):

@@ -36,7 +36,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     """Configures RDPO. The defaults fine-tune a solver of the embedded model.
 
     Example:
-        >>> algo = RDPOConfig().solver(concentration=20).rollouts(group_size=8).build_algo()
+        >>> algo = RDPOConfig().policy(concentration=20).rollouts(group_size=8).build_algo()
         >>> algo.train()
         >>> algo.mean_table()
 
@@ -89,25 +89,35 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self,
         *,
         table: SolverTable | None = NotProvided,
-        concentration: float = NotProvided,
-        concentration_bound: float = NotProvided,
         scale_dir: bool = NotProvided,
         scale_time: bool = NotProvided,
         afs: bool = NotProvided,
         order: int = NotProvided,
-        hidden_width: int = NotProvided,
-        hidden_depth: int = NotProvided,
     ) -> "RDPOConfig":
-        """Set the table to start from and the policy around it.
+        """Set the solver to start from and what of it is learned.
 
         Args:
             table: the solver table, [N, K], which is the mean of the policy at the start.
-            concentration: c0, the total concentration of each Dirichlet distribution at the start, > 0.
-            concentration_bound: the largest total concentration, as a multiple of c0, >= 1.
             scale_dir: whether the policy also draws a direction scale for each point.
             scale_time: whether the policy also draws a time scale for each point.
             afs: whether the first step is analytical, which saves an evaluation.
             order: the order of the multistep slope from an interval's start to its points, 1 to 4.
+        """
+        return self._assign(locals())
+
+    def policy(
+        self,
+        *,
+        concentration: float = NotProvided,
+        concentration_bound: float = NotProvided,
+        hidden_width: int = NotProvided,
+        hidden_depth: int = NotProvided,
+    ) -> "RDPOConfig":
+        """Set the policy around the table.
+
+        Args:
+            concentration: c0, the total concentration of each Dirichlet distribution at the start, > 0.
+            concentration_bound: the largest total concentration, as a multiple of c0, >= 1.
             hidden_width: the width of the residual layers of the policy network.
             hidden_depth: the number of its residual layers.
         """
@@ -132,20 +142,25 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.backbone_spec = replace(self.backbone_spec, **chosen)
         return self
 
-    def placing(self, timeout_s: float) -> "RDPOConfig":
-        """Set how many seconds actors may wait for room; an autoscaler that adds nodes needs more than the default."""
-        return self._assign({"placement_timeout_s": timeout_s})
+    def actors(
+        self,
+        *,
+        encoder_spec: EncoderSpec | None = NotProvided,
+        max_env_runners: int = NotProvided,
+        placement_timeout_s: float = NotProvided,
+        task_timeout_s: float | None = NotProvided,
+    ) -> "RDPOConfig":
+        """Set the actors beside RLlib's own settings of them.
 
-    def answering(self, timeout_s: float | None) -> "RDPOConfig":
-        """Set after how many seconds without an answer a rollout or reward actor is replaced.
-
-        The first answer of a process may take four times as long, because it loads a model. None sets no bound.
+        Args:
+            encoder_spec: the actor that holds the text encoders for all rollout actors; with None each loads its own.
+            max_env_runners: the largest number of rollout actors while nodes join; 0 for as many as at the start.
+            placement_timeout_s: seconds that actors may wait for room; an autoscaler that adds nodes needs more than
+                the default.
+            task_timeout_s: seconds without an answer after which a rollout or reward actor is replaced. The first
+                answer of a process may take four times as long, because it loads a model. None sets no bound.
         """
-        return self._assign({"task_timeout_s": timeout_s})
-
-    def encoder(self, spec: EncoderSpec | None) -> "RDPOConfig":
-        """Set the actor that holds the text encoders for all rollout actors; with None each loads its own."""
-        return self._assign({"encoder_spec": spec})
+        return self._assign(locals())
 
     def rollouts(  # type: ignore[override]
         self,
@@ -158,7 +173,6 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         baseline: Baseline = NotProvided,
         staleness: int = NotProvided,
         keep_images: bool = NotProvided,
-        max_env_runners: int = NotProvided,
     ) -> "RDPOConfig":
         """Set what an iteration draws.
 
@@ -171,7 +185,6 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             baseline: the baseline of the advantages: "per_prompt", or "mixed", which the reference uses.
             staleness: how many updates old the policy of a rollout may be, >= 0; 0 is fully synchronous.
             keep_images: whether the images come to the driver, into the rollouts of `RDPO.last`.
-            max_env_runners: the largest number of rollout actors while nodes join; 0 for as many as at the start.
         """
         return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
 
@@ -286,7 +299,9 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
                     "without python and max_replicas"
                 )
         if self.encoder_spec is not None and self.backbone_spec.family != "auto":
-            self._value_error(f"encoder() needs the backbone family 'auto', not {self.backbone_spec.family!r}")
+            self._value_error(
+                f"actors(encoder_spec=...) needs the backbone family 'auto', not {self.backbone_spec.family!r}"
+            )
 
 
 def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:

@@ -42,12 +42,14 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
         RDPOConfig()
         .solver(
             table=table or uniform_table(config.solver.intervals, config.solver.points, config.solver.start_point),
-            concentration=rdpo.concentration,
-            concentration_bound=rdpo.concentration_bound,
             scale_dir=rdpo.scale_dir,
             scale_time=rdpo.scale_time,
             afs=config.solver.afs,
             order=config.solver.order,
+        )
+        .policy(
+            concentration=rdpo.concentration,
+            concentration_bound=rdpo.concentration_bound,
             hidden_width=rdpo.hidden_width,
             hidden_depth=rdpo.hidden_depth,
         )
@@ -65,7 +67,6 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             baseline=rdpo.baseline,
             staleness=rdpo.staleness,
             keep_images=config.store.images,
-            max_env_runners=config.cluster.max_rollout_actors or 0,
         )
         .rewards(heads, normalisation=rdpo.normalisation)
         .training(
@@ -96,7 +97,12 @@ def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
     """Set the actors that the section `cluster` of the configuration asks for."""
     encoder = EncoderSpec(cluster.encoder_cpus, cluster.encoder_gpus, cluster.encoder_resources)
     placed: RDPOConfig = (
-        built.encoder(encoder if cluster.encoder_actors else None)
+        built.actors(
+            encoder_spec=encoder if cluster.encoder_actors else None,
+            max_env_runners=cluster.max_rollout_actors or 0,
+            placement_timeout_s=cluster.placement_timeout_s,
+            task_timeout_s=cluster.task_timeout_s,
+        )
         .env_runners(
             num_env_runners=cluster.rollout_actors,
             num_cpus_per_env_runner=cluster.rollout_cpus,
@@ -108,8 +114,6 @@ def _placed(built: RDPOConfig, cluster: ClusterConfig) -> RDPOConfig:
             num_cpus_per_learner=cluster.learner_cpus,
             num_gpus_per_learner=cluster.learner_gpus,
         )
-        .placing(cluster.placement_timeout_s)
-        .answering(cluster.task_timeout_s)
     )
     return placed
 

@@ -22,6 +22,7 @@ from epd_ray.errors import ConfigError, RewardError
 from epd_ray.rewards.preprocess import to_bytes
 from epd_ray.types import FloatArray
 
+MAX_RESPONSE_BYTES = 1 << 20  # scores of a batch take kilobytes: a larger answer is not one
 QUOTED = 200  # most characters of an answer that an error message quotes
 
 
@@ -44,7 +45,6 @@ class HttpHead:
         batch_size: number of images per request.
         format: "png", or "npy" for exact pixel values in larger requests.
         max_request_bytes: largest request body; a larger one raises an error.
-        max_response_bytes: largest answer; a larger one raises an error.
 
     Raises:
         ConfigError: an argument is out of its range, or the environment variable holds no token.
@@ -63,10 +63,9 @@ class HttpHead:
         batch_size: int = 8,
         format: Literal["png", "npy"] = "png",
         max_request_bytes: int = 64 << 20,
-        max_response_bytes: int = 1 << 20,
     ) -> None:
         self._url, self.model_id = _parsed(url)
-        sizes = {"timeout": timeout, "max_request_bytes": max_request_bytes, "max_response_bytes": max_response_bytes}
+        sizes = {"timeout": timeout, "max_request_bytes": max_request_bytes}
         problems = [
             f"http reward head: {name} is {value}, expected above 0" for name, value in sizes.items() if value <= 0
         ]
@@ -79,7 +78,7 @@ class HttpHead:
         if problems:
             raise ConfigError(problems)
         self.timeout, self.retries, self.concurrency, self.batch_size = timeout, retries, concurrency, batch_size
-        self.format, self.max_request_bytes, self.max_response_bytes = format, max_request_bytes, max_response_bytes
+        self.format, self.max_request_bytes = format, max_request_bytes
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | _authorization(token_env)
         self._client = httpx2.AsyncClient(
             timeout=None, follow_redirects=False, headers=headers, limits=httpx2.Limits(max_connections=concurrency)
@@ -148,7 +147,7 @@ class HttpHead:
         Raises:
             TimeoutError: the whole answer did not arrive in time.
             httpx2.TransportError: the connection failed.
-            RewardError: the answer is larger than max_response_bytes.
+            RewardError: the answer is larger than MAX_RESPONSE_BYTES.
         """
         answer = b""
         async with (
@@ -157,8 +156,8 @@ class HttpHead:
         ):
             async for piece in response.aiter_raw():
                 answer += piece
-                if len(answer) > self.max_response_bytes:
-                    raise RewardError(self.model_id, f"answered with more than {self.max_response_bytes} bytes")
+                if len(answer) > MAX_RESPONSE_BYTES:
+                    raise RewardError(self.model_id, f"answered with more than {MAX_RESPONSE_BYTES} bytes")
         return response, answer
 
     def _scores(self, answer: bytes, count: int) -> FloatArray:
