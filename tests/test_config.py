@@ -11,7 +11,9 @@ from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.config.loading import load_config, to_yaml
 from epd_ray.config.problems import first_difference
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import BackboneConfig, MlflowConfig, RewardConfig, Section, WandbConfig
+from epd_ray.config.sections import BackboneConfig
+from epd_ray.config.services import MlflowConfig, RewardConfig, WandbConfig
+from epd_ray.config.values import Section
 from epd_ray.errors import ConfigError
 
 

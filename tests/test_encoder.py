@@ -112,7 +112,7 @@ def test_other_families_have_no_encoder_to_part_with():
         load_config(None, ["backbone.family=simulated", "cluster.encoder_actors=1"])
     (problem,) = raised.value.problems
     assert problem.startswith("cluster: encoder_actors is 1, but family 'simulated'")
-    with pytest.raises(ValueError, match=r"encoder\(\).*'auto'"):
+    with pytest.raises(ValueError, match=r"encoder_spec.*'auto'"):
         RDPOConfig().backbone(family="simulated", options={}).actors(encoder_spec=EncoderSpec()).validate()
 
 

@@ -14,7 +14,7 @@ from epd_ray.actors import pool as module
 from epd_ray.actors.pool import TASK_SECONDS, Bounds, Call, Ended, Pool
 from epd_ray.actors.tasks import Task
 from epd_ray.config.loading import load_config
-from epd_ray.config.sections import ClusterConfig
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ModelError
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import rdpo_config

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from epd_ray.config.loading import load_config
-from epd_ray.config.sections import MlflowConfig, TrackingConfig, WandbConfig
+from epd_ray.config.services import MlflowConfig, TrackingConfig, WandbConfig
 from epd_ray.errors import ConfigError
 from epd_ray.runs import trackers as module
 from epd_ray.runs.trackers import require_trackers, trackers, tune_callbacks

@@ -3,7 +3,7 @@
 from epd_ray.actors.environments import package_spec
 from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import RewardConfig
+from epd_ray.config.services import RewardConfig
 
 
 def reward_spec(reward: RewardConfig) -> RewardSpec:

@@ -88,10 +88,7 @@ def _run(settings: "RunConfig | None", path: str | Path, retry: bool) -> None:
     from epd_ray.storage.places import inside
 
     with observed() as observer:
-        if settings is None:
-            headline = run.resume(path, observer)
-        else:
-            headline = run.train(settings, path, observer, again=retry)
+        headline = run.train(settings, path, observer, again=retry) if settings else run.resume(path, observer)
     copy = "" if isinstance(path, Path) else " (copy it to a disk to sample with it)"
     say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
 

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import Section
+from epd_ray.config.values import Section
 from epd_ray.registry import did_you_mean
 
 _EXPECTED = {

@@ -4,21 +4,22 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from epd_ray.config.sections import (
     AUTO,
-    RESERVED_HEADS,
     BackboneConfig,
-    CheckpointConfig,
-    ClusterConfig,
     DistillConfig,
     EvaluationConfig,
     PromptsConfig,
     RDPOSection,
-    RewardConfig,
-    Section,
     SolverConfig,
+)
+from epd_ray.config.services import (
+    RESERVED_HEADS,
+    CheckpointConfig,
+    ClusterConfig,
+    RewardConfig,
     StoreConfig,
     TrackingConfig,
 )
-from epd_ray.config.values import Name
+from epd_ray.config.values import Name, Section
 from epd_ray.rewards.scoring import REFERENCE
 from epd_ray.stage_one.combinations import too_many_combinations
 

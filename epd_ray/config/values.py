@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from epd_ray.errors import UnknownNameError
 from epd_ray.registry import Registry, did_you_mean
@@ -81,3 +81,8 @@ def without_secret_keys(section: Any, variable: str) -> Any:
     if secret:  # a run keeps its configuration
         raise ValueError(f"{secret[0]} is no setting: its value comes from the environment alone (set {variable})")
     return section
+
+
+class Section(BaseModel):
+    # strict: "8" and true are no integers. validate_default: the validators below also judge what was left out.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)

@@ -15,7 +15,8 @@ from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.actors.pool import TASK_SECONDS
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
-from epd_ray.config.sections import ClusterConfig, RDPOSection, SolverConfig
+from epd_ray.config.sections import RDPOSection, SolverConfig
+from epd_ray.config.services import ClusterConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem

@@ -9,7 +9,8 @@ from epd_ray.actors.cluster import ray_session, warn_of_idle_gpus
 from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import ClusterConfig, RDPOSection
+from epd_ray.config.sections import RDPOSection
+from epd_ray.config.services import ClusterConfig
 from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.prompts.splits import SHAPES
 from epd_ray.rdpo.algorithm import RDPO

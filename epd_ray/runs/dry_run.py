@@ -7,7 +7,7 @@ import ray
 
 from epd_ray.actors.cluster import Resources, ray_session, require_room
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import RewardConfig
+from epd_ray.config.services import RewardConfig
 from epd_ray.errors import PlacementError
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.rdpo.config import placement

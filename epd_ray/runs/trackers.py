@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-from epd_ray.config.sections import MlflowConfig, TrackingConfig, WandbConfig
+from epd_ray.config.services import MlflowConfig, TrackingConfig, WandbConfig
 from epd_ray.errors import ConfigError
 from epd_ray.storage.run_directory import RunDirectory, write_text
 

@@ -13,8 +13,7 @@ from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_va
 from epd_ray.config.loading import apply_override, read_yaml, resolve
 from epd_ray.config.problems import problems_of
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import Section
-from epd_ray.config.values import Positive
+from epd_ray.config.values import Positive, Section
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import Purpose, stream
 

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from epd_ray.backbones.loading import fingerprint
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import RewardConfig
+from epd_ray.config.services import RewardConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError, PromptError
