@@ -1,6 +1,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_the_house_has_few_doors() -> None:
     entries = [path for path in (ROOT / "epd_ray").iterdir() if path.name != "__pycache__"]
     assert len(entries) <= ENTRIES, f"{len(entries)} entries in epd_ray, at most {ENTRIES} are wanted"
     assert sum(path.suffix == ".py" for path in entries) <= MODULES_AT_THE_TOP
+
+
+def test_an_installed_package_has_its_data() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["epd_ray"]
+    packed = {path for pattern in patterns for path in (ROOT / "epd_ray").glob(pattern)}
+    there = {p for p in (ROOT / "epd_ray").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert there == {path for path in packed if path.is_file()}
 
 
 @pytest.mark.parametrize("package", sorted({m for m in MODULES if (ROOT / m.replace(".", "/")).is_dir()}))
