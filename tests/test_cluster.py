@@ -85,9 +85,9 @@ def test_auto_without_a_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             "http://127.0.0.1:8265",
-            "is the address of a dashboard, which takes jobs: use it as `ray job submit --address",
+            "is the address of a dashboard: submit a job to it by `ray job submit --address",
         ),
-        ("ray://127.0.0.1:10001", "is the address of a Ray Client server, which runs cannot go through"),
+        ("ray://127.0.0.1:10001", "is the address of a Ray Client server, which runs cannot use"),
         ("nonsense", r"nonsense \(cluster.address\) is not an address: give host:port"),
     ],
 )
@@ -128,7 +128,7 @@ def test_another_port_of_ray_is_told_from_the_head(head: Head) -> None:
     raylets = [process for process in processes_of(head.pid) if process.name() == "raylet"]
     said = [reach(f"127.0.0.1:{port}", **own) for _, port in listening(raylets)]
     assert any(
-        re.match(r"127.0.0.1:\d+ \(cluster.address\) answers, but is no Ray head: give the port", s) for s in said
+        re.match(r"127.0.0.1:\d+ \(cluster.address\) answers, but is not a Ray head: give the port", s) for s in said
     )
     assert not [line for line in said if line.startswith("reached")]
 
@@ -169,7 +169,7 @@ def test_another_version_is_refused(head: Head, key: str, name: str, ours: str) 
     for stored, line in (
         (
             real | {key: "2.1.0"},
-            f"{head.address} (cluster.address) runs {name} 2.1.0, this is {ours}: install the same",
+            f"{head.address} (cluster.address) runs {name} 2.1.0, this machine {ours}: install the same",
         ),
         (real, f"reached {head.address}"),
     ):
@@ -255,7 +255,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.Monke
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ClusterError, match="30 seconds"):
+    with pytest.raises(ClusterError, match="within 30 s"):
         start_ray(env=[])
 
 
@@ -280,7 +280,7 @@ def test_a_job_has_its_own_word_on_hidden_gpus(monkeypatch: pytest.MonkeyPatch) 
 
 MINE = """
 import logging, ray
-from epd_ray import cluster
+from epd_ray.actors import cluster
 from epd_ray.actors.cluster import ray_session
 ray.init("local", num_gpus=2, num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
 with ray_session(None):
@@ -415,7 +415,7 @@ def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(
-        "error: the object store on node 127.0.0.1 has no room for 6 MiB of images, and its disk none"
+        "error: the object store on node 127.0.0.1 has no room for 6 MiB of images, in memory or on disk"
     )
     assert "--object-store-memory, or lower rdpo.staleness" in last and "Traceback" not in done.stderr
 

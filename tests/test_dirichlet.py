@@ -121,7 +121,7 @@ def test_scales_are_not_dropped_in_silence() -> None:
 
 def spec(space: TableSpace, bound: float = 100.0) -> PolicySpec:
     base = distribution(space).parameters
-    return PolicySpec(space, tuple(map(tuple, base.tolist())), max_concentration=bound, width=16)
+    return PolicySpec(space, tuple(map(tuple, base.tolist())), max_concentration=bound, width=16, depth=2)
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['intervals']}x{c['points']}")

@@ -136,7 +136,9 @@ def test_efficiency_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_ra
     held = {name: json.loads((tmp_path / name).read_text()) for name in files}
     assert held[files[0]]["measured"]["images"][:2] == [0, 32]
     starts = {name: file["measured"]["rewards"][0] for name, file in held.items()}
-    assert starts[files[1]] == starts[files[2]] == starts[files[3]] != starts[files[0]]  # whose solver is another
+    assert starts[files[1]] == starts[files[2]] == starts[files[3]]
+    solvers = [held[name]["settings"]["run"]["solver"] for name in files]
+    assert solvers[1] == solvers[2] == solvers[3] != solvers[0]
     assert record["seed_0/ours/distilled_reward"] == starts[files[0]]
     assert record["seed_0/target"] == held[files[2]]["measured"]["rewards"][-1]
     assert record["reference/first/median"] in (0, 32) and record["ours/first/coverage"] == 0

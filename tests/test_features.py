@@ -90,7 +90,7 @@ class Trap:
         (lambda p: p.write_bytes(pickle.dumps([1])), "cannot be read as statistics"),
         (lambda p: p.write_bytes(b"PK\x03\x04rest"), "cannot be read as statistics"),
         (lambda p: p.write_bytes(b""), "cannot be read as statistics"),
-        (lambda p: np.save(p.open("wb"), np.zeros(3)), "cannot be read as statistics"),
+        (lambda p: np.save(p.open("wb"), np.zeros(3)), "is one array: give an .npz"),
         (lambda p: None, "cannot be read as statistics .*No such file"),
     ],
 )

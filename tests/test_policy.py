@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from epd_ray.policy.dirichlet import TableSpace
 from epd_ray.policy.network import PolicyNetwork, PolicySpec
 
-SPEC = PolicySpec(TableSpace(2), ((1.0,) * 5,) * 3, 50.0)
+SPEC = PolicySpec(TableSpace(2), ((1.0,) * 5,) * 3, 50.0, width=128, depth=2)
 
 
 @contextmanager
@@ -32,14 +33,14 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_weights_come_from_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with untouched(monkeypatch):
-        one, same, other = (PolicyNetwork(PolicySpec(SPEC.space, SPEC.base, 50.0, seed=seed)) for seed in (1, 1, 2))
+        one, same, other = (PolicyNetwork(replace(SPEC, seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
     assert not torch.equal(one.layers[0][2].weight, one.layers[1][2].weight)
 
 
 def test_weights_have_torchs_usual_spread() -> None:
-    network = PolicyNetwork(PolicySpec(SPEC.space, ((1.0,) * 5,) * 200, 50.0))
+    network = PolicyNetwork(replace(SPEC, base=((1.0,) * 5,) * 200))
     assert float(network.embedding.weight.detach().std()) == pytest.approx(1, rel=0.02)
     usual = torch.nn.Linear(128, 128)
     for values, expected in ((network.layers[1][2].weight, usual.weight), (network.layers[1][2].bias, usual.bias)):

@@ -24,7 +24,7 @@ from epd_ray.errors import ConfigError, PlacementError, RunDirectoryError, Table
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.solvers import Solver
 from epd_ray.storage.lock import held
-from epd_ray.sweep.space import KEYS, Distribution, load_plan
+from epd_ray.sweep.space import KEYS, MUTABLE, Distribution, load_plan
 from epd_ray.sweep.table import Result, as_csv, as_lines, ranking
 from epd_ray.sweep.tuner import create, domain, resume, scheduler, sweep, within
 from tests.fakes import Quiet
@@ -164,6 +164,10 @@ def test_distributions_mean_what_they_say():
     assert all(2 <= value <= 3 for value in draw(uniform=[2, 3]))
     small = [value for value in draw(loguniform=[1e-4, 1e-2]) if value < 1e-3]
     assert 90 < len(small) < 210
+
+
+def test_what_pbt_may_change_can_be_swept():
+    assert MUTABLE < KEYS
 
 
 def test_schedulers_count_images(tmp_path):

@@ -35,7 +35,7 @@ def test_show_has_every_number(width: int) -> None:
     solver, text = Solver.from_pretrained("sd3-512-rl"), printed(show_solver("sd3-512-rl"), width)
     for row in (*solver.table.positions.tolist(), *solver.table.weights.tolist()):
         assert " ".join(f"{value:.4f}" for value in row) in text
-    assert "1 to 0.9644" in text and "20 calls" in text and "stabilityai/stable-diffusion-3-medium" in text
+    assert "1 to 0.9644" in text and "20 evaluations" in text and "stabilityai/stable-diffusion-3-medium" in text
 
 
 def test_show_reads_directories_files_and_the_reference(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_both() -> None:
-    for command, said in ((["list"], "sd3-1024-rl"), (["show", "flux-rl"], "16 calls that wait")):
+    for command, said in ((["list"], "sd3-1024-rl"), (["show", "flux-rl"], "16 evaluations that wait")):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0 and said in result.stdout
 

@@ -220,7 +220,7 @@ class RolloutPipeline:
         elif seconds >= self._next_word:
             self._next_word *= 2
             if who := [said for pool in (self._runners, *self._rewards.values()) if (said := pool.busy())]:
-                log.warning("no answer for %.0f s from %s", seconds, "; ".join(who))
+                log.warning("waiting %.0f s for %s", seconds, "; ".join(who))
 
     def _on_answer(self, ended: Ended) -> None:
         pending = self._pending.get(ended.call.key)

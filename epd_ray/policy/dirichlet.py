@@ -209,7 +209,7 @@ def base_parameters(table: SolverTable, space: TableSpace, concentration: float)
             row, column = divmod(int(parts.argmin()), parts.shape[1])
             raise TableError(
                 f"{name}[{row}][{column}] is {float(parts.min()):.3g}, at least {SMALLEST_BASE} is needed "
-                "to draw around it (distil a table, or move the point)"
+                "to draw around it (distill a table, or move the point)"
             )
     parameters = [torch.log(concentration * segments), torch.log(concentration * weights)]
     scales = ((space.scale_dir, table.scale_dir), (space.scale_time, table.scale_time))

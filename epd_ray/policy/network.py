@@ -26,8 +26,8 @@ class PolicySpec:
     space: TableSpace
     base: tuple[tuple[float, ...], ...]
     max_concentration: float
-    width: int = 128
-    depth: int = 2
+    width: int
+    depth: int
     seed: int = 0
 
 

@@ -59,7 +59,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         distances = _distances(algo, teacher, [ours, *others], held_out, seeds, observer)
         lines = []
         for sampler, distance in zip([ours, *others], distances, strict=True):
-            cost = f"NFE {sampler.parallel_nfe:>2} ({sampler.model_evals:>2} evaluations)"
+            cost = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations"
             lines.append(f"{sampler.label:<18} {cost}  distance from the teacher's pictures {distance.mean():.4f}")
     return [*lines, f"solver: {out}"]
 

@@ -21,7 +21,7 @@ COMBINATIONS = 1000  # of values, at most, that are checked before anything star
 CONCURRENT = 2  # trials at a time, unless the section says otherwise
 LISTED = 64  # a range with fewer whole numbers is checked as a whole, because a minibatch may divide one batch only
 MUTABLE = frozenset(
-    f"rdpo.{name}" for name in ("lr", "weight_decay", "clip", "grad_clip", "kl_coeff", "entropy_coeff", "epochs")
+    f"rdpo.{name}" for name in ("lr", "weight_decay", "clip", "grad_clip", "kl_coeff", "entropy_coeff", "num_epochs")
 )
 """Keys that PBT may change in a policy that has begun to train."""
 # A trial's budget is a number of images, a start table has one shape, and z-scores are relative to a trial's own start.

@@ -148,7 +148,7 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
     if beyond := [s for s in ours if s.parallel_nfe not in FID_NFES]:
         columns = ", ".join(map(str, FID_NFES))
         raise ConfigError(
-            [f"{beyond[0].label} has parallel NFE {beyond[0].parallel_nfe}, the FID table has {columns}: distil "
+            [f"{beyond[0].label} has parallel NFE {beyond[0].parallel_nfe}, the FID table has {columns}: distill "
              "one with solver.afs=true and solver.intervals=2, 3, 4 or 5"]
         )  # fmt: skip
     placed: dict[tuple[str, int], Sampler] = {}

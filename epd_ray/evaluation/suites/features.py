@@ -96,5 +96,5 @@ def _require_enough(pictures: int, features: int) -> None:
     if pictures <= features:
         raise MetricError(
             f"the Frechet distance needs at least {features + 1} pictures for {features} features, each sampler draws "
-            f"{pictures} of them: raise --count"
+            f"{pictures} pictures: raise --count"
         )
