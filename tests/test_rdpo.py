@@ -19,6 +19,8 @@ from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.solvers import SolverTable
+from epd_ray.solvers.table import uniform_table
 from epd_ray.stage_one.fit import StageOne, fit_table
 from epd_ray.storage.checkpoint import load_newest, save_checkpoint
 from tests.fakes import drawn
@@ -300,6 +302,16 @@ def test_an_earlier_state_is_taken_whole(build):
     algo.import_state(state)
     assert algo.checksum() == before
     assert run(algo, 2) == after
+
+
+def test_a_state_before_the_first_update_brings_its_table(build):
+    """Stage 1 has replaced the table, and nothing was learned yet: as at an interrupt in the first iteration."""
+    first, start = build(), uniform_table(3, 3, True)
+    first.rebase(SolverTable(start.positions * 0.5, start.weights))
+    state, again = first.export_state(), build()
+    again.import_state(state)
+    assert again.checksum() == first.checksum() != build().checksum()
+    assert run(again, 2) == run(first, 2)
 
 
 def test_an_iteration_is_proposed_once(build, monkeypatch):

@@ -25,6 +25,7 @@ from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
 from epd_ray.rdpo import session
 from epd_ray.rdpo.algorithm import RDPO
+from epd_ray.rdpo.policy_window import PolicyWindow
 from epd_ray.runs import evaluate as evaluate_module
 from epd_ray.runs import trainer
 from epd_ray.runs.describe import describe
@@ -85,11 +86,11 @@ def test_interrupted_run_resumes_to_the_same_end(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", ["sample_scored", *(pytest.param(w, marks=pytest.mark.slow) for w in ("write_rollouts", "_remember"))]
+    "where", ["sample_scored", *(pytest.param(w, marks=pytest.mark.slow) for w in ("write_rollouts", "take"))]
 )
 def test_interrupt_inside_an_iteration_loses_nothing(finished, tmp_path, monkeypatch, where):
     out, _ = finished
-    owner = trainer if where == "write_rollouts" else RDPO
+    owner = {"sample_scored": RDPO, "write_rollouts": trainer, "take": PolicyWindow}[where]
     original, calls = getattr(owner, where), []
 
     def interrupt_once(*args, **kwargs):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from ray.rllib.core import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from torch import Tensor
 
 from epd_ray.drawing.worker import log_prob
@@ -38,8 +39,8 @@ class RDPOLearner(TorchLearner):  # type: ignore[misc]
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._weights_seq_no = -1  # otherwise RLlib keeps its present weights if they had more updates
-        super().set_state(state)
+        # RLlib keeps its present weights where they had as many updates or more; 0 means that it takes the state's.
+        super().set_state({**state, WEIGHTS_SEQ_NO: 0})
         for optimizer in self._named_optimizers.values():
             for group in optimizer.param_groups:
                 group["weight_decay"] = self.config.weight_decay
