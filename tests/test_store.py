@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from epd_ray.errors import PromptError, RewardError, RunDirectoryError
 from epd_ray.prompts.files import read_prompts
 from epd_ray.storage import rollouts as rollout_files
-from epd_ray.storage.rollouts import drop_rollouts, rollout_table, write_rollouts
+from epd_ray.storage.rollouts import drop_rollouts, rollout_schema, rollout_table, write_rollouts
 from epd_ray.storage.run_directory import MetricsLog, RunDirectory, read_metrics, whole, write_text
 
 
@@ -344,3 +344,8 @@ def test_a_run_that_is_cleared_keeps_its_lock(tmp_path):
     (run.checkpoints / "a.pt").touch()
     run.clear()
     assert [path.name for path in run.path.iterdir()] == [".lock"]
+
+
+def test_a_reward_is_never_null() -> None:
+    scores = rollout_schema(["a", "b"]).field("rewards").type
+    assert [(scores.field(i).name, scores.field(i).nullable) for i in range(2)] == [("a", False), ("b", False)]
