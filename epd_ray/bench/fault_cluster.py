@@ -277,6 +277,15 @@ def simulated_nodes(*kinds: str) -> Iterator[Nodes]:
 
 
 def living_actors(job_id: str | None = None) -> list[Any]:
-    """The actors that are alive: all of them, or those of the driver with this job id."""
+    """The actors of the connected cluster that are alive: all of them, or those of the driver with this job id."""
     filters = [("state", "=", "ALIVE"), *([] if job_id is None else [("job_id", "=", job_id)])]
-    return list(list_actors(filters=filters))
+    return actors_where(filters)
+
+
+def actors_where(filters: list[tuple[str, str, Any]]) -> list[Any]:
+    """The actors of the connected cluster that pass all `filters` (Ray's triples of column, "=" and value).
+
+    The cluster's address is passed on: without it, Ray looks for running clusters on the machine and refuses to choose
+    where there are several.
+    """
+    return list(list_actors(ray.get_runtime_context().gcs_address, filters=filters))

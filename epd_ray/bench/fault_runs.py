@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 from ray.job_submission import JobStatus, JobSubmissionClient
-from ray.util.state import list_actors
 
-from epd_ray.bench.fault_cluster import Fault, Nodes, living_actors, wait_for
+from epd_ray.bench.fault_cluster import Fault, Nodes, actors_where, living_actors, wait_for
 from epd_ray.bench.settings import simulated
 from epd_ray.storage.rollouts import TIMINGS
 
@@ -184,7 +183,7 @@ def _lingers(process: psutil.Process) -> bool:
 
 
 def _supervisor_pid() -> int:
-    (actor,) = list_actors(filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")])
+    (actor,) = actors_where([("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")])
     return int(actor.pid)
 
 
