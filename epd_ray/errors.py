@@ -1,8 +1,10 @@
 """One exception class per kind of failure. A message names the value, the bound and the fix in one line."""
 
+import reprlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class EpdRayError(Exception):
@@ -100,3 +102,57 @@ def is_own_bug(error: BaseException) -> bool:
     packages = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
     without_stdlib = [package for package in packages if package not in sys.stdlib_module_names]
     return isinstance(error, PROGRAMMING) and without_stdlib[-1:] == [__name__.partition(".")[0]]
+
+
+class _Bounded(reprlib.Repr):
+    """A `repr` that looks at a few entries of each container only, so that no value makes it slow or large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 4
+        self.maxstring = self.maxother = 60
+        self.maxlong = 30
+
+
+_BOUNDED = _Bounded()
+SHOWN_CHARS = 120
+
+
+def shown(value: object) -> str:
+    """The `repr` of a stranger's value for a message: one line of at most SHOWN_CHARS characters, whatever the value.
+
+    A `repr` of its own may be gigabytes long: YAML aliases let 450 bytes stand for a billion entries.
+    """
+    text = " ".join(_BOUNDED.repr(value).split())
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
+
+
+_DAMAGE = {
+    RecursionError: "it is nested too deeply",
+    MemoryError: "it needs more memory than there is",
+    OverflowError: "a number in it is too large",
+    UnicodeError: "it is not valid UTF-8",
+    KeyError: "a key is missing in it",
+}
+
+
+@contextmanager
+def importing(kind: type[EpdRayError], what: object) -> Iterator[None]:
+    """The guard around each importer of a stranger's file: what the file makes Python raise becomes one line.
+
+    It does not replace checks that know the file's form and name a fix; it holds where none of them looked.
+
+    Args:
+        kind: the class of the error to raise; it takes the message alone.
+        what: the file or the value that is read, for the message.
+
+    Raises:
+        EpdRayError: of class `kind`, for each of the exceptions in _DAMAGE.
+    """
+    try:
+        yield
+    except tuple(_DAMAGE) as error:
+        why = next(said for raised, said in _DAMAGE.items() if isinstance(error, raised))
+        detail = f" ({shown(error.args[0])})" if isinstance(error, KeyError) and error.args else ""
+        raise kind(f"{what} cannot be read: {why}{detail}") from error

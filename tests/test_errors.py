@@ -12,7 +12,16 @@ from torch import Tensor
 
 from epd_ray.actors.reward_pool import RewardActor
 from epd_ray.actors.serving import Limits, Service
-from epd_ray.errors import ModelError, RewardError, UnknownNameError, is_own_bug
+from epd_ray.errors import (
+    SHOWN_CHARS,
+    ModelError,
+    RewardError,
+    TableError,
+    UnknownNameError,
+    importing,
+    is_own_bug,
+    shown,
+)
 from epd_ray.evaluation.suites.feature_pool import FeatureActor
 from epd_ray.registry import Registry
 from epd_ray.rewards.scoring import Scorer
@@ -131,3 +140,28 @@ def test_a_registry_hides_no_mistake_of_the_module_that_it_imports(monkeypatch: 
     monkeypatch.setattr("importlib.import_module", BUG)
     with pytest.raises(AttributeError):
         known.get("a")
+
+
+def test_a_shown_value_is_short_whatever_it_is() -> None:
+    bomb: list[object] = ["x" * 100] * 10
+    for _ in range(30):
+        bomb = [bomb] * 10
+    for value in (bomb, {"a" * 1000: bomb}, "line\n" * 100, 10**1000, {i: i for i in range(1000)}):
+        text = shown(value)
+        assert len(text) <= SHOWN_CHARS and "\n" not in text
+    assert shown("points") == "'points'" and shown([1, 2.5, None]) == "[1, 2.5, None]"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RecursionError(), "deep"),
+        (MemoryError(), "memory"),
+        (OverflowError(), "large"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UTF-8"),
+        (KeyError("weights"), "'weights'"),
+    ],
+)
+def test_what_a_file_makes_python_raise_is_one_line_with_its_name(error: Exception, said: str) -> None:
+    with pytest.raises(TableError, match=f"a.json.*{said}"), importing(TableError, "a.json"):
+        raise error
