@@ -2,18 +2,22 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from tests.ray_head import Head, clean_env, ray_head
+from tests.test_readme import commands
 
 ROOT = Path(__file__).parent.parent
 JOBS = ("train", "distill", "evaluate", "sample", "score", "sweep")
@@ -40,6 +44,31 @@ def test_a_job_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys
         runpy.run_path(str(job), run_name="__main__")
     assert ended.value.code == 0 and f"epd-ray {name} " in capsys.readouterr().out
     assert len(job.read_text().splitlines()) <= 6
+
+
+def written_by_the_documents() -> set[str]:
+    """Where the documented commands write, in a clone in which they run one after the other."""
+    given = {command[i + 1] for command in commands() for i, word in enumerate(command) if word == "--out"}
+    return {place.rstrip("/") for place in given if not place.startswith("/") and "://" not in place}
+
+
+def test_what_the_commands_write_is_not_uploaded(tmp_path: Path) -> None:
+    """In Ray's own package of a clone, of which a dashboard refuses 100 MB."""
+    clone = tmp_path / "clone"
+    tracked = ["epd_ray/bench/cases.py", "epd_ray/solvers/solver.py", "jobs/configs/sweeps/embedded.yaml"]
+    for name in (".gitignore", *tracked):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    defaults = {"runs/20260101-000000-shapes", "solvers/20260101-000000-shapes", "sweeps/20260101-000000-shapes"}
+    written = written_by_the_documents()
+    assert {"results/mine", "scores"} <= written
+    for name in written | defaults | {"results", "bench"}:
+        (clone / name).mkdir(parents=True, exist_ok=True)
+        (clone / name / "data.parquet").write_bytes(bytes(1000))
+    (clone / "sample.png").write_bytes(bytes(1000))
+    create_package(str(clone), package := tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(package) as packed:
+        assert {name for name in packed.namelist() if not name.endswith("/")} == {".gitignore", *tracked}
 
 
 # -- on a head ----------------------------------------------------------------------------------------------------
