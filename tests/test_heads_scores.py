@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from epd_ray.errors import RewardError
 from epd_ray.rewards import HEADS, mps
 from epd_ray.rewards.preprocess import pil_pixels, tensor_pixels
 from tests.tiny_heads import (
@@ -254,6 +255,18 @@ def test_pictures_go_through_in_batches(folder: Callable[[str], Path], name: str
     assert torch.allclose(make(name, folder(name), batch_size=3).score(images, prompts), whole.score(images, prompts),
                           atol=1e-5)  # fmt: skip
     assert whole.score(images[:0], []).shape == (0,)
+
+
+@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("shape", [(1, 17), (30_000, 1)])
+def test_pictures_that_are_too_long_are_refused(
+    folder: Callable[[str], Path], name: str, shape: tuple[int, int]
+) -> None:
+    head = make(name, folder(name))
+    with pytest.raises(RewardError, match=f"{shape[0]} x {shape[1]} .* 16 times"):
+        head.score(torch.zeros(1, 3, *shape), PROMPTS[:1])
+    longest = torch.rand(1, 3, 2, 32, generator=torch.Generator().manual_seed(0))
+    assert head.score(longest, PROMPTS[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SAVE)

@@ -21,6 +21,8 @@ from epd_ray.cli.score import _settings
 from epd_ray.config.loading import load_config
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, PlacementError, RewardError, RunDirectoryError
+from epd_ray.rewards import HEADS
+from epd_ray.rewards.scoring import Scorer
 from epd_ray.score import output as score_output
 from epd_ray.score import pipeline as module
 from epd_ray.score.inputs import read_index
@@ -218,6 +220,14 @@ def test_heads_by_name_and_by_configuration(tmp_path):
     (tmp_path / "run.yaml").write_text("rewards: {pick: {head: pickscore}, clip: {}}\n")
     assert heads("pick", tmp_path / "run.yaml", [], None) == {"pick": ("pickscore", {}, 0.0)}
     assert _settings("clip", None, [], "10.0.0.1:6379").cluster.address == "10.0.0.1:6379"
+
+
+def test_a_row_whose_picture_is_too_long_says_so_and_the_others_are_scored():
+    head = Scorer("clip", HEADS.build("clip", {"model": "shapes-clip"}))
+    table = score_rows(pixel_rows(("a", None, (8, 8)), ("b", None, (1, 300)), ("c", None, (4, 64))), "clip", head.score)
+    scores, errors = table["score:clip"].to_pylist(), table["error"].to_pylist()
+    assert [score is not None for score in scores] == [True, False, True]
+    assert errors[0] is errors[2] is None and "clip: " in errors[1] and "1 x 300 pixels" in errors[1]
 
 
 @pytest.mark.parametrize(
