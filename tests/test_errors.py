@@ -11,7 +11,7 @@ from pyarrow import fs
 from torch import Tensor
 
 from epd_ray.actors.reward_pool import RewardActor
-from epd_ray.actors.serving import Limits, Service
+from epd_ray.actors.serving import ServedHead
 from epd_ray.errors import (
     SHOWN_CHARS,
     ModelError,
@@ -24,6 +24,7 @@ from epd_ray.errors import (
 )
 from epd_ray.evaluation.suites.feature_pool import FeatureActor
 from epd_ray.registry import Registry
+from epd_ray.rewards.requests import Limits
 from epd_ray.rewards.scoring import Scorer
 from epd_ray.storage import lock, mirror
 from epd_ray.storage.lock import Lease
@@ -104,7 +105,7 @@ def test_what_cannot_be_built_hides_no_mistake_of_ours(ours: bool, monkeypatch: 
     for start in (
         RewardActor("mine", "x", {}).ready,
         FeatureActor("x", {}).describe,
-        lambda: Service("x", {}, Limits()).ready(),
+        ServedHead("x", {}, Limits()).ready,
     ):
         with pytest.raises(expected, match=said):
             start()

@@ -1,231 +1,165 @@
-"""`epd-ray rewards serve`: a reward head behind HTTP, on Ray Serve, with the protocol of HttpHead."""
+"""`epd-ray rewards serve`: a reward head behind HTTP, with the protocol of HttpHead, in front of a pool of actors."""
 
 import asyncio
-import base64
-import io
-import json
 import logging
-import math
+import os
 import signal
-import socket
 import threading
-import tokenize
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from itertools import count
 from typing import Any
 
-import numpy as np
 import ray
-import torch
-from PIL import Image
-from ray import serve
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from torch import Tensor
+from ray.actor import ActorHandle
 
-from epd_ray.actors.cluster import require_room, resources, start_ray, warn_of_idle_gpus
-from epd_ray.actors.reward_pool import unwrap, wants_gpu
-from epd_ray.errors import ConfigError, EpdRayError, ModelError, is_own_bug
+from epd_ray.actors.cluster import end_if_broken, ray_session, require_room, resources, warn_of_idle_gpus
+from epd_ray.actors.pool import Bounds, Call, Ended, Pool
+from epd_ray.actors.reward_pool import CALLS_PER_ACTOR, RewardActor, insist, unwrap, wants_gpu
+from epd_ray.errors import EpdRayError, RewardError
+from epd_ray.report.web import Answer, Asked, Rules, answer_json, answering, bound, problem
 from epd_ray.rewards import HEADS
-from epd_ray.types import FloatArray, RewardHead
+from epd_ray.rewards.http import read_token
+from epd_ray.rewards.requests import BadRequestError, Limits, read_request
+from epd_ray.rewards.scoring import Scorer
 
-READY_SECONDS = 600.0
+TOKEN = "EPD_RAY_REWARD_TOKEN"
+TOKEN_FIX = f"put a long random word into the environment variable {TOKEN}, and name it in token_env of the head `http`"
+WAITING = 64  # requests that may wait for an actor; above, the answer is 503, after which HttpHead tries again
+TICK_SECONDS = 0.3
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest request that the server accepts.
-
-    Attributes:
-        body_bytes: the bytes of the JSON.
-        images: the number of images.
-        side: the pixels of the longer side of an image.
-        pixels: the pixels of all images together; 2**25 are 32 images of 1024 x 1024, or 384 MiB as float32.
-        prompt_chars: the characters of one prompt.
-    """
-
-    body_bytes: int = 64 << 20
-    images: int = 64
-    side: int = 2048
-    pixels: int = 1 << 25
-    prompt_chars: int = 10_000
-
-
-class BadRequestError(Exception):
-    """A request that the sender has to correct; the message is one line."""
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Images, [B, 3, H, W], float32 in [0, 1], and one prompt per image."""
-
-    images: Tensor
-    prompts: list[str]
-
-
-def read_request(body: bytes, limits: Limits) -> ScoreRequest:
-    """Check and decode a request. It reads no pickle, and decompresses no image before it has checked the size.
+class ServedHead(RewardActor):
+    """A reward actor that is given requests as they came. It reads a second one while the head works.
 
     Args:
-        body: the bytes of the request.
-        limits: the largest request.
-
-    Raises:
-        BadRequestError: the request is not valid; the message names the first problem.
-    """
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadRequestError("the body is not JSON") from None
-    if not isinstance(asked, dict) or set(asked) != {"images", "format", "prompts"}:
-        raise BadRequestError("expected an object with exactly images, format and prompts")
-    files, form, prompts = asked["images"], asked["format"], asked["prompts"]
-    if form not in ("png", "npy"):
-        raise BadRequestError("format is neither png nor npy")
-    if not isinstance(files, list) or not 1 <= len(files) <= limits.images:
-        raise BadRequestError(f"images is not a list of 1 to {limits.images}")
-    if not isinstance(prompts, list) or len(prompts) != len(files):
-        raise BadRequestError(f"prompts is not a list of {len(files)}, as many as images")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or len(prompt) > limits.prompt_chars:
-            raise BadRequestError(f"prompts[{i}] is not a text of at most {limits.prompt_chars} characters")
-    read = _read_png if form == "png" else _read_npy
-    images: list[FloatArray] = []
-    for i, file in enumerate(files):
-        try:
-            images.append(read(_decode(file), limits.side))
-        except BadRequestError as error:
-            raise BadRequestError(f"images[{i}]: {error}") from None
-        if images[i].shape != images[0].shape:
-            raise BadRequestError(f"images[{i}] has shape {images[i].shape}, images[0] {images[0].shape}")
-        if sum(image[0].size for image in images) > limits.pixels:
-            raise BadRequestError(f"the images have more than {limits.pixels} pixels together")
-    return ScoreRequest(torch.from_numpy(np.stack(images)), prompts)
-
-
-def _decode(file: object) -> bytes:
-    if not isinstance(file, str):
-        raise BadRequestError(f"is a {type(file).__name__}, expected a text in base64")
-    try:
-        return base64.b64decode(file, validate=True)
-    except ValueError as error:
-        raise BadRequestError(str(error)) from None
-
-
-def _read_png(file: bytes, side: int) -> FloatArray:
-    try:
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:  # this reads only the header
-            _check_size(picture.height, picture.width, side)
-            if picture.mode != "RGB":
-                raise BadRequestError(f"PNG of mode {picture.mode}, expected RGB of 8 bits")
-            pixels = np.array(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadRequestError(f"PNG that cannot be read ({type(error).__name__})") from None
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)
-
-
-def _read_npy(file: bytes, side: int) -> FloatArray:
-    stream = io.BytesIO(file)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise BadRequestError("NPY of a version other than 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (
-        ValueError,
-        SyntaxError,
-        tokenize.TokenError,
-        RecursionError,
-        MemoryError,
-    ):  # the header is a Python literal
-        raise BadRequestError("NPY header that cannot be read") from None
-    if dtype != np.float32 or fortran or len(shape) != 3 or shape[0] != 3:
-        raise BadRequestError("NPY that is not float32 [3, H, W] in C order")
-    _check_size(shape[1], shape[2], side)
-    data = stream.read()
-    if len(data) != 4 * math.prod(shape):
-        raise BadRequestError(f"NPY with {len(data)} bytes for shape {shape}")
-    image = np.frombuffer(data, np.float32).reshape(shape)  # [3, H, W]
-    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-        raise BadRequestError("NPY with values outside [0, 1]")
-    return image
-
-
-def _check_size(height: int, width: int, side: int) -> None:
-    if not (1 <= height <= side and 1 <= width <= side):
-        raise BadRequestError(f"{height} x {width} pixels, expected sides of 1 to {side}")
-
-
-class Service:
-    """A head behind POST /score and GET /health.
-
-    Its constructor keeps the error of a head that cannot be built, and `ready` raises it.
-
-    Args:
-        name: the name of the head in the registry, or "module:Class".
+        head: the name of the head in the registry, or "module:Class".
         options: the keyword arguments of the head.
         limits: the largest request.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], limits: Limits) -> None:
-        self._name, self._limits, self._turn = name, limits, threading.Lock()
-        self._error: EpdRayError | None = None
-        try:
-            self._head: RewardHead = HEADS.build(name, options)
-        except EpdRayError as error:
-            self._error = error
-        except Exception as error:  # a class of the user may raise anything, and the user sees its message
-            if is_own_bug(error):
-                raise
-            self._error = ModelError(f"reward head {name!r} cannot be built: {type(error).__name__}: {error}")
+    def __init__(self, head: str, options: Mapping[str, Any], limits: Limits) -> None:
+        super().__init__(head, head, options)
+        self._limits, self._turn = limits, threading.RLock()  # a head is used by one thread at a time
 
-    def ready(self) -> str:
-        """The model_id of the head.
+    def _built(self) -> Scorer:
+        with self._turn:
+            return super()._built()
+
+    def answer(self, body: bytes) -> list[float]:
+        """The scores of a request.
 
         Raises:
-            EpdRayError: the head could not be built.
+            BadRequestError: the request is not valid.
+            EpdRayError: the head failed, or gave something else than one finite score for each image.
         """
-        if self._error is not None:
-            raise self._error
-        return self._head.model_id
+        asked = read_request(body, self._limits)
+        names = [f"images[{i}]" for i in range(len(asked.prompts))]
+        with self._turn, end_if_broken():
+            scores: list[float] = self._built().score_pictures(asked.images, asked.prompts, names).tolist()
+        return scores
 
-    async def __call__(self, request: Request) -> JSONResponse:
-        route = request.url.path.rstrip("/")
-        if route == "/health" and request.method == "GET":
-            return JSONResponse({"status": "ok", "head": self._name, "model": self._head.model_id})
-        if route != "/score" or request.method != "POST":
-            return _failed(404, "expected POST /score or GET /health")
-        body = bytearray()
+
+class Front:
+    """Answers requests through a pool of ServedHead actors; all its methods run in one event loop.
+
+    Args:
+        head: the name of the head.
+        model: the model_id of the head.
+        pool: the actors.
+
+    Attributes:
+        failure: ends with the error after which no actor can answer any more.
+    """
+
+    def __init__(self, head: str, model: str, pool: Pool) -> None:
+        self._head, self._model, self._pool = head, model, pool
+        self._asked: dict[str, asyncio.Future[Ended]] = {}
+        self._watched: set[ray.ObjectRef[Any]] = set()
+        self._numbers = count()
+        self.failure: Future[None] = Future()
+
+    async def __call__(self, asked: Asked) -> Answer:
+        route = (asked.method, asked.path.rstrip("/"))
+        if route == ("GET", "/health"):
+            return answer_json({"status": "ok", "head": self._head, "model": self._model})
+        if route != ("POST", "/score"):
+            return problem(HTTPStatus.NOT_FOUND, "expected POST /score or GET /health")
+        if len(self._asked) >= WAITING:
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, f"{WAITING} requests wait already: try again")
         try:
-            async for piece in request.stream():
-                body += piece
-                if len(body) > self._limits.body_bytes:
-                    return _failed(413, f"the body has more than {self._limits.body_bytes} bytes")
-        except ClientDisconnect:
-            return _failed(400, "the sender went away")
-        return await asyncio.to_thread(self.answer, bytes(body))
+            return self._answer(await self._score(asked.body))
+        except EpdRayError as error:  # the end of the pool, and of this server
+            return problem(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
 
-    def answer(self, body: bytes) -> JSONResponse:
-        """The scores of a request, or one line about a problem of the request (400) or of the head (500)."""
+    def _answer(self, ended: Ended) -> Answer:
+        if ended.lost:
+            text = f"the actor of reward head {self._head!r} {ended.how_lost} while it scored: try again"
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, text)
+        error = unwrap(ended.error) if isinstance(ended.error, ray.exceptions.RayTaskError) else ended.error
+        if error is None:
+            return answer_json({"scores": ended.value})
+        if isinstance(error, BadRequestError):
+            return problem(HTTPStatus.BAD_REQUEST, str(error))
+        log.error("reward head %r failed", self._head, exc_info=ended.error)
+        said = error.problem if isinstance(error, RewardError) else f"failed with {type(error).__name__}: {error}"
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, f"reward head {self._head!r}: {said}")
+
+    async def _score(self, body: bytes) -> Ended:
+        key = str(next(self._numbers))
+        answer: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._asked[key] = answer
         try:
-            asked = read_request(body, self._limits)
-        except BadRequestError as error:
-            return _failed(400, str(error))
+            self._pool.submit(Call(key, lambda actor: actor.answer.remote(body)))
+            self._watch()
+            while not answer.done():
+                await asyncio.wait([answer], timeout=TICK_SECONDS)
+                self._pool.tick()  # which looks for actors that died or do not answer
+                self._watch()
+        finally:
+            del self._asked[key]
+        return answer.result()
+
+    def _watch(self) -> None:
+        """Have `_take` called in this event loop for each answer of the pool that is still to come."""
+        loop = asyncio.get_running_loop()
+        for reference in set(self._pool.references()) - self._watched:
+            self._watched.add(reference)
+            take = partial(loop.call_soon_threadsafe, self._take, reference)
+            reference.future().add_done_callback(lambda _, take=take: take())
+
+    def _take(self, reference: "ray.ObjectRef[Any]") -> None:
+        self._watched.discard(reference)
         try:
-            with self._turn:  # a head is used by one thread at a time
-                scores = torch.as_tensor(self._head.score(asked.images, asked.prompts)).detach().float().cpu()
-        except Exception as error:  # whatever it is, the server answers with it and goes on
-            log.exception("reward head %r failed", self._name)
-            return _failed(500, f"reward head {self._name!r} failed with {type(error).__name__}: {error}")
-        if scores.shape != (len(asked.prompts),) or not bool(torch.isfinite(scores).all()):
-            wrong = f"gave values of shape {tuple(scores.shape)} for {len(asked.prompts)} images, or infinite ones"
-            return _failed(500, f"reward head {self._name!r} {wrong}")
-        return JSONResponse({"scores": scores.tolist()})
+            for ended in self._pool.take({reference}):
+                answer = self._asked.get(ended.call.key)
+                if answer is not None and not answer.done():
+                    answer.set_result(ended)
+        except Exception as error:  # no actor can load the head any more
+            if not self.failure.done():
+                self.failure.set_exception(error)
+            for answer in self._asked.values():
+                if not answer.done():
+                    answer.set_exception(error)
+        self._watch()
 
 
-def _failed(status: int, problem: str) -> JSONResponse:
-    return JSONResponse({"error": " ".join(problem.split())[:500]}, status_code=status)
+@dataclass(frozen=True)
+class Serving:
+    """A head that is served.
+
+    Attributes:
+        url: the URL for HttpHead.
+        failure: ends with the error after which the head cannot be served any more.
+    """
+
+    url: str
+    failure: "Future[None]"
 
 
 @contextmanager
@@ -238,57 +172,49 @@ def served(
     replicas: int = 1,
     num_gpus: float = 0.0,
     limits: Limits | None = None,
-) -> Iterator[str]:
-    """Serve a head over HTTP until the end of the block; yields the URL for HttpHead.
+) -> Iterator[Serving]:
+    """Serve a head over HTTP until the end of the block.
 
-    The server uses the Ray that this process has joined, else the cluster in RAY_ADDRESS, else a new local Ray. It ends
-    what it has started.
+    The actors run on the Ray that this process has joined, else on the cluster in RAY_ADDRESS, else on a new local Ray.
+    This process alone listens for requests. They need the token in the environment variable TOKEN where that is set.
 
     Args:
         head: a name in the registry, or "module:Class".
         options: the keyword arguments of the head.
-        host: the address to listen on. The server does not authenticate: put a proxy in front of a public address.
-        port: the port to listen on.
-        replicas: the number of copies of the head, which take requests in turn.
+        host: the address to listen on. One that others can reach is refused without a token.
+        port: the port to listen on; 0 takes any free one.
+        replicas: the number of actors with a copy of the head.
         num_gpus: the GPUs of each replica, also a share of one.
         limits: the largest request; None for the default.
 
     Raises:
-        ConfigError: the port is in use, or Ray Serve runs already.
+        ConfigError: the port is in use, the token is no token, or there is none on an address that others can reach.
         PlacementError: the cluster has no room for the replicas.
         EpdRayError: the head cannot be built.
     """
     HEADS.get(head)  # raises for a misspelt name, before anything starts
-    _require_free(host, port)
-    began_ray = not ray.is_initialized()
-    if began_ray:
-        start_ray()
-    try:
-        if serve.status().proxies:
-            raise ConfigError(["Ray Serve runs on this Ray already: end it, or unset RAY_ADDRESS to start another Ray"])
+    limits = limits or Limits()
+    rules = Rules(limits.body_bytes, read_token(TOKEN, "rewards serve") if TOKEN in os.environ else "")
+    with bound(host, port, rules.token, TOKEN_FIX) as listener, ray_session(None):
         if wants_gpu(head, options):
             warn_of_idle_gpus({"--num-gpus": num_gpus})
-        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})  # Ray Serve would wait without end
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})
+        numbers, what = count(), f"reward head {head!r}"
+
+        def make() -> tuple[int, ActorHandle[ServedHead]]:
+            return next(numbers), _start(head, options, limits, num_gpus)
+
+        start, bounds = [make() for _ in range(replicas)], Bounds(replicas, replicas)
+        pool = Pool(what, start, make, lambda actor: actor.ready.remote(), bounds, CALLS_PER_ACTOR)
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            deployment = serve.deployment(
-                Service,
-                name="reward",
-                num_replicas=replicas,
-                max_ongoing_requests=4,  # further requests are decoded while the head works
-                max_queued_requests=64,  # above, the answer is 503, after which HttpHead tries again
-                ray_actor_options={"num_cpus": 1.0, "num_gpus": num_gpus},
-            )
-            app = deployment.bind(head, dict(options), limits or Limits())
-            _run(app, head)
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}/score"
+            for actor in pool.actors:
+                actor.ready.remote().future()  # all load at once; with a future Ray does not log unfetched errors
+            models = [insist(actor, what, "loading", actor.model_id.remote) for actor in pool.actors]
+            front = Front(head, models[0], pool)
+            with answering(listener, host, front, rules) as root:
+                yield Serving(f"{root}/score", front.failure)
         finally:
-            with redirect_stdout(io.StringIO()):  # Ray prints the calls that its shutdown interrupts
-                serve.shutdown()
-    finally:
-        if began_ray:
-            ray.shutdown()
+            pool.stop()
 
 
 def serve_head(
@@ -299,35 +225,28 @@ def serve_head(
     port: int = 8000,
     replicas: int = 1,
     num_gpus: float = 0.0,
-    limits: Limits | None = None,
     say: Callable[[str], None] = log.info,
 ) -> None:
     """Serve a head until Ctrl-C or SIGTERM. `say` receives a line with the URL; `served` explains the others."""
-    with served(head, options, host=host, port=port, replicas=replicas, num_gpus=num_gpus, limits=limits) as url:
+    with served(head, options, host=host, port=port, replicas=replicas, num_gpus=num_gpus) as serving:
         ended = threading.Event()
         before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
-        say(f"serving {head} at {url} (Ctrl-C to stop)")
+        serving.failure.add_done_callback(lambda _: ended.set())
+        say(f"serving {head} at {serving.url} (Ctrl-C to stop)")
         try:
             ended.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
+        if serving.failure.done():
+            serving.failure.result()
 
 
-def _run(app: serve.Application, head: str) -> None:
-    try:
-        serve.run(app, name="epd-ray", route_prefix="/").ready.remote().result(timeout_s=READY_SECONDS)
-    except ray.exceptions.RayTaskError as error:
-        raise unwrap(error) from None
-    except (RuntimeError, TimeoutError) as error:  # a replica did not start, mostly because its process died
-        said = " ".join(str(error).split())[:300] or f"not ready after {READY_SECONDS:.0f} s"
-        raise ModelError(f"reward head {head!r} cannot be served: {said}") from None
-
-
-def _require_free(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise ConfigError([f"cannot listen on {host}:{port} ({error}): choose another --host or --port"]) from None
+def _start(head: str, options: Mapping[str, Any], limits: Limits, num_gpus: float) -> ActorHandle[ServedHead]:
+    actor = ray.remote(ServedHead).options(
+        num_cpus=1.0,
+        num_gpus=num_gpus,
+        max_concurrency=CALLS_PER_ACTOR,
+        max_restarts=-1,
+        max_task_retries=0,  # a call whose process died may kill the next one too
+    )
+    return actor.remote(head, dict(options), limits)

@@ -68,7 +68,12 @@ def serve(
         str, typer.Option(metavar="JSON", help="The constructor arguments of the head, as a JSON object.")
     ] = "{}",
     host: Annotated[
-        str, typer.Option(metavar="HOST", help="The address to listen on. By default only this machine can connect.")
+        str,
+        typer.Option(
+            metavar="HOST",
+            help="The address to listen on. By default only this machine can connect; an address that others can reach "
+            "needs a token in the environment variable EPD_RAY_REWARD_TOKEN.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="The number of processes that score.")] = 1,

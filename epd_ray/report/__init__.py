@@ -1,1 +1,1 @@
-"""Pages and tables for people: HTML templates in one style, the drawings of a run, and figures on the terminal."""
+"""Pages and tables for people: HTML templates in one style, drawings of a run, terminal figures, and a web server."""

@@ -216,19 +216,25 @@ def _parsed(url: str) -> tuple[httpx2.URL, str]:
 
 
 def _authorization(token_env: str | None) -> dict[str, str]:
-    """The Authorization header for the token in an environment variable; no header if `token_env` is None.
+    return {} if token_env is None else {"Authorization": f"Bearer {read_token(token_env, 'http reward head')}"}
+
+
+def read_token(variable: str, who: str) -> str:
+    """The token in an environment variable.
+
+    Args:
+        variable: the name of the variable.
+        who: who needs the token, for the message.
 
     Raises:
         ConfigError: the variable is not set, or its value cannot stand in a header. The message never shows the value.
     """
-    if token_env is None:
-        return {}
-    token = os.environ.get(token_env, "")
+    token = os.environ.get(variable, "")
     if not token:
-        raise ConfigError([f"http reward head: environment variable {token_env!r} is not set: put the token into it"])
+        raise ConfigError([f"{who}: environment variable {variable!r} is not set: put the token into it"])
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise ConfigError([f"http reward head: environment variable {token_env!r} holds no token: expected one word"])
-    return {"Authorization": f"Bearer {token}"}
+        raise ConfigError([f"{who}: environment variable {variable!r} holds no token: expected one word"])
+    return token
 
 
 def _png(image: Tensor) -> bytes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from epd_ray.errors import RewardError, is_own_bug
 from epd_ray.types import FloatArray, ImageArray, RewardHead
@@ -32,7 +33,10 @@ class Scorer:
         Raises:
             RewardError: the head failed, or returned another number of scores, or a score that is not finite.
         """
-        pictures = torch.from_numpy(np.array(images)).float() / 255
+        return self.score_pictures(torch.from_numpy(np.array(images)).float() / 255, prompts, rollout_ids)
+
+    def score_pictures(self, pictures: Tensor, prompts: Sequence[str], rollout_ids: Sequence[str]) -> FloatArray:
+        """As `score`, of pictures [B, 3, H, W], float32 in [0, 1]."""
         try:
             values = torch.as_tensor(self.head.score(pictures, list(prompts))).detach().float().cpu().numpy()
         except RewardError as error:  # the head itself says what is wrong; add its name and the ids
