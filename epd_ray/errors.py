@@ -107,6 +107,8 @@ def is_own_bug(error: BaseException) -> bool:
 class _Bounded(reprlib.Repr):
     """A `repr` that looks at a few entries of each container only, so that no value makes it slow or large."""
 
+    _KINDS = (int, str, dict, list, tuple, set, frozenset)
+
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 3
@@ -114,17 +116,32 @@ class _Bounded(reprlib.Repr):
         self.maxstring = self.maxother = 60
         self.maxlong = 30
 
+    def repr1(self, x: object, level: int) -> str:
+        # reprlib goes by the exact type and leaves all others, such as an OrderedDict, to their own repr
+        if isinstance(x, bytes):
+            return self.repr_instance(x[: self.maxother], level)
+        kind = next((kind for kind in self._KINDS if isinstance(x, kind)), None)
+        made: str = getattr(self, f"repr_{kind.__name__}")(x, level) if kind else super().repr1(x, level)
+        return made
 
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _MOST_BITS:  # Python refuses to write more than some thousand digits
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_MOST_BITS = 1024  # those of the largest float
 _BOUNDED = _Bounded()
-SHOWN_CHARS = 120
+SHOWN_CHARS = 200
 
 
 def shown(value: object) -> str:
     """The `repr` of a stranger's value for a message: one line of at most SHOWN_CHARS characters, whatever the value.
 
-    A `repr` of its own may be gigabytes long: YAML aliases let 450 bytes stand for a billion entries.
+    A `repr` of its own may be gigabytes long: YAML aliases let 450 bytes stand for a billion entries. Text is shown
+    whole as far as the line goes, because it may be a path.
     """
-    text = " ".join(_BOUNDED.repr(value).split())
+    text = repr(value[:SHOWN_CHARS]) if isinstance(value, str) else " ".join(_BOUNDED.repr(value).split())
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from epd_ray.errors import ConfigError, UnknownNameError
+from epd_ray.errors import ConfigError, UnknownNameError, shown
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: "; did you mean 'clip'?", or the known names when none of them is similar."""
     options = sorted(known)
     similar = difflib.get_close_matches(name, options, n=1)
-    return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(options)}"
+    return f"; did you mean {shown(similar[0])}?" if similar else f"; known: {', '.join(options)}"
 
 
 class Registry(Generic[T]):
@@ -38,9 +38,9 @@ class Registry(Generic[T]):
         """
         if name in self._entries:
             taken = self._entries[name]
-            raise ValueError(f"{self.kind} {name!r} is already registered as {taken!r}: choose another name")
+            raise ValueError(f"{self.kind} {shown(name)} is already registered as {shown(taken)}: choose another name")
         if target.count(":") != 1:
-            raise ValueError(f"{self.kind} {name!r}: target {target!r} is not of the form 'module:attribute'")
+            raise ValueError(f"{self.kind} {shown(name)}: target {shown(target)} is not of the form 'module:attribute'")
         self._entries[name] = target
 
     def names(self) -> list[str]:
@@ -61,9 +61,9 @@ class Registry(Generic[T]):
         """
         target = self._entries.get(name, name)
         if ":" not in target:
-            raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
+            raise UnknownNameError(f"unknown {self.kind} {shown(name)}{did_you_mean(name, self._entries)}")
         module, _, attribute = target.partition(":")
-        wrong = f"{self.kind} {name!r} cannot be imported"
+        wrong = f"{self.kind} {shown(name)} cannot be imported"
         if not module or module.startswith("."):
             raise UnknownNameError(f"{wrong}: give it as module:attribute")
         try:
@@ -71,7 +71,7 @@ class Registry(Generic[T]):
         except ModuleNotFoundError as error:
             raise UnknownNameError(f"{wrong}: {error}") from error
         if not hasattr(found, attribute):
-            raise UnknownNameError(f"{wrong}: module {module!r} has no attribute {attribute!r}")
+            raise UnknownNameError(f"{wrong}: module {shown(module)} has no attribute {shown(attribute)}")
         return cast(Callable[..., T], getattr(found, attribute))
 
     def build(self, name: str, options: Mapping[str, Any]) -> T:
@@ -90,7 +90,7 @@ class Registry(Generic[T]):
             inspect.signature(factory).bind(**options)
         except TypeError as error:
             given = ", ".join(options) or "none"
-            raise ConfigError([f"{self.kind} {name!r}: {error} (options given: {given})"]) from error
+            raise ConfigError([f"{self.kind} {shown(name)}: {error} (options given: {given})"]) from error
         return factory(**options)
 
 
@@ -108,7 +108,7 @@ def lazy_names(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str]
 
     def get(name: str) -> object:
         if name not in targets:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            raise AttributeError(f"module {shown(package)} has no attribute {shown(name)}")
         return getattr(importlib.import_module(targets[name]), name)
 
     def names() -> list[str]:

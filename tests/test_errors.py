@@ -1,6 +1,7 @@
 """Which errors are this package's own mistakes, and that no message for users hides one."""
 
 import json
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -147,9 +148,11 @@ def test_a_shown_value_is_short_whatever_it_is() -> None:
     bomb: list[object] = ["x" * 100] * 10
     for _ in range(30):
         bomb = [bomb] * 10
-    for value in (bomb, {"a" * 1000: bomb}, "line\n" * 100, 10**1000, {i: i for i in range(1000)}):
+    wide = [bomb, {"a" * 1000: bomb}, "line\n" * 100, 10**1000, -(10**5000), [10**5000], {i: i for i in range(1000)}]
+    for value in (*wide, OrderedDict(a=bomb), b"x" * 10**6, defaultdict(list, a=bomb)):
         text = shown(value)
         assert len(text) <= SHOWN_CHARS and "\n" not in text
+    assert "16610 bits" in shown(10**5000) and shown(True) == "True" and shown("a" * 100) == repr("a" * 100)
     assert shown("points") == "'points'" and shown([1, 2.5, None]) == "[1, 2.5, None]"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from epd_ray.backbones.loading import PipelineOptions, open_pipeline, read_index
 from epd_ray.backbones.pipeline import Family, PipelineBackbone
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.registry import Registry
 
 FAMILIES: "Registry[Family]" = Registry(
@@ -39,7 +39,7 @@ def open_backbone(**options: Any) -> PipelineBackbone:
     index = read_index(opened.model, opened.revision)
     if index.class_name not in FAMILIES.names():
         known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {opened.model!r} is a {index.class_name}, supported are: {known}")
+        raise ModelError(f"model {shown(opened.model)} is a {index.class_name}, supported are: {known}")
     if opened.dtype == "auto" and index.class_name in UNCONDITIONAL:
         opened = replace(opened, dtype="float32")  # small networks, judged by statistics that are sensitive to rounding
     denoiser = "transformer" if "transformer" in index.components else "unet"

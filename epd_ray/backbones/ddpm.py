@@ -10,7 +10,7 @@ from torch import Tensor
 from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.discrete import DiscreteTime, network_input
 from epd_ray.backbones.loading import PipelineOptions, square_size
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.types import Form
 
 
@@ -94,11 +94,11 @@ class DDPMFamily:
 
 def _check_network(config: Any, variance_type: str | None, model: str) -> None:
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
-        raise ModelError(f"model {model!r} is conditioned on classes: give one that is unconditional")
+        raise ModelError(f"model {shown(model)} is conditioned on classes: give one that is unconditional")
     channels = config.in_channels
     learned = (variance_type or "").startswith("learned")
     if config.out_channels not in ((channels, 2 * channels) if learned else (channels,)):
         raise ModelError(
-            f"model {model!r} gives {config.out_channels} channels for {channels}, with variance_type "
-            f"{variance_type!r}: expected as many, or twice as many with a learned variance"
+            f"model {shown(model)} gives {config.out_channels} channels for {channels}, with variance_type "
+            f"{shown(variance_type)}: expected as many, or twice as many with a learned variance"
         )

@@ -6,7 +6,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from epd_ray.errors import ModelError, ScheduleError
+from epd_ray.errors import ModelError, ScheduleError, shown
 from epd_ray.solvers.network import unit_variance, ve_drift
 from epd_ray.solvers.scheduler_config import SchedulerFacts, VEPrediction
 from epd_ray.solvers.schedules import alphas_cumprod, discrete, timestep_grid, timestep_on_grid, timestep_to_sigma
@@ -29,20 +29,20 @@ class DiscreteTime:
     def __init__(self, scheduler: Any, model: str) -> None:
         config = scheduler.config
         if "beta_schedule" not in config:
-            raise ModelError(f"model {model!r} has a {type(scheduler).__name__}, expected one with training betas")
+            raise ModelError(f"model {shown(model)} has a {type(scheduler).__name__}, expected one with training betas")
         self.prediction_type = str(config.get("prediction_type", "epsilon"))
         if self.prediction_type not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)
-            raise ModelError(f"model {model!r} predicts {self.prediction_type!r}, expected one of {known}")
+            raise ModelError(f"model {shown(model)} predicts {shown(self.prediction_type)}, expected one of {known}")
         if config.get("rescale_betas_zero_snr"):
-            raise ModelError(f"model {model!r} starts at infinite sigma (rescale_betas_zero_snr): not supported")
+            raise ModelError(f"model {shown(model)} starts at infinite sigma (rescale_betas_zero_snr): not supported")
         self.alphas_cumprod = alphas_cumprod(scheduler.betas)
         self.facts: dict[str, JsonValue] = {"prediction_type": self.prediction_type}
         self.facts |= {key: _plain(config.get(key)) for key in BETAS if config.get(key) is not None}
         try:
             self._grids = {"cpu": timestep_grid(self.alphas_cumprod)}
         except ScheduleError as error:
-            raise ModelError(f"model {model!r}: {error}") from error
+            raise ModelError(f"model {shown(model)}: {error}") from error
         self.sigma_max = float(timestep_to_sigma(torch.tensor(len(self.alphas_cumprod) - 1.0), self.alphas_cumprod))
 
     def sigmas(self, num_intervals: int, final_zero: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 
 
 def require_flow_scheduler(scheduler: Any, model: str) -> None:
@@ -21,7 +21,7 @@ def require_flow_scheduler(scheduler: Any, model: str) -> None:
 
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         name = type(scheduler).__name__
-        raise ModelError(f"model {model!r} has a {name}, expected a FlowMatchEulerDiscreteScheduler")
+        raise ModelError(f"model {shown(model)} has a {name}, expected a FlowMatchEulerDiscreteScheduler")
 
 
 def flow_sigmas(

@@ -8,7 +8,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.randomness import torch_generator
 from epd_ray.solvers.schedules import flow_shifted, polynomial
 from epd_ray.types import Conditioning, Form
@@ -123,7 +123,7 @@ class GaussianBackbone:
         sigma_max: float | None = None,
     ) -> None:
         if form not in ("ve", "flow"):
-            raise ModelError(f"form is {form!r}, expected 've' or 'flow'")
+            raise ModelError(f"form is {shown(form)}, expected 've' or 'flow'")
         for name, value in {"components": components, "size": size}.items():
             if value < 1:
                 raise ModelError(f"{name} is {value}, expected at least 1")

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from epd_ray.embedded.models import require_vocabulary, resolve_model
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.weights.devices import pick_device, pick_dtype
 from epd_ray.weights.hub import opening
 
@@ -69,7 +69,7 @@ class PipelineOptions:
     def __post_init__(self) -> None:
         for name, known in (("offload", get_args(Offload)), ("parts", get_args(Parts))):
             if getattr(self, name) not in known:
-                raise ModelError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+                raise ModelError(f"{name} is {shown(getattr(self, name))}, expected one of {', '.join(known)}")
         for name, least in (("resolution", 1), ("max_sequence_length", 1), ("embedding_cache_mib", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -111,7 +111,7 @@ def read_index(model: str, revision: str | None) -> Index:
         if Path(location).is_dir():
             path, commit = Path(location, INDEX), None
             if not path.is_file():
-                raise ModelError(f"model {model!r} has no {INDEX}: give the directory of a diffusers pipeline")
+                raise ModelError(f"model {shown(model)} has no {INDEX}: give the directory of a diffusers pipeline")
             digits: str | None = fingerprint(path.parent)  # only now, because the folder may hold anything
         else:
             from huggingface_hub import hf_hub_download
@@ -121,9 +121,9 @@ def read_index(model: str, revision: str | None) -> Index:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ModelError(f"model {model!r}: {INDEX} is not valid JSON: {error}") from error
+            raise ModelError(f"model {shown(model)}: {INDEX} is not valid JSON: {error}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ModelError(f"model {model!r}: {INDEX} names no pipeline class: it is damaged")
+        raise ModelError(f"model {shown(model)}: {INDEX} names no pipeline class: it is damaged")
     components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}
     return Index(location, index["_class_name"], components, commit, digits)
 
@@ -201,11 +201,11 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
             return _place(pipeline, device, options)
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"model {options.model!r} does not fit on {device} in {str(dtype).removeprefix('torch.')} "
-                f"with offload={options.offload!r}: use offload=model or sequential, or a smaller dtype"
+                f"model {shown(options.model)} does not fit on {device} in {str(dtype).removeprefix('torch.')} "
+                f"with offload={shown(options.offload)}: use offload=model or sequential, or a smaller dtype"
             ) from error
         except ImportError as error:  # accelerate is too old
-            raise ModelError(f"model {options.model!r} with offload={options.offload!r}: {error}") from error
+            raise ModelError(f"model {shown(options.model)} with offload={shown(options.offload)}: {error}") from error
 
 
 def _left_out(index: Index, parts: Parts, denoiser: str) -> list[str]:
@@ -221,7 +221,7 @@ def _cut_up(vae: Any, options: PipelineOptions) -> None:
     for option, attribute in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
         if getattr(options, option):
             if not hasattr(vae, attribute):
-                raise ModelError(f"model {options.model!r} has no VAE that can do {option}: set it to false")
+                raise ModelError(f"model {shown(options.model)} has no VAE that can do {option}: set it to false")
             setattr(vae, attribute, True)
 
 
@@ -256,7 +256,7 @@ def _require_compiler(model: str) -> None:
     names = [os.environ[name] for name in ("CC", "CXX") if os.environ.get(name)] or ["gcc", "clang", "cc"]
     if not any(shutil.which(name) for name in names):
         raise ModelError(
-            f"model {model!r} with compile=true: torch.compile needs a C compiler, and there is no "
+            f"model {shown(model)} with compile=true: torch.compile needs a C compiler, and there is no "
             f"{' or '.join(names)} here: install gcc, or set compile=false"
         )
 
@@ -265,14 +265,14 @@ def _attend(network: Any, options: PipelineOptions) -> None:
     processors = [getattr(layer, "processor", None) for layer in network.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ModelError(
-            f"model {options.model!r}: no layer of its {type(network).__name__} takes an attention backend: "
-            f"leave attention={options.attention!r} out"
+            f"model {shown(options.model)}: no layer of its {type(network).__name__} takes an attention backend: "
+            f"leave attention={shown(options.attention)} out"
         )
     try:
         network.set_attention_backend(options.attention)
     except (ValueError, RuntimeError, ImportError) as error:
         why = str(error).splitlines()[0]
-        raise ModelError(f"model {options.model!r}: attention {options.attention!r}: {why}") from error
+        raise ModelError(f"model {shown(options.model)}: attention {shown(options.attention)}: {why}") from error
 
 
 def _place(pipeline: Any, device: torch.device, options: PipelineOptions) -> Any:
@@ -281,9 +281,11 @@ def _place(pipeline: Any, device: torch.device, options: PipelineOptions) -> Any
     from diffusers.utils import is_accelerate_available
 
     if not is_accelerate_available():
-        raise ModelError(f"offload={options.offload!r} needs the accelerate package: pip install accelerate")
+        raise ModelError(f"offload={shown(options.offload)} needs the accelerate package: pip install accelerate")
     if device.type == "cpu":
-        raise ModelError(f"offload={options.offload!r} needs an accelerator, the device is cpu: set offload to none")
+        raise ModelError(
+            f"offload={shown(options.offload)} needs an accelerator, the device is cpu: set offload to none"
+        )
     if options.offload == "model" and pipeline.model_cpu_offload_seq is None:
         raise ModelError(f"offload='model' is nothing that a {type(pipeline).__name__} can: use sequential or none")
     move = pipeline.enable_model_cpu_offload if options.offload == "model" else pipeline.enable_sequential_cpu_offload
@@ -300,5 +302,5 @@ def square_size(size: int | Sequence[int] | None, model: str) -> int:
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1:
         said = "no sample_size" if size is None else f"sample_size {list(size)}, which is no square"  # type: ignore[arg-type]
-        raise ModelError(f"model {model!r} has {said}: set the resolution")
+        raise ModelError(f"model {shown(model)} has {said}: set the resolution")
     return sides.pop()

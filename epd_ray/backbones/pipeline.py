@@ -12,7 +12,7 @@ from torch import Tensor
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.conditioning import TextConditioning, guided_drift
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.randomness import torch_generator
 from epd_ray.types import Conditioning, Form
 from epd_ray.weights.devices import pick_dtype
@@ -130,7 +130,9 @@ class PipelineBackbone:
     @torch.no_grad()  # not inference_mode, because embeddings are part of a graph when a table is fitted by gradient
     def _embed(self, prompt: str) -> Embedding:
         if self.options.parts == "image" and self._family.text_limits:
-            raise ModelError(f"model {self.model_id!r} has no text encoders (parts='image'): call encode_with first")
+            raise ModelError(
+                f"model {shown(self.model_id)} has no text encoders (parts='image'): call encode_with first"
+            )
         with _quiet(self.pipeline):
             if self._family.classifier_free and not prompt:
                 return self._family.embed_nothing(self.device)
@@ -199,7 +201,9 @@ def _is_error(record: logging.LogRecord) -> bool:
 def _check_resolution(model: str, resolution: int, step: int) -> None:
     if resolution < step or resolution % step:
         use = max(resolution - resolution % step, step)
-        raise ModelError(f"model {model!r}: resolution {resolution} is not a positive multiple of {step}: use {use}")
+        raise ModelError(
+            f"model {shown(model)}: resolution {resolution} is not a positive multiple of {step}: use {use}"
+        )
 
 
 def _tokens(tokenizer: Any, prompt: str) -> int:

@@ -11,7 +11,7 @@ from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
 from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import decode_latents
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.types import Form
 
@@ -100,4 +100,6 @@ class SD3Family:
 def _check_positions(resolution: int, step: int, config: Any, model: str) -> None:
     most = config.pos_embed_max_size
     if most is not None and resolution > most * step:
-        raise ModelError(f"model {model!r}: resolution {resolution} is beyond its positions: use at most {most * step}")
+        raise ModelError(
+            f"model {shown(model)}: resolution {resolution} is beyond its positions: use at most {most * step}"
+        )

@@ -8,7 +8,7 @@ import typer
 
 from epd_ray.cli.common import INTERRUPTED, ConfigOption, ending, local_path, observed, place, say
 from epd_ray.cli.options import taking
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from epd_ray.config.run_config import RunConfig
@@ -140,7 +140,7 @@ def _suite_of(options: EvaluateOptions) -> tuple["Request", list[str]]:
     settings = [*([f"backbone.model={options.model}"] if options.model else []), *(t for t in given if "=" in t)]
     files = [text for text in given if "=" not in text]
     if len(files) > (suite == "prompts" and options.prompts is None):
-        raise ConfigError([f"{files[-1]!r}: with --suite {suite} expected KEY=VALUE, such as backbone.model=..."])
+        raise ConfigError([f"{shown(files[-1])}: with --suite {suite} expected KEY=VALUE, such as backbone.model=..."])
     if options.split is not None:
         raise ConfigError(["--split is for the prompts of a RUN: leave it out with --suite"])
     if options.out is None:

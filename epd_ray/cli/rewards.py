@@ -8,7 +8,7 @@ import typer
 
 from epd_ray.cli.common import ending
 from epd_ray.cli.options import Commands
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 
 app = Commands(help="List, install, convert and serve reward heads.")
 
@@ -89,9 +89,9 @@ def serve(
         try:
             arguments = json.loads(options)
         except json.JSONDecodeError as error:
-            raise ConfigError([f"--options {options!r} is not JSON: {error}"]) from error
+            raise ConfigError([f"--options {shown(options)} is not JSON: {error}"]) from error
         if not isinstance(arguments, dict):
-            raise ConfigError([f'--options {options!r} is no JSON object, such as {{"model": "shapes-clip"}}'])
+            raise ConfigError([f'--options {shown(options)} is no JSON object, such as {{"model": "shapes-clip"}}'])
         from epd_ray.actors.serving import serve_head
 
         serve_head(head, arguments, host=host, port=port, replicas=replicas, num_gpus=num_gpus, say=typer.echo)

@@ -8,7 +8,7 @@ import typer
 
 from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, local_path, observed, say
 from epd_ray.cli.options import taking
-from epd_ray.errors import ConfigError, UnknownNameError
+from epd_ray.errors import ConfigError, UnknownNameError, shown
 
 if TYPE_CHECKING:
     from epd_ray.config.run_config import RunConfig
@@ -101,7 +101,7 @@ def _settings(heads: str | None, config: Path | None, overrides: list[str], addr
     names = list(dict.fromkeys(_short(name) if name in known.values() else name for name in asked))
     if config is None:
         if unknown := [name for name in names if name not in known]:
-            raise UnknownNameError(f"unknown reward head {unknown[0]!r}{did_you_mean(unknown[0], HEADS.names())}")
+            raise UnknownNameError(f"unknown reward head {shown(unknown[0])}{did_you_mean(unknown[0], HEADS.names())}")
         if not names and not overrides:
             raise ConfigError(["no heads: give --heads, such as --heads clip, or --config FILE"])
         section = ", ".join(f"{name}: {{head: {known[name]}}}" for name in names)
@@ -110,7 +110,9 @@ def _settings(heads: str | None, config: Path | None, overrides: list[str], addr
         overrides = [*overrides, f"cluster.address={address}"]
     settings = load_config(config, overrides)
     if absent := [name for name in names if name not in settings.rewards]:
-        raise UnknownNameError(f"no head {absent[0]!r} in the configuration{did_you_mean(absent[0], settings.rewards)}")
+        raise UnknownNameError(
+            f"no head {shown(absent[0])} in the configuration{did_you_mean(absent[0], settings.rewards)}"
+        )
     return settings.model_copy(update={"rewards": {name: settings.rewards[name] for name in names or settings.rewards}})
 
 

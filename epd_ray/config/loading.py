@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from epd_ray.config.problems import problems_of, shown
+from epd_ray.config.problems import problems_of
 from epd_ray.config.run_config import FORMAT, RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 from epd_ray.prompts.splits import BUILTIN, SHAPES
 
 # What changes when the model is not the embedded one, unless the file or an override says otherwise.
@@ -172,7 +172,7 @@ def apply_override(data: dict[str, Any], override: str) -> str | None:
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        return f"{key}: {text!r} is not YAML: {_yaml_problem(error)}"
+        return f"{key}: {shown(text)} is not YAML: {_yaml_problem(error)}"
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents, start=1):

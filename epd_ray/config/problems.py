@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.values import Section
+from epd_ray.errors import shown
 from epd_ray.registry import did_you_mean
 
 _EXPECTED = {
@@ -88,9 +89,3 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
-
-
-def shown(value: object) -> str:
-    """The value as Python writes it, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -20,6 +20,7 @@ from epd_ray.config.services import (
     TrackingConfig,
 )
 from epd_ray.config.values import Name, Section
+from epd_ray.errors import shown
 from epd_ray.rewards.scoring import REFERENCE
 from epd_ray.stage_one.combinations import too_many_combinations
 
@@ -60,7 +61,7 @@ class RunConfig(Section):
     def _free_names(cls, rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
         taken = sorted(RESERVED_HEADS.intersection(rewards))
         if taken:
-            raise ValueError(f"{taken[0]!r} is the name of another column or metric: call the head something else")
+            raise ValueError(f"{shown(taken[0])} is the name of another column or metric: call the head something else")
         return rewards
 
     @field_validator("rewards")
@@ -75,7 +76,7 @@ class RunConfig(Section):
     def _normalisable(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
         unknown = [r.head for r in info.data.get("rewards", {}).values() if r.weight and r.head not in REFERENCE]
         if rdpo.normalisation == "reference" and unknown:
-            raise ValueError(f"normalisation reference has no clamps for head {unknown[0]!r}: set zscore or none")
+            raise ValueError(f"normalisation reference has no clamps for head {shown(unknown[0])}: set zscore or none")
         return rdpo
 
     @field_validator("cluster")
@@ -84,7 +85,7 @@ class RunConfig(Section):
         family = info.data.get("backbone", BackboneConfig()).family
         if cluster.encoder_actors and family != AUTO:
             raise ValueError(
-                f"encoder_actors is 1, but family {family!r} cannot open text encoders on their own: set 0"
+                f"encoder_actors is 1, but family {shown(family)} cannot open text encoders on their own: set 0"
             )
         return cluster
 

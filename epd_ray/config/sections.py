@@ -21,6 +21,7 @@ from epd_ray.config.values import (
     SolverName,
     registered,
 )
+from epd_ray.errors import shown
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.prompts.files import SUFFIXES
 from epd_ray.prompts.splits import BUILTIN, SHAPES
@@ -191,7 +192,7 @@ class PromptsConfig(Section):
     def _source(cls, train: str) -> str:
         if train not in (SHAPES, BUILTIN) and not train.lower().endswith(SUFFIXES):
             kinds = ", ".join(SUFFIXES)
-            raise ValueError(f"is {train!r}, expected {SHAPES!r}, {BUILTIN!r} or the path of a file ({kinds})")
+            raise ValueError(f"is {shown(train)}, expected {SHAPES!r}, {BUILTIN!r} or the path of a file ({kinds})")
         return train
 
 

@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from epd_ray.errors import UnknownNameError
+from epd_ray.errors import UnknownNameError, shown
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.solvers.zoo import SOLVERS, split
 
@@ -52,7 +52,7 @@ def registered(registry: Registry[Any], name: str) -> str:
         ValueError: the registry does not know the name; the message has the nearest known one.
     """
     if ":" not in name and name not in registry.names():
-        raise ValueError(f"unknown {registry.kind} {name!r}{did_you_mean(name, registry.names())}")
+        raise ValueError(f"unknown {registry.kind} {shown(name)}{did_you_mean(name, registry.names())}")
     return name
 
 

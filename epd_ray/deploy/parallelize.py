@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from epd_ray.backbones.doors import DOORS, Door
 from epd_ray.deploy.scheduler import EPDScheduler
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.solvers import Solver
 from epd_ray.solvers.stepwise import PointInputs
 
@@ -48,7 +48,8 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
     door = _door(whole)
     if solver.form not in (None, door.form):
         raise ModelError(
-            f"the solver is for a model of form {solver.form!r}, but {type(pipe).__name__} is of form {door.form!r}"
+            f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
+            f"of form {shown(door.form)}"
         )
     made_for = solver.meta.get("backbone", door.family)
     if made_for != door.family:
@@ -248,13 +249,13 @@ def _devices(names: Sequence[str | torch.device] | None, network: nn.Module) -> 
     if names is None:
         return [own]
     if isinstance(names, str) or not names:
-        raise ModelError(f"devices is {names!r}, expected a list of at least one device")
+        raise ModelError(f"devices is {shown(names)}, expected a list of at least one device")
     found = []
     for name in names:
         try:
             found.append(torch.empty(0, device=name).device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-            raise ModelError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from error
+            raise ModelError(f"device {shown(str(name))} is not available ({str(error).splitlines()[0]})") from error
     if found[0] != own:
         raise ModelError(f"the pipeline's network is on {own}, but devices[0] is {found[0]} (move it: pipe.to(...))")
     return found

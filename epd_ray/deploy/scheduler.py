@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
 from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, TRAIN_TIMESTEPS, facts_of, parse_facts
@@ -155,7 +155,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 return super().from_pretrained(source, subfolder, return_unused_kwargs, **kwargs)
             except OSError as error:
                 if local or subfolder is not None:
-                    raise TableError(f"{source!r} cannot be opened: {explain(error)}") from error
+                    raise TableError(f"{shown(source)} cannot be opened: {explain(error)}") from error
         made: EPDScheduler = cls.from_solver(Solver.from_pretrained(folder if local else source, revision=revision))
         return (made, kwargs) if return_unused_kwargs else made
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError
+from epd_ray.errors import ScheduleError, shown
 from epd_ray.solvers import Solver, SolverTable, zoo
 from epd_ray.solvers.conditioned import conditioned_drift
 from epd_ray.solvers.costs import Cost
@@ -168,7 +168,7 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
         return backbone.sigmas(intervals, final_zero=final_zero)
     if schedule not in (known := schedules_for(backbone)):
         raise ScheduleError(
-            f"schedule {schedule!r} is not for model {backbone.model_id!r} (form {backbone.form}): "
+            f"schedule {shown(schedule)} is not for model {shown(backbone.model_id)} (form {backbone.form}): "
             f"take {' or '.join(known)}"
         )
     high, low = backbone.sigmas(1).tolist()

@@ -7,7 +7,7 @@ import torch
 from pydantic import JsonValue
 
 from epd_ray.drawing.sampler import Sampler, alike, to_uint8
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
@@ -108,7 +108,7 @@ class RolloutWorker:
         finite = pictures.flatten(1).isfinite().all(1).tolist()
         broken = [i for i, whole in enumerate(finite) if not whole]
         if broken:
-            named = "; ".join(f"{prompts[i]!r} with seed {noise_seeds[i]}" for i in broken[:3])
+            named = "; ".join(f"{shown(prompts[i])} with seed {noise_seeds[i]}" for i in broken[:3])
             raise ModelError(f"{len(broken)} pictures are not finite ({named}): use dtype float32, or a finer solver")
         images: ImageArray = to_uint8(pictures).numpy()
         return images

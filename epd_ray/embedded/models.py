@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 
 EMBEDDED = {name: Path(__file__).parent / name for name in ("shapes", "shapes-clip")}
 
@@ -20,7 +20,9 @@ def resolve_model(model: str) -> str:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path and not Path(model).expanduser().is_dir():
         names = ", ".join(EMBEDDED)
-        raise ModelError(f"model {model!r} is no directory: give a pipeline directory, a hub id, or one of {names}")
+        raise ModelError(
+            f"model {shown(model)} is no directory: give a pipeline directory, a hub id, or one of {names}"
+        )
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
 
 
@@ -37,4 +39,6 @@ def require_vocabulary(model: str, tokenizers: Iterable[Any]) -> None:
     for tokenizer in tokenizers:
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             kind = type(tokenizer).__name__
-            raise ModelError(f"model {model!r} has a {kind} without words: its files are missing, fetch them again")
+            raise ModelError(
+                f"model {shown(model)} has a {kind} without words: its files are missing, fetch them again"
+            )

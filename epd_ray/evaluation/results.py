@@ -9,7 +9,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.evaluation.suites.tables import markdown
 from epd_ray.report.page import page_template
 from epd_ray.report.tables import figures_of, text
@@ -79,7 +79,7 @@ def read_sections(source: Path) -> list[Section]:
             return [_suite(source)]
         cases, made_by = _record(source)
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{source} cannot be read ({error!r}): measure it again") from error
+        raise RunDirectoryError(f"{source} cannot be read ({shown(error)}): measure it again") from error
     return [Section(f"Benchmark {case}", "\n".join(_tables(found)), made_by) for case, found in cases.items()]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from epd_ray.errors import PromptError
+from epd_ray.errors import PromptError, shown
 
 COLUMNS = ("prompt", "caption", "text", "captions")
 """In a file with columns, the first of these that exists holds the prompts; a single column may have any name."""
@@ -132,7 +132,7 @@ def _first_text(value: object, column: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise PromptError(f"{where}: {column!r} is {type(value).__name__}, expected text")
+        raise PromptError(f"{where}: {shown(column)} is {type(value).__name__}, expected text")
     return value
 
 

@@ -18,6 +18,7 @@ from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
 from epd_ray.config.sections import RDPOSection, SolverConfig
 from epd_ray.config.services import ClusterConfig
 from epd_ray.drawing.sampler import Sampler
+from epd_ray.errors import shown
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.policy.network import PolicySpec
@@ -296,12 +297,13 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         for name, spec in self.reward_specs.items():
             if spec.replicas < 1 and (spec.replicas < 0 or spec.python is not None or spec.max_replicas):
                 self._value_error(
-                    f"rewards() has replicas {spec.replicas} for {name!r}: it must be at least 1, or 0 (in the driver) "
+                    f"rewards() has replicas {spec.replicas} for {shown(name)}: it must be at least 1, or "
+                    "0 (in the driver) "
                     "without python and max_replicas"
                 )
         if self.encoder_spec is not None and self.backbone_spec.family != "auto":
             self._value_error(
-                f"actors(encoder_spec=...) needs the backbone family 'auto', not {self.backbone_spec.family!r}"
+                f"actors(encoder_spec=...) needs the backbone family 'auto', not {shown(self.backbone_spec.family)}"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import companion, find_file, linear_layers, read_tensors
 from epd_ray.rewards.preprocess import pil_pixels
@@ -52,12 +52,13 @@ class AestheticHead:
             layers = linear_layers(read_tensors(find_file(model, CHECKPOINTS, revision)), "layers.")
         base = companion(model, clip, "openai/clip-vit-large-patch14", ["config.json"])
         with opening(base, "CLIP model"):
-            network = open_clip_model(base, None, f"CLIP model {base!r}")
+            network = open_clip_model(base, None, f"CLIP model {shown(base)}")
         del network.text_model
         width, takes = network.config.projection_dim, layers[0].in_features
         if width != takes:
             raise ModelError(
-                f"aesthetic predictor {model!r} takes embeddings of {takes} numbers, but CLIP model {base!r} gives"
+                f"aesthetic predictor {shown(model)} takes embeddings of {takes} numbers, but CLIP "
+                f"model {shown(base)} gives"
                 f" {width}: set `clip` to the CLIP model that the predictor was trained with"
             )
         self._network = network.to(self._device, self._dtype).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epd_ray.embedded.models import resolve_model
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ def find_file(model: str, names: Sequence[str], revision: str | None = None) -> 
     if Path(location).is_dir():
         found = next((path for name in names if (path := Path(location, name)).is_file()), None)
         if found is None:
-            raise ModelError(f"{model!r} is a directory without {' or '.join(names)}: put one of them there")
+            raise ModelError(f"{shown(model)} is a directory without {' or '.join(names)}: put one of them there")
         return found
     for name in names:
         try:
@@ -55,7 +55,9 @@ def find_file(model: str, names: Sequence[str], revision: str | None = None) -> 
             return found
         except EntryNotFoundError:
             continue
-    raise ModelError(f"repository {model!r} has no {' or '.join(names)}: give a repository or directory that has one")
+    raise ModelError(
+        f"repository {shown(model)} has no {' or '.join(names)}: give a repository or directory that has one"
+    )
 
 
 def companion(model: str, given: str | None, default: str, files: Sequence[str]) -> str:
@@ -96,7 +98,9 @@ def read_tensors(path: Path, convert: str = CONVERT) -> Tensors:
     except ModelError:
         raise
     except Exception as error:  # torch raises many kinds of exceptions for a truncated file
-        raise ModelError(f"{str(path)!r} cannot be read ({_first_sentence(error)}): fetch or copy it again") from error
+        raise ModelError(
+            f"{shown(str(path))} cannot be read ({_first_sentence(error)}): fetch or copy it again"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path.name} holds no state dict (name -> tensor): {convert}")
@@ -176,27 +180,29 @@ def convert_module(source: Path, target: Path) -> int:
         ModelError: the source holds no such module, or the target cannot be written.
     """
     if target.suffix != ".safetensors":
-        raise ModelError(f"target {str(target)!r} does not end in .safetensors: give it that ending")
+        raise ModelError(f"target {shown(str(target))} does not end in .safetensors: give it that ending")
     if os.path.lexists(target):
-        raise ModelError(f"target {str(target)!r} already exists: remove it, or give another name")
+        raise ModelError(f"target {shown(str(target))} already exists: remove it, or give another name")
     if not target.parent.is_dir():
-        raise ModelError(f"target {str(target)!r} is in no existing directory: create {str(target.parent)!r} first")
+        raise ModelError(
+            f"target {shown(str(target))} is in no existing directory: create {shown(str(target.parent))} first"
+        )
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         stand_ins: list[Any] = [(type("StandIn", (Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             module = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # as in read_tensors
-        raise ModelError(f"{str(source)!r} cannot be converted: {_first_sentence(error)}") from error
+        raise ModelError(f"{shown(str(source))} cannot be converted: {_first_sentence(error)}") from error
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in saved_tensors(module)}
     if not tensors:
-        raise ModelError(f"{str(source)!r} holds no module: give the file that torch.save(model) wrote")
+        raise ModelError(f"{shown(str(source))} holds no module: give the file that torch.save(model) wrote")
     try:
         save_file(tensors, target)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             target.unlink()  # it may be half written
-        raise ModelError(f"target {str(target)!r} cannot be written: {_first_sentence(error)}") from error
+        raise ModelError(f"target {shown(str(target))} cannot be written: {_first_sentence(error)}") from error
     return len(tensors)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from epd_ray.embedded.models import resolve_model
+from epd_ray.errors import shown
 from epd_ray.rewards.batches import check_batch_size, place
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
 from epd_ray.rewards.towers import ClipTowers, open_clip_model, open_clip_processor
@@ -44,7 +45,7 @@ class ClipHead:
         torch_device, torch_dtype = place(device, dtype)
         location = resolve_model(model)
         with opening(model, "CLIP model"):
-            network = open_clip_model(location, revision, f"CLIP model {model!r}")
+            network = open_clip_model(location, revision, f"CLIP model {shown(model)}")
             pixels = open_clip_processor(location, revision)
         tokenizer = open_tokenizer(CLIPTokenizer, model, revision)
         length = network.config.text_config.max_position_embeddings

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from epd_ray.errors import shown
 from epd_ray.rewards.batches import check_batch_size, place
 from epd_ray.rewards.checkpoints import TOKENIZER_FILES, companion, find_file, read_tensors
 from epd_ray.rewards.preprocess import tensor_pixels
@@ -51,7 +52,7 @@ class HpsV21Head:
         tokenizer_source = companion(model, tokenizer, "openai/clip-vit-large-patch14", TOKENIZER_FILES)
         with opening(model, "HPSv2.1 model"):
             tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
-            network = build_clip(from_open_clip(tensors), f"HPSv2.1 model {model!r}")
+            network = build_clip(from_open_clip(tensors), f"HPSv2.1 model {shown(model)}")
         clip_tokenizer = open_tokenizer(CLIPTokenizer, tokenizer_source)
         length = network.config.text_config.max_position_embeddings
         self._towers = ClipTowers(

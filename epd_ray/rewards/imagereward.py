@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import (
     TOKENIZER_FILES,
@@ -85,7 +85,8 @@ class ImageRewardHead:
         bert_tokenizer = open_bert_tokenizer(tokenizer_source)
         if len(bert_tokenizer) > text.config.vocab_size:
             raise ModelError(
-                f"tokenizer {tokenizer_source!r} has {len(bert_tokenizer)} tokens, ImageReward model {model!r} has"
+                f"tokenizer {shown(tokenizer_source)} has {len(bert_tokenizer)} tokens, ImageReward "
+                f"model {shown(model)} has"
                 f" {text.config.vocab_size}: give the tokenizer that the model was trained with"
             )
         self._tokens = PromptTokenizer(bert_tokenizer, TEXT_LENGTH, head="imagereward")
@@ -151,7 +152,7 @@ def build_vision(tensors: Tensors, model: str) -> Any:
         None, config=config, state_dict=tensors, dtype=torch.float32,
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    check_loaded(report, f"ImageReward model {model!r}")
+    check_loaded(report, f"ImageReward model {shown(model)}")
     return network
 
 
@@ -177,7 +178,8 @@ def build_text(tensors: Tensors, med: dict[str, Any], image_width: int, model: s
     missing = [field for field in MED_FIELDS if field not in med]
     if missing:
         raise ModelError(
-            f"ImageReward model {model!r}: med_config.json lacks {', '.join(missing)}: fetch the published file again"
+            f"ImageReward model {shown(model)}: med_config.json lacks {', '.join(missing)}: fetch "
+            "the published file again"
         )
     config = BlipTextConfig(
         **{field: med[field] for field in MED_FIELDS}, encoder_hidden_size=image_width, is_decoder=True,
@@ -187,5 +189,5 @@ def build_text(tensors: Tensors, med: dict[str, Any], image_width: int, model: s
         None, add_pooling_layer=False, config=config, state_dict=tensors, dtype=torch.float32,
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    check_loaded(report, f"ImageReward model {model!r}")
+    check_loaded(report, f"ImageReward model {shown(model)}")
     return network

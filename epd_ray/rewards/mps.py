@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention, silu
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.batches import check_batch_size, in_batches, place
 from epd_ray.rewards.checkpoints import (
     PROCESSOR_FILES,
@@ -72,7 +72,7 @@ class MpsHead:
         processor_source = companion(model, processor, LAION, PROCESSOR_FILES)
         with opening(model, "MPS model"):
             tensors = read_mps(model, revision)
-            network = build_clip(part(tensors, "model."), f"MPS model {model!r}")
+            network = build_clip(part(tensors, "model."), f"MPS model {shown(model)}")
             cross = build_cross(part(tensors, "cross_model."), model)
         with opening(processor_source, "image processor"):
             self._pixels = open_clip_processor(processor_source)
@@ -248,7 +248,7 @@ def build_cross(tensors: Tensors, model: str) -> Any:
         inner = tensors["layers.0.0.fn.ff.2.weight"].shape[1]
         frequencies = tensors["layers.0.1.fn.rotary_emb.inv_freq"]
     except KeyError as error:
-        raise ModelError(f"MPS model {model!r} lacks {error.args[0]}: is it another model's file?") from error
+        raise ModelError(f"MPS model {shown(model)} lacks {error.args[0]}: is it another model's file?") from error
     layers = [CrossLayer(dim, head, inner_heads // head, inner) for _ in range(count_layers(tensors, "layers."))]
     renamed = {}
     for key, value in tensors.items():
@@ -260,5 +260,5 @@ def build_cross(tensors: Tensors, model: str) -> Any:
         cross.load_state_dict(renamed)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
-        raise ModelError(f"MPS model {model!r} does not fit: {first}") from error
+        raise ModelError(f"MPS model {shown(model)} does not fit: {first}") from error
     return cross.eval().requires_grad_(False)

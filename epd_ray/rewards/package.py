@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.batches import in_batches
 from epd_ray.rewards.preprocess import to_bytes
 from epd_ray.weights.devices import pick_device
@@ -173,7 +173,7 @@ def _files(model: str, *names: str) -> list[Path]:
     files = [Path(model).expanduser() / name for name in names]
     for file in files:
         if not file.is_file():
-            raise ModelError(f"model {model!r} has no {file.name}: give a directory with {', '.join(names)}")
+            raise ModelError(f"model {shown(model)} has no {file.name}: give a directory with {', '.join(names)}")
     return files
 
 

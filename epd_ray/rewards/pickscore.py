@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from epd_ray.embedded.models import resolve_model
+from epd_ray.errors import shown
 from epd_ray.rewards.batches import check_batch_size, place
 from epd_ray.rewards.checkpoints import PROCESSOR_FILES, TOKENIZER_FILES, companion
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
@@ -50,7 +51,7 @@ class PickScoreHead:
         tokenizer_source = companion(model, processor, LAION, TOKENIZER_FILES)
         processor_source = companion(model, processor, LAION, PROCESSOR_FILES)
         with opening(model, "PickScore model"):
-            network = open_clip_model(resolve_model(model), revision, f"PickScore model {model!r}")
+            network = open_clip_model(resolve_model(model), revision, f"PickScore model {shown(model)}")
         tokenizer = open_tokenizer(CLIPTokenizer, tokenizer_source)
         with opening(processor_source, "image processor"):
             pixels = open_clip_processor(processor_source)

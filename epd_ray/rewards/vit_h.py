@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.checkpoints import Tensors, check_loaded, count_layers
 
 TEXT_HEAD_WIDTH, VISION_HEAD_WIDTH = 64, 80  # those of ViT-H/14, because they do not follow from the weights' shapes
@@ -57,7 +57,7 @@ def from_open_clip(tensors: Tensors) -> Tensors:
                     converted[f"{layer}.self_attn.{name}_proj.{block[4]}"] = third
         else:
             raise ModelError(
-                f"the checkpoint has a weight {key!r}, which no open_clip ViT has: is it another model's file?"
+                f"the checkpoint has a weight {shown(key)}, which no open_clip ViT has: is it another model's file?"
             )
     return converted
 

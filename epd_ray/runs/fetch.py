@@ -13,7 +13,7 @@ from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import EpdRayError, ModelError
+from epd_ray.errors import EpdRayError, ModelError, shown
 from epd_ray.telemetry.progress import Observer
 from epd_ray.weights.hub import opening
 
@@ -136,7 +136,7 @@ def fetch_model(model: str, revision: str | None) -> None:
     index = read_index(model, revision)  # a small file, read before gigabytes are downloaded in vain
     if index.class_name not in FAMILIES.names():
         known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {model!r} is a {index.class_name}, supported are: {known}")
+        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
     if Path(index.location).is_dir():
         return
     from diffusers import DiffusionPipeline
@@ -159,6 +159,6 @@ def fetch_head(name: str, spec: RewardSpec) -> None:
     there = _there(ray.get_runtime_context().get_node_id())
     handle = start_head(name, replace(spec, options=options), there)
     try:
-        insist(handle, f"reward head {name!r}", "loading", handle.ready.remote)
+        insist(handle, f"reward head {shown(name)}", "loading", handle.ready.remote)
     finally:
         ray.kill(handle)

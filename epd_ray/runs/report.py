@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.evaluation.records import SHEET_COLUMNS, Column, Evaluation
 from epd_ray.evaluation.validation import read_curve
 from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
@@ -112,7 +112,7 @@ def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
     if not prompts or not columns:
         raise RunDirectoryError(f"{files.samples} has no prompts.json with prompts, or no columns were asked for")
     if missing := [key for key in columns if not (files.samples / key).is_dir()]:
-        raise RunDirectoryError(f"{files.samples} has no folder {missing[0]!r}")
+        raise RunDirectoryError(f"{files.samples} has no folder {shown(missing[0])}")
     known = _load(Evaluation, files.evaluation)
     side, gap, caption, head = 192, 12, 264, 92
     width, height = caption + len(columns) * (side + gap) + gap, head + len(prompts) * (side + gap) + gap

@@ -15,7 +15,7 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
 from epd_ray.drawing.sampler import learned, to_uint8
 from epd_ray.drawing.truncation import warn_of_truncation
-from epd_ray.errors import ConfigError, TableError
+from epd_ray.errors import ConfigError, TableError, shown
 from epd_ray.solvers import Solver, check_fit
 from epd_ray.solvers.conditioned import noises
 from epd_ray.types import Backbone
@@ -110,13 +110,15 @@ def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
         options.family is None and registry not in BACKBONES.names()
     ):  # a downloaded file must not choose the code that runs
         raise TableError(
-            f"solver {name} was made with the backbone {registry!r}, which is code from outside of this package: "
+            f"solver {name} was made with the backbone {shown(registry)}, which is code from outside of this package: "
             f"to run it, pass --family {registry}"
         )
     model = options.model or made.model_id
     if registry != AUTO:
         if (options.device, options.dtype, options.resolution) != ("auto", "auto", None):
-            raise ConfigError([f"backbone {registry!r} takes no --device, --dtype or --resolution: leave them out"])
+            raise ConfigError(
+                [f"backbone {shown(registry)} takes no --device, --dtype or --resolution: leave them out"]
+            )
         arguments: dict[str, Any] = dict(made.options)
         return BACKBONES.build(registry, arguments | ({"model": options.model} if options.model else {}))
     if model is None:

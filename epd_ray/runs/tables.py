@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.runs.presets import as_text
 from epd_ray.solvers import Solver
 from epd_ray.solvers.reference import SUFFIX, read_reference
@@ -69,7 +69,9 @@ def import_reference(file: str | os.PathLike[str], out: str | os.PathLike[str]) 
         TableError: the file is not one of the reference implementation, or `out` is not empty.
     """
     if Path(file).suffix != SUFFIX:
-        raise TableError(f"{os.fspath(file)!r} is no {SUFFIX} file (use epd-ray tables convert for any other solver)")
+        raise TableError(
+            f"{shown(os.fspath(file))} is no {SUFFIX} file (use epd-ray tables convert for any other solver)"
+        )
     return convert(file, out)
 
 

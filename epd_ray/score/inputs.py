@@ -20,7 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from epd_ray.errors import EpdRayError, PromptError
+from epd_ray.errors import EpdRayError, PromptError, shown
 from epd_ray.prompts.files import COLUMNS, SUFFIXES, pick_column, read_prompts
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -143,7 +143,7 @@ def _require_unique(ids: pa.ChunkedArray, source: str) -> None:
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
         first, times = twice[0]["values"].as_py(), twice[0]["counts"]
-        raise SourceError(f"{source} has the id {first!r} {times} times: make ids unique")
+        raise SourceError(f"{source} has the id {shown(first)} {times} times: make ids unique")
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
     by_name, names = _named_prompts(prompts), [file.relative_to(root).as_posix() for file in files]
     texts = [by_name.get(name) for name in names]
     if not any(texts):
-        raise PromptError(f"{prompts} names none of the pictures in {root}, such as {names[0]!r}")
+        raise PromptError(f"{prompts} names none of the pictures in {root}, such as {shown(names[0])}")
     return texts
 
 
@@ -201,7 +201,7 @@ def _named_prompts(path: Path) -> dict[str, str]:
     for name, text in zip(table[file].to_pylist(), table[prompt].to_pylist(), strict=True):
         key = PurePosixPath(str(name)).as_posix()
         if key in found:
-            raise PromptError(f"{path} names {key!r} twice, expected one prompt per picture")
+            raise PromptError(f"{path} names {shown(key)} twice, expected one prompt per picture")
         found[key] = _first_text(text)
     return found
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.score.rows import score_column
 from epd_ray.storage.run_directory import make_folder, whole, write_text
 
@@ -73,7 +73,7 @@ class ScoreDirectory:
         names = sorted(p.name for p in path.iterdir()) if path.exists() else []
         other = [n for n in names if n != SUMMARY and not PART.fullmatch(n) and not UNFINISHED.fullmatch(n)]
         if other:
-            raise RunDirectoryError(f"{path} holds other things ({other[0]!r}): name another --out")
+            raise RunDirectoryError(f"{path} holds other things ({shown(other[0])}): name another --out")
         self.parts = [path / name for name in names if PART.fullmatch(name)]
         for part in self.parts:
             self._require_same_heads(part)
@@ -92,7 +92,8 @@ class ScoreDirectory:
             if differs := [key for key, value in facts.items() if held[name].get(key) != value]:
                 key = differs[0]
                 raise RunDirectoryError(
-                    f"{self.path} holds scores of {name!r} with {key} {held[name].get(key)}, now it is {facts[key]}: "
+                    f"{self.path} holds scores of {shown(name)} with {key} {held[name].get(key)}, now it "
+                    f"is {facts[key]}: "
                     "name another --out"
                 )
 
@@ -114,7 +115,7 @@ class ScoreDirectory:
             others = table.filter(pc.invert(pc.is_in(table["id"], value_set=index["id"].combine_chunks())))
             if len(others):
                 raise RunDirectoryError(
-                    f"{part} holds {others['id'][0].as_py()!r}, which the source lacks: name another --out"
+                    f"{part} holds {shown(others['id'][0].as_py())}, which the source lacks: name another --out"
                 )
         keys = pa.chunked_array([c for t in done for c in _keys(t).chunks], pa.string())
         return index.filter(pc.invert(pc.is_in(_keys(index), value_set=keys.combine_chunks())))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, TableError
+from epd_ray.errors import ScheduleError, TableError, shown
 from epd_ray.solvers.interval import FLOW_SIGMA_MAX, inner_sigma
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import SolverTable
@@ -121,7 +121,7 @@ def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, 
         raise TableError(f"the table has {table.intervals} intervals, but {len(sigmas)} sigmas make {len(sigmas) - 1}")
     check_order(order)
     if form not in (None, "ve", "flow"):
-        raise TableError(f"form is {form!r}, expected 've', 'flow' or None")
+        raise TableError(f"form is {shown(form)}, expected 've', 'flow' or None")
     if afs and form is None:
         raise TableError("afs needs form='ve' or form='flow': the analytical first step differs between them")
     if form == "flow" and sigmas[0] > FLOW_SIGMA_MAX:

@@ -4,7 +4,7 @@ output stands for."""
 import torch
 from torch import Tensor
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.solvers.epd import spread
 from epd_ray.solvers.scheduler_config import SchedulerFacts
 from epd_ray.solvers.schedules import alphas_cumprod, sigma_to_timestep
@@ -53,8 +53,8 @@ def check_same(ours: SchedulerFacts, theirs: SchedulerFacts) -> None:
     fix = "(use a solver made for it)"
     if ours.prediction_type != theirs.prediction_type:
         raise TableError(
-            f"the solver is for a network that predicts {ours.prediction_type!r}, "
-            f"but this pipeline's predicts {theirs.prediction_type!r} {fix}"
+            f"the solver is for a network that predicts {shown(ours.prediction_type)}, "
+            f"but this pipeline's predicts {shown(theirs.prediction_type)} {fix}"
         )
     mine, given = ours.model_dump(), theirs.model_dump()
     if mine == given:
@@ -64,7 +64,7 @@ def check_same(ours: SchedulerFacts, theirs: SchedulerFacts) -> None:
     ):
         return
     name = next(key for key in mine if mine[key] != given[key])
-    values = ("", "") if name == "trained_betas" else (f" {mine[name]!r}", f" is {given[name]!r}")
+    values = ("", "") if name == "trained_betas" else (f" {shown(mine[name])}", f" is {shown(given[name])}")
     raise TableError(
         f"the solver is for a network with {name}{values[0]}, but this pipeline's{values[1] or ' differ'} {fix}"
     )
@@ -101,5 +101,5 @@ def _alphas_cumprod(facts: SchedulerFacts) -> Tensor:
     try:
         betas: Tensor = DDIMScheduler(**given).betas
     except NotImplementedError as error:
-        raise TableError(f"beta_schedule is {facts.beta_schedule!r}, which diffusers does not know") from error
+        raise TableError(f"beta_schedule is {shown(facts.beta_schedule)}, which diffusers does not know") from error
     return alphas_cumprod(betas)

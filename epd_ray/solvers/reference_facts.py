@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.solvers import schedules
 from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.solvers.solver import Solver
@@ -128,7 +128,7 @@ def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str,
     """Sigmas [N+1], and the name and options of their schedule, for the solver's meta."""
     kind, rho, config = facts.schedule_type, facts.schedule_rho, facts.backend_config
     if (kind == "flowmatch") != (family.form == "flow"):
-        raise TableError(f"schedule_type is {kind!r}, which the backend {facts.backend!r} does not have")
+        raise TableError(f"schedule_type is {shown(kind)}, which the backend {shown(facts.backend)} does not have")
     if kind == "flowmatch":
         dynamic = facts.backend == "flux"
         shape: dict[str, JsonValue] = {"mu": config.flowmatch_mu} if dynamic else {"shift": config.flowmatch_shift}
@@ -139,7 +139,7 @@ def _schedule(facts: ReferenceFacts, family: _Family) -> tuple[Tensor, dict[str,
     if kind == "logsnr":
         return schedules.logsnr(facts.num_steps, low, high), {"kind": kind}
     if rho is None:
-        raise TableError(f"schedule_rho is absent, but the schedule {kind!r} needs it")
+        raise TableError(f"schedule_rho is absent, but the schedule {shown(kind)} needs it")
     if kind == "discrete":
         return schedules.discrete(facts.num_steps, alphas_cumprod, rho), {"kind": kind, "rho": rho}
     curve = schedules.polynomial if kind == "polynomial" else schedules.time_uniform

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Form
 
@@ -68,9 +68,11 @@ def parse_facts(values: object, form: str | None) -> SchedulerFacts:
         first = error.errors()[0]
         raise TableError(f"scheduler.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if form not in ("ve", "flow"):
-        raise TableError(f"form is {form!r}, expected 've' or 'flow' (a scheduler needs to know how noise enters)")
+        raise TableError(f"form is {shown(form)}, expected 've' or 'flow' (a scheduler needs to know how noise enters)")
     if (form == "flow") != (facts.prediction_type == "flow_prediction"):
-        raise TableError(f"form is {form!r}, which does not go with prediction_type {facts.prediction_type!r}")
+        raise TableError(
+            f"form is {shown(form)}, which does not go with prediction_type {shown(facts.prediction_type)}"
+        )
     if form == "ve" and not facts.has_betas:
         raise TableError("beta_start, beta_end or beta_schedule is absent (give all three, or trained_betas)")
     return facts

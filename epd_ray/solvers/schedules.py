@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, UnknownNameError
+from epd_ray.errors import ScheduleError, UnknownNameError, shown
 from epd_ray.registry import did_you_mean
 from epd_ray.types import Form
 
@@ -225,7 +225,7 @@ def require_schedule(name: str) -> None:
         UnknownNameError: the message suggests the nearest name.
     """
     if name != MODEL and name not in SCHEDULES:
-        raise UnknownNameError(f"unknown schedule {name!r}{did_you_mean(name, [MODEL, *SCHEDULES])}")
+        raise UnknownNameError(f"unknown schedule {shown(name)}{did_you_mean(name, [MODEL, *SCHEDULES])}")
 
 
 def check_sigmas(sigmas: Tensor, *, allow_zero: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, TableError
+from epd_ray.errors import ScheduleError, TableError, shown
 from epd_ray.registry import did_you_mean
 from epd_ray.solvers.card import HUB_ID, local_model, model_card, takes_prompts
 from epd_ray.solvers.costs import Cost
@@ -227,7 +227,9 @@ class Solver:
             raise TableError(f"not valid JSON: {error}") from error
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
-            raise TableError(f"format_version is {version!r}, expected {FORMAT_VERSION} (another epd-ray wrote it)")
+            raise TableError(
+                f"format_version is {shown(version)}, expected {FORMAT_VERSION} (another epd-ray wrote it)"
+            )
         try:
             file = _SolverFile.model_validate(record)
         except ValidationError as error:
@@ -278,7 +280,7 @@ def _write(path: Path, text: str) -> Path:
 def _download(repo_id: str, revision: str | None) -> Path:
     if not HUB_ID.fullmatch(repo_id):
         raise TableError(
-            f"{repo_id!r} is no directory (pass one that holds {FILE_NAME}, a hub id 'owner/name', or a preset"
+            f"{shown(repo_id)} is no directory (pass one that holds {FILE_NAME}, a hub id 'owner/name', or a preset"
             f"{did_you_mean(repo_id, PRESETS)})"
         )
     import huggingface_hub  # here, since the hub's client takes long to import
@@ -288,4 +290,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, FILE_NAME, revision=revision))
     except HUB_FAILURES as error:
-        raise TableError(f"{repo_id!r} is no directory, and not to be had from the hub: {explain(error)}") from error
+        raise TableError(
+            f"{shown(repo_id)} is no directory, and not to be had from the hub: {explain(error)}"
+        ) from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 from epd_ray.registry import Registry
 from epd_ray.solvers.costs import Cost, fewest_intervals, sequential_cost
 from epd_ray.solvers.epd import Callback
@@ -158,7 +158,7 @@ def require_installed(names: Sequence[str]) -> None:
     if missing:
         raise ConfigError(
             [
-                f"solver {name!r}: the package {extra} is not installed: pip install 'epd-ray[{extra}]'"
+                f"solver {shown(name)}: the package {extra} is not installed: pip install 'epd-ray[{extra}]'"
                 for name, extra in missing.items()
             ]
         )
@@ -176,7 +176,7 @@ def require_form(names: Sequence[str], form: Form) -> None:
         _, schedule = split(name)
         forms = find(name).forms if schedule == MODEL else (SCHEDULES[schedule],)
         if form not in forms:
-            problems.append(f"solver {name!r} follows the form {' or '.join(forms)}, but this model's is {form}")
+            problems.append(f"solver {shown(name)} follows the form {' or '.join(forms)}, but this model's is {form}")
     if problems:
         raise ConfigError(problems)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from epd_ray.errors import RewardError
+from epd_ray.errors import RewardError, shown
 from epd_ray.storage.run_directory import make_folder, whole
 from epd_ray.types import ImageArray
 
@@ -113,7 +113,9 @@ def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
         raise RewardError(min(wrong), "scored some rollouts of the batch, but not all", [rollout_id])
     for head, value in [*rewards.items(), ("mix", row["reward"])]:
         if not math.isfinite(value):
-            raise RewardError(head, f"{value} for prompt {row['prompt']!r}, expected a finite number", [rollout_id])
+            raise RewardError(
+                head, f"{value} for prompt {shown(row['prompt'])}, expected a finite number", [rollout_id]
+            )
     lists = [field.name for field in ROLLOUT_SCHEMA if field.type == NUMBERS and row[field.name] is not None]
     for name in (*lists, "log_prob", "advantage"):
         if not np.isfinite(row[name]).all():

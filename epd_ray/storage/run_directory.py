@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def refuse_others(place: str, names: Sequence[str]) -> None:
     if "config.yaml" in names:
         raise RunDirectoryError(f"{place} holds another run: resume it, or name a new directory")
     if found := sorted(name for name in names if name not in UNFINISHED and not name.endswith(".tmp")):
-        raise RunDirectoryError(f"{place} is not empty (it holds {found[0]!r}): name a new directory")
+        raise RunDirectoryError(f"{place} is not empty (it holds {shown(found[0])}): name a new directory")
 
 
 def package_versions() -> dict[str, str]:

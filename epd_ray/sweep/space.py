@@ -14,7 +14,7 @@ from epd_ray.config.loading import apply_override, read_yaml, resolve
 from epd_ray.config.problems import problems_of
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.values import Positive, Section
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 from epd_ray.randomness import Purpose, stream
 
 COMBINATIONS = 1000  # of values, at most, that are checked before anything starts
@@ -111,7 +111,7 @@ class SweepSection(Section):
             if unknown[0] in FIXED:
                 raise ValueError(f"{unknown[0]} is the same for all trials (their budget is sweep.images)")
             near = difflib.get_close_matches(unknown[0], KEYS, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else "keys of rdpo, solver and distill can"
+            fix = f"did you mean {shown(near[0])}?" if near else "keys of rdpo, solver and distill can"
             raise ValueError(f"{unknown[0]} cannot be swept; {fix}")
         return space
 

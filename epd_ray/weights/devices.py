@@ -2,7 +2,7 @@
 
 import torch
 
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([f"device {name!r} is not available ({reason}): use auto or cpu"]) from error
+        raise ConfigError([f"device {shown(name)} is not available ({reason}): use auto or cpu"]) from error
 
 
 def one_thread() -> None:
@@ -41,7 +41,7 @@ def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     if name == "auto":
         return _fastest(device)
     if name not in DTYPES:
-        raise ConfigError([f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}"])
+        raise ConfigError([f"dtype {shown(name)} is unknown: use auto, {', '.join(DTYPES)}"])
     return DTYPES[name]
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client that the hub's library uses
 from safetensors import SafetensorError
 
-from epd_ray.errors import ModelError, is_own_bug
+from epd_ray.errors import ModelError, is_own_bug, shown
 
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, EOFError, httpx.HTTPError,
@@ -53,7 +53,7 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         chain = list(_causes(error))
         if is_own_bug(error) or (not _is_pickle(chain) and not any(isinstance(e, UNREADABLE) for e in chain)):
             raise
-        raise ModelError(f"{kind} {model!r} cannot be opened: {explain(error)}") from error
+        raise ModelError(f"{kind} {shown(model)} cannot be opened: {explain(error)}") from error
 
 
 def explain(error: BaseException) -> str:

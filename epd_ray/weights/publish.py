@@ -5,7 +5,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from epd_ray.errors import TableError
+from epd_ray.errors import TableError, shown
 from epd_ray.weights.hub import HUB_FAILURES, first_line
 
 _FIX = "have a write token: run `hf auth login`, set HF_TOKEN, or pass token="
@@ -28,7 +28,7 @@ def upload(repo_id: str, folder: Path, *, token: str | None, private: bool, comm
         TableError: no token, no permission, or no connection.
     """
     if token is None and huggingface_hub.get_token() is None:
-        raise TableError(f"{repo_id!r} cannot be written: no token here ({_FIX})")
+        raise TableError(f"{shown(repo_id)} cannot be written: no token here ({_FIX})")
     api = huggingface_hub.HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -41,5 +41,5 @@ def upload(repo_id: str, folder: Path, *, token: str | None, private: bool, comm
         if isinstance(error, HfHubHTTPError):
             rights = {401: f" ({_FIX})", 403: f" (use an owner that you may write to, and {_FIX})"}
             fix = rights.get(error.response.status_code, "")
-        raise TableError(f"{repo_id!r} cannot be written: {said}{fix}") from error
+        raise TableError(f"{shown(repo_id)} cannot be written: {said}{fix}") from error
     return str(address)

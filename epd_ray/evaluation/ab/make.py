@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from epd_ray.errors import PromptError, SideBySideError
+from epd_ray.errors import PromptError, SideBySideError, shown
 from epd_ray.evaluation.ab.records import KEY, PAGE, RESULTS, Key, Pair
 from epd_ray.evaluation.metrics.pictures import picture_files, read_picture
 from epd_ray.randomness import Purpose, stream
@@ -83,7 +83,7 @@ def _paired(left: Path, right: Path) -> list[str]:
     for has, lacks, missing in ((left, right, set(names) - set(others)), (right, left, set(others) - set(names))):
         if missing:
             raise SideBySideError(
-                f"{has} has {len(missing)} pictures that {lacks} lacks, such as {min(missing)!r}: "
+                f"{has} has {len(missing)} pictures that {lacks} lacks, such as {shown(min(missing))}: "
                 "give two folders with the same names, drawn from the same prompts and seeds"
             )
     return names
@@ -100,7 +100,9 @@ def _prompts(left: Path, right: Path, names: Sequence[str], file: Path | None) -
         different = [n for n, texts in zip(names, zip(*lists, strict=True), strict=True) if len(set(texts)) > 1]
         if different:
             both = " and ".join(map(str, beside))
-            raise SideBySideError(f"{both} have different prompts for {different[0]!r}: compare pictures of one prompt")
+            raise SideBySideError(
+                f"{both} have different prompts for {shown(different[0])}: compare pictures of one prompt"
+            )
         return lists[0]
     return [text or "" for text in folder_prompts(left, [left / name for name in names], None)]
 

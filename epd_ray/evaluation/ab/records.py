@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from epd_ray.errors import SideBySideError
+from epd_ray.errors import SideBySideError, shown
 
 PAGE, KEY, RESULTS = "index.html", "key.json", "results.json"
 
@@ -118,7 +118,7 @@ def check_votes(votes: Votes, key: Key, where: str) -> None:
     for vote in votes.votes:
         if vote.pair not in known or vote.pair in seen:
             what = "has two votes" if vote.pair in seen else "is not on the page"
-            raise SideBySideError(f"{where} is damaged: pair {vote.pair!r} {what} (save it from the page again)")
+            raise SideBySideError(f"{where} is damaged: pair {shown(vote.pair)} {what} (save it from the page again)")
         seen.add(vote.pair)
 
 

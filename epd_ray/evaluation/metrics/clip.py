@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from epd_ray.embedded.models import resolve_model
+from epd_ray.errors import shown
 from epd_ray.evaluation.metrics.checks import checked_images
 from epd_ray.evaluation.metrics.weights import weights_checksum
 from epd_ray.rewards.batches import check_batch_size
@@ -39,7 +40,7 @@ class ClipFeatures:
         self._device, self._batch_size = pick_device(device), check_batch_size(batch_size)
         location = resolve_model(model)
         with opening(model, "CLIP model"):
-            network = open_clip_model(location, revision, f"CLIP model {model!r}")
+            network = open_clip_model(location, revision, f"CLIP model {shown(model)}")
             self._pixels = open_clip_processor(location, revision)
         self.model_id, self.revision = model, weights_checksum(network)
         self.dimension: int = network.config.projection_dim

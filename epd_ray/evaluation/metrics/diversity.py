@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from epd_ray.errors import MetricError
+from epd_ray.errors import MetricError, shown
 from epd_ray.evaluation.metrics.checks import checked_features
 
 
@@ -36,7 +36,7 @@ def diversity(features: npt.NDArray[np.generic], prompts: Sequence[str]) -> dict
     alone = [prompt for prompt, members in found.items() if len(members) < 2]
     if alone:
         raise MetricError(
-            f"diversity: prompt {alone[0]!r} has 1 picture, expected at least 2 of each prompt "
+            f"diversity: prompt {shown(alone[0])} has 1 picture, expected at least 2 of each prompt "
             f"({len(alone)} prompts have 1: draw every prompt from several seeds)"
         )
     return {prompt: _mean_distance(rows[members]) for prompt, members in found.items()}

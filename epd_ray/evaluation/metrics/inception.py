@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, shown
 from epd_ray.evaluation.metrics.checks import checked_images
 from epd_ray.evaluation.metrics.weights import weights_checksum
 from epd_ray.rewards.batches import check_batch_size
@@ -94,7 +94,7 @@ def _require_tensors(path: Path) -> None:
         ModelError: there is no such file, or it holds more than tensors.
     """
     if not path.is_file():
-        raise ModelError(f"weights {str(path)!r} is no file: give torch-fidelity's Inception weights, a .pth")
+        raise ModelError(f"weights {shown(str(path))} is no file: give torch-fidelity's Inception weights, a .pth")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen classes of errors here, one of them pickle's

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.storage.run_directory import unwritable, whole, write_text
 
 LOCK, CACHE = ".lock", "features"
@@ -93,7 +93,7 @@ class ResultsDirectory:
         except OSError as error:
             raise unwritable(self.path, error) from error
         if other and not self.manifest.is_file():
-            raise RunDirectoryError(f"{self.path} holds other things ({other[0]!r}): name another --out")
+            raise RunDirectoryError(f"{self.path} holds other things ({shown(other[0])}): name another --out")
 
     def claim(self, manifest: Manifest) -> None:
         """Write the manifest; results that are there already must have the same sections, and samplers are added.

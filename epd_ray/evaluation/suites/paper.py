@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 from epd_ray.registry import did_you_mean
 
 FILE = Path(__file__).parent / "paper_tables.json"
@@ -75,4 +75,6 @@ def fid_table(name: str) -> dict[str, dict[int, float]]:
 
 def _known(name: str, names: tuple[str, ...]) -> None:
     if name not in names:
-        raise ConfigError([f"unknown table {name!r}{did_you_mean(name, names)} (--table takes {', '.join(names)})"])
+        raise ConfigError(
+            [f"unknown table {shown(name)}{did_you_mean(name, names)} (--table takes {', '.join(names)})"]
+        )

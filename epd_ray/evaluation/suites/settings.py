@@ -8,7 +8,7 @@ from typing import Any, Literal
 from epd_ray.config.loading import apply_override, load_config, read_yaml
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, TITLES
 from epd_ray.prompts.splits import SHAPES
 from epd_ray.solvers.zoo import applicable
@@ -66,7 +66,7 @@ def _problems(request: Request) -> Sequence[str]:
     tables = {"paper": tuple(REWARD_TABLES), "paper-fid": FID_TABLES}.get(suite, ())
     if request.table is not None and request.table not in tables:
         choices = f"takes {', '.join(tables)}" if tables else "is for the suites paper and paper-fid"
-        found.append(f"--table is {request.table!r}, with --suite {suite} it {choices}")
+        found.append(f"--table is {shown(request.table)}, with --suite {suite} it {choices}")
     if request.features is not None and request.reference is None and request.images_per_prompt == 1:
         found.append(
             "--features is for diversity and the Frechet distance: give --images-per-prompt 2 or more, or --reference"
@@ -107,7 +107,7 @@ def load_settings(suite: SuiteName, path: Path | None, overrides: Sequence[str])
     config = load_config(path, [*_own_heads(suite, path, overrides), *overrides], defaults)
     if suite == "embedded" and config.backbone.model != SHAPES:
         raise ConfigError(
-            [f"--suite embedded is for the embedded model, backbone.model is {config.backbone.model!r}: "
+            [f"--suite embedded is for the embedded model, backbone.model is {shown(config.backbone.model)}: "
              "use --suite prompts FILE"]
         )  # fmt: skip
     if suite == "paper-fid":
