@@ -1,22 +1,24 @@
 import base64
-import http.client
+import contextlib
 import io
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner, Result
 
 from epd_ray import cli
-from epd_ray.errors import ConfigError, EpdRayError, SideBySideError
+from epd_ray.errors import ConfigError, EpdRayError, RunDirectoryError, SideBySideError
 from epd_ray.evaluation.ab.make import make_page
-from epd_ray.evaluation.ab.records import Key, Pair, Vote, read_key, read_votes
-from epd_ray.evaluation.ab.server import PageServer
+from epd_ray.evaluation.ab.records import Key, Pair, Vote, largest_votes, parse_votes, read_key, read_votes
+from epd_ray.evaluation.ab.server import served_page
 from epd_ray.evaluation.ab.tally import Standing, results, tally
 from epd_ray.score.inputs import read_index
 
@@ -222,12 +224,12 @@ def test_results_in_words(samples: Path, tmp_path: Path) -> None:
     [
         (
             {"page": "0123456789abcdef"},
-            r"results.json belongs to page 0123456789abcdef, the folder to page [0-9a-f]{16}: give",
+            r"results.json belongs to page '0123456789abcdef', the folder to page '[0-9a-f]{16}'",
         ),
         ({"votes": [{"pair": "9", "choice": "left", "seconds": 1}]}, r"damaged: pair '9' is not on the page"),
         ({"votes": [{"pair": "1", "choice": "tie", "seconds": 1}] * 2}, r"damaged: pair '1' has two votes"),
-        ({"votes": [{"pair": "1", "choice": "both", "seconds": 1}]}, r"is damaged \(votes.0.choice: Input should be"),
-        ({"votes": None}, r"is damaged \(votes: "),
+        ({"votes": [{"pair": "1", "choice": "both", "seconds": 1}]}, r"is damaged \('votes.0.choice': Input should be"),
+        ({"votes": None}, r"is damaged \('votes': "),
     ],
 )
 def test_results_that_are_not_this_pages_are_refused(
@@ -238,6 +240,41 @@ def test_results_that_are_not_this_pages_are_refused(
     with pytest.raises(SideBySideError, match=message) as caught:
         read_votes(path, key)
     assert "\n" not in str(caught.value)
+
+
+def vote(seconds: str) -> bytes:
+    return b'{"page": "p", "saved": "", "votes": [{"pair": "0", "choice": "tie", "seconds": %s}]}' % seconds.encode()
+
+
+TIMES = ("NaN", "Infinity", "-Infinity", "1e999", "-1", "true", '"1"', "null", "[]")
+WRONG_VOTES = [*map(vote, TIMES), b"", b"{", b"null", b"\xff", b"[" * 900, b"1" * 900, b'{"page": "\\ud83e"}']
+
+
+@pytest.mark.parametrize("text", WRONG_VOTES)
+def test_votes_that_no_page_sends_are_refused(text: bytes) -> None:
+    with pytest.raises(SideBySideError) as caught:
+        parse_votes(text, key_of([False]), "it")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert parse_votes(vote("0.25"), key_of([False]), "it").votes[0].seconds == 0.25
+
+
+def test_more_bytes_than_votes_can_have_are_not_read(tmp_path: Path) -> None:
+    key = key_of([False] * 3)
+    (tmp_path / "r.json").write_bytes(b"[" + b"[]," * (20 << 20) + b"[]]")
+    with pytest.raises(SideBySideError, match=r"r\.json has .* at most 4864"):
+        read_votes(tmp_path / "r.json", key)
+    indented = {
+        "page": "p",
+        "saved": "2026-01-01T00:00:00.000Z",
+        "votes": [v.model_dump() for v in votes(*["right"] * 3)],
+    }
+    assert len(parse_votes(json.dumps(indented, indent=8).encode(), key, "it").votes) == 3
+
+
+@given(st.binary(max_size=200) | st.binary(max_size=40).map(lambda data: vote("1").replace(b"tie", data)))
+def test_any_bytes_are_votes_or_refused(text: bytes) -> None:
+    with contextlib.suppress(SideBySideError):
+        assert parse_votes(text, key_of([False]), "it").page == "p"
 
 
 def test_missing_and_damaged_files_are_named(samples: Path, tmp_path: Path) -> None:
@@ -257,49 +294,52 @@ def test_missing_and_damaged_files_are_named(samples: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def server(samples: Path, tmp_path: Path) -> Iterator[PageServer]:
+def page(samples: Path, tmp_path: Path) -> Iterator[httpx2.Client]:
     make(samples, tmp_path / "page")
-    with PageServer(tmp_path / "page", 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    with served_page(tmp_path / "page", 0) as url, httpx2.Client(base_url=url, timeout=10) as client:
+        yield client
 
 
-def ask(
-    server: PageServer, method: str, path: str, body: str | None = None, headers: dict[str, str] | None = None
-) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
-    connection.request(method, path, body, headers or {})
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+def test_votes_are_saved_beside_the_page(page: httpx2.Client, tmp_path: Path) -> None:
+    folder, key = tmp_path / "page", read_key(tmp_path / "page")
+    assert page.get("/").text == (folder / "index.html").read_text()
+    assert page.get("/results").json() is None
+    text = saved(tmp_path / "sent.json", key, ["left", "tie"]).read_text()
+    assert page.put("/results", content=text).status_code == 204
+    assert page.get("/results").json() == json.loads(text) == json.loads((folder / "results.json").read_text())
+    assert len(read_votes(folder / "results.json", key).votes) == 2
+    assert results(folder, [])[0] == "2 of 5 pairs judged"
 
 
-def test_votes_are_saved_beside_the_page(server: PageServer, tmp_path: Path) -> None:
-    assert ask(server, "GET", "/") == (200, (server.folder / "index.html").read_text())
-    assert ask(server, "GET", "/results") == (200, "null")
-    text = saved(tmp_path / "sent.json", server.key, ["left", "tie"]).read_text()
-    assert ask(server, "PUT", "/results", text)[0] == 204
-    assert ask(server, "GET", "/results") == (200, text)
-    assert len(read_votes(server.folder / "results.json", server.key).votes) == 2
-    assert results(server.folder, [])[0] == "2 of 5 pairs judged"
+def test_the_server_gives_and_takes_nothing_else(page: httpx2.Client, tmp_path: Path) -> None:
+    folder, key = tmp_path / "page", read_key(tmp_path / "page")
+    text = saved(tmp_path / "sent.json", key, ["left"]).read_text()
+    assert page.get("/key.json").status_code == 404  # a rater might look
+    assert page.get("/..%2fpage/key.json").status_code == 404
+    assert page.put("/key.json", content=text).status_code == 404
+    assert page.put("/results", content=text, headers={"Origin": "http://elsewhere.example"}).status_code == 403
+    assert page.get("/results", headers={"Host": "elsewhere.example"}).status_code == 403
+    assert page.put("/results", content=b" " * (largest_votes(key) + 1)).status_code == 413
+    other = page.put("/results", content=text.replace(key.page, "0" * 16))
+    assert other.status_code == 409 and other.text.startswith("what the page sent belongs to page '0000")
+    for wrong in WRONG_VOTES:
+        assert page.put("/results", content=wrong).status_code == 409
+    assert not (folder / "results.json").exists()
+    with (
+        pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{page.base_url.port}\b.*--port"),
+        served_page(folder, page.base_url.port or 0),
+    ):
+        pass
 
 
-def test_the_server_gives_and_takes_nothing_else(server: PageServer, tmp_path: Path) -> None:
-    text = saved(tmp_path / "sent.json", server.key, ["left"]).read_text()
-    assert ask(server, "GET", "/key.json")[0] == 404  # a rater might look
-    assert ask(server, "GET", "/../page/key.json")[0] == 404
-    assert ask(server, "PUT", "/key.json", text)[0] == 400
-    assert ask(server, "PUT", "/results", text, {"Origin": "http://elsewhere.example"})[0] == 403
-    assert ask(server, "GET", "/results", headers={"Host": "elsewhere.example"})[0] == 403
-    assert ask(server, "PUT", "/results", text, {"Content-Length": str(1 << 30)})[0] == 400
-    assert ask(server, "PUT", "/results", "{")[0] == 409
-    status, said = ask(server, "PUT", "/results", text.replace(server.key.page, "0" * 16))
-    assert status == 409 and said.startswith("what the page sent belongs to page 0000")
-    assert not (server.folder / "results.json").exists()
-    with pytest.raises(ConfigError, match=r"port \d+ of 127.0.0.1.*--port"):
-        PageServer(server.folder, server.server_address[1])
+def test_a_full_disk_is_said(page: httpx2.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise RunDirectoryError("the disk is full")
+
+    monkeypatch.setattr("epd_ray.evaluation.ab.server.write_text", full)
+    text = saved(tmp_path / "sent.json", read_key(tmp_path / "page"), ["left"]).read_text()
+    answer = page.put("/results", content=text)
+    assert answer.status_code == 507 and answer.text == "the disk is full"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

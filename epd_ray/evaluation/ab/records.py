@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from epd_ray.errors import SideBySideError, shown
 
 PAGE, KEY, RESULTS = "index.html", "key.json", "results.json"
+VOTES_FIX = "save the results from the page again"
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Pair(Record):
@@ -54,12 +55,12 @@ class Vote(Record):
     Attributes:
         pair: the pair's id.
         choice: the side of the page with the better picture, or "tie".
-        seconds: the time since the pair was shown, in seconds.
+        seconds: the time since the pair was shown, in seconds, finite and >= 0.
     """
 
     pair: str
     choice: Literal["left", "right", "tie"]
-    seconds: float
+    seconds: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Votes(Record):
@@ -85,7 +86,8 @@ def read_key(folder: Path) -> Key:
     Raises:
         SideBySideError: the folder has no key, or a damaged one.
     """
-    return _read(Key, folder / KEY, f"give the folder that `epd-ray ab make` wrote, with its {KEY}")
+    path, fix = folder / KEY, f"give the folder that `epd-ray ab make` wrote, with its {KEY}"
+    return _parsed(Key, _bytes(path, fix), str(path), fix)
 
 
 def read_votes(path: Path, key: Key) -> Votes:
@@ -94,40 +96,58 @@ def read_votes(path: Path, key: Key) -> Votes:
     Raises:
         SideBySideError: there is no such file, it is damaged, or it belongs to another page.
     """
-    votes = _read(Votes, path, "save the results from the page again")
-    check_votes(votes, key, str(path))
-    return votes
+    return parse_votes(_bytes(path, VOTES_FIX, largest_votes(key)), key, str(path))
 
 
-def check_votes(votes: Votes, key: Key, where: str) -> None:
-    """Refuse votes that cannot come from the key's page.
+def largest_votes(key: Key) -> int:
+    """The bytes that the votes of a page can take at most, however they are written."""
+    return 4096 + 256 * len(key.pairs)
+
+
+def parse_votes(text: bytes, key: Key, where: str) -> Votes:
+    """Read votes that come from the key's page.
 
     Args:
-        votes: the votes.
+        text: the votes in JSON.
         key: the key of the page.
         where: what the votes were read from, for the message.
 
     Raises:
-        SideBySideError: the votes belong to another page, or one is for a pair that the page lacks or that has a vote.
+        SideBySideError: the text is no such record, or larger than `largest_votes`; the votes belong to another page;
+            or one is for a pair that the page lacks or that has a vote already.
     """
+    if len(text) > largest_votes(key):  # before it is parsed, which takes far more memory than the text
+        raise SideBySideError(
+            f"{where} has {len(text)} bytes, but votes on {len(key.pairs)} pairs have at most {largest_votes(key)}: "
+            f"{VOTES_FIX}"
+        )
+    votes = _parsed(Votes, text, where, VOTES_FIX)
     if votes.page != key.page:
         raise SideBySideError(
-            f"{where} belongs to page {votes.page}, the folder to page {key.page}: give results of that page"
+            f"{where} belongs to page {shown(votes.page)}, the folder to page {key.page!r}: give results of that page"
         )
     known, seen = {pair.id for pair in key.pairs}, set[str]()
     for vote in votes.votes:
         if vote.pair not in known or vote.pair in seen:
             what = "has two votes" if vote.pair in seen else "is not on the page"
-            raise SideBySideError(f"{where} is damaged: pair {shown(vote.pair)} {what} (save it from the page again)")
+            raise SideBySideError(f"{where} is damaged: pair {shown(vote.pair)} {what} ({VOTES_FIX})")
         seen.add(vote.pair)
+    return votes
 
 
-def _read(kind: type[R], path: Path, fix: str) -> R:
+def _bytes(path: Path, fix: str, most: int = -1) -> bytes:
+    """The bytes of a file, of one that is too large `most` + 1."""
     try:
-        return kind.model_validate_json(path.read_bytes())
+        with path.open("rb") as file:
+            return file.read(most + 1 if most >= 0 else -1)
     except OSError as error:
         raise SideBySideError(f"{path} cannot be read ({error.strerror}): {fix}") from error
+
+
+def _parsed(kind: type[R], text: bytes, where: str, fix: str) -> R:
+    try:
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise SideBySideError(f"{path} is damaged ({where}: {first['msg']}): {fix}") from error
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise SideBySideError(f"{where} is damaged ({shown(place)}: {first['msg']}): {fix}") from error
