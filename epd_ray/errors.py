@@ -64,6 +64,10 @@ class RewardError(EpdRayError):
         return type(self), (self.head, self.problem, self.rollout_ids)
 
 
+class PictureError(EpdRayError):
+    """A picture cannot be decoded. The message is the reason alone; which picture it is, the caller adds."""
+
+
 class MetricError(EpdRayError):
     """A metric cannot be computed from the given pictures, features or statistics."""
 

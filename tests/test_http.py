@@ -79,7 +79,7 @@ def decoded(asked: dict[str, Any]) -> list[np.ndarray]:
     files = [io.BytesIO(base64.b64decode(file)) for file in asked["images"]]
     if asked["format"] == "npy":
         return [np.load(file) for file in files]
-    return [np.asarray(Image.open(file)).transpose(2, 0, 1) / np.float32(255) for file in files]
+    return [np.asarray(Image.open(file, formats=["PNG"])).transpose(2, 0, 1) / np.float32(255) for file in files]
 
 
 def by_prompt(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:

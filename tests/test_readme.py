@@ -116,5 +116,7 @@ def test_the_examples_that_take_a_solver_home_run_one_after_the_other(tmp_path):
     again = 'pipe("a small red circle in the center", guidance_scale=4.5).images[0].save("again.png")\n'
     result = python(f"{pipeline}\n{parallel}\n{again}", tmp_path)
     assert result.returncode == 0, result.stderr
-    circle, at_once = (np.asarray(Image.open(tmp_path / name), float) for name in ("circle.png", "again.png"))
+    circle, at_once = (
+        np.asarray(Image.open(tmp_path / name, formats=["PNG"]), float) for name in ("circle.png", "again.png")
+    )
     assert circle.shape == (64, 64, 3) and circle.std() > 5 and at_once.std() > 5

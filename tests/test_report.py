@@ -201,7 +201,7 @@ def test_pictures_follow_the_theme(full: RunDirectory) -> None:
     ids = re.findall(r'\bid="([^"]+)"', "".join(drawings))
     assert len(ids) == len(set(ids))
     for name in ("reward_curve", "solver_table", "contact_sheet"):
-        with Image.open(full.images / f"{name}.png") as picture:
+        with Image.open(full.images / f"{name}.png", formats=["PNG"]) as picture:
             assert picture.width > 1000
 
 
@@ -247,7 +247,7 @@ def test_partial_runs(tmp_path: Path) -> None:
 def test_contact_sheet_shows_pictures_in_place(full: RunDirectory) -> None:
     sheet = contact_sheet(full.path, ["rdpo", "heun-3"], rows=2)
     assert sheet.size == (264 + 2 * 204 + 12, 92 + 2 * 204 + 12)
-    with Image.open(full.samples / "heun-3" / "001.png") as picture:
+    with Image.open(full.samples / "heun-3" / "001.png", formats=["PNG"]) as picture:
         corner = np.array(picture.convert("RGB"))[2:12, 2:12].mean((0, 1))
     shown = np.array(sheet)[92 + 204 + 6 :, 264 + 12 + 204 + 6 :][:30, :30].mean((0, 1))
     np.testing.assert_allclose(shown, corner, atol=3)

@@ -142,7 +142,7 @@ def test_pictures_and_scales_on_request(small_ray, tmp_path):
     more += ["solver.points=2", "solver.start_point=false"]
     train(load_config(None, [*TINY, *more]), tmp_path / "run", Quiet())
     rows = pq.read_table(tmp_path / "run" / "rollouts").to_pylist()
-    assert {Image.open(io.BytesIO(row["image"])).size for row in rows} == {(8, 8)}
+    assert {Image.open(io.BytesIO(row["image"]), formats=["PNG"]).size for row in rows} == {(8, 8)}
     for row in rows:
         scales = np.array(row["action"]).reshape(3, 9)[:, 5:]  # [N, A]: segments 3, weights 2, two scales of 2
         np.testing.assert_allclose(np.reshape(row["scale_dir"], (3, 2)), scales[:, :2], rtol=1e-6)
@@ -550,7 +550,7 @@ def test_start_table_of_another_family_is_refused(finished, tmp_path):
 def test_saved_solver_draws_again(finished, tmp_path):
     out, _ = finished
     picture = sample(str(out / "solver"), ["a", "b"], 0, tmp_path / "new" / "two.png", SampleOptions())
-    assert Image.open(picture).size == (16, 8)
+    assert Image.open(picture, formats=["PNG"]).size == (16, 8)
 
 
 def test_a_solver_used_otherwise_than_trained_says_so(finished, tmp_path, caplog):

@@ -29,6 +29,7 @@ from epd_ray.score.inputs import read_index
 from epd_ray.score.output import SUMMARY, ScoreDirectory, score_schema
 from epd_ray.score.pipeline import ScoreRequest, TooManyErrors, score, scored
 from epd_ray.score.rows import PIXELS, score_rows
+from epd_ray.storage.pictures import FORMATS
 from tests.fakes import Quiet
 from tests.test_score_input import folder_of, parquet_of, png
 
@@ -270,7 +271,7 @@ def test_a_source_with_bad_rows_is_scored_and_only_what_failed_again(small_ray, 
         "1.png": "moody: failed with ValueError: no mood",
         "2.png": "moody: gave 1 values that are not finite",
         "3.png": "no prompt",
-        "4.png": "picture cannot be decoded: no known image format",
+        "4.png": "picture cannot be decoded: no known image format, expected one of " + ", ".join(FORMATS),
     }
     assert rows["1.png"]["scores"]["moody"] is None and rows["1.png"]["scores"]["sim"] is not None
     assert rows["5.png"]["scores"]["moody"] == pytest.approx(200 / 255)

@@ -118,7 +118,7 @@ def test_a_comparison_saves_the_first_pictures_as_they_come(tmp_path):
     assert found.rows[0].values["sim"].tolist() == list(range(10))
     saved = sorted((run.samples / EULER.key).glob("*.png"))
     assert [path.name for path in saved] == [f"00{i}.png" for i in range(6)]
-    assert [Image.open(path).getpixel((0, 0)) for path in saved] == [(i, i, i) for i in range(6)]
+    assert [Image.open(path, formats=["PNG"]).getpixel((0, 0)) for path in saved] == [(i, i, i) for i in range(6)]
 
 
 class Shifted:

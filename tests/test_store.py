@@ -160,7 +160,7 @@ def test_pictures_come_back_as_png(tmp_path: Path) -> None:
     path = write_rollouts(tmp_path, 3, rollout_table([row(0, image=picture), row(1)]))
     png, absent = pq.read_table(path).column("image").to_pylist()
     assert absent is None
-    assert np.array_equal(np.array(Image.open(io.BytesIO(png))), picture.transpose(1, 2, 0))
+    assert np.array_equal(np.array(Image.open(io.BytesIO(png), formats=["PNG"])), picture.transpose(1, 2, 0))
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import PictureError, RunDirectoryError
+from epd_ray.storage.pictures import decode_picture
 
 
 def page_template(name: str) -> Template:
@@ -52,9 +53,9 @@ def open_picture(path: Path) -> Image.Image | None:
     if not path.is_file():
         return None
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be read as a picture: make the samples again") from error
+        return decode_picture(path)
+    except PictureError as error:
+        raise RunDirectoryError(f"{path} cannot be read as a picture ({error}): make the samples again") from error
 
 
 def data_uri(path: Path) -> str | None:

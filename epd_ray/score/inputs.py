@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from epd_ray.errors import EpdRayError, PromptError, shown
 from epd_ray.prompts.files import COLUMNS, SUFFIXES, pick_column, read_prompts
+from epd_ray.storage.pictures import IMAGE_SUFFIXES, files_below, in_order, is_hidden, say_left_out
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 IMAGE_COLUMN, ID_COLUMN = "image", "id"
 PLACES = {"range": ("offset", "size"), "row": ("row_group", "row")}
@@ -99,32 +99,47 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
 def _files(source: str) -> tuple[Path, list[Path]]:
     """The folder that ids are relative to, and all files of the source that can hold pictures."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        known = (*IMAGE_SUFFIXES, ".tar", ".parquet")
-        found = [p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file()]
-        if not found:
-            raise SourceError(f"{source} holds nothing to score, expected {', '.join(known)}")
-        return path.absolute(), in_order(path.absolute(), (p.absolute() for p in found))
     if path.is_file():
         return path.absolute().parent, [path.absolute()]
-    if glob.has_magic(source):
-        parts = path.absolute().parts
-        plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        root = Path(*parts[:plain])
-        if found := in_order(root, (p for p in root.glob("/".join(parts[plain:])) if p.is_file())):
-            return root, found
-    raise SourceError(f"{source}: no such file or folder")
+    known = (*IMAGE_SUFFIXES, ".tar", ".parquet")
+    if path.is_dir():
+        root = path.absolute()
+        found = files_below(root, known)
+        files, left_out = found.files, found.left_out
+    elif glob.has_magic(source) and (by_pattern := _matching(path.absolute())):
+        root, files = by_pattern
+        left_out = []
+    else:
+        raise SourceError(f"{source}: no such file or folder")
+    kept = []
+    for file in files:
+        name = file.relative_to(root)
+        if is_hidden(name) or _is_scores(file):
+            left_out.append(name.as_posix())
+        else:
+            kept.append(file)
+    say_left_out(source, left_out)
+    if not kept:
+        raise SourceError(f"{source} holds nothing to score, expected {', '.join(known)}")
+    return root, kept
 
 
-def in_order(root: Path, files: Iterable[Path]) -> list[Path]:
-    """The files below a folder, sorted by name; numbers in names are compared by value, so 1000.png follows 999.png."""
+def _matching(pattern: Path) -> tuple[Path, list[Path]] | None:
+    """The files that a glob pattern matches, and the folder above its first magic part; None if there are none."""
+    plain = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root = Path(*pattern.parts[:plain])
+    found = in_order(root, (p for p in root.glob("/".join(pattern.parts[plain:])) if p.is_file()))
+    return (root, found) if found else None
 
-    def key(file: Path) -> tuple[list[tuple[int, str]], str]:
-        name = file.relative_to(root).as_posix()
-        parts = re.split(r"(\d+)", name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
 
-    return sorted(files, key=key)
+def _is_scores(path: Path) -> bool:
+    """Whether a file is a part of scores that `epd-ray score` wrote, maybe into the folder of its source."""
+    if not re.fullmatch(r"part-\d{6}\.parquet", path.name):
+        return False
+    try:
+        return b"heads" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _kind(source: str, files: Sequence[Path]) -> str:

@@ -1,6 +1,5 @@
 """Decodes the pictures of rows and scores them. A failure becomes the error of its row, and other rows go on."""
 
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from epd_ray.errors import RewardError
+from epd_ray.errors import PictureError, RewardError
 from epd_ray.score.inputs import image_path
+from epd_ray.storage.pictures import MOST_BYTES, decode_picture
 from epd_ray.types import FloatArray, ImageArray
 
 BLOCK_BYTES = 16 << 20  # bytes of pixels after which a table is handed on
@@ -71,14 +70,9 @@ def _decoded(data: bytes | str) -> dict[str, object]:
     if isinstance(data, str):
         return {"error": data}
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode.startswith(("I", "F")):
-                return {"error": f"picture has mode {picture.mode}, expected 8 bits a channel"}
-            rgb = picture.convert("RGB")
-    except Exception as error:  # decoders raise any kind of exception, whose text becomes the row's error
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "no known image format" if unknown else " ".join(str(error).split())
-        return {"error": f"picture cannot be decoded: {reason}"}
+        rgb = decode_picture(data)
+    except PictureError as error:
+        return {"error": f"picture cannot be decoded: {error}"}
     return {"height": rgb.height, "width": rgb.width, "pixels": rgb.tobytes()}
 
 
@@ -91,7 +85,8 @@ def _file_bytes(rows: Sequence[_Row]) -> Iterator[tuple[_Row, bytes | str]]:
         try:
             with open(str(row["file"]), "rb") as file:  # noqa: PTH123
                 file.seek(int(row["offset"]))  # type: ignore[call-overload]
-                yield row, file.read(int(row["size"]))  # type: ignore[call-overload]
+                size = int(row["size"])  # type: ignore[call-overload]
+                yield row, file.read(min(size, MOST_BYTES + 1))  # which the decoder refuses if it is that many
         except OSError as error:
             yield row, f"picture cannot be read: {error.strerror}"
 

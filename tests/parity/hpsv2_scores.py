@@ -20,7 +20,7 @@ from hpsv2.src.open_clip.model import CLIP  # noqa: E402
 
 def main(directory: Path) -> None:
     prompts = json.loads((directory / "prompts.json").read_text())
-    pictures = [Image.open(directory / f"{i}.png") for i in range(len(prompts))]
+    pictures = [Image.open(directory / f"{i}.png", formats=["PNG"]) for i in range(len(prompts))]
     vision = {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14}
     text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
     network = CLIP(64, vision, text, output_dict=True).eval()

@@ -62,7 +62,7 @@ def openai_clip(directory: Path, prompts: list, files: list) -> dict:
         with torch.no_grad():
             answers[name] = torch.tensor([scorer.score(p, str(f)) for p, f in zip(prompts, files, strict=True)])
     preprocess = clip.clip._transform(224)
-    answers["pixels"] = torch.stack([preprocess(Image.open(file)) for file in files])
+    answers["pixels"] = torch.stack([preprocess(Image.open(file, formats=["PNG"])) for file in files])
     return answers
 
 
@@ -79,7 +79,7 @@ def pickscore(directory: Path, prompts: list, files: list) -> torch.Tensor:
         CLIPTokenizerFast.from_pretrained(directory),
     )  # what AutoProcessor gives
     processor.save_pretrained(directory)
-    pixels = processor(images=[Image.open(file) for file in files], return_tensors="pt")
+    pixels = processor(images=[Image.open(file, formats=["PNG"]) for file in files], return_tensors="pt")
     words = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         image = network.get_image_features(**pixels)

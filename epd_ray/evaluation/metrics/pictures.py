@@ -3,39 +3,35 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from epd_ray.errors import MetricError
-from epd_ray.score.inputs import IMAGE_SUFFIXES, in_order
+from epd_ray.errors import MetricError, PictureError
+from epd_ray.storage.pictures import IMAGE_SUFFIXES, decode_picture, files_below, say_left_out
 from epd_ray.types import ImageArray
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """List every picture in a folder and its subfolders, in the order of `in_order`.
+    """List every picture in a folder and its subfolders, in the order of `in_order`; what is left out is logged.
 
     Raises:
         MetricError: there is no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise MetricError(f"{folder} is no folder, expected one with pictures ({', '.join(IMAGE_SUFFIXES)})")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not found:
+    found = files_below(folder)
+    say_left_out(folder, found.left_out)
+    if not found.files:
         raise MetricError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    return in_order(folder, found)
+    return found.files
 
 
 def read_picture(path: Path) -> ImageArray:
-    """Read a picture as [3, H, W], uint8, RGB.
+    """Read a picture as [3, H, W], uint8, RGB, decoded by `decode_picture`.
 
     Raises:
-        MetricError: the file cannot be read, or has more than 8 bits a channel.
+        MetricError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise MetricError(f"{path} has mode {picture.mode}, expected 8 bits a channel: convert it")
-            return np.asarray(picture.convert("RGB"), np.uint8).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for a damaged file
-        said = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        why = " ".join(said.split())
-        raise MetricError(f"{path} cannot be read as a picture ({why}): make or fetch it again") from error
+        picture = decode_picture(path)
+    except PictureError as error:
+        raise MetricError(f"{path} cannot be read as a picture ({error}): make or fetch it again") from error
+    return np.asarray(picture, np.uint8).transpose(2, 0, 1)
