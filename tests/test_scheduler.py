@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from torch import Tensor
 
 from epd_ray.deploy.scheduler import EPDScheduler
@@ -347,11 +348,101 @@ def test_another_number_of_steps_is_reported_once(load: Any, caplog: pytest.LogC
         expected = call(pipe, family)
         assert not [r for r in caplog.records if r.name.startswith("epd_ray")]
         for _ in range(2):
-            assert torch.equal(call(pipe, family, num_inference_steps=28), expected)
+            assert torch.equal(call(pipe, family, num_inference_steps=20), expected)
         assert torch.equal(call(pipe, family, sigmas=[1.0, 0.5], mu=1.0), expected)
     assert [r.message for r in caplog.records if r.name.startswith("epd_ray")] == [
-        "num_inference_steps=28 is not used: this solver has 3 intervals of its own"
+        "num_inference_steps=20 is not used: this solver has 3 intervals of its own"
     ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pipelines_default_number_of_steps_is_nobodys_wish(
+    load: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, family = load(name), FAMILIES[name]
+    pipe.scheduler = EPDScheduler.from_solver(make_solver(family))
+    options = {k: v for k, v in family.options.items() if k != "guidance_scale"}
+    with caplog.at_level(logging.WARNING, logger="epd_ray"):
+        pipe("a red circle", **options)
+        assert not [r.message for r in caplog.records if r.name.startswith("epd_ray")]
+        pipe.scheduler.set_timesteps(50)  # nobody's default, outside of a pipeline
+    assert "num_inference_steps=50 is not used" in caplog.text
+
+
+@pytest.mark.parametrize(("made_for", "name"), [("flux", "sd3"), ("sd3", "flux"), ("sd", "sdxl"), ("sdxl", "sd")])
+def test_a_table_of_another_model_is_warned_of_once(
+    load: Any, made_for: str, name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    pipe, family = load(name), FAMILIES[name]
+    with caplog.at_level(logging.WARNING, logger="epd_ray"):
+        _of_family(make_solver(family), family.name).save_pretrained(tmp_path / "right")
+        _of_family(make_solver(family), made_for).save_pretrained(tmp_path / "wrong")
+        pipe.scheduler = EPDScheduler.from_pretrained(tmp_path / "right", like=pipe.scheduler)
+        call(pipe, family)
+        assert not [r.message for r in caplog.records if r.name.startswith("epd_ray")]
+        pipe.scheduler = EPDScheduler.from_pretrained(tmp_path / "wrong", like=pipe.scheduler)
+        for _ in range(2):
+            call(pipe, family)
+    (said,) = [r.message for r in caplog.records if r.name.startswith("epd_ray")]
+    assert f"family {made_for}," in said and f"family {name}:" in said and family.pipeline.__name__ in said
+
+
+def _of_family(solver: Solver, family: str) -> Solver:
+    return Solver(
+        solver.table, solver.sigmas, solver.form, solver.afs, solver.order, {**solver.meta, "backbone": family}
+    )
+
+
+# -- other schedulers after it ----------------------------------------------------------------------------------------
+
+OTHERS = {
+    "ve": (
+        diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler, diffusers.DEISMultistepScheduler,
+        diffusers.DDIMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler,
+    ),
+    "flow": (
+        FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_schedulers_get_the_configuration_that_they_would_have_got_before(
+    load: Any, name: str, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    first = load(name).scheduler
+    for theirs in (first, type(first)(**{k: v for k, v in first.config.items() if not k.startswith("_")})):
+        scheduler = EPDScheduler.from_solver(make_solver(family, order=3), like=theirs)
+        scheduler = EPDScheduler.from_solver(make_solver(family, order=3), like=scheduler)  # which knows the first one
+        again = EPDScheduler.from_config(scheduler.config)
+        assert (again.solver.order, again.form) == (3, family.form)
+        scheduler.save_pretrained(tmp_path)
+        read = EPDScheduler.from_pretrained(tmp_path)
+        assert torch.equal(read.timesteps, scheduler.timesteps)
+        for other in OTHERS[family.form]:
+            expected = _sorted(dict(other.from_config(theirs.config).config))
+            for after in (scheduler, again, read):
+                assert _sorted(dict(other.from_config(after.config).config)) == expected, other.__name__
+
+
+def _sorted(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the name and version that saving notes in any configuration."""
+    plain = {name: value for name, value in config.items() if name not in ("_class_name", "_diffusers_version")}
+    return plain | {"_use_default_values": sorted(config.get("_use_default_values", ()))}
+
+
+def test_own_keys_are_no_other_schedulers() -> None:
+    facts = {"prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+    own = EPDScheduler._get_init_keys(EPDScheduler) - facts - {"self", "use_flow_sigmas"}
+    for other in vars(diffusers.schedulers).values():
+        if isinstance(other, type) and issubclass(other, diffusers.SchedulerMixin):
+            assert not own & EPDScheduler._get_init_keys(other), other.__name__
+
+
+def _own(scheduler: EPDScheduler) -> dict[str, Any]:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 # -- saved and read ---------------------------------------------------------------------------------------------------
@@ -362,7 +453,7 @@ def test_a_solvers_directory_is_a_schedulers_too(tmp_path: Path, name: str) -> N
     solver = make_solver(FAMILIES[name], afs=True, order=2)
     solver.save_pretrained(tmp_path / "run" / "solver")
     read = EPDScheduler.from_pretrained(tmp_path / "run" / "solver")
-    assert dict(read.config).items() >= dict(EPDScheduler.from_solver(solver).config).items()
+    assert _own(read) == _own(EPDScheduler.from_solver(solver))
     assert torch.equal(read.solver.table.positions, solver.table.positions)
     assert torch.equal(read.solver.sigmas, solver.sigmas) and read.solver.order == 2 and read.solver.afs
     assert torch.equal(EPDScheduler.from_pretrained(tmp_path / "run", subfolder="solver").timesteps, read.timesteps)
@@ -371,8 +462,10 @@ def test_a_solvers_directory_is_a_schedulers_too(tmp_path: Path, name: str) -> N
     assert torch.equal(again.timesteps, read.timesteps) and torch.equal(again.solver.sigmas, solver.sigmas)
     copied = EPDScheduler.from_config(again.config, afs=False)
     assert not copied.solver.afs and copied.config.use_flow_sigmas == (name == "sd3")
-    own = EPDScheduler(**json.loads((tmp_path / "again" / "scheduler_config.json").read_text()))
-    assert torch.equal(own.timesteps, read.timesteps)
+    file = json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
+    assert torch.equal(EPDScheduler(**file).timesteps, read.timesteps)
+    older = {"solver_order": file.pop("multistep_order"), **{k: v for k, v in file.items() if k != "backbone"}}
+    assert EPDScheduler.from_config(older).solver.order == 2
 
 
 def test_reads_solvers_without_a_schedulers_file(tmp_path: Path) -> None:
@@ -433,14 +526,53 @@ def test_facts_come_from_a_pipelines_scheduler_where_meta_has_none(load: Any) ->
     with pytest.raises(TableError, match="predicts"):
         EPDScheduler.from_solver(bare)
     theirs = load("sd-v").scheduler
-    expected = dict(EPDScheduler.from_solver(full).config)
-    assert dict(EPDScheduler.from_solver(bare, like=theirs).config) == expected
-    assert dict(EPDScheduler.from_solver(full, like=theirs).config) == expected
+    expected = EPDScheduler.from_solver(full).network.facts
+    assert EPDScheduler.from_solver(bare, like=theirs).network.facts == expected
+    assert EPDScheduler.from_solver(full, like=theirs).network.facts == expected
     with pytest.raises(TableError, match=r"'v_prediction'.*'epsilon'"):
         EPDScheduler.from_solver(full, like=load("sd").scheduler)
     zero_snr = EulerDiscreteScheduler(**BETAS, rescale_betas_zero_snr=True)
     with pytest.raises(TableError, match="infinite sigma"):
         EPDScheduler.from_solver(bare, like=zero_snr)
+
+
+def test_a_saved_solver_is_checked_against_the_pipelines_scheduler_too(tmp_path: Path) -> None:
+    make_solver(FAMILIES["sd"]).save_pretrained(tmp_path)
+    EPDScheduler.from_pretrained(tmp_path, like=EulerDiscreteScheduler(**BETAS))
+    with pytest.raises(TableError, match="num_train_timesteps 1000"):
+        EPDScheduler.from_pretrained(tmp_path, like=EulerDiscreteScheduler(**BETAS | {"num_train_timesteps": 500}))
+
+
+NOISY: list[tuple[str, str, Any, float]] = [
+    *(("sd", "red", diffusers.StableDiffusionImg2ImgPipeline, strength) for strength in (0.6, 1.0)),
+    *(("sd", "mask", diffusers.StableDiffusionInpaintPipeline, strength) for strength in (0.6, 1.0)),
+    *(("sdxl", "red", diffusers.StableDiffusionXLImg2ImgPipeline, strength) for strength in (0.6, 1.0)),
+    *(("sd3", "red", diffusers.StableDiffusion3Img2ImgPipeline, strength) for strength in (0.6, 1.0)),
+    *(("flux", "red", diffusers.FluxImg2ImgPipeline, strength) for strength in (0.6, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "pipeline", "strength"), NOISY)
+def test_refuses_to_start_from_a_noisy_picture(load: Any, name: str, kind: str, pipeline: Any, strength: float) -> None:
+    pipe = pipeline(**load(name).components, **({"requires_safety_checker": False} if name == "sd" else {}))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EPDScheduler.from_solver(make_solver(FAMILIES[name]))
+    picture = Image.new("RGB", (16, 16), "red")
+    options: dict[str, Any] = {"mask_image": picture} if kind == "mask" else {}
+    if kind == "mask" or name in ("sd3", "flux"):
+        options |= {"height": 16, "width": 16}
+    with pytest.raises(TableError, match="noise alone") as caught:
+        pipe("red", image=picture, strength=strength, output_type="np", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_to_end_early(load: Any) -> None:
+    pipe, family = load("sdxl"), FAMILIES["sdxl"]
+    pipe.scheduler = EPDScheduler.from_solver(make_solver(family))
+    expected = call(pipe, family)
+    with pytest.raises(TableError, match=r"denoising_end is 0\.8, expected None"):
+        call(pipe, family, denoising_end=0.8)
+    assert torch.equal(call(pipe, family), expected)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +671,7 @@ def test_refuses_misuse(load: Any) -> None:
         ({"num_train_timesteps": 0}, TableError, "scheduler.num_train_timesteps"),
         ({"sigmas": [3.0, 4.0, 1.0, 0.1]}, ScheduleError, r"sigmas\[1\]"),
         ({"weights": [[0.5, 0.4]] * 3}, TableError, r"weights\[0\] sums to 0.9"),
-        ({"solver_order": 7}, TableError, "order is 7"),
+        ({"multistep_order": 7}, TableError, "order is 7"),
     ],
 )
 def test_refuses_broken_configs(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -648,7 +780,7 @@ def test_card() -> None:
         "3 intervals with 2 parallel points each: parallel NFE 6 (calls that wait for each other),",
         "9 evaluations per image in all (twice as many network passes under classifier-free guidance).",
         'pipe = DiffusionPipeline.from_pretrained("tiny/sd3")',
-        'pipe.scheduler = EPDScheduler.from_pretrained("me/fast")',
+        'pipe.scheduler = EPDScheduler.from_pretrained("me/fast", like=pipe.scheduler)',
         'image = pipe("a red circle", num_inference_steps=3, guidance_scale=4.5).images[0]',
         'pipe = parallelize(pipe, Solver.from_pretrained("me/fast"))  # devices=["cuda:0", "cuda:1"]',
         'solver = Solver.from_pretrained("me/fast")',

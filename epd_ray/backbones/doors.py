@@ -1,6 +1,7 @@
 """How diffusers' text-to-image pipelines call their networks, by pipeline class. Diffusers is not imported."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from epd_ray.solvers.scheduler_config import TRAIN_TIMESTEPS
 from epd_ray.types import Form
@@ -31,3 +32,8 @@ DOORS = {
     "StableDiffusion3Pipeline": Door("transformer", "hidden_states", "flow", "sd3"),
     "FluxPipeline": Door("transformer", "hidden_states", "flow", "flux", 1 / TRAIN_TIMESTEPS),
 }
+
+
+def door_of(pipe: Any) -> Door | None:
+    """How a pipeline, or a subclass of a known one, calls its network; None for any other object."""
+    return next((DOORS[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in DOORS), None)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from epd_ray.backbones.doors import DOORS, Door
+from epd_ray.backbones.doors import DOORS, Door, door_of
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, shown
 from epd_ray.solvers import Solver
@@ -237,10 +237,10 @@ def _device(network: nn.Module) -> torch.device:
 
 
 def _door(pipe: Any) -> Door:
-    for kind in type(pipe).__mro__:
-        if kind.__name__ in DOORS:
-            return DOORS[kind.__name__]
-    raise ModelError(f"{type(pipe).__name__} cannot be parallelized, expected one of {', '.join(DOORS)}")
+    door = door_of(pipe)
+    if door is None:
+        raise ModelError(f"{type(pipe).__name__} cannot be parallelized, expected one of {', '.join(DOORS)}")
+    return door
 
 
 def _devices(names: Sequence[str | torch.device] | None, network: nn.Module) -> list[torch.device]:

@@ -1,8 +1,9 @@
 """A trained solver as a diffusers scheduler, for unmodified pipelines: `pipe.scheduler = EPDScheduler...`."""
 
+import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from epd_ray.backbones.doors import door_of
 from epd_ray.errors import TableError, shown
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
@@ -29,8 +31,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     An interval takes `order` calls of the network: K + 1, or K with a start point, and at most 2 in parallel mode. The
     analytical first step saves the first call, except for flow models: their pipelines let no scheduler change the
     network's first input, so that call is made and its output not used. The state is kept in float32, whatever the
-    dtype of the pipeline's latents. Pipelines that start from a noisy picture are not supported. To open a saved
-    pipeline that has this scheduler, import `epd_ray.deploy.scheduler` first.
+    dtype of the pipeline's latents. Pipelines that start from a noisy picture or end before the last step are refused.
+    To open a saved pipeline that has this scheduler, import `epd_ray.deploy.scheduler` first.
+
+    Its configuration also holds that of the scheduler that it replaced, under that scheduler's own keys, so that
+    `OtherScheduler.from_config(pipe.scheduler.config)` gives the same before and after.
 
     Args:
         sigmas: [N+1], decreasing, > 0.
@@ -40,7 +45,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         scale_time: [N, K], column of the table; None stands for ones.
         form: how noise enters x, "ve" or "flow".
         afs: whether the first drift is analytical.
-        solver_order: order of the multistep slope that leads to the points, 1 to 4.
+        multistep_order: order of the multistep slope that leads to the points, 1 to 4.
         prediction_type: what the network's output is: "epsilon", "v_prediction" or "sample" in VE form,
             "flow_prediction" in flow form.
         num_train_timesteps: number of timesteps in the network's training.
@@ -49,6 +54,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         beta_schedule: diffusers' name of the curve between them.
         trained_betas: all betas, in place of the three values above.
         use_flow_sigmas: derived from the form; tells pipelines not to pass sigmas of their own.
+        backbone: the family of models that the solver was made for; a pipeline of another one is warned of.
+        replaced: the configuration of the scheduler that was in the pipeline before, as JSON values.
 
     Raises:
         TableError: values that are absent, wrong, or do not fit each other.
@@ -67,7 +74,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         scale_time: Rows | None = None,
         form: Form | None = None,
         afs: bool = False,
-        solver_order: int = 1,
+        multistep_order: int = 1,
         prediction_type: str | None = None,
         num_train_timesteps: int = TRAIN_TIMESTEPS,
         beta_start: float | None = None,
@@ -75,6 +82,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         beta_schedule: str | None = None,
         trained_betas: list[float] | None = None,
         use_flow_sigmas: bool = False,
+        backbone: str | None = None,
+        replaced: dict[str, Any] | None = None,
     ) -> None:
         if sigmas is None or positions is None or weights is None:
             raise TableError(
@@ -90,9 +99,10 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         table = SolverTable.from_lists(
             {"positions": positions, "weights": weights, "scale_dir": scale_dir, "scale_time": scale_time}
         )
-        self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, solver_order)
-        self.register_to_config(use_flow_sigmas=form == "flow")
-        self._warned = False
+        self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, multistep_order)
+        own = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        self.register_to_config(**_beside(own | {"use_flow_sigmas": form == "flow"}, replaced))
+        self._warned: set[str] = set()
         self.init_noise_sigma = sigmas[0] if form == "ve" else 1.0
         self.set_parallel(False)
 
@@ -105,7 +115,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         Args:
             solver: its `meta["scheduler"]` holds the facts about the network that it was made for.
             like: the scheduler of the pipeline that it will run in. It supplies the facts if meta has none; otherwise
-                both must agree.
+                both must agree. Its configuration is kept for the `from_config` of other schedulers.
 
         Returns:
             A new scheduler.
@@ -120,10 +130,13 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 "the solver does not say what its network predicts "
                 "(pass like=pipe.scheduler, or set form and meta['scheduler'])"
             )
-        scheduler: EPDScheduler = cls(**config)
-        if theirs is not None:
-            check_same(scheduler.network.facts, parse_facts(theirs, solver.form))
+        scheduler: EPDScheduler = cls(**config, replaced=None if like is None else _replaced(like.config))
+        if like is not None:
+            scheduler._check_like(like)
         return scheduler
+
+    def _check_like(self, like: Any) -> None:
+        check_same(self.network.facts, parse_facts(facts_of(like.config, self.form), self.form))
 
     @classmethod
     def from_pretrained(
@@ -131,6 +144,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         pretrained_model_name_or_path: str | os.PathLike[str],
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
+        *,
+        like: Any = None,
         **kwargs: Any,  # diffusers' own: revision, token, cache_dir ...
     ) -> Any:
         """Read a scheduler from a solver's directory, a hub repository, or a preset of this package.
@@ -139,6 +154,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             pretrained_model_name_or_path: a directory, a hub id "owner/name", or a preset ("sd3-1024-rl").
             subfolder: the folder in it that holds the files.
             return_unused_kwargs: whether to return the pair (scheduler, unused keyword arguments), as diffusers does.
+            like: the scheduler of the pipeline that it will run in, see `from_solver`.
 
         Returns:
             The scheduler.
@@ -151,13 +167,27 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         local = Path(source).is_dir()
         revision = kwargs.get("revision")
         if (folder / SCHEDULER_FILE).is_file() or (not Path(source).exists() and "/" in source):
+            kept = {} if like is None else {"replaced": _replaced(like.config)}
             try:
-                return super().from_pretrained(source, subfolder, return_unused_kwargs, **kwargs)
+                read = super().from_pretrained(source, subfolder, return_unused_kwargs, **kept, **kwargs)
             except OSError as error:
                 if local or subfolder is not None:
                     raise TableError(f"{shown(source)} cannot be opened: {explain(error)}") from error
-        made: EPDScheduler = cls.from_solver(Solver.from_pretrained(folder if local else source, revision=revision))
+            else:
+                if like is not None:
+                    (read[0] if return_unused_kwargs else read)._check_like(like)
+                return read
+        solver = Solver.from_pretrained(folder if local else source, revision=revision)
+        made: EPDScheduler = cls.from_solver(solver, like=like)
         return (made, kwargs) if return_unused_kwargs else made
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Take this class's own keys from a configuration, which may hold those of a replaced scheduler beside them."""
+        own = {name: config_dict[name] for name in cls._get_init_keys(cls) & config_dict.keys()}
+        if "sigmas" in own and "solver_order" in config_dict:  # its name in files of an earlier version
+            own.setdefault("multistep_order", config_dict["solver_order"])
+        return super().extract_init_dict(own, **kwargs)
 
     # -- what pipelines ask for ---------------------------------------------------------------------------------------
 
@@ -183,16 +213,32 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """Begin a denoising loop.
 
         Args:
-            num_inference_steps: not used, because the solver has its own N; another number is logged once.
+            num_inference_steps: not used, because the solver has its own N; another number is logged once, unless it is
+                the default of the pipeline that asks, which cannot be told apart from no wish at all.
             device: where `timesteps` is put.
             sigmas: not used, because the solver has its own; logged once.
             mu: not used, because it only shapes sigmas.
+
+        Raises:
+            TableError: the pipeline that asks shall end before the last step.
         """
         intervals = self.solver.table.intervals
-        if not self._warned and (sigmas is not None or num_inference_steps not in (None, intervals)):
-            self._warned = True
+        pipe = _asking_pipeline(self)
+        if getattr(pipe, "denoising_end", None) is not None:
+            raise TableError(
+                f"denoising_end is {pipe.denoising_end}, expected None: a learned solver does all its "  # type: ignore[union-attr]
+                f"{intervals} intervals (leave denoising_end out, or use another scheduler)"
+            )
+        if sigmas is not None or num_inference_steps not in (None, intervals, _default_steps(pipe)):
             given = "sigmas" if sigmas is not None else f"num_inference_steps={num_inference_steps}"
-            log.warning("%s is not used: this solver has %d intervals of its own", given, intervals)
+            self._warn_once("steps", f"{given} is not used: this solver has {intervals} intervals of its own")
+        door, made_for = door_of(pipe), self.config.get("backbone")
+        if door is not None and made_for not in (None, door.family):
+            self._warn_once(
+                "backbone",
+                f"this solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
+                f"{door.family}: expect poor pictures (take a solver of the same family)",
+            )
         evaluated = torch.stack([self._plan.sigma(call)[0] for call in self._plan.calls])
         self.sigmas = torch.cat([evaluated, self.solver.sigmas[-1:]]).float()  # [calls + 1]
         self.timesteps = self.network.timestep(evaluated).to(device)  # [calls]
@@ -207,6 +253,17 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """
         if begin_index:
             raise TableError(f"begin_index is {begin_index}, expected 0: a learned solver starts from noise alone")
+
+    def add_noise(self, *_: Any, **__: Any) -> Tensor:
+        """Pipelines that start from a noisy picture, or repaint a part of one, call this.
+
+        Raises:
+            TableError: always.
+        """
+        raise TableError("a noisy picture is asked for, as by img2img or inpainting: a learned solver starts from "
+                         "noise alone (use a text-to-image pipeline, or another scheduler)")  # fmt: skip
+
+    scale_noise = add_noise  # its name in schedulers for flow models
 
     @property
     def begin_index(self) -> int:
@@ -298,3 +355,53 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         if self._loop is None:
             raise TableError(f"all {len(self._plan.calls)} calls are made, or none is due: call set_timesteps first")
         return self._loop
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning(message)
+
+
+def _replaced(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What to keep of the configuration of a scheduler that an EPDScheduler replaces, as JSON values."""
+    if "positions" in config:  # another EPDScheduler, which knows the first one
+        return cast(dict[str, Any] | None, config.get("replaced"))
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in config.items()}
+
+
+def _beside(own: dict[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A configuration with the values of an EPDScheduler beside those of the scheduler that it replaced.
+
+    Diffusers' `from_config` passes over the keys in `_use_default_values`. So it gives the other schedulers exactly
+    what their own configuration held, and nothing of ours.
+    """
+    if theirs is None:
+        return own
+    ours = {name for name in own if name not in theirs or name in _OF_OURS}
+    hidden = {name for name in ours if name not in theirs or theirs[name] != own[name]} | {
+        *theirs.get("_use_default_values", ())
+    }
+    return {**own, **{k: v for k, v in theirs.items() if k not in ours}, "_use_default_values": sorted(hidden)}
+
+
+_OF_OURS = frozenset({"use_flow_sigmas"})  # pipelines read it to know how this scheduler behaves
+
+
+def _asking_pipeline(scheduler: EPDScheduler) -> Any:
+    """The pipeline whose call is under way and that has this scheduler; None outside of such a call.
+
+    Diffusers never tells a scheduler where it is, so this looks for the caller's `self`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        named = {kind.__name__ for kind in type(owner).__mro__}  # the import of the class would take seconds
+        if "DiffusionPipeline" in named and getattr(owner, "scheduler", None) is scheduler:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _default_steps(pipe: Any) -> int | None:
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps") if pipe else None
+    return None if parameter is None else parameter.default

@@ -120,7 +120,7 @@ from diffusers import DiffusionPipeline
 from epd_ray import EPDScheduler
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.scheduler = EPDScheduler.from_pretrained("{source}")
+pipe.scheduler = EPDScheduler.from_pretrained("{source}", like=pipe.scheduler)
 image = pipe("a red circle", num_inference_steps={n}{scale}).images[0]
 ```
 

@@ -130,6 +130,6 @@ def scheduler_config(
         **table.to_lists(),
         "form": form,
         "afs": afs,
-        "solver_order": order,
+        "multistep_order": order,
         **checked.model_dump(),
     }

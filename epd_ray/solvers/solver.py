@@ -84,7 +84,8 @@ class Solver:
             TableError: facts that are wrong, or that do not fit the form.
         """
         known = self.meta.get("scheduler") if facts is None else facts
-        return scheduler_config(self.table, self.sigmas, self.form, known, afs=self.afs, order=self.order)
+        config = scheduler_config(self.table, self.sigmas, self.form, known, afs=self.afs, order=self.order)
+        return None if config is None else {**config, "backbone": self.meta.get("backbone")}
 
     def card(self, source: str, *, has_scheduler: bool) -> str:
         """The model card for the directory of this solver, see `epd_ray.solvers.card.model_card`."""
