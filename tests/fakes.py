@@ -121,10 +121,15 @@ class Quiet:
     """An observer that counts, and that can press Ctrl-C."""
 
     def __init__(self, interrupt_after: int | None = None) -> None:
-        self.steps, self.interrupt_after, self.stages = 0, interrupt_after, []
+        self.steps, self.interrupt_after = 0, interrupt_after
+        self.stages: list[str] = []
+        self.items: list[str] = []
 
     def stage(self, name: str, total: int) -> None:
         self.stages.append(name)
+
+    def item(self, name: str) -> None:
+        self.items.append(name)
 
     def advance(self, steps: int = 1, /, **numbers: float) -> None:
         if self.stages[-1] == "fine-tuning" and numbers:

@@ -47,9 +47,9 @@ def test_the_arithmetic_by_hand():
     assert found.bottleneck == "generation"
     # 4 validations (0, 3, 6, 7) of 2 batches: 3 s of generation, 2 s of scoring.
     assert found.stages["validating"] == pytest.approx(4 * (3 + 2))
-    # 2 batches each: ours twice, and 4 baselines of the same 6 evaluations.
-    assert found.stages["comparing"] == pytest.approx(6 * (3 + 2))
-    assert found.total == pytest.approx(5 + 42 + 20 + 30)
+    # 2 batches each: ours twice, 4 baselines of the same 6 evaluations, and 50 Euler steps.
+    assert found.stages["comparing"] == pytest.approx(6 * (3 + 2) + 50 / 6 * 3 + 2)
+    assert found.total == pytest.approx(5 + 42 + 20 + 57)
 
 
 def test_without_staleness_every_update_is_waited_for():
@@ -78,9 +78,9 @@ def test_heads_in_the_driver_count_as_one():
 
 def test_baselines_cost_their_evaluations():
     config = config_of("cluster.rollout_actors=1", "solver.points=3", "evaluation.baselines=[heun]")
-    # Ours 12 evaluations; heun with 6 at the same parallel NFE, and with 12.
+    # Ours 12 evaluations; 50 Euler steps; heun with 6 at the same parallel NFE, and with 12.
     found = estimated(config, score={"sim": 0.0, "watched": 0.0})
-    assert found.stages["comparing"] == pytest.approx(2 * (3 + 3 + 1.5 + 3))
+    assert found.stages["comparing"] == pytest.approx(2 * (3 + 3 + 12.5 + 1.5 + 3))
 
 
 def test_distilling_counts_teacher_grid_and_student():
@@ -121,7 +121,7 @@ def test_what_it_says(small_ray, monkeypatch):
     assert "rollout actors 40 x 0.5 CPU" in text and "reward sim 2 x 0.25 CPU" in text
     assert "the actors do not fit the cluster: no room for the actors after" in text and "CPU: 20.75 asked" in text
     assert "training 224 7 iterations x 32" in text and "validation 40 4 times 10 prompts" in text
-    assert "comparison 96 6 solvers x 16 prompts" in text and "all together 360" in text
+    assert "comparison 112 7 solvers x 16 prompts" in text and "all together 376" in text
     assert "rollout actor 40 " in text and "reward sim actor 2 " in text and " GiB" in text
     assert "the bottleneck is" in text or "the actors wait for updates" in text
     (found,) = seen

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from epd_ray.telemetry.progress import LineObserver, LiveObserver, console_observer, duration
+from epd_ray.telemetry.progress import LineObserver, LiveObserver, console_observer, counted, duration
 
 
 class Clock:
@@ -52,6 +52,28 @@ def test_lines_are_flushed_and_notes_stand_alone():
     assert stream.flushed == "an actor died [and] was replaced\n"
 
 
+def test_the_item_is_named_with_its_own_numbers():
+    clock, stream = Clock(), io.StringIO()
+    observer = LineObserver(stream, clock)
+    observer.stage("comparing", 2)
+    for name, numbers in (("Euler", {"clip": 0.5, "accuracy": 0.25}), ("Heun", {"clip": 0.75})):
+        observer.item(name)
+        clock.now += 3
+        observer.advance(1, **numbers)
+    observer.stage("writing", 1)
+    assert stream.getvalue().splitlines() == [
+        "comparing 0/2",
+        "comparing 1/2, Euler, clip 0.5, accuracy 0.25, 3 s left",
+        "comparing 2/2, Heun, clip 0.75",
+        "writing 0/1",
+    ]
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 minutes"), (1, "1 minute"), (1440, "1,440 minutes")])
+def test_counted(number, said):
+    assert counted(number, "minute") == said
+
+
 def test_an_empty_stage_divides_by_nothing():
     stream = io.StringIO()
     observer = LineObserver(stream)
@@ -69,10 +91,21 @@ def test_live_display_shows_stages_and_numbers():
     observer.advance(reward=0.8125, images_per_s=9.5)
     observer.advance(reward=0.825)
     observer.note("saved [checkpoint]")
+    observer.stage("comparing", 3)
+    observer.item("[Heun]")
     observer.done()
     observer.done()
     shown = console.file.getvalue()
-    for part in ("distil [least squares]", "2/2", "2/45", "reward 0.825, images/s 9.5", "saved [checkpoint]"):
+    said = (
+        "distil [least squares]",
+        "2/2",
+        "2/45",
+        "reward 0.825, images/s 9.5",
+        "saved [checkpoint]",
+        "0/3",
+        "[Heun]",
+    )
+    for part in said:
         assert part in shown
 
 

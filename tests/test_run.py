@@ -49,7 +49,7 @@ def table(path: Path) -> list[list[float]]:
 
 def test_run_leaves_everything(finished):
     out, lines = finished
-    assert any("EPD + RDPO" in line for line in lines) and any("ours minus distilled" in line for line in lines)
+    assert "EPD + RDPO (parallel NFE 6, 9 evaluations) is" in lines[0] and "50 steps of DDIM / Euler" in " ".join(lines)
     for name in ("config.yaml", "versions.json", "report.html", "evaluation.json", "evaluation.parquet"):
         assert (out / name).stat().st_size > 0, name
     metrics = read_metrics(out / "metrics.jsonl")
@@ -65,7 +65,15 @@ def test_run_leaves_everything(finished):
     meta = Solver.from_pretrained(out / "solver").meta
     assert meta["backbone"] == "simulated" and meta["guidance_scale"] == 7.0
     summary = json.loads((out / "evaluation.json").read_text())
-    assert {s["key"] for s in summary["solvers"]} >= {"rdpo", "distilled", "euler-6", "euler-9", "heun-10"}
+    assert {s["key"] for s in summary["solvers"]} >= {
+        "rdpo",
+        "distilled",
+        "euler-50",
+        "euler_no_zero-6",
+        "euler_no_zero-9",
+    }
+    assert summary["reference"] == "euler-50" and {d["solver"] for d in summary["differences"]} == {"rdpo"}
+    assert {s["key"]: len(s["sigmas"]) for s in summary["solvers"]}["euler-50"] == 51
     assert (out / "images" / "contact_sheet.png").stat().st_size > 0
     assert load_config(out / "config.yaml") == load_config(None, TINY)
 
@@ -586,7 +594,7 @@ def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
 
 def test_describe_says_what_and_how_long():
     what, how_long = describe(load_config(None))
-    assert "45 iterations, 1440 images" in what and how_long.endswith("minutes with 2 rollout actors on CPU cores.")
+    assert "45 iterations, 1,440 images" in what and how_long.endswith("minutes with 2 rollout actors on CPU cores.")
     assert describe(load_config(None, ["cluster.rollout_gpus=0.5"])) == (
         what,
         "The progress line of the first iteration will show how long the run takes.",

@@ -9,11 +9,12 @@ from epd_ray.actors.pipeline import TASKS_AHEAD, Outcome
 from epd_ray.actors.tasks import Task
 from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.embedded.scenes import distinct_scenes, render
-from epd_ray.evaluation.comparison import SCENE_ACCURACY, SceneJudge, accuracy
+from epd_ray.evaluation.comparison import SceneJudge, accuracy
+from epd_ray.evaluation.records import SCENE_ACCURACY
 from epd_ray.rdpo.side_work import SideWork
 from epd_ray.rewards.mixing import Mixer
 from epd_ray.runs import distill as distill_run
-from epd_ray.runs.compare import comparison
+from epd_ray.runs.compare import Contest, comparison
 from epd_ray.storage.run_directory import RunDirectory
 from epd_ray.types import Sampled
 from tests.fakes import Quiet, drawn
@@ -110,15 +111,31 @@ def test_scenes_are_judged_batch_by_batch_as_all_at_once():
         assert nothing.values == {}
 
 
-def test_a_comparison_saves_the_first_pictures_as_they_come(tmp_path):
+def test_a_comparison_takes_turns_and_saves_the_first_pictures_as_they_come(tmp_path):
     from PIL import Image
 
-    run = RunDirectory(tmp_path)
-    found = comparison(backwards().sample_scored, [EULER], PROMPTS[:10], SEEDS[:10], "test", run, 6, Quiet())
-    assert found.rows[0].values["sim"].tolist() == list(range(10))
-    saved = sorted((run.samples / EULER.key).glob("*.png"))
-    assert [path.name for path in saved] == [f"00{i}.png" for i in range(6)]
-    assert [Image.open(path, formats=["PNG"]).getpixel((0, 0)) for path in saved] == [(i, i, i) for i in range(6)]
+    run, quiet, slow = RunDirectory(tmp_path), Quiet(), baseline("euler", 4)
+    who = Contest([EULER, slow], 2 * BATCH)
+    found = comparison(backwards().sample_scored, who, PROMPTS[:10], SEEDS[:10], "test", run, 6, quiet)
+    assert quiet.stages == ["comparing"]
+    names = [f"{sampler.label} ({sampler.model_evals} evaluations)" for sampler in who.samplers]
+    assert quiet.items == names * 2  # 8 prompts of each, and then 2
+    for row in found.rows:
+        assert row.values["sim"].tolist() == list(range(10))
+        saved = sorted((run.samples / row.sampler.key).glob("*.png"))
+        assert [path.name for path in saved] == [f"00{i}.png" for i in range(6)]
+        assert [Image.open(path, formats=["PNG"]).getpixel((0, 0)) for path in saved] == [(i, i, i) for i in range(6)]
+
+
+def test_the_time_of_a_picture_is_the_median_of_full_turns(tmp_path):
+    seconds = iter([4.0, 8.0, 400.0, 8.0, 4.0, 8.0, 90.0, 90.0])
+
+    def draw(sampler, prompts, seeds, on_images):
+        return Sampled({"sim": np.zeros(len(prompts), np.float32)}, np.zeros(len(prompts), np.float32), next(seconds))
+
+    who = Contest([EULER, baseline("euler", 4)], 4)
+    found = comparison(draw, who, PROMPTS[:14], SEEDS[:14], "test", RunDirectory(tmp_path), 0, Quiet())
+    assert [row.seconds_per_image for row in found.rows] == [1.0, 2.0]
 
 
 class Shifted:

@@ -124,10 +124,14 @@ def test_a_suite_leaves_everything(small_ray, request_of, calls):
     assert {"sim", "sharpness"} <= set(table) and "scene_accuracy" not in table
     page = (out / "report.html").read_text()
     assert page.count("data:image/webp") == 6 * 3 and "http" not in page.replace("http://www.w3.org", "")
-    headline = next(line for line in lines if "against 50 steps of DDIM / Euler on 10 prompts" in line)
-    assert "sim +" in headline and "a picture takes " in headline
-    record = json.loads((out / "results.json").read_text())
-    assert record["headline"][0]["sentence"] == headline
+    (verdict,) = json.loads((out / "results.json").read_text())["verdicts"]
+    assert " ".join(lines).startswith(verdict["sentence"]) and verdict["sentence"] in (out / "results.md").read_text()
+    assert (
+        verdict["sentence"].startswith("On 10 prompts")
+        and "than 50 steps of DDIM / Euler in sim" in verdict["sentence"]
+    )
+    (slow, equal) = verdict["against"]
+    assert (slow["solver"], equal["solver"]) == ("euler-50", "euler-9") and slow["speed"]["ratio"] > 0
     assert (out / "results.md").read_text().count("| DDIM / Euler |") == 3
     assert (out / "results.csv").read_text().startswith("method,sampler,")
     make_page(out / "pictures" / "euler-6", out / "pictures" / "dpm2-6", out / "ab", None, None, 0)
@@ -390,8 +394,8 @@ def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
     solver = save_solver(tmp_path / "mine", 2, family="sd3")
     config = load_settings("embedded", None, [*IN_DRIVER, "rewards.clip.replicas=0", "evaluation.baselines=[euler]"])
     request = Request("embedded", tmp_path / "out", (solver,), count=4, images_per_prompt=2)
-    (headline,) = [line for line in evaluate_suite(config, request, Quiet()) if " against 50 " in line]
-    assert "clip " in headline and "scene accuracy " in headline and " points [" in headline
+    said = " ".join(evaluate_suite(config, request, Quiet()))
+    assert all(part in said for part in ("50 steps", "clip (", "scene accuracy (", " points ["))
     table = pq.read_table(tmp_path / "out" / "results.parquet")
     assert set(table["scene_accuracy"].to_pylist()) <= {0.0, 1.0}
     means = json.loads((tmp_path / "out" / "results.json").read_text())["solvers"][0]["metrics"]

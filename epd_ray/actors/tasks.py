@@ -18,7 +18,7 @@ from epd_ray.telemetry.memory import Memory, peak_memory
 from epd_ray.types import Backbone, RolloutJob
 from epd_ray.weights.devices import one_thread
 
-Method = Literal["describe", "truncated", "generate", "sample", "distill", "distill_loss"]
+Method = Literal["describe", "steps", "truncated", "generate", "sample", "distill", "distill_loss"]
 
 
 @dataclass(frozen=True)

@@ -389,7 +389,7 @@ class EvaluationConfig(Section):
         description="Whether training ends when a head that nothing is learned from falls while the reward rises.",
     )
     baselines: tuple[SolverName, ...] = Field(
-        default=("euler", "euler_no_zero", "heun", "dpm2", "ipndm", "dpmpp2m", "unipc"),
+        default=("euler_no_zero", "dpmpp2m"),
         strict=False,
         description="The solvers to compare with at the same parallel NFE (the longest chain of evaluations that wait "
         "for each other): names from epd_ray/solvers/zoo.py or module:function, also with @schedule.",

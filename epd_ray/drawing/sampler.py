@@ -15,6 +15,7 @@ from epd_ray.solvers.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_s
 from epd_ray.types import Backbone, Conditioning, Drift
 
 EPD = "epd"
+REFERENCE_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,16 @@ class Sampler:
             return self
         return self.with_table(self.table.rows(start, stop))
 
+    def steps(self, backbone: Backbone) -> Tensor:
+        """The noise levels between the intervals, [N+1], float64, decreasing.
+
+        Raises:
+            ScheduleError: the schedule is not for this backbone.
+        """
+        if self.sigmas is not None:
+            return torch.tensor(self.sigmas, dtype=torch.float64)
+        return scheduled(backbone, self.intervals, self.schedule, final_zero=self.ends_at_zero)
+
     def run(
         self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
     ) -> Tensor:
@@ -93,10 +104,7 @@ class Sampler:
             ScheduleError: the schedule is not for this backbone.
         """
         drift = conditioned_drift(backbone, conditioning)
-        if self.sigmas is not None:
-            sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        else:
-            sigmas = scheduled(backbone, self.intervals, self.schedule, final_zero=self.ends_at_zero)
+        sigmas = self.steps(backbone)
         x = backbone.initial(noise)
         if self.table is not None:
             if starts is not None and not self.afs:
@@ -145,6 +153,11 @@ def nearest_baseline(name: str, parallel_nfe: int) -> Sampler:
     """A method of the zoo at the smallest parallel NFE, at least `parallel_nfe`, that it can have; see `baseline`."""
     method = zoo.find(name)
     return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)))
+
+
+def reference() -> Sampler:
+    """The slow sampler that shows what many steps give: REFERENCE_STEPS steps of Euler."""
+    return baseline("euler", REFERENCE_STEPS)
 
 
 def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: bool) -> Tensor:

@@ -66,6 +66,10 @@ class RolloutWorker:
         sigmas = tuple(b.sigmas(num_intervals).tolist())
         return BackboneFacts(b.family, b.model_id, b.form, sigmas, self.guidance_scale, dict(b.facts))
 
+    def steps(self, samplers: Sequence[Sampler]) -> list[tuple[float, ...]]:
+        """The noise levels [N+1] of each sampler."""
+        return [tuple(sampler.steps(self.backbone).tolist()) for sampler in samplers]
+
     def truncated(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are longer than the model reads."""
         return self.backbone.truncated(prompts)

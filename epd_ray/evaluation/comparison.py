@@ -1,8 +1,8 @@
 """Comparing samplers on the same prompts and noise seeds, with intervals of the paired differences."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -12,16 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from epd_ray.drawing.sampler import Sampler, nearest_baseline
+from epd_ray.drawing.sampler import Sampler, nearest_baseline, reference
 from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
-from epd_ray.evaluation.records import Difference, Evaluation, SolverRow
+from epd_ray.evaluation.records import OURS, SCENE_ACCURACY, Difference, Evaluation, SolverRow
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.storage.run_directory import RunDirectory, whole, write_text
+from epd_ray.telemetry.progress import Observer, counted
 from epd_ray.types import FloatArray, ImageArray, OnImages, Sampled
 
-SCENE_ACCURACY = "scene_accuracy"
-OURS = ("rdpo", "distilled")
 Draw = Callable[[Sampler, Sequence[str], Sequence[int], OnImages | None], Sampled]
 
 
@@ -32,7 +31,7 @@ class Row:
     Attributes:
         sampler: what drew the pictures.
         values: metric -> its value for each prompt, [B].
-        seconds_per_image: the mean time of a picture in seconds.
+        seconds_per_image: the time of a picture in seconds.
     """
 
     sampler: Sampler
@@ -49,15 +48,21 @@ class Comparison:
         prompts: B prompts.
         seeds: B noise seeds, one for each prompt.
         rows: the results of each sampler.
-        ours: the keys of the learned samplers. A difference is taken between each of them and every sampler that is
-            not listed before it, so the final one comes before the one that it was trained from.
+        ours: the keys of the learned samplers that the comparison is about. A difference is taken between each of them
+            and every sampler that is not listed before it.
+        reference: the key of the slow sampler that shows what many steps give; None if there is none.
+        guidance_scale: the guidance scale of all pictures; None if it is not known.
+        sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
     """
 
     split: str
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
-    ours: tuple[str, ...] = OURS
+    ours: tuple[str, ...] = (OURS,)
+    reference: str | None = None
+    guidance_scale: float | None = None
+    sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @cached_property
     def means(self) -> dict[str, dict[str, Interval]]:
@@ -91,6 +96,7 @@ class Comparison:
                 model_evals=row.sampler.model_evals,
                 seconds_per_image=row.seconds_per_image,
                 metrics=self.means[row.sampler.key],
+                sigmas=list(self.sigmas.get(row.sampler.key, ())),
             )
             for row in self.rows
         ]
@@ -100,6 +106,9 @@ class Comparison:
             metrics=list(self.rows[0].values),
             solvers=solvers,
             differences=self.differences,
+            ours=list(self.ours),
+            reference=self.reference,
+            guidance_scale=self.guidance_scale,
         )
 
     def summary(self) -> dict[str, object]:
@@ -137,39 +146,63 @@ def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampl
     return list(found.values())
 
 
+def opponents(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
+    """Choose what a learned sampler is compared with: 50 Euler steps, and then other methods at equal cost.
+
+    Args:
+        names: see `rivals`, and so for the other arguments.
+    """
+    found = [reference(), *rivals(names, ours, equal_evals)]
+    return list({sampler.key: sampler for sampler in found}.values())
+
+
 def compare(
     draw: Draw,
     samplers: Sequence[Sampler],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    split: str,
+    at_once: int,
     on_images: Callable[[Sampler, int, ImageArray], None],
-    after_each: Callable[[Row], None],
-) -> Comparison:
+    observer: Observer,
+) -> tuple[Row, ...]:
     """Draw every sampler's pictures and score them.
+
+    The samplers take turns, so that whatever slows the machine for a while slows them all.
 
     Args:
         draw: makes and scores pictures (RDPO.sample_scored).
         samplers: with distinct keys.
         prompts: B prompts.
         seeds: B noise seeds, the same for all samplers.
-        split: for the record.
+        at_once: the number of pictures that a sampler draws in its turn, at least 1; a multiple of the batch size.
         on_images: takes a sampler's pictures batch by batch, see types.OnImages.
-        after_each: called with a sampler's results.
+        observer: sees one step for each turn, under the sampler's name.
     """
     scenes = scenes_of(prompts)
-    rows = []
-    for sampler in samplers:
-        judge = SceneJudge(scenes)
-        sampled = draw(sampler, prompts, seeds, partial(_to_both, judge.see, partial(on_images, sampler)))
-        rows.append(Row(sampler, {**sampled.scores, **judge.values}, sampled.seconds / len(prompts)))
-        after_each(rows[-1])
-    return Comparison(split, tuple(prompts), tuple(seeds), tuple(rows))
+    judges = {sampler.key: SceneJudge(scenes) for sampler in samplers}
+    parts: dict[str, list[Sampled]] = {sampler.key: [] for sampler in samplers}
+    firsts = range(0, len(prompts), at_once)
+    observer.stage("comparing", len(firsts) * len(samplers))
+    for first, sampler in product(firsts, samplers):
+        observer.item(f"{sampler.label} ({counted(sampler.model_evals, 'evaluation')})")
+        turn = slice(first, first + at_once)
+        see = partial(_see, judges[sampler.key], partial(on_images, sampler), first)
+        parts[sampler.key].append(draw(sampler, prompts[turn], seeds[turn], see))
+        observer.advance()
+    return tuple(_row(sampler, parts[sampler.key], judges[sampler.key]) for sampler in samplers)
 
 
-def _to_both(one: OnImages, other: OnImages, first: int, images: ImageArray) -> None:
-    one(first, images)
-    other(first, images)
+def _see(judge: "SceneJudge", on_images: OnImages, begin: int, first: int, images: ImageArray) -> None:
+    """Show a batch to both; `begin` is the index of the turn's first picture, and `first` counts from there."""
+    judge.see(begin + first, images)
+    on_images(begin + first, images)
+
+
+def _row(sampler: Sampler, parts: Sequence[Sampled], judge: "SceneJudge") -> Row:
+    """A sampler's results; its time is the median over the turns, without a last one that has fewer pictures."""
+    scores = {head: np.concatenate([part.scores[head] for part in parts]) for head in parts[0].scores}
+    full = [part.seconds / len(part.reward) for part in parts if len(part.reward) == len(parts[0].reward)]
+    return Row(sampler, {**scores, **judge.values}, float(np.median(full)))
 
 
 class SceneJudge:
@@ -240,20 +273,3 @@ def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) ->
     run.samples.mkdir(parents=True, exist_ok=True)
     write_text(run.samples / "prompts.json", json.dumps(comparison.prompts[:pictures], indent=2))
     write_text(run.evaluation, json.dumps(comparison.summary(), indent=2))
-
-
-def headline(summary: dict[str, object]) -> list[str]:
-    """Write lines for the terminal: the scores of every sampler, then the paired differences of the learned one.
-
-    Args:
-        summary: what `Comparison.summary` returned, or what was read from evaluation.json.
-    """
-    found, lines = Evaluation.model_validate(summary), []
-    for s in found.solvers:
-        scores = "  ".join(f"{metric} {value.mean:.4f}" for metric, value in s.metrics.items())
-        lines.append(f"{s.label:<18} parallel NFE {s.parallel_nfe:>2}, {s.model_evals:>2} evaluations  {scores}")
-    for d in found.differences:
-        if d.solver == OURS[0]:
-            interval = f"95 % interval [{d.low:+.4f}, {d.high:+.4f}]"
-            lines.append(f"ours minus {d.against:<10} {d.metric:<15} {d.mean:+.4f}  {interval}")
-    return lines

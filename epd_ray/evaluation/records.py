@@ -8,6 +8,11 @@ from epd_ray.evaluation.statistics import Interval
 
 SHEET_COLUMNS = 8
 """The largest number of solvers that a contact sheet shows side by side."""
+SCENE_ACCURACY, SHARPNESS, DIVERSITY = "scene_accuracy", "sharpness", "diversity"
+NEUTRAL = (SHARPNESS, DIVERSITY)
+"""The metrics of which more is not better."""
+OURS = "rdpo"
+"""The key of a run's solver."""
 
 
 class SolverRow(BaseModel):
@@ -21,8 +26,9 @@ class SolverRow(BaseModel):
         intervals: the number of intervals.
         parallel_nfe: the length of the longest chain of evaluations that wait for each other.
         model_evals: the number of all evaluations.
-        seconds_per_image: the mean time of a picture in seconds; None if it was not measured.
+        seconds_per_image: the time of a picture in seconds; None if it was not measured.
         metrics: the mean of each metric over the prompts, with its 95 % interval.
+        sigmas: the noise levels between the intervals, [N+1], decreasing; empty if they are not known.
     """
 
     key: str
@@ -34,6 +40,7 @@ class SolverRow(BaseModel):
     model_evals: int
     seconds_per_image: float | None = None
     metrics: dict[str, Interval]
+    sigmas: list[float] = []
 
 
 class Difference(BaseModel):
@@ -69,7 +76,10 @@ class Evaluation(BaseModel):
         prompts: the number of prompts.
         metrics: the names of the metrics.
         solvers: a row for each solver.
-        differences: each learned solver minus each of the others, metric by metric.
+        differences: each of `ours` minus each of the other solvers, metric by metric.
+        ours: the keys of the learned solvers that the evaluation is about.
+        reference: the key of the slow solver that shows what many steps give; None if there is none.
+        guidance_scale: the guidance scale of all pictures; None if it is not known.
     """
 
     split: str
@@ -77,10 +87,22 @@ class Evaluation(BaseModel):
     metrics: list[str]
     solvers: list[SolverRow]
     differences: list[Difference] = []
+    ours: list[str] = [OURS]
+    reference: str | None = None
+    guidance_scale: float | None = None
+
+    @property
+    def scores(self) -> list[str]:
+        """The metrics of which more is better."""
+        return [metric for metric in self.metrics if metric not in NEUTRAL]
 
     def solver(self, key: str) -> SolverRow | None:
         """The row of a solver, or None if it was not compared."""
         return next((row for row in self.solvers if row.key == key), None)
+
+    def differences_of(self, solver: str, against: str) -> dict[str, Interval]:
+        """The differences of one solver from another by metric; empty if they were not taken."""
+        return {d.metric: d.interval for d in self.differences if (d.solver, d.against) == (solver, against)}
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,63 @@
 """The comparison of a run's solver with the baselines, and the files that it leaves in the run directory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.evaluation.comparison import (
     Comparison,
     Draw,
-    Row,
     compare,
-    rivals,
+    opponents,
     save_comparison,
     save_pictures,
 )
+from epd_ray.evaluation.records import OURS
+from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.solvers import Solver
 from epd_ray.storage.run_directory import RunDirectory
 from epd_ray.telemetry.progress import Observer
 from epd_ray.types import ImageArray
 
 
-def contenders(config: RunConfig, run: RunDirectory) -> list[Sampler]:
-    """The samplers that a run compares: its solver, the table that it started from, and the baselines."""
-    ours = learned(Solver.from_pretrained(run.solver), "rdpo", "EPD + RDPO")
+@dataclass(frozen=True)
+class Contest:
+    """Who is compared, and what is known of the model.
+
+    Attributes:
+        samplers: the samplers with distinct keys, in the order in which they take turns.
+        at_once: the number of pictures that a sampler draws in its turn, at least 1; a multiple of the batch size.
+        reference: the key of the slow sampler; None if there is none.
+        guidance_scale: the guidance scale of all pictures; None if it is not known.
+        sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
+    """
+
+    samplers: Sequence[Sampler]
+    at_once: int
+    reference: str | None = None
+    guidance_scale: float | None = None
+    sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def contest(config: RunConfig, run: RunDirectory, algo: RDPO) -> Contest:
+    """What a run compares: its solver, the table that it started from, 50 Euler steps, and the baselines.
+
+    The start table draws first, because the time of whoever draws a prompt first includes its encoding, and no other
+    time is compared with that of the start table.
+    """
+    ours = learned(Solver.from_pretrained(run.solver), OURS, "EPD + RDPO")
     start = learned(Solver.from_pretrained(run.distilled), "distilled", "EPD distilled")
-    return [ours, start, *rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
+    slow, *others = opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+    samplers = [start, ours, slow, *others]
+    sigmas = algo.work("steps", [(tuple(samplers),)])[0]
+    by_key = dict(zip((sampler.key for sampler in samplers), sigmas, strict=True))
+    return Contest(samplers, algo.images_at_once, slow.key, algo.facts.guidance_scale, by_key)
 
 
 def comparison(
     draw: Draw,
-    samplers: Sequence[Sampler],
+    who: Contest,
     prompts: Sequence[str],
     seeds: Sequence[int],
     split: str,
@@ -40,22 +69,27 @@ def comparison(
 
     Args:
         draw: draws and scores pictures (RDPO.sample_scored).
-        samplers: the samplers, with distinct keys.
+        who: the samplers.
         prompts: the B prompts that every sampler draws.
         seeds: one noise seed per prompt.
         split: the name of the prompts, which the results show.
         run: the directory that receives the results.
         pictures: the number of pictures per sampler that are kept, from the first prompt.
-        observer: sees one step per sampler.
+        observer: sees one step for each turn of a sampler.
     """
-    observer.stage("comparing", len(samplers))
 
     def save(sampler: Sampler, first: int, images: ImageArray) -> None:
         save_pictures(run.samples / sampler.key, images[: max(0, pictures - first)], first)
 
-    def show(row: Row) -> None:
-        observer.advance(1, **{name: float(values.mean()) for name, values in row.values.items()})
-
-    found = compare(draw, samplers, prompts, seeds, split, save, show)
+    rows = compare(draw, who.samplers, prompts, seeds, who.at_once, save, observer)
+    found = Comparison(
+        split,
+        tuple(prompts),
+        tuple(seeds),
+        rows,
+        reference=who.reference,
+        guidance_scale=who.guidance_scale,
+        sigmas=who.sigmas,
+    )
     save_comparison(run, found, pictures)
     return found

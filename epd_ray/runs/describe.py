@@ -1,8 +1,10 @@
 """What a run is going to do, in two lines. This module imports no Ray, so that the lines appear at once."""
 
 from epd_ray.config.run_config import RunConfig
+from epd_ray.drawing.sampler import REFERENCE_STEPS
 from epd_ray.prompts.splits import SHAPES
 from epd_ray.solvers.table import SolverTable, uniform_table
+from epd_ray.telemetry.progress import counted
 
 SECONDS_PER_PASS = 0.005  # of the embedded model, for one picture on one CPU core
 SECONDS_TO_START = 30.0
@@ -15,21 +17,17 @@ def describe(config: RunConfig) -> tuple[str, str]:
     model = config.backbone.arguments.get("model", config.backbone.family)
     heads = [name for name, head in config.rewards.items() if head.weight]
     what = (
-        f"This run fine-tunes a solver of {_counted(s.intervals, 'interval')} with {_counted(s.points, 'point')} each "
+        f"This run fine-tunes a solver of {counted(s.intervals, 'interval')} with {counted(s.points, 'point')} each "
         f"(parallel NFE {table.cost(s.afs).parallel_nfe}) for the model {model} on the "
-        f"{'rewards' if len(heads) > 1 else 'reward'} {', '.join(heads)}: {_counted(r.iterations, 'iteration')}, "
-        f"{r.iterations * r.prompts_per_iteration * r.group_size} images."
+        f"{'rewards' if len(heads) > 1 else 'reward'} {', '.join(heads)}: {counted(r.iterations, 'iteration')}, "
+        f"{counted(r.iterations * r.prompts_per_iteration * r.group_size, 'image')}."
     )
     if model != SHAPES or config.cluster.rollout_gpus:
         return what, "The progress line of the first iteration will show how long the run takes."
     passes, actors = _passes(config, table), config.cluster.rollout_actors
     minutes = max(1, round((SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, actors)) / 60))
-    workers = f"{_counted(actors, 'rollout actor')} on CPU cores" if actors else "the driver on one CPU core"
-    return what, f"It takes {passes:,} network passes, about {_counted(minutes, 'minute')} with {workers}."
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+    workers = f"{counted(actors, 'rollout actor')} on CPU cores" if actors else "the driver on one CPU core"
+    return what, f"It takes {passes:,} network passes, about {counted(minutes, 'minute')} with {workers}."
 
 
 def _passes(config: RunConfig, table: SolverTable) -> int:
@@ -37,7 +35,7 @@ def _passes(config: RunConfig, table: SolverTable) -> int:
     s, r, e, d = config.solver, config.rdpo, config.evaluation, config.distill
     cost = table.cost(s.afs)
     evals, depth = cost.model_evals, cost.parallel_nfe
-    compared = evals * 2 + (depth + evals * e.equal_evals) * len(e.baselines)
+    compared = REFERENCE_STEPS + evals * 2 + (depth + evals * e.equal_evals) * len(e.baselines)
     total = r.iterations * r.prompts_per_iteration * r.group_size * evals
     total += (1 + r.iterations // e.every) * config.prompts.validation * evals + config.prompts.test * compared
     if d.enabled and d.table is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.evaluation.comparison import rivals
+from epd_ray.evaluation.comparison import opponents
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.solvers.table import uniform_table
 
@@ -90,9 +90,9 @@ def validations(config: RunConfig) -> int:
 
 
 def compared(config: RunConfig) -> list[Sampler]:
-    """The samplers of the comparison: the run's solver, its start table, and the baselines."""
+    """The samplers of the comparison: the run's solver, its start table, the reference, and the baselines."""
     ours = _ours(config)
-    return [ours, ours, *rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
+    return [ours, ours, *opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
 
 
 def _seconds(config: RunConfig, costs: Costs, batches: int, share: float = 1.0) -> float:

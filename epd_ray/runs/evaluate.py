@@ -8,12 +8,13 @@ from pathlib import Path
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import PromptError, RunDirectoryError
-from epd_ray.evaluation.comparison import Comparison, headline
+from epd_ray.evaluation.comparison import Comparison
+from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.files import read_prompts
 from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
-from epd_ray.runs.compare import comparison, contenders
+from epd_ray.runs.compare import comparison, contest
 from epd_ray.runs.report import write_report
 from epd_ray.runs.saved import open_run, saved_prompts
 from epd_ray.storage.lock import held
@@ -63,7 +64,7 @@ def evaluate(
                 found = _compared(config, run, target, prompts, seeds, observer)
             report = write_report(final)  # outside of the draft: the results stay where the report fails
         observer.done()
-        return [*headline(found.summary()), f"report: {inside(where, Path('evaluations', name, report.name))}"]
+        return [*closing(found.evaluation), f"report: {inside(where, Path('evaluations', name, report.name))}"]
 
 
 def _prompts(
@@ -94,14 +95,13 @@ def _compared(
     seeds: list[int],
     observer: Observer,
 ) -> Comparison:
-    samplers = contenders(config, run)
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
     observer.stage("starting actors", 1)
     with algorithm(local, prompts, None) as algo:
         observer.advance()
         warn_of_long_prompts(algo, prompts)
-        keep = config.evaluation.pictures
-        return comparison(algo.sample_scored, samplers, prompts, seeds, target.path.name, target, keep, observer)
+        who, keep = contest(config, run, algo), config.evaluation.pictures
+        return comparison(algo.sample_scored, who, prompts, seeds, target.path.name, target, keep, observer)
 
 
 @contextmanager

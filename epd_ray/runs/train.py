@@ -14,7 +14,8 @@ from epd_ray.config.loading import to_yaml
 from epd_ray.config.problems import first_difference
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import EpdRayError, RunDirectoryError
-from epd_ray.evaluation.comparison import headline
+from epd_ray.evaluation.records import Evaluation
+from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.runs.report import write_report
@@ -84,7 +85,7 @@ def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
         if changed := first_difference(begun, config):
             raise RunDirectoryError(f"{place.name} holds another run: {changed} (name a new directory)")
         if run.stages.is_file() and run.report.is_file():  # a run writes these two files last
-            return headline(json.loads(run.evaluation.read_text()))
+            return closing(Evaluation.model_validate_json(run.evaluation.read_bytes()))
         return _continue(config, run, place, observer)
 
 

@@ -12,12 +12,13 @@ import torch
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import is_own_bug
-from epd_ray.evaluation.comparison import SceneJudge, headline, scenes_of
+from epd_ray.evaluation.comparison import SceneJudge, scenes_of
 from epd_ray.evaluation.validation import STOPPED, Best, Curve, Validation, write_curve
+from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
-from epd_ray.runs.compare import comparison, contenders
+from epd_ray.runs.compare import comparison, contest
 from epd_ray.runs.stage_one import fit_start_table, made_by, weights_of
 from epd_ray.runs.trackers import Sink
 from epd_ray.solvers import Solver, SolverTable, check_fit
@@ -237,10 +238,10 @@ class Trainer:
         Returns:
             The results in a few lines.
         """
-        samplers, prompts = contenders(self.config, self.run), self.prompts.test
+        who, prompts = contest(self.config, self.run, self.algo), self.prompts.test
         seeds = noise_seeds(Purpose.TEST, self.config.seed, len(prompts))
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
-        found = comparison(draw, samplers, prompts, seeds, "test", self.run, keep, self.observer)
+        found = comparison(draw, who, prompts, seeds, "test", self.run, keep, self.observer)
         means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}
         self._save_best(rewards_before=means["distilled"], rewards_after=means["rdpo"])
-        return headline(found.summary())
+        return closing(found.evaluation)

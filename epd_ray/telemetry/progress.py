@@ -28,6 +28,10 @@ class Observer(Protocol):
         """Begin a stage of `total` steps, which ends the stage before it."""
         ...
 
+    def item(self, name: str) -> None:
+        """Say what the steps to come work on, until the next item or stage; numbers of the item before are gone."""
+        ...
+
     def advance(self, steps: int = 1, /, **numbers: float) -> None:
         """Count finished steps and show the latest `numbers` by name ("images_per_s" is shown as images/s)."""
         ...
@@ -55,6 +59,7 @@ class LiveObserver:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[item]}", markup=False),
             TextColumn("{task.fields[numbers]}", style="green", markup=False),
             TimeElapsedColumn(),
             TextColumn("left", style="dim"),
@@ -68,7 +73,13 @@ class LiveObserver:
         self._end_stage()
         self._progress.start()
         self._numbers = {}
-        self._task = self._progress.add_task(name, total=total, numbers="")
+        self._task = self._progress.add_task(name, total=total, item="", numbers="")
+
+    def item(self, name: str) -> None:
+        if self._task is None:
+            raise RuntimeError("item() before stage()")
+        self._numbers = {}
+        self._progress.update(self._task, item=name, numbers="")
 
     def advance(self, steps: int = 1, /, **numbers: float) -> None:
         if self._task is None:
@@ -99,14 +110,17 @@ class LineObserver:
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
-        self._name, self._total, self._count, self._start = "", 0, 0, 0.0
+        self._name, self._item, self._total, self._count, self._start = "", "", 0, 0, 0.0
         self._printed_count, self._printed_time = 0, 0.0
         self._numbers: dict[str, float] = {}
 
     def stage(self, name: str, total: int) -> None:
-        self._name, self._total, self._count, self._numbers = name, total, 0, {}
+        self._name, self._item, self._total, self._count, self._numbers = name, "", total, 0, {}
         self._start = self._clock()
         self._print_count()
+
+    def item(self, name: str) -> None:
+        self._item, self._numbers = name, {}
 
     def advance(self, steps: int = 1, /, **numbers: float) -> None:
         self._count += steps
@@ -124,7 +138,7 @@ class LineObserver:
 
     def _print_count(self) -> None:
         self._printed_count, self._printed_time = self._count, self._clock()
-        parts = [f"{self._name} {self._count}/{self._total}", _listed(self._numbers)]
+        parts = [f"{self._name} {self._count}/{self._total}", self._item, _listed(self._numbers)]
         if 0 < self._count < self._total:
             left = (self._printed_time - self._start) / self._count * (self._total - self._count)
             parts.append(f"{duration(left)} left")
@@ -138,6 +152,11 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 minute" or "1,440 pictures"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _listed(numbers: Mapping[str, float]) -> str:

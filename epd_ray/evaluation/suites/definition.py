@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from epd_ray.backbones.auto import takes_prompts
 from epd_ray.config.sections import AUTO, BackboneConfig
-from epd_ray.drawing.sampler import Sampler, baseline
+from epd_ray.drawing.sampler import Sampler, baseline, reference
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError
 from epd_ray.evaluation.comparison import rivals
@@ -15,7 +15,6 @@ from epd_ray.solvers import Solver
 from epd_ray.solvers.schedules import MODEL
 from epd_ray.solvers.zoo import find
 
-REFERENCE_STEPS = 50
 FID_METRIC = "frechet_distance"
 LEARNED, PLUGIN = "EPD-Solver", "EPD-Plugin"
 METHODS = {"DDIM": "euler", "iPNDM(3M)": "ipndm3", "Heun": "heun", "DPM-Solver-2": "dpm2"}
@@ -175,14 +174,14 @@ def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampl
         kinds: the names of the methods; each is drawn at the learned sampler's parallel NFE and at its evaluations.
         ours: the learned samplers, at least one.
     """
-    reference = baseline("euler", REFERENCE_STEPS)
-    found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), reference]
+    slow = reference()
+    found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), slow]
     distinct = {sampler.key: sampler for sampler in found}
     lines = [
         Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == MODEL else s.schedule)
         for s in distinct.values()
     ]
-    return Suite(name, None, tuple(lines), tuple(ours), reference)
+    return Suite(name, None, tuple(lines), tuple(ours), slow)
 
 
 def _fid_baseline(method: str, parallel_nfe: int) -> Sampler | None:

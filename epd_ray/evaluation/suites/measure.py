@@ -1,4 +1,4 @@
-"""The figures of a suite: a row for each picture, then means over prompts, distances, times, and the headline."""
+"""The figures of a suite: a row for each picture, then means over prompts, distances and times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import numpy as np
 import pyarrow as pa
 
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.evaluation.comparison import SCENE_ACCURACY, Comparison, Row, accuracy, scenes_of
+from epd_ray.evaluation.comparison import Comparison, Row, accuracy, scenes_of
 from epd_ray.evaluation.metrics.diversity import diversity
 from epd_ray.evaluation.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from epd_ray.evaluation.metrics.sharpness import sharpness
-from epd_ray.evaluation.statistics import Interval, paired_difference
+from epd_ray.evaluation.records import DIVERSITY, SCENE_ACCURACY, SHARPNESS
 from epd_ray.evaluation.suites.definition import Suite
 from epd_ray.evaluation.suites.directory import ResultsDirectory
 from epd_ray.evaluation.suites.subject import Pictures
+from epd_ray.evaluation.verdict import Speed, Timing
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
 
 ABOUT = ("prompt_id", "image", "prompt", "noise_seed", "shard", "session", "seconds")
 """The columns that are no metrics."""
 FEATURES = "features"
-SHARPNESS = "sharpness"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,6 @@ def metrics_of(names: list[str]) -> list[str]:
     return [name for name in names if name not in (*ABOUT, FEATURES)]
 
 
-DIVERSITY = "diversity"
 Times = Mapping[tuple[str, int], float]
 """The seconds that one sampler took for a picture, by session and shard."""
 
@@ -113,7 +112,13 @@ class Summary:
     times: Mapping[str, Times]
 
 
-def summarise(suite: Suite, pictures: Pictures, results: ResultsDirectory, reference: Gaussian | None) -> Summary:
+def summarise(
+    suite: Suite,
+    pictures: Pictures,
+    results: ResultsDirectory,
+    reference: Gaussian | None,
+    guidance_scale: float | None = None,
+) -> Summary:
     """Read the rows of a suite's samplers, with one sampler in memory at a time, and sum them up.
 
     Args:
@@ -121,6 +126,7 @@ def summarise(suite: Suite, pictures: Pictures, results: ResultsDirectory, refer
         pictures: the prompts and seeds that were drawn.
         results: the directory that holds the shards.
         reference: the statistics of the reference set; None leaves out the Frechet distance.
+        guidance_scale: the guidance scale of all pictures; None if it is not known.
     """
     found, distances, times = [], {}, {}
     for sampler in suite.samplers:
@@ -136,7 +142,8 @@ def summarise(suite: Suite, pictures: Pictures, results: ResultsDirectory, refer
             distances[sampler.key] = frechet_distance(seen.gaussian(), reference)
         found.append(Row(sampler, values, median(times[sampler.key])))
     keys = () if suite.name == "paper-fid" else tuple(s.key for s in suite.ours)
-    comparison = Comparison(suite.name, pictures.prompts, pictures.seeds, tuple(found), keys)
+    slow = suite.reference.key if suite.reference else None
+    comparison = Comparison(suite.name, pictures.prompts, pictures.seeds, tuple(found), keys, slow, guidance_scale)
     return Summary(comparison, distances, times)
 
 
@@ -167,28 +174,8 @@ def median(times: Times) -> float:
     return float(np.median(list(times.values())))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """The median times of two samplers, over the shards that one call of the command drew with both.
-
-    Attributes:
-        ours: seconds a picture of the first sampler.
-        other: seconds a picture of the second sampler.
-        shards: the number of shards.
-    """
-
-    ours: float
-    other: float
-    shards: int
-
-    @property
-    def ratio(self) -> float:
-        """The first sampler's time as a multiple of the second's."""
-        return self.ours / self.other
-
-
 def speed(ours: Times, other: Times) -> Speed | None:
-    """Compare times over the shards that both samplers have in common; None if there are none.
+    """Compare the median times over the shards that both samplers have in common; None if there are none.
 
     There are none if one of the solvers was added to the results by a later call.
     """
@@ -196,64 +183,13 @@ def speed(ours: Times, other: Times) -> Speed | None:
     if not both:
         return None
     first, second = ([times[key] for key in both] for times in (ours, other))
-    return Speed(float(np.median(first)), float(np.median(second)), len(both))
+    return Speed(float(np.median(first)), float(np.median(second)))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a learned sampler gains over the reference.
+def timing(times: Mapping[str, Times]) -> Timing:
+    """Compare the solvers of a suite by the batches that one call of the command drew with both, in turns.
 
-    Attributes:
-        sampler: the learned sampler.
-        differences: metric -> the paired difference, learned minus reference.
-        speed: the times of both; None if they were not drawn in the same call.
-        sentence: all of this for people.
+    Args:
+        times: sampler's key -> its times.
     """
-
-    sampler: Sampler
-    differences: Mapping[str, Interval]
-    speed: Speed | None
-    sentence: str
-
-
-def verdicts(suite: Suite, summary: Summary, guidance_scale: float) -> list[Verdict]:
-    """The headline of a suite: each learned sampler against the reference; empty for a suite without a reference."""
-    if suite.reference is None:
-        return []
-    rows = {row.sampler.key: row for row in summary.comparison.rows}
-    slow, count = rows[suite.reference.key], len(summary.comparison.prompts)
-    found = []
-    for ours in suite.ours:
-        mine = rows[ours.key]
-        metrics = [m for m in mine.values if m not in (SHARPNESS, DIVERSITY)]
-        differences = {m: paired_difference(mine.values[m], slow.values[m]) for m in metrics}
-        pace = speed(summary.times[ours.key], summary.times[suite.reference.key])
-        said = [f"{m.replace('_', ' ')} {_difference(m, d)}" for m, d in differences.items()]
-        sentence = (
-            f"{ours.label} (parallel NFE {ours.parallel_nfe}, {ours.model_evals} evaluations) against "
-            f"{suite.reference.intervals} steps of {suite.reference.label} on {count} prompts at "
-            f"guidance scale {guidance_scale:g}, with 95 % intervals in brackets: {', '.join(said)}; {_pace(pace)}"
-        )
-        found.append(Verdict(ours, differences, pace, sentence))
-    return found
-
-
-def _difference(metric: str, d: Interval) -> str:
-    if metric == SCENE_ACCURACY:
-        return f"{100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
-
-
-def _pace(pace: Speed | None) -> str:
-    if pace is None:
-        return "the times are not compared, because different calls drew the two (evaluate both in a new --out)"
-    many = f"medians of {pace.shards} batches each" if pace.shards > 1 else "one batch each"
-    return (
-        f"a picture takes {pace.ratio:.2f} of the time ({duration(pace.ours)} against {duration(pace.other)}, {many}, "
-        "drawn in turns)"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Write a time as "12.3 ms" or "1.23 s"."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return lambda ours, other: speed(times[ours.key], times[other.key])

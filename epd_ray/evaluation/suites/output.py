@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 from epd_ray.evaluation.records import SHEET_COLUMNS, Column
 from epd_ray.evaluation.suites.definition import FID_METRIC, Suite
 from epd_ray.evaluation.suites.directory import ResultsDirectory
-from epd_ray.evaluation.suites.measure import FEATURES, Features, Summary, Verdict, duration, summarise, verdicts
+from epd_ray.evaluation.suites.measure import FEATURES, Features, Summary, summarise, timing
 from epd_ray.evaluation.suites.settings import FID_PICTURES
 from epd_ray.evaluation.suites.subject import Pictures, Subject
 from epd_ray.evaluation.suites.tables import (
-    NOTHING,
     Cell,
     Table,
     TableRow,
@@ -25,9 +24,10 @@ from epd_ray.evaluation.suites.tables import (
     grid,
     markdown,
     number,
-    plain,
     tabulate,
 )
+from epd_ray.evaluation.verdict import Verdict, verdicts
+from epd_ray.evaluation.wording import NOTHING, WIDTH, duration, plain, wrapped
 from epd_ray.report.page import data_uri, page_template
 from epd_ray.storage.run_directory import package_versions, whole, write_text
 
@@ -52,16 +52,17 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
         features: the features of the reference set, if there is one.
 
     Returns:
-        The table, the headline and the place of the page, as lines for the terminal.
+        The verdicts, the table and the place of the page, as lines for the terminal.
 
     Raises:
         RunDirectoryError: a shard is damaged, or the disk refuses.
     """
     suite = subject.suite
-    summary = summarise(suite, subject.pictures, results, features.reference)
+    summary = summarise(suite, subject.pictures, results, features.reference, subject.facts.guidance_scale)
     heads = {name: head.head for name, head in subject.config.rewards.items()}
     table = tabulate(suite, summary, heads, features.is_fid)
-    found, said = verdicts(suite, summary, subject.facts.guidance_scale), [subject.sentence, *notes(table)]
+    found = verdicts(summary.comparison.evaluation, timing(summary.times))
+    said = [subject.sentence, *notes(table)]
     _write_rows(results, suite, subject.pictures)
     if results.pictures.is_dir():
         write_text(results.pictures / PROMPTS, json.dumps(subject.pictures.prompts, indent=2))
@@ -69,7 +70,8 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
     write_text(results.path / "results.md", "\n".join(_markdown(table, summary, found, said)) + "\n")
     write_text(results.path / "results.json", json.dumps(_record(summary, found), indent=2, ensure_ascii=False) + "\n")
     write_page(results, table, summary, found, said)
-    return [*plain(grid(table)), *said, *(verdict.sentence for verdict in found), f"report: {results.report}"]
+    first = [line for verdict in found for line in (*wrapped(verdict.sentence, WIDTH).split("\n"), "")]
+    return [*first, *plain(grid(table)), "", *said, f"report: {results.report}"]
 
 
 def _write_rows(results: ResultsDirectory, suite: Suite, pictures: Pictures) -> None:
@@ -125,17 +127,23 @@ def _markdown(table: Table, summary: Summary, found: Sequence[Verdict], said: Se
 
 
 def _record(summary: Summary, found: Sequence[Verdict]) -> dict[str, object]:
-    headline = [
+    said = [
         {
-            "solver": v.sampler.key,
+            "solver": v.ours.key,
             "sentence": v.sentence,
-            "differences": {m: asdict(d) for m, d in v.differences.items()},
-            "speed": None if v.speed is None else {**asdict(v.speed), "ratio": v.speed.ratio},
+            "against": [
+                {
+                    "solver": one.other.key,
+                    "differences": {m: asdict(d) for m, d in one.differences.items()},
+                    "speed": None if one.speed is None else {**asdict(one.speed), "ratio": one.speed.ratio},
+                }
+                for one in v.against
+            ],
         }
         for v in found
     ]
     whole_record = summary.comparison.summary() | {"distances": dict(summary.distances)}
-    return {"headline": headline, **whole_record, "versions": package_versions()}
+    return {"verdicts": said, **whole_record, "versions": package_versions()}
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def write_page(
         results: the directory, which has the pictures; the page goes there.
         table: the suite's results.
         summary: the figures behind the table.
-        found: the headline.
+        found: the verdicts.
         said: sentences that a reader of the table has to know.
 
     Raises:
@@ -177,7 +185,7 @@ def write_page(
         name=results.path.resolve().name,
         suite=table.suite.name,
         title=_title(table, found),
-        sentences=[verdict.sentence for verdict in found],
+        sentences=[verdict.sentence for verdict in found][int(table.suite.table is None) :],
         facts=_facts(table, summary),
         columns=columns,
         sheet=_sheet(results, columns, summary.comparison.prompts),
@@ -199,18 +207,9 @@ def write_page(
 
 
 def _title(table: Table, found: Sequence[Verdict]) -> str:
-    suite = table.suite
-    if suite.table is not None:
-        return f"The paper's table {suite.table}, and what was measured here"
-    best = found[0]
-    reference = suite.reference
-    assert reference is not None
-    steps = f"{reference.intervals} steps of {reference.label}"
-    metric, difference = next(iter(best.differences.items()))
-    gain = f"{best.sampler.label} changes {metric.replace('_', ' ')} by {_number(metric, difference.mean, True)}"
-    if best.speed is None:
-        return f"{gain} against {steps}"
-    return f"{gain} in {best.speed.ratio:.2f} of the time of {steps}"
+    if table.suite.table is not None:
+        return f"The paper's table {table.suite.table}, and what was measured here"
+    return found[0].sentence if found else f"{len(table.suite.samplers)} solvers, compared"
 
 
 def _facts(table: Table, summary: Summary) -> list[tuple[str, str]]:
@@ -242,7 +241,7 @@ def _row(row: TableRow, ours: set[str]) -> PageRow:
         schedule=f"{line.schedule or 'its own'} schedule",
         parallel_nfe=line.parallel_nfe,
         model_evals=NOTHING if sampler is None else str(sampler.model_evals),
-        time=NOTHING if row.seconds is None else duration(row.seconds),
+        time=duration(row.seconds),
         cells=row.cells,
         ours=sampler is not None and sampler.key in ours,
     )

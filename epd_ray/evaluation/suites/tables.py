@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.evaluation.comparison import SCENE_ACCURACY
+from epd_ray.evaluation.records import SCENE_ACCURACY, SHARPNESS
 from epd_ray.evaluation.statistics import Interval
 from epd_ray.evaluation.suites.definition import FID_METRIC, Line, Suite
-from epd_ray.evaluation.suites.measure import SHARPNESS, Summary
+from epd_ray.evaluation.suites.measure import Summary
 from epd_ray.evaluation.suites.paper import TITLES
 from epd_ray.evaluation.suites.settings import FID_PICTURES
+from epd_ray.evaluation.wording import NOTHING
 
 DECIMALS = {FID_METRIC: 2, SHARPNESS: 1, SCENE_ACCURACY: 3}
-NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,6 @@ def _text(metric: str, value: Interval | None, signed: bool = False) -> str:
 
 def _published(metric: str, cell: Cell) -> str:
     return NOTHING if cell.published is None else number(metric, cell.published)
-
-
-def plain(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows for a terminal, with the columns aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
