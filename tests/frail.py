@@ -1,6 +1,7 @@
 """What dies or breaks its GPU in an actor; light, since every process of it imports this."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import torch
 from epd_ray.backbones.simulated import SimulatedBackbone
 from epd_ray.rewards.simulated import SimulatedHead
 
+HANGS = 600.0  # seconds, longer than any test
+
 
 class Dying(SimulatedHead):
-    """A head that takes its process with it, where `when` says so; "once" leaves a file behind."""
+    """A head that takes its process with it, where `when` says so; "once" leaves a file behind, "never" never loads."""
 
     def __init__(self, *, when: str, file: str = "") -> None:
         super().__init__()
         self.when = when
+        if when == "never":
+            time.sleep(HANGS)
         if when == "build" or (when == "once" and not Path(file).exists()):
             Path(file or os.devnull).touch()
             os._exit(1)
@@ -35,6 +40,26 @@ class DyingEncoders:
 
 def dying_encoders(*, parts: str, device: str, offload: str) -> DyingEncoders:
     return DyingEncoders()
+
+
+class HangingEncoders:
+    """In place of a backbone."""
+
+    def embeddings(self, prompts):  # type: ignore[no-untyped-def]
+        time.sleep(HANGS)
+
+
+def hanging_encoders(*, parts: str, device: str, offload: str) -> HangingEncoders:
+    return HangingEncoders()
+
+
+class HangingExtractor:
+    """Describes itself and computes nothing."""
+
+    model_id, revision, dimension = "hanging", "1", 1
+
+    def features(self, images):  # type: ignore[no-untyped-def]
+        time.sleep(HANGS)
 
 
 def break_gpu(file: str, times: int) -> None:

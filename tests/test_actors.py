@@ -13,11 +13,12 @@ import pytest
 import ray
 from PIL import Image
 
-from epd_ray.actors import pipeline
+from epd_ray.actors import pipeline, waiting
 from epd_ray.actors import reward_pool as module
 from epd_ray.actors.cluster import BrokenGpuError, require_room
 from epd_ray.actors.encoder import EncoderSpec, embed_with, start_encoder
 from epd_ray.actors.reward_pool import RewardPool, RewardSpec
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ConfigError, ModelError, PlacementError, TaskError
 from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.score.inputs import read_index
@@ -107,6 +108,46 @@ def test_an_environment_that_cannot_be_set_up_is_one_line(small_ray: None, monke
     pool.stop()
 
 
+# -- silent actors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(waiting, "SILENT_SECONDS", 0.2)
+
+
+@pytest.mark.timeout(120)
+def test_a_head_that_never_loads_is_said_and_ends_the_run(
+    small_ray: None, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = RewardSpec(head="tests.frail:Dying", options={"when": "never"})
+    pool = RewardPool({"frail": spec}, f"t{time.monotonic_ns()}", timeout_s=0.1)
+    with pytest.raises(ModelError, match=r"frail.*no answer in 0.4 s.*loading.*task_timeout_s"):
+        pool.wait_ready()
+    assert "for reward head 'frail' (loading)" in caplog.text
+    pool.stop()
+
+
+@pytest.mark.timeout(120)
+def test_encoders_that_hang_are_named(small_ray: None, impatient: None) -> None:
+    name = f"encoder{time.monotonic_ns()}"
+    actor = start_encoder(name, "tests.frail:hanging_encoders", {}, EncoderSpec())
+    with pytest.raises(ModelError, match=r"text encoders.*no answer in .*'a prompt'"):
+        embed_with(name, timeout_s=2.0)("a prompt")
+    ray.kill(actor)
+
+
+@pytest.mark.timeout(120)
+def test_an_extractor_that_hangs_is_named(small_ray: None, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+    spec = FeatureSpec("tests.frail:HangingExtractor", num_cpus=0.25)
+    with FeaturePool(spec, ClusterConfig(task_timeout_s=30.0)) as pool:
+        pool._timeout_s = 0.3  # once it is loaded
+        with pytest.raises(ModelError, match=r"HangingExtractor.*gave no answer in time 3 times over batch 1 of 1"):
+            pool.features(np.zeros((2, 3, 1, 1), np.uint8))
+    assert "HangingExtractor' (batch 1 of 1)" in caplog.text
+
+
 # -- broken GPUs ------------------------------------------------------------------------------------------------------
 
 ALWAYS = 1000
@@ -169,7 +210,7 @@ def test_encoders_and_extractors_get_a_new_gpu_process_too(small_ray: None, tmp_
         name, target = f"encoder{time.monotonic_ns()}", "tests.frail:BreakingEncoders"
         actor = start_encoder(name, target, options(f"encoder {times}", times), EncoderSpec())
         spec = FeatureSpec("tests.frail:BreakingExtractor", options(f"extractor {times}", times), num_cpus=0.25)
-        with FeaturePool(spec) as pool:
+        with FeaturePool(spec, ClusterConfig()) as pool:
             if times == 1:
                 assert len(embed_with(name)("a prompt")) == 1
                 assert pool.features(np.zeros((2, 3, 1, 1), np.uint8)).shape == (2, 1)

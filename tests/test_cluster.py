@@ -21,6 +21,7 @@ from epd_ray.actors import cluster
 from epd_ray.actors.address import reachable
 from epd_ray.actors.cluster import BrokenGpuError, start_ray
 from epd_ray.config.loading import load_config
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ClusterError, ModelError
 from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.rdpo import session
@@ -333,8 +334,8 @@ def test_extractors_and_scores_on_the_cpu_are_mentioned(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
     with pytest.raises(ModelError, match="no directory"):
-        FeaturePool(FeatureSpec("clip", {"model": "./nowhere"}, num_cpus=0))
-    FeaturePool(FeatureSpec("clip", {"model": "shapes-clip"}, num_cpus=0)).stop()  # needs none
+        FeaturePool(FeatureSpec("clip", {"model": "./nowhere"}, num_cpus=0), ClusterConfig())
+    FeaturePool(FeatureSpec("clip", {"model": "shapes-clip"}, num_cpus=0), ClusterConfig()).stop()  # needs none
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a prompt")
     asked = load_config(None, ["rewards={mine: {head: 'tests.fakes:FlatHead'}}"])

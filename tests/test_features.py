@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from epd_ray.actors.environments import EnvironmentFailure, install
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import EpdRayError, MetricError, ModelError, PlacementError
 from epd_ray.evaluation.metrics import inception
 from epd_ray.evaluation.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
@@ -145,7 +146,7 @@ def test_too_few_real_pictures_are_said_before_any_are_drawn(tmp_path: Path, fol
 def test_a_pool_is_an_extractor(small_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_pool, "BATCH", 2)
     spec = FeatureSpec("tests.fakes:Colours", replicas=2, num_cpus=0.25)
-    with FeaturePool(spec) as pool:
+    with FeaturePool(spec, ClusterConfig()) as pool:
         assert (pool.model_id, pool.revision, pool.dimension) == ("colours", "1", 3)
         np.testing.assert_array_equal(pool.features(PICTURES), Colours().features(PICTURES))
         assert pool.features(PICTURES[:0]).shape == (0, 3)
@@ -169,13 +170,13 @@ def test_what_cannot_be_built_is_said(name: str, options: dict[str, str], messag
 
 def test_an_actor_passes_its_words_on(small_ray: None) -> None:
     with pytest.raises(ModelError, match=r"Colours'.*RuntimeError: boom"):
-        FeaturePool(FeatureSpec("tests.fakes:Colours", {"fail": "boom"}, num_cpus=0.25))
+        FeaturePool(FeatureSpec("tests.fakes:Colours", {"fail": "boom"}, num_cpus=0.25), ClusterConfig())
 
 
 def test_an_actor_without_room_is_refused(small_ray: None) -> None:
     spec = FeatureSpec("tests.fakes:Colours", num_cpus=0, num_gpus=0.5)
     with pytest.raises(PlacementError, match=r"GPU: 0.5 asked, 0 free.*Colours': 1 x 0.5 GPU"):
-        FeaturePool(spec, timeout_s=0.5)
+        FeaturePool(spec, ClusterConfig(placement_timeout_s=0.5))
 
 
 # --- Inception --------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_without_its_environment_inception_says_so(
 ) -> None:
     monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path))
     with pytest.raises(EnvironmentFailure, match=r"'fid'.*rewards install fid"):
-        FeaturePool(FeatureSpec("inception"))
+        FeaturePool(FeatureSpec("inception"), ClusterConfig())
     with pytest.raises(ModelError, match=r"torchvision.*rewards install fid"):
         InceptionFeatures()
 
@@ -290,7 +291,7 @@ def test_inception_in_its_own_actor_says_what_it_says_alone(small_ray: None, tmp
 
     spec = FeatureSpec("inception", {"weights": str(tmp_path / "inception.pth"), "device": "cpu"})
     start = time.perf_counter()
-    with FeaturePool(spec) as pool:
+    with FeaturePool(spec, ClusterConfig()) as pool:
         sys.stdout.write(f"fid: built in {building:.0f} s, actor ready in {time.perf_counter() - start:.1f} s")
         assert (pool.model_id, pool.dimension) == ("inception-2015-12-05", 2048)
         found = {"a": pool.features(a), "b": pool.features(b)}

@@ -11,7 +11,7 @@ import ray
 
 from epd_ray.actors import pipeline
 from epd_ray.actors import pool as module
-from epd_ray.actors.pool import TASK_SECONDS, Bounds, Call, Ended, Pool
+from epd_ray.actors.pool import Bounds, Call, Ended, Pool
 from epd_ray.actors.tasks import Task
 from epd_ray.config.loading import load_config
 from epd_ray.config.services import ClusterConfig
@@ -253,8 +253,39 @@ def test_the_first_answer_of_a_process_may_take_longer(silent: Silent) -> None:
     assert len(silent.killed) == 2
 
 
+def test_idle_seconds_are_those_without_a_call(silent: Silent) -> None:
+    pool = alone(Asked(), None)
+    silent.now = 10.0
+    pool.submit(named("a")[0])
+    pool.tick()
+    assert pool.idle_seconds == 10.0
+    silent.now, silent.answers["a"] = 14.0, 1
+    pool.take({"a"})  # type: ignore[arg-type]
+    assert pool.idle_seconds == 10.0
+    silent.now = 17.0
+    pool.tick()
+    assert pool.idle_seconds == 13.0
+
+
+def test_one_that_is_away_is_asked_every_half_second(silent: Silent) -> None:
+    actor = Asked()
+    pool = alone(actor, None)
+    pool.submit(named("a")[0])
+    silent.answers["a"] = ray.exceptions.ActorUnavailableError("restarts", None)
+    pool.take({"a"})  # type: ignore[arg-type]
+    asked = []
+    for number in range(1, 4):
+        silent.answers[f"ready {number}"] = ray.exceptions.ActorUnavailableError("restarts", None)
+        while actor.asked < number:
+            silent.now += 0.0625
+            pool.tick()
+        asked.append(silent.now)
+        pool.take({f"ready {number}"})  # type: ignore[arg-type]
+    assert asked == [0.5, 1.0, 1.5]
+
+
 def test_one_default_and_a_way_to_set_it() -> None:
-    assert ClusterConfig().task_timeout_s == RDPOConfig().task_timeout_s == TASK_SECONDS
+    assert ClusterConfig().task_timeout_s == RDPOConfig().task_timeout_s
     for text, seconds in (("7", 7.0), ("null", None)):
         config = load_config(None, [f"cluster.task_timeout_s={text}"])
         assert rdpo_config(config, ["a"]).task_timeout_s == seconds

@@ -5,15 +5,18 @@ import random
 import signal
 import time
 from copy import deepcopy
+from ipaddress import ip_address
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 
-from epd_ray.actors.cluster import PLACEMENT_SECONDS, require_room
+from epd_ray.actors.cluster import require_room
 from epd_ray.actors.reward_pool import RewardSpec
+from epd_ray.config.loading import load_config
 from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.errors import EpdRayError, ModelError, PlacementError, RewardError
 from epd_ray.rdpo.batch import propose
@@ -157,6 +160,23 @@ def test_another_seed_is_another_run(build):
     assert run(build("seed=1"), 2) != run(build("seed=2"), 2)
 
 
+def test_no_seed_is_the_default_seed():
+    plain, seeded = RDPOConfig(), RDPOConfig().debugging(seed=load_config(None).seed)
+    assert (plain.batch_plan, plain.update_plan) == (seeded.batch_plan, seeded.update_plan)
+    assert plain.policy_spec == seeded.policy_spec != RDPOConfig().debugging(seed=1).policy_spec
+
+
+def test_the_learner_waits_for_validations_too(build):
+    algo = build("backbone.options={latency: 0.02}")
+    run(algo, 1)
+    assert algo.last.metrics["wait/learner_for_validation"] == 0
+    algo.sample_scored(baseline("euler", 6), ["a", "b"], [1, 2])
+    run(algo, 1)
+    assert 0.02 < algo.last.metrics["wait/learner_for_validation"] < 5
+    run(algo, 1)
+    assert algo.last.metrics["wait/learner_for_validation"] == 0
+
+
 def test_mixed_baseline_and_own_noise_are_the_references(build):
     algo = build("rdpo.baseline=mixed", "rdpo.same_latent=false")
     algo.train()
@@ -257,7 +277,6 @@ def test_no_room_is_said_in_time(small_ray):
     with pytest.raises(PlacementError, match=r"CPU: 64.5 asked.*rollout actors: 1 x"):
         require_room({"rollout actors": [{"CPU": 64.0}], "learner": [{"CPU": 0.5}]}, timeout_s=1)
     assert time.monotonic() - start < 10
-    assert PLACEMENT_SECONDS <= 30
     require_room({"learner": [{"CPU": 0.5}]}, timeout_s=10)
 
 
@@ -376,3 +395,46 @@ def test_nothing_is_drawn_beyond_the_last_iteration(build):
         algo.train()
         submitted.append(algo.policy_version + len(algo._ahead.submitted))
     assert submitted == [2, 2, 3]
+
+
+def hang(learner):
+    """From its next update on."""
+    learner.before_gradient_based_update = lambda **_: time.sleep(600)
+
+
+def test_a_learner_that_hangs_is_replaced_and_changes_nothing(build, caplog):
+    calm, hit = build(), build("cluster.learner_actors=1")
+    hit.train()
+    hit.learner_group.foreach_learner(hang)
+    hit._learner._timeout_s = 5.0
+    assert run(hit, 1) == run(calm, 2)
+    assert "the learner (its update) has not answered for 5 s: its process is ended" in caplog.messages
+
+
+def test_a_learner_that_always_hangs_ends_the_run(build, monkeypatch):
+    algo = build("cluster.learner_actors=1")
+    rebuild = algo._learner._rebuild
+
+    def hanging():
+        group = rebuild()
+        group.foreach_learner(hang)
+        return group
+
+    monkeypatch.setattr(algo._learner, "_rebuild", hanging)
+    algo.learner_group.foreach_learner(hang)
+    algo._learner._timeout_s = 2.0
+    with pytest.raises(ModelError, match=r"learner.*no answer in time 3 times.*task_timeout_s"):
+        algo.train()
+
+
+def listening(_):
+    """The addresses that the process of an actor listens on."""
+    listens = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    return [address.removeprefix("::ffff:") for address in listens]
+
+
+def test_the_learner_actor_listens_on_loopback_only(build):
+    algo = build("cluster.learner_actors=1")
+    algo.train()
+    (found,) = algo.learner_group.foreach_learner(listening)
+    assert found.get() and all(ip_address(ip).is_loopback for ip in found.get())

@@ -23,7 +23,6 @@ from epd_ray.types import ImageArray
 log = logging.getLogger(__name__)
 
 Resources = dict[str, float]
-PLACEMENT_SECONDS = 30.0
 START_SECONDS = 600.0
 LAST_WORDS_SECONDS = 1.0  # in which the error leaves a process that ends with its next call
 HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -238,7 +237,7 @@ def keep(images: ImageArray) -> "ray.ObjectRef[ImageArray]":
         ) from None
 
 
-def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float = PLACEMENT_SECONDS) -> None:
+def require_room(bundles: Mapping[str, Sequence[Resources]], timeout_s: float) -> None:
     """Check that all actors fit the cluster together, before any of them loads a model.
 
     Args:

@@ -10,7 +10,8 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from epd_ray.actors.cluster import Resources, end_if_broken, resources
-from epd_ray.actors.reward_pool import insist
+from epd_ray.actors.reward_pool import ATTEMPTS, insist
+from epd_ray.actors.waiting import FIRST
 from epd_ray.backbones import BACKBONES
 from epd_ray.telemetry.memory import Memory, peak_memory
 
@@ -93,22 +94,32 @@ def start_encoder(name: str, family: str, options: Mapping[str, Any], spec: Enco
     return ray.remote(EncoderActor).options(name=name, **lasting, **asked).remote(family, dict(options), spec)
 
 
-def wait_for_encoder(actor: "ActorHandle[EncoderActor]") -> None:
+def wait_for_encoder(actor: "ActorHandle[EncoderActor]", timeout_s: float | None) -> None:
     """Block until the encoders are loaded.
 
+    Args:
+        actor: the encoder actor.
+        timeout_s: `cluster.task_timeout_s`; loading may take FIRST times as long.
+
     Raises:
-        EpdRayError: the model cannot be loaded, or the processes of the actor died while loading it.
+        EpdRayError: the model cannot be loaded, or the processes of the actor died or gave no answer while loading it.
     """
-    insist(actor, ENCODERS, "loading", actor.ready.remote)
+    insist(actor, ENCODERS, "loading", actor.ready.remote, None if timeout_s is None else FIRST * timeout_s)
 
 
-def embed_with(name: str) -> Callable[[str], tuple[Tensor, ...]]:
-    """A function that lets the encoder actor of this name embed a prompt, for PipelineBackbone.encode_with."""
-    actor = ray.get_actor(name)
+def embed_with(name: str, timeout_s: float | None = None) -> Callable[[str], tuple[Tensor, ...]]:
+    """A function that lets an encoder actor embed a prompt, for PipelineBackbone.encode_with.
+
+    Args:
+        name: the name of the actor.
+        timeout_s: `cluster.task_timeout_s`. Each process of the encoder has a quarter of it for a prompt, so that
+            encoders that hang are named before the rollout actor that waits for them counts as lost itself.
+    """
+    actor, limit = ray.get_actor(name), None if timeout_s is None else timeout_s / (ATTEMPTS + 1)
 
     def embed(prompt: str) -> tuple[Tensor, ...]:
         doing = f"embedding {prompt[:40]!r}"
-        tensors: tuple[Tensor, ...] = insist(actor, ENCODERS, doing, lambda: actor.embed.remote(prompt))
+        tensors: tuple[Tensor, ...] = insist(actor, ENCODERS, doing, lambda: actor.embed.remote(prompt), limit)
         return tensors
 
     return embed

@@ -16,6 +16,7 @@ from epd_ray.actors.cluster import BrokenGpuError
 from epd_ray.actors.pool import Call, Ended, Pool
 from epd_ray.actors.reward_pool import RewardPool, TimedScores, unwrap
 from epd_ray.actors.tasks import Answer, Task
+from epd_ray.actors.waiting import Silence
 from epd_ray.errors import EpdRayError, ModelError, TaskError
 from epd_ray.telemetry.memory import Memory
 from epd_ray.types import FloatArray, ImageArray
@@ -23,7 +24,6 @@ from epd_ray.types import FloatArray, ImageArray
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.25  # to wait for an answer before the pools check their actors
-SILENT_SECONDS = 30.0  # without an answer before the first warning; each further warning comes after twice as many
 TASKS_AHEAD = 3  # of a stream, per rollout actor: enough that none waits, and few enough for the object store
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10  # a task that kills its actors must not do so for ever
@@ -91,9 +91,9 @@ class RolloutPipeline:
         self._done: dict[str, Outcome] = {}
         self._breaks: Counter[str] = Counter()
         self._next_tick = 0.0
-        self._silent, self._next_word = 0.0, SILENT_SECONDS
+        self._silent, self._silence = 0.0, Silence()
         self.retries = self.recoveries = 0
-        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = self._for_validation = 0.0
         self.memory: dict[str, Memory] = {}
         """"rollout" or "reward <head>" -> the peak memory of the actor of this kind that answered last."""
 
@@ -169,7 +169,9 @@ class RolloutPipeline:
             waiting |= {task.task_id: task for task in more}
             if not waiting:
                 return
+            begin = time.perf_counter()
             self.poll(0.0 if self._run_here() else WAIT_SECONDS)
+            self._for_validation += time.perf_counter() - begin
             for task_id in [i for i in waiting if i in self._done]:
                 yield waiting.pop(task_id), self._done.pop(task_id)
 
@@ -210,17 +212,8 @@ class RolloutPipeline:
             self._next_tick = time.monotonic() + WAIT_SECONDS
             for pool in pools:
                 pool.tick()
-        self._count_silence(0.0 if answers else self._silent + time.monotonic() - begin)
-
-    def _count_silence(self, seconds: float) -> None:
-        """Warn of the actors that are waited for, after a number of seconds without any answer."""
-        self._silent = seconds
-        if not seconds:
-            self._next_word = SILENT_SECONDS
-        elif seconds >= self._next_word:
-            self._next_word *= 2
-            if who := [said for pool in (self._runners, *self._rewards.values()) if (said := pool.busy())]:
-                log.warning("waiting %.0f s for %s", seconds, "; ".join(who))
+        self._silent = 0.0 if answers else self._silent + time.monotonic() - begin
+        self._silence.count(self._silent, lambda: "; ".join(said for pool in pools if (said := pool.busy())))
 
     def _on_answer(self, ended: Ended) -> None:
         pending = self._pending.get(ended.call.key)
@@ -373,6 +366,7 @@ class RolloutPipeline:
             **{f"actors/reward/{head}": pool.present for head, pool in self._rewards.items()},
             "wait/learner_for_rollouts": self._for_rollouts,
             "wait/learner_for_rewards": self._for_rewards,
+            "wait/learner_for_validation": self._for_validation,
             "wait/rollouts_for_learner": self._runners.idle_seconds,
             **{f"wait/{head}_for_rollouts": pool.idle_seconds for head, pool in self._rewards.items()},
             "retries": self.retries,
@@ -381,7 +375,7 @@ class RolloutPipeline:
         }
         for pool in (self._runners, *self._rewards.values()):
             pool.idle_seconds = 0.0
-        self._recover_seconds = self._for_rollouts = self._for_rewards = 0.0
+        self._recover_seconds = self._for_rollouts = self._for_rewards = self._for_validation = 0.0
         return {name: float(value) for name, value in found.items()}
 
 

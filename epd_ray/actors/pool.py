@@ -11,6 +11,7 @@ from typing import Any, Literal
 import ray
 from ray.actor import ActorHandle
 
+from epd_ray.actors.waiting import FIRST
 from epd_ray.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ CHECK_SECONDS = 0.5  # between checks of an actor that is away
 DEATHS = 3  # of an actor in a row while it loads
 LOOK_BACK_SECONDS = 5.0  # over which the load is averaged
 SHRINK_SECONDS = 60.0  # of low load before actors are ended
-TASK_SECONDS = 1800.0  # without an answer, before an actor counts as lost
-FIRST = 4  # the first answer of a process may take this many times as long, because it loads or compiles a model
 SHOWN = 4  # the largest number of actors that a message names
 CALM_SECONDS = 30.0  # after a loss in which no actors are added, so that the lost one restarts first
 
@@ -127,7 +126,7 @@ class Pool:
         load: "Callable[[ActorHandle[Any]], ray.ObjectRef[Any]]",
         bounds: Bounds,
         depth: int = 1,
-        timeout_s: float | None = TASK_SECONDS,
+        timeout_s: float | None = None,
         removed: Callable[[int], None] = lambda number: None,
     ) -> None:
         self.what, self.bounds = what, bounds
@@ -146,6 +145,7 @@ class Pool:
 
     def submit(self, call: Call) -> None:
         """Add a call to the end of the queue."""
+        self._count_idle()  # until now: the owner may have been busy since the last tick
         self._waiting.append(call)
         self._dispatch()
 

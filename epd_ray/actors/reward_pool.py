@@ -11,7 +11,8 @@ from ray.actor import ActorHandle
 
 from epd_ray.actors.cluster import BrokenGpuError, Resources, end_if_broken, resources
 from epd_ray.actors.environments import runtime_env
-from epd_ray.actors.pool import DEAD, TASK_SECONDS, Bounds, Call, Pool, last_line
+from epd_ray.actors.pool import DEAD, Bounds, Call, Pool, last_line
+from epd_ray.actors.waiting import FIRST, Watch
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import EpdRayError, ModelError, is_own_bug
 from epd_ray.rewards import HEADS
@@ -138,7 +139,7 @@ class RewardPool:
         timeout_s: see Pool.
     """
 
-    def __init__(self, specs: Mapping[str, RewardSpec], tag: str, timeout_s: float | None = TASK_SECONDS) -> None:
+    def __init__(self, specs: Mapping[str, RewardSpec], tag: str, timeout_s: float | None = None) -> None:
         self.specs, self._tag, self._made, self._timeout_s = dict(specs), tag, 0, timeout_s
         self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items() if spec.replicas}
         self._here = {
@@ -168,8 +169,9 @@ class RewardPool:
         """Block until every head is loaded.
 
         Raises:
-            EpdRayError: a head cannot be loaded, or its processes died while loading it.
+            EpdRayError: a head cannot be loaded, or its processes died or gave no answer while loading it.
         """
+        first_s = None if self._timeout_s is None else FIRST * self._timeout_s
         everyone = [(name, actor) for name, pool in self.pools.items() for actor in pool.actors]
         for _, actor in everyone:
             actor.ready.remote().future()  # all load at once; with a future Ray does not log unfetched errors
@@ -177,7 +179,7 @@ class RewardPool:
             one_thread()  # as in an actor, because the last bits depend on the number of threads
             head.ready()
         for name, actor in everyone:
-            insist(actor, f"reward head {name!r}", "loading", actor.ready.remote)
+            insist(actor, f"reward head {name!r}", "loading", actor.ready.remote, first_s)
 
     def score(
         self, key: str, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
@@ -243,26 +245,35 @@ def start_head(name: str, spec: RewardSpec, options: Mapping[str, Any]) -> Actor
     return actor.remote(name, spec.target or spec.head, dict(spec.options))
 
 
-def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ray.ObjectRef[Any]]") -> Any:
-    """Call an actor, and repeat the call with its next process where one dies over it or has a CUDA error.
+def insist(
+    actor: ActorHandle[Any],
+    what: str,
+    doing: str,
+    ask: "Callable[[], ray.ObjectRef[Any]]",
+    timeout_s: float | None = None,
+) -> Any:
+    """Call an actor, and repeat the call with its next process where one dies over it, hangs or has a CUDA error.
 
     Args:
         actor: an actor that restarts, and whose constructor loads nothing.
         what: the name of the actor in messages.
         doing: the name of the work in messages, such as "loading".
         ask: makes the call.
+        timeout_s: the seconds without an answer after which a process is ended; None for no bound.
 
     Returns:
         The answer of the actor.
 
     Raises:
-        ModelError: the actor cannot start, does not restart, or ATTEMPTS of its processes died or had a CUDA error.
+        ModelError: the actor cannot start, does not restart, or ATTEMPTS of its processes died, hung or had a CUDA
+            error.
         BaseException: the call raised an error, which is raised here as it is.
     """
     why = f"its process died {ATTEMPTS} times while {doing}: out of memory?"
     for _ in range(ATTEMPTS):
         try:
-            return ray.get(ask())
+            with Watch(f"{what} ({doing})", actor, timeout_s) as watch:
+                return ray.get(ask())
         except ray.exceptions.RayTaskError as error:
             cause = unwrap(error)
             if not isinstance(cause, BrokenGpuError):
@@ -271,6 +282,9 @@ def insist(actor: ActorHandle[Any], what: str, doing: str, ask: "Callable[[], ra
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise ModelError(f"{what}: its environment cannot be set up: {last_line(error)}") from None
         except LOST:
+            if watch.late:
+                guess = "does it hang, or is cluster.task_timeout_s too short?"
+                why = f"its process gave no answer in {timeout_s:g} s while {doing}: {guess}"
             gone = _why_gone(actor)
             if gone is not None:
                 raise ModelError(f"{what}: its process died while {doing} and does not restart: {gone}") from None

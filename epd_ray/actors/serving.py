@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from epd_ray.actors.cluster import end_if_broken, ray_session, require_room, resources, warn_of_idle_gpus
 from epd_ray.actors.pool import Bounds, Call, Ended, Pool
 from epd_ray.actors.reward_pool import CALLS_PER_ACTOR, RewardActor, insist, unwrap, wants_gpu
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import EpdRayError, RewardError
 from epd_ray.report.web import Answer, Asked, Rules, answer_json, answering, bound, problem
 from epd_ray.rewards import HEADS
@@ -31,6 +32,7 @@ TOKEN = "EPD_RAY_REWARD_TOKEN"
 TOKEN_FIX = f"put a long random word into the environment variable {TOKEN}, and name it in token_env of the head `http`"
 WAITING = 64  # requests that may wait for an actor; above, the answer is 503, after which HttpHead tries again
 TICK_SECONDS = 0.3
+CLUSTER = ClusterConfig()  # how long actors may wait for room and take for an answer
 log = logging.getLogger(__name__)
 
 
@@ -198,14 +200,16 @@ def served(
     with bound(host, port, rules.token, TOKEN_FIX) as listener, ray_session(None):
         if wants_gpu(head, options):
             warn_of_idle_gpus({"--num-gpus": num_gpus})
-        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas})
+        require_room({"replicas": [resources(1.0, num_gpus, {})] * replicas}, CLUSTER.placement_timeout_s)
         numbers, what = count(), f"reward head {head!r}"
 
         def make() -> tuple[int, ActorHandle[ServedHead]]:
             return next(numbers), _start(head, options, limits, num_gpus)
 
         start, bounds = [make() for _ in range(replicas)], Bounds(replicas, replicas)
-        pool = Pool(what, start, make, lambda actor: actor.ready.remote(), bounds, CALLS_PER_ACTOR)
+        pool = Pool(
+            what, start, make, lambda actor: actor.ready.remote(), bounds, CALLS_PER_ACTOR, CLUSTER.task_timeout_s
+        )
         try:
             for actor in pool.actors:
                 actor.ready.remote().future()  # all load at once; with a future Ray does not log unfetched errors

@@ -31,19 +31,21 @@ class BackboneSpec:
         guidance_scale: the guidance scale of every picture; None for the default of the model's family.
         encoder: the name of the actor that embeds the prompts, for family "auto" only; None where each rollout actor
             embeds them itself.
+        encoder_timeout_s: see embed_with.
     """
 
     family: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float | None = None
     encoder: str | None = None
+    encoder_timeout_s: float | None = None
 
     def open(self) -> Backbone:
         """Load the model, without its text encoders where an encoder actor has them."""
         if self.encoder is None:
             return BACKBONES.build(self.family, self.options)
         backbone = BACKBONES.build(self.family, {**self.options, "parts": "image"})
-        cast(_Textless, backbone).encode_with(embed_with(self.encoder))
+        cast(_Textless, backbone).encode_with(embed_with(self.encoder, self.encoder_timeout_s))
         return backbone
 
 

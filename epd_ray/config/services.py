@@ -119,8 +119,8 @@ class ClusterConfig(Section):
     task_timeout_s: float | None = Field(
         default=1800.0,
         gt=0,
-        description="The seconds, above 0, without an answer after which a rollout or reward actor is replaced; the "
-        "first answer of a process, which loads the model, may take four times as long. null never replaces one.",
+        description="The seconds, above 0, without an answer after which an actor is replaced; the first answer of a "
+        "process, which loads the model, may take four times as long. null never replaces one.",
     )
     rollout_actors: int = Field(
         default=2, ge=0, description="The number of actors that draw, at least 0; with 0 the driver draws."

@@ -13,7 +13,6 @@ import torch
 from ray.actor import ActorHandle
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, DEFAULT_MODULE_ID
-from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -25,10 +24,11 @@ from ray.rllib.utils.metrics import (
 from ray.tune import PlacementGroupFactory
 
 from epd_ray.actors.cluster import require_room, require_started, start_ray
-from epd_ray.actors.encoder import EncoderActor, start_encoder, wait_for_encoder
+from epd_ray.actors.encoder import ENCODERS, EncoderActor, start_encoder, wait_for_encoder
 from epd_ray.actors.pipeline import Outcome, RolloutPipeline
 from epd_ray.actors.reward_pool import RewardPool
 from epd_ray.actors.tasks import Method, Task, rollout_task
+from epd_ray.actors.waiting import Watch
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.embedded.scenes import distinct_scenes
@@ -39,6 +39,7 @@ from epd_ray.rdpo.batch import ScoredRollout, join, learner_arguments, summarise
 from epd_ray.rdpo.clock import PhaseClock
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.lasting_learner import LastingLearner
+from epd_ray.rdpo.learner_group import SoleLearnerGroup
 from epd_ray.rdpo.policy_window import PolicyWindow, rebased
 from epd_ray.rdpo.runner import runner_pool
 from epd_ray.rdpo.side_work import SideWork
@@ -74,7 +75,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
     """
 
     config: RDPOConfig
-    learner_group: LearnerGroup
+    learner_group: SoleLearnerGroup
 
     @classmethod
     def get_default_config(cls) -> RDPOConfig:
@@ -120,7 +121,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._side = SideWork(self._pipeline, own.images_per_job, list(own.reward_specs), self._mixer)
         self.facts: BackboneFacts = self.work("describe", [(own.table.intervals,)])[0]
         self._policies = PolicyWindow(own.policy_spec, own.staleness)
-        self._learner = LastingLearner(self.learner_group, self._rebuild_learner_group, self._pipeline)
+        self._learner = LastingLearner(
+            self.learner_group, self._rebuild_learner_group, self._pipeline, own.task_timeout_s
+        )
         self._policies.take(0, self._learner.state)
         prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
         self._ahead = Ahead(self._pipeline, self._policies, own.batch_plan, prompts, own.staleness, own.keep_images)
@@ -136,7 +139,7 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self._closing.callback(ray.kill, self._encoder)
         self._encoder.ready.remote().future()  # it loads while the others start
         self.config = own.copy(copy_frozen=False)
-        self.config.backbone_spec = replace(model, encoder=name)
+        self.config.backbone_spec = replace(model, encoder=name, encoder_timeout_s=own.task_timeout_s)
         self.config.freeze()
 
     def _start_pipeline(self, tag: str) -> None:
@@ -153,9 +156,9 @@ class RDPO(Algorithm):  # type: ignore[misc]
         require_started({"rollout actors": self._pipeline.runners, "reward actors": rewards.actors})
         rewards.wait_ready()
         if self._encoder is not None:
-            wait_for_encoder(self._encoder)
+            wait_for_encoder(self._encoder, own.task_timeout_s)
 
-    def _rebuild_learner_group(self) -> LearnerGroup:
+    def _rebuild_learner_group(self) -> SoleLearnerGroup:
         """Another learner actor for one whose process died."""
         self.learner_group.shutdown()
         self._require_room({"learner": placement(self.config)["learner"]})
@@ -309,7 +312,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
         """Peak memory of the actor of each kind that answered last; of the driver, where it does the work itself."""
         if self._encoder is None:
             return self._pipeline.memory
-        return self._pipeline.memory | {"encoder": ray.get(self._encoder.memory.remote())}
+        with Watch(f"{ENCODERS} (their memory)", self._encoder, self.config.task_timeout_s):
+            return self._pipeline.memory | {"encoder": ray.get(self._encoder.memory.remote())}
 
     # -- state --------------------------------------------------------------------------------------------------------
 

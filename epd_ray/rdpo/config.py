@@ -10,9 +10,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from epd_ray.actors.cluster import PLACEMENT_SECONDS
 from epd_ray.actors.encoder import EncoderSpec
-from epd_ray.actors.pool import TASK_SECONDS
 from epd_ray.actors.reward_pool import RewardSpec
 from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
 from epd_ray.config.sections import RDPOSection, SolverConfig
@@ -25,6 +23,7 @@ from epd_ray.policy.network import PolicySpec
 from epd_ray.randomness import Purpose, plain_seed
 from epd_ray.rdpo.batch import Baseline, BatchPlan, UpdatePlan
 from epd_ray.rdpo.learner import RDPOLearner
+from epd_ray.rdpo.learner_group import SoleLearnerGroup
 from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rewards.mixing import Mixer, Mode
@@ -77,8 +76,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.hidden_width, self.hidden_depth = rdpo.hidden_width, rdpo.hidden_depth
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
-        self.placement_timeout_s = PLACEMENT_SECONDS
-        self.task_timeout_s: float | None = TASK_SECONDS
+        self.placement_timeout_s, self.task_timeout_s = cluster.placement_timeout_s, cluster.task_timeout_s
         self.prompts: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size = rdpo.prompts_per_iteration, rdpo.group_size
         self.images_per_job = cluster.images_per_job
@@ -159,8 +157,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             max_env_runners: the largest number of rollout actors while nodes join; 0 for as many as at the start.
             placement_timeout_s: seconds that actors may wait for room; an autoscaler that adds nodes needs more than
                 the default.
-            task_timeout_s: seconds without an answer after which a rollout or reward actor is replaced. The first
-                answer of a process may take four times as long, because it loads a model. None sets no bound.
+            task_timeout_s: seconds without an answer after which an actor is replaced. The first answer of a process
+                may take four times as long, because it loads a model. None sets no bound.
         """
         return self._assign(locals())
 
@@ -269,6 +267,13 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def get_default_learner_class(self) -> type[RDPOLearner]:
         return RDPOLearner
 
+    def build_learner_group(
+        self, *, env: Any = None, spaces: Any = None, rl_module_spec: Any = None, placement_group: Any = None
+    ) -> SoleLearnerGroup:
+        """RLlib's learner group of at most one learner (see SoleLearnerGroup); the arguments are those of RLlib."""
+        spec = rl_module_spec or self.get_multi_rl_module_spec(env=env, spaces=spaces)
+        return SoleLearnerGroup(config=self.copy(), module_spec=spec, placement_group=placement_group)
+
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         return RLModuleSpec(module_class=SolverTableModule, model_config={"policy": self.policy_spec})
 
@@ -312,6 +317,7 @@ def placement(config: RDPOConfig) -> dict[str, list[dict[str, float]]]:
     runner = {"CPU": config.num_cpus_per_env_runner, "GPU": config.num_gpus_per_env_runner}
     runner |= config.custom_resources_per_env_runner
     learner = {"CPU": config.num_cpus_per_learner, "GPU": config.num_gpus_per_learner}
+    learner |= config.custom_resources_per_learner
 
     def bundle(resources: dict[str, Any]) -> dict[str, float]:
         return {k: float(v) for k, v in resources.items() if isinstance(v, int | float) and v > 0}

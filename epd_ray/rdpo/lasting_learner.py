@@ -6,14 +6,16 @@ from typing import Any, TypeVar
 
 import ray
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
-from ray.rllib.core.learner.learner_group import LearnerGroup
 
 from epd_ray.actors.pipeline import RolloutPipeline
 from epd_ray.actors.reward_pool import ATTEMPTS
+from epd_ray.actors.waiting import Watch
 from epd_ray.errors import ModelError, is_own_bug
+from epd_ray.rdpo.learner_group import LearnerLostError, SoleLearnerGroup
 
 Answer = TypeVar("Answer")
 LearnerState = dict[str, Any]
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, LearnerLostError, IndexError)
 
 
 class LastingLearner:
@@ -26,10 +28,17 @@ class LastingLearner:
         group: the learner group as RLlib built it.
         rebuild: shuts the group down, waits for room, and builds a new one without weights.
         pipeline: told of the loss, so that added actors make room for the learner, and of the recovery.
+        timeout_s: the seconds after which a learner actor that gives no answer counts as lost; None for no bound.
     """
 
-    def __init__(self, group: LearnerGroup, rebuild: Callable[[], LearnerGroup], pipeline: RolloutPipeline) -> None:
-        self._group, self._rebuild, self._pipeline = group, rebuild, pipeline
+    def __init__(
+        self,
+        group: SoleLearnerGroup,
+        rebuild: Callable[[], SoleLearnerGroup],
+        pipeline: RolloutPipeline,
+        timeout_s: float | None,
+    ) -> None:
+        self._group, self._rebuild, self._pipeline, self._timeout_s = group, rebuild, pipeline, timeout_s
         self.state: LearnerState = self._fetch()
 
     def update(self, arguments: dict[str, Any]) -> Any:
@@ -39,7 +48,7 @@ class LastingLearner:
             arguments: the keyword arguments of LearnerGroup.update.
 
         Raises:
-            ModelError: the learner's process died ATTEMPTS times over the update.
+            ModelError: the learner's process died, or gave no answer in time, ATTEMPTS times over the update.
         """
 
         def ask() -> tuple[Any, LearnerState]:
@@ -52,7 +61,7 @@ class LastingLearner:
         """Give the learner another state.
 
         Raises:
-            ModelError: the learner's process died ATTEMPTS times over it.
+            ModelError: the learner's process died, or gave no answer in time, ATTEMPTS times over it.
         """
         self.state = state
 
@@ -72,21 +81,25 @@ class LastingLearner:
         return state
 
     def _insist(self, ask: Callable[[], Answer]) -> Answer:
-        lost = None
+        lost, late = None, False
         for _ in range(ATTEMPTS):
             try:
                 if lost is not None:
                     self._group = self._rebuild()
-                    self._group.set_state(self.state)
-                answer = ask()
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, IndexError) as error:
+                with Watch("the learner (its update)", self._group.actor, self._timeout_s, restarts=False) as watch:
+                    if lost is not None:
+                        self._group.set_state(self.state)
+                    answer = ask()
+            except LOST as error:
                 # IndexError is RLlib's, where its only learner is dead; from within the learner it is a task's error.
                 if self._group.is_local or isinstance(error, ray.exceptions.RayTaskError) or is_own_bug(error):
                     raise
-                lost = lost or time.monotonic()
+                lost, late = lost or time.monotonic(), watch.late
                 self._pipeline.give_way()
             else:
                 if lost is not None:
                     self._pipeline.recovered(time.monotonic() - lost)
                 return answer
-        raise ModelError(f"the learner: its process died {ATTEMPTS} times over the same update: out of memory?")
+        how = "gave no answer in time" if late else "died"
+        guess = "does it hang, or is cluster.task_timeout_s too short?" if late else "out of memory?"
+        raise ModelError(f"the learner: its process {how} {ATTEMPTS} times over the same update: {guess}")

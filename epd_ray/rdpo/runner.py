@@ -10,7 +10,7 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.checkpoints import Checkpointable
 
-from epd_ray.actors.pool import TASK_SECONDS, Bounds, Pool
+from epd_ray.actors.pool import Bounds, Pool
 from epd_ray.actors.tasks import Answer, Task, TaskRunner
 
 
@@ -56,7 +56,7 @@ class SolverEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
         return (), {"config": self.config}
 
 
-def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None = TASK_SECONDS) -> Pool:
+def runner_pool(group: EnvRunnerGroup, most: int, timeout_s: float | None) -> Pool:
     """The rollout actors of RLlib as a pool. RLlib makes the actors, and the pool tells RLlib which of them are gone.
 
     Args:

@@ -14,11 +14,12 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
-from epd_ray.actors.cluster import PLACEMENT_SECONDS, ray_session, require_room, stop_signals, warn_of_idle_gpus
+from epd_ray.actors.cluster import ray_session, require_room, stop_signals, warn_of_idle_gpus
 from epd_ray.actors.configured import head_gpus, reward_spec
 from epd_ray.actors.pool import last_line
 from epd_ray.actors.reward_pool import RewardSpec, unwrap
 from epd_ray.config.run_config import RunConfig
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
 from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
@@ -28,6 +29,7 @@ from epd_ray.telemetry.progress import Observer
 
 PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has so many rows, or after so many seconds
 STORE_BYTES = 512 << 20  # bytes of the object store for each reward actor, and for reading
+ROOM_SECONDS = ClusterConfig().placement_timeout_s
 STILL_SECONDS = 1800.0  # scoring fails after so many seconds without progress
 READING = {"CPU": 1.0}  # resources of a task that reads and decodes
 
@@ -104,7 +106,7 @@ def _write_all(tables: Iterator[pa.Table], count: int, writer: "_PartWriter", ob
 
 
 def scored(
-    index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, timeout_s: float = PLACEMENT_SECONDS
+    index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, timeout_s: float = ROOM_SECONDS
 ) -> Iterator[pa.Table]:
     """Score the pictures of an index; yields tables of rows in the order in which they are finished.
 

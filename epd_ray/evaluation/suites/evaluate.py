@@ -68,7 +68,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         stack.enter_context(ray_session(cluster.address, cluster.env, cluster.dashboard))
         stack.enter_context(stop_signals())  # after Ray has set its own signal handler
         features = stack.enter_context(
-            open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster.placement_timeout_s)
+            open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster)
         )
         observer.advance()
         local = config.model_copy(update={"cluster": cluster})

@@ -4,26 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
-from epd_ray.actors.cluster import (
-    PLACEMENT_SECONDS,
-    BrokenGpuError,
-    end_if_broken,
-    require_room,
-    resources,
-    warn_of_idle_gpus,
-)
+from epd_ray.actors.cluster import BrokenGpuError, end_if_broken, require_room, resources, warn_of_idle_gpus
 from epd_ray.actors.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.actors.environments import interpreter, runtime_env
 from epd_ray.actors.reward_pool import LOST, insist, unwrap
+from epd_ray.actors.waiting import FIRST, Watch
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import EpdRayError, ModelError, is_own_bug
 from epd_ray.evaluation.metrics import EXTRACTORS
 from epd_ray.types import FeatureExtractor, FloatArray, ImageArray
+
+if TYPE_CHECKING:  # the actors, which run in environments of their own, do without the configuration
+    from epd_ray.config.services import ClusterConfig
 
 BATCH = 32  # pictures in a call, whatever the number of actors, because the last bits of features depend on it
 RETRIES = 2  # for a call whose process died or reported a broken GPU; with one, the process ends at the next try
@@ -104,7 +101,7 @@ class FeaturePool:
 
     Args:
         spec: the extractor, and what its actors reserve.
-        timeout_s: the seconds to wait until the cluster has room for the actors.
+        cluster: how long to wait for room and for answers.
 
     Attributes:
         model_id, revision, dimension: those of the extractor.
@@ -115,14 +112,14 @@ class FeaturePool:
         PlacementError: the cluster has no room for the actors.
     """
 
-    def __init__(self, spec: FeatureSpec, timeout_s: float = PLACEMENT_SECONDS) -> None:
+    def __init__(self, spec: FeatureSpec, cluster: "ClusterConfig") -> None:
         environment = ENVIRONMENTS.get(spec.extractor)
         own = {} if environment is None else {"runtime_env": runtime_env(str(interpreter(environment)))}
         self._what = f"feature extractor {spec.extractor!r}"
         if spec.options.get("model") not in EMBEDDED:
             warn_of_idle_gpus({"cluster.feature_gpus": spec.num_gpus})
         bundle = resources(spec.num_cpus, spec.num_gpus, spec.resources)
-        require_room({self._what: [bundle] * spec.replicas}, timeout_s)
+        require_room({self._what: [bundle] * spec.replicas}, cluster.placement_timeout_s)
         remote = ray.remote(FeatureActor).options(
             num_cpus=spec.num_cpus,
             num_gpus=spec.num_gpus,
@@ -132,8 +129,10 @@ class FeaturePool:
             **own,
         )
         self._actors = [remote.remote(spec.extractor, dict(spec.options)) for _ in range(spec.replicas)]
+        self._timeout_s = cluster.task_timeout_s
+        first_s = None if self._timeout_s is None else FIRST * self._timeout_s
         try:
-            said = [insist(actor, self._what, "loading", actor.describe.remote) for actor in self._actors]
+            said = [insist(actor, self._what, "loading", actor.describe.remote, first_s) for actor in self._actors]
         except BaseException:
             self.stop()
             raise
@@ -144,20 +143,27 @@ class FeaturePool:
 
         Raises:
             EpdRayError: the extractor's own error.
-            ModelError: an actor's process died at every try.
+            ModelError: an actor's process died, or gave no answer in time, at every try.
         """
         batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
         calls = [
-            actor.features.options(retry_exceptions=[BrokenGpuError]).remote(ray.put(batch))
+            (actor, actor.features.options(retry_exceptions=[BrokenGpuError]).remote(ray.put(batch)))
             for actor, batch in zip(cycle(self._actors), batches, strict=False)
         ]
+        found = [self._answer(actor, call, f"batch {i} of {len(calls)}") for i, (actor, call) in enumerate(calls, 1)]
+        return np.concatenate([np.empty((0, self.dimension), np.float32), *found])
+
+    def _answer(self, actor: Any, call: Any, which: str) -> FloatArray:
+        """The features of a batch, which Ray gives to the next process of the actor where one dies or hangs."""
         try:
-            found = ray.get(calls)
+            with Watch(f"{self._what} ({which})", actor, self._timeout_s) as watch:
+                found: FloatArray = ray.get(call)
+                return found
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from None
         except LOST as error:
-            raise ModelError(f"{self._what}: its process died {RETRIES + 1} times over a batch: {error}") from None
-        return np.concatenate([np.empty((0, self.dimension), np.float32), *found])
+            how = "gave no answer in time" if watch.late else "died"
+            raise ModelError(f"{self._what}: its process {how} {RETRIES + 1} times over {which}: {error}") from None
 
     def stop(self) -> None:
         """End the actors."""

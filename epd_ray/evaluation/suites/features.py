@@ -8,6 +8,7 @@ from pathlib import Path
 from epd_ray.actors.environments import EXTRACTORS as ENVIRONMENTS
 from epd_ray.actors.environments import interpreter
 from epd_ray.config.run_config import RunConfig
+from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ConfigError, MetricError
 from epd_ray.evaluation.metrics.inception import InceptionFeatures
 from epd_ray.evaluation.metrics.reference import reference_statistics, require_reference
@@ -56,7 +57,7 @@ def foresee_features(request: Request, config: RunConfig, pictures: int) -> Feat
 
 @contextmanager
 def open_features(
-    spec: FeatureSpec | None, reference: Path | None, pictures: int, cache: Path, timeout_s: float
+    spec: FeatureSpec | None, reference: Path | None, pictures: int, cache: Path, cluster: ClusterConfig
 ) -> Iterator[Features]:
     """Open the extractor in an actor on a running Ray, and end the actor with the block.
 
@@ -65,7 +66,7 @@ def open_features(
         reference: the pictures or statistics that the Frechet distance is measured to; None leaves them out.
         pictures: the number of pictures that each sampler draws.
         cache: the folder that keeps the statistics of picture folders.
-        timeout_s: the seconds to wait until the cluster has room for the actor.
+        cluster: how long to wait for room and for answers.
 
     Raises:
         MetricError: there are fewer pictures than the distance needs, or the reference set cannot be used.
@@ -75,7 +76,7 @@ def open_features(
     if spec is None:
         yield Features()
         return
-    with FeaturePool(spec, timeout_s) as extractor:
+    with FeaturePool(spec, cluster) as extractor:
         if reference is None:
             yield Features(extractor)
             return
