@@ -5,6 +5,10 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class EpdRayError(Exception):
@@ -149,6 +153,15 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
 
 
+def first_problem(error: "ValidationError") -> str:
+    """The first problem that pydantic found in a stranger's record, with the place and the value, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"][:_MOST_PARTS]))
+    named = f"{shown(where)[1:-1]}: " if where else ""
+    return f"{named}{first['msg'][:SHOWN_CHARS]} (given: {shown(first['input'])})"
+
+
+_MOST_PARTS = 8  # of the path to a value
 _DAMAGE = {
     RecursionError: "it is nested too deeply",
     MemoryError: "it needs more memory than there is",
