@@ -3,7 +3,7 @@
 import reprlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -172,17 +172,17 @@ _DAMAGE = {
 
 
 @contextmanager
-def importing(kind: type[EpdRayError], what: object) -> Iterator[None]:
+def importing(kind: Callable[[str], EpdRayError], what: object) -> Iterator[None]:
     """The guard around each importer of a stranger's file: what the file makes Python raise becomes one line.
 
     It does not replace checks that know the file's form and name a fix; it holds where none of them looked.
 
     Args:
-        kind: the class of the error to raise; it takes the message alone.
+        kind: the class of the error to raise, or what makes it of the message alone.
         what: the file or the value that is read, for the message.
 
     Raises:
-        EpdRayError: of class `kind`, for each of the exceptions in _DAMAGE.
+        EpdRayError: what `kind` makes, for each of the exceptions in _DAMAGE.
     """
     try:
         yield

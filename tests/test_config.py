@@ -1,4 +1,6 @@
 import json
+import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
@@ -185,7 +187,7 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("rdpo.lr", "rdpo.lr: expected key=value"),
         ("rdpo..lr=1", "rdpo..lr=1: expected key=value"),
         ("rdpo.lr=[1", "rdpo.lr: '[1' is not YAML: expected ',' or ']'"),
-        ("rdpo.lr=2026-99-99", "rdpo.lr: '2026-99-99' is not YAML: month must be in 1..12"),
+        ("rdpo.lr=2026-99-99", "rdpo.lr: is '2026-99-99', expected a valid number"),
     ],
 )
 def test_one_wrong_value_gives_one_line(override, said):
@@ -384,3 +386,71 @@ def test_the_algorithm_has_the_same_defaults():
     same = {k for k, v in plain.items() if repr(v) == repr(configured[k]) or v == configured[k]}
     # RLlib has its own seed and log level, and a backbone's options are left out where they are the default.
     assert plain.keys() - same == {"backbone_spec", "log_level", "seed"}
+
+
+def lines_of(call, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments)
+    return caught.value.problems
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(12)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join([f'*{chr(97 + i)}'] * 10)}]}}\n" for i in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "aliases"),
+        (MERGES, "aliases"),
+        ("rdpo: &a {lr: *a}", "aliases"),
+        ("rdpo: {lr: 1, lr: 2}", "'lr'.*twice"),
+        ("seed: 1\nrdpo: {}\nseed: 2\n", "'seed'.*line 3"),
+        (f"rdpo: {{lr: {'[' * 200}{']' * 200}}}", "levels"),
+        (f"rdpo: {{lr: {'[' * 100_000}", "deep|levels"),
+        (f"rdpo: {'9' * 5000}", "4300"),
+        (f"rdpo: 0x{'f' * 5000}", "20000 bits"),
+        (f"? 0x{'f' * 5000}\n: 1", "20000 bits"),
+        (f"? {'a' * 100_000}\n: 1", "aaa"),
+        ("rdpo: {lr: .nan}", "lr.*nan"),
+        ("rdpo: {lr: 1e999}", "lr.*inf"),
+        ("rdpo:\n\tlr: 1", "line 2"),
+        ("rdpo: !!python/object/apply:os.system ['true']", "python/object"),
+        ("rdpo: !!binary '='", "rdpo|YAML"),
+        ("a: 1\n---\nb: 2", "document"),
+        ("seed: 2026-01-31", "seed.*'2026-01-31'"),
+        ("seed: 1:30", "seed.*'1:30'"),
+        ("seed: 010", "seed.*'010'"),
+        ("\x00", "special characters"),
+        ("[1]", "mapping"),
+    ],
+    ids=range(22),
+)
+def test_a_forged_file_is_refused_at_once_in_short_lines(tmp_path, text, said):
+    began = time.monotonic()
+    lines = lines_of(load_config, written(tmp_path, text))
+    assert re.search(said, " ".join(lines)) and all(len(line) < 1000 and "\n" not in line for line in lines)
+    if "\n" not in text and text.startswith("rdpo: "):
+        value = text.removeprefix("rdpo: ")
+        assert all(len(line) < 1000 for line in lines_of(load_config, None, [f"rdpo={value}"]))
+    assert time.monotonic() - began < 10
+
+
+def test_what_yaml_allows_is_still_read(tmp_path):
+    text = "rdpo: &a {lr: 1e-3, iterations: 1_000}\nname: 010\nseed: 0x10\n"
+    config = load_config(written(tmp_path, text))
+    assert (config.rdpo.lr, config.rdpo.iterations, config.name, config.seed) == (1e-3, 1000, "010", 16)
+    for name in ("010", "1", "1e3", "2026-01-31", "no"):
+        config = load_config(None, [f"name='{name}'"])
+        assert load_config(written(tmp_path, to_yaml(config))).name == name
+
+
+@pytest.mark.parametrize(
+    "override", ["a." * 50_000 + "b=1", "x" * 100_000, "x" * 100_000 + "=1", "seed=" + "z" * 10**5]
+)
+def test_a_long_override_makes_no_long_message(override):
+    assert all(len(line) < 1000 for line in lines_of(load_config, None, [override]))

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from epd_ray.config.documents import dump_yaml, parse
 from epd_ray.config.problems import problems_of
 from epd_ray.config.run_config import FORMAT, RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import ConfigError, shown
+from epd_ray.errors import SHOWN_CHARS, ConfigError, shown
 from epd_ray.prompts.splits import BUILTIN, SHAPES
 
 # What changes when the model is not the embedded one, unless the file or an override says otherwise.
@@ -76,11 +76,6 @@ def to_yaml(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def dump_yaml(data: Mapping[str, Any]) -> str:
-    """Write nested mappings as YAML that `read_yaml` reads back."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The default of every key, for the model that the file and the overrides name."""
     asked = copy.deepcopy(written)
@@ -107,20 +102,6 @@ def _fill(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(merged)  # because overrides are written into the result
 
 
-class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """A safe YAML dumper that quotes text which `_Loader` would read as a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(  # type: ignore[no-untyped-call]
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a file's sections as they are written, without defaults.
 
@@ -128,16 +109,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError([f"cannot read the configuration {path}: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path} is not UTF-8 ({error.reason}); save the file as UTF-8"]) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError([f"{path} is not YAML: {_yaml_problem(error)}"]) from error
+    data = parse(text, path)
     if data is not None and not isinstance(data, dict):
         raise ConfigError([f"{path} holds {shown(data)}, expected a mapping of sections (backbone, solver, ...)"])
-    return {str(key): value for key, value in (data or {}).items()}
+    return {key if isinstance(key, str) else shown(key): value for key, value in (data or {}).items()}
 
 
 def _require_format(path: Path | None, found: object) -> None:
@@ -168,11 +148,13 @@ def apply_override(data: dict[str, Any], override: str) -> str | None:
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        return f"{override}: expected key=value, such as rdpo.lr=1e-3"
+        return f"{shown(override)[1:-1]}: expected key=value, such as rdpo.lr=1e-3"
+    if len(key) > SHOWN_CHARS:
+        return f"{shown(key)}: no key is so long"
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        return f"{key}: {shown(text)} is not YAML: {_yaml_problem(error)}"
+        value = parse(text, f"{key}: {shown(text)}")
+    except ConfigError as error:
+        return str(error)
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents, start=1):
@@ -182,9 +164,3 @@ def apply_override(data: dict[str, Any], override: str) -> str | None:
             return f"{key}: {'.'.join(parents[:depth])} is {shown(node)}, which has no keys"
     node[last] = value
     return None
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())

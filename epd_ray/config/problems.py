@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.values import Section
-from epd_ray.errors import shown
+from epd_ray.errors import SHOWN_CHARS, shown
 from epd_ray.registry import did_you_mean
 
 _EXPECTED = {
@@ -39,7 +39,7 @@ def problems_of(error: ValidationError, owner: type[Section] = RunConfig) -> lis
 
 def _problem(error: ErrorDetails, whole: type[Section]) -> str:
     """One line with the key, its value and what is expected."""
-    location, context = [str(part) for part in error["loc"] if part != "[key]"], error.get("ctx", {})
+    location, context = [_bounded(part) for part in error["loc"] if part != "[key]"], error.get("ctx", {})
     key, kind = ".".join(location), error["type"]
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest_key(location, whole)}"
@@ -47,10 +47,18 @@ def _problem(error: ErrorDetails, whole: type[Section]) -> str:
         return f"{key}: {context['error']}"
     if kind == "literal_error":
         choices = re.findall(r"'(.*?)'", context["expected"])
-        return f"{key}: unknown {shown(error['input'])}{did_you_mean(str(error['input']), choices)}"
+        return f"{key}: unknown {shown(error['input'])}{_nearest(error['input'], choices)}"
     expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else error["msg"]
     value = "null" if error["input"] is None else shown(error["input"])
     return f"{key}: is {value}, {expected.replace('Input should be', 'expected')}"
+
+
+def _bounded(part: int | str) -> str:
+    return shown(part)[1:-1] if isinstance(part, str) and len(part) > SHOWN_CHARS else str(part)
+
+
+def _nearest(value: object, choices: Sequence[str]) -> str:
+    return did_you_mean(value if isinstance(value, str) else "", choices)
 
 
 def _nearest_key(location: Sequence[str], whole: type[Section]) -> str:

@@ -22,7 +22,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from epd_ray.actors.cluster import ray_session, require_room
-from epd_ray.config.loading import dump_yaml, to_yaml
+from epd_ray.config.documents import dump_yaml
+from epd_ray.config.loading import to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, plain_seed
