@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; those about it pretend, or start one
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes test at once; the actors compute with one thread anyway
 
 import pytest

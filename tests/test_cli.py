@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,38 @@ def test_train_says_what_it_will_do_before_it_imports_ray():
         [sys.executable, "-c", script], cwd=Path(cli.__file__).parents[2], capture_output=True, text=True, check=True
     )
     assert shown.stdout.splitlines() == [*describe(RunConfig()), "set()"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "backbone.model=models/sd15/bse",
+            ["backbone.model: ", "'models/sd15/bse'", "did you mean 'models/sd15/base'?"],
+        ),
+        ("backbone.model=./models/sd15", ["backbone.model: ", "'./models/sd15' has no model_index.json"]),
+        ("backbone.model=/nowhere/at/all", ["backbone.model: ", "'/nowhere/at/all'", "no folder '/nowhere/at'"]),
+        ("backbone.model=shape", ["backbone.model: ", "did you mean 'shapes'?"]),
+        ("backbone.model=./video", ["backbone.model: ", "'./video' is a WanPipeline", "StableDiffusionPipeline"]),
+        ("rewards={web: {head: http, options: {url: 'http://127.0.0.1:9/a'}}}", ["'web'", "http://127.0.0.1:9/a"]),
+    ],
+)
+def test_what_is_not_there_is_named_before_ray_is_imported(tmp_path, setting, said):
+    (tmp_path / "models" / "sd15" / "base").mkdir(parents=True)
+    (tmp_path / "video").mkdir()
+    (tmp_path / "video" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    script = (
+        "import sys\nfrom epd_ray.cli import main\ntry:\n    main('train')\nfinally:\n"
+        "    print({'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    shown = subprocess.run(
+        [sys.executable, "-c", script, setting, "--out", "run"], cwd=tmp_path, capture_output=True, text=True,
+        env=env | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}, check=False,
+    )  # fmt: skip
+    (line,) = shown.stderr.splitlines()
+    assert shown.returncode != 0 and line.startswith("error: ") and all(part in line for part in said), shown.stderr
+    assert shown.stdout.splitlines()[-1] == "set()" and not (tmp_path / "run").exists()
 
 
 def commands(app: Any, *path: str) -> Iterator[tuple[str, ...]]:

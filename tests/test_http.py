@@ -197,6 +197,17 @@ def close(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     handler.connection.close()
 
 
+def test_a_probe_lets_the_server_score_one_picture_once(serve: Callable[[Answer], Server]) -> None:
+    server = serve(saying(scores([0.5])))
+    HttpHead(url=server.url).probe()
+    (asked,) = server.asked
+    assert len(asked["images"]) == len(asked["prompts"]) == 1
+    broken = serve(failing(9))
+    with pytest.raises(RewardError, match="answered 500") as caught:
+        HttpHead(url=broken.url).probe()
+    assert caught.value.head == broken.url and len(broken.asked) == 1
+
+
 def saying(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
     return lambda handler, _: send(handler, body, status, headers)
 

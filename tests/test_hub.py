@@ -1,13 +1,19 @@
 """What goes wrong when a model is opened, and the one line that says so."""
 
+import http.server
 import json
+import os
 import pickle
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -15,7 +21,9 @@ from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, httpx
 
 from epd_ray.backbones.auto import FAMILIES, open_backbone
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, TableError
+from epd_ray.solvers import Solver
+from epd_ray.weights import hub
 from epd_ray.weights.hub import opening
 from tests.families import edit, folder, load
 
@@ -216,7 +224,7 @@ HUB: list[tuple[Callable[[], Exception], type[Exception], list[str]]] = [
     (
         lambda: errors.OfflineModeIsEnabled("Cannot reach https://huggingface.co/x: offline mode is enabled."),
         errors.OfflineModeIsEnabled,
-        ["offline mode is enabled", "the hub cannot be reached"],
+        ["HF_HUB_OFFLINE", "the hub cannot be reached"],
     ),
     (lambda: answer(500, "", ""), errors.HfHubHTTPError, ["500 Internal Server Error"]),
     (lambda: answer(429, "", ""), errors.HfHubHTTPError, ["429 Too Many Requests"]),
@@ -274,6 +282,45 @@ def test_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ModelError, match="the hub cannot be reached") as caught:
         open_backbone(model="owner/name", device="cpu")
     one_line(caught, ["epd-ray fetch"])
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A process that may ask the hub, and forgets the answer after the test."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.5)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_hub_that_gives_no_answer_is_asked_for_seconds_alone(asking: pytest.MonkeyPatch, listens: bool) -> None:
+    """The hub's own client tries for 23 s where nobody listens, and for minutes where nobody answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen(100)
+        asking.setattr("huggingface_hub.constants.ENDPOINT", url := f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ModelError, match="the hub cannot be reached") as caught:
+            open_backbone(model="owner/name", device="cpu")
+        one_line(caught, [url, "epd-ray fetch"])
+        with pytest.raises(TableError, match="the hub cannot be reached"):
+            Solver.from_pretrained("owner/other")
+        assert time.monotonic() - start < 15
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # for the processes that this one starts
+
+
+def test_a_hub_that_answers_anything_is_there(asking: pytest.MonkeyPatch) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # 501 to everything
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    asking.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    hub.seek_hub()
+    server.shutdown()
+    server.server_close()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "0"
 
 
 def test_names_that_are_no_hub_ids() -> None:

@@ -68,7 +68,7 @@ def test_read_only_images_are_accepted() -> None:
         (lambda _: None, "failed with", ("r1", "r2")),
         (fail, "failed with KeyError: 'weights'", ("r1", "r2")),
         (run_out, r"failed with RuntimeError: out of memory \(rollouts", ("r1", "r2")),
-        (refuse, r"answered 500 \(broken\) \(rollouts", ("r1", "r2")),
+        (refuse, r"http://host/score answered 500 \(broken\) \(rollouts", ("r1", "r2")),
     ],
 )
 def test_what_is_no_reward_is_an_error(answer: Callable[[Tensor], Any], problem: str, blamed: tuple[str, ...]) -> None:

@@ -188,7 +188,7 @@ def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, 
     statistics = tmp_path / "reference.npz"
     np.savez(statistics, mu=np.zeros(32), sigma=np.eye(32))
     monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
-    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.run_session", lambda *_: pytest.fail("Ray was started"))
     monkeypatch.setenv("EPD_RAY_HOME", str(tmp_path / "home"))
     with pytest.raises(TableError, match="'nowhere' is no directory"):
         measured(replace(request_of, solvers=("nowhere",)))
@@ -211,7 +211,7 @@ def test_what_is_not_there_is_said_before_an_actor_starts(request_of, tmp_path, 
 
 
 def test_what_the_model_is_not_for_is_said_before_an_actor_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.ray_session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.run_session", lambda *_: pytest.fail("Ray was started"))
     monkeypatch.setattr("epd_ray.evaluation.suites.evaluate.algorithm", lambda *_: pytest.fail("actors were started"))
     sd, sdxl, sd3, ddpm = (save(tmp_path / save.__name__) for save in (save_sd, save_sdxl, save_sd3, save_ddpm))
     flow = save_solver(tmp_path / "flow", family="sd3")

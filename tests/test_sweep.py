@@ -216,7 +216,7 @@ def test_directories_that_are_taken(tmp_path):
 def stopped_early(monkeypatch):
     """No Ray, and Tune is stopped before it makes a trial; gives the arguments of what is faked."""
     asked = {}
-    monkeypatch.setattr("epd_ray.sweep.tuner.ray_session", lambda *of: asked.update(session=of) or nullcontext())
+    monkeypatch.setattr("epd_ray.sweep.tuner.run_session", lambda of: asked.update(session=of) or nullcontext())
     monkeypatch.setattr("epd_ray.sweep.tuner.require_room", lambda *of: asked.update(room=of))
     monkeypatch.setattr("epd_ray.sweep.tuner._tune", lambda *of: [])
     return asked
@@ -225,7 +225,7 @@ def stopped_early(monkeypatch):
 def test_a_sweep_asks_for_what_its_cluster_section_says(tmp_path, stopped_early):
     with pytest.raises(KeyboardInterrupt):
         sweep(plan(tmp_path, "cluster.placement_timeout_s=7", "cluster.dashboard=true"), tmp_path / "out", Quiet())
-    assert stopped_early["room"][1] == 7 and stopped_early["session"] == (None, ("HF_TOKEN", "HF_HOME"), True)
+    assert stopped_early["room"][1] == 7 and stopped_early["session"].cluster.dashboard
 
 
 def test_a_sweep_that_was_stopped_before_its_first_trial_can_be_resumed(tmp_path, stopped_early, monkeypatch):

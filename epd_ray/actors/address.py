@@ -17,6 +17,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
 )
 from ray.exceptions import AuthenticationError, RpcError
 
+from epd_ray.actors.beforehand import named_cluster
 from epd_ray.errors import ClusterError
 
 CONNECT_SECONDS = 15.0
@@ -40,10 +41,8 @@ def reachable(address: str | None) -> str | None:
     Raises:
         ClusterError: the cluster cannot be joined; the message says why, and how to mend it.
     """
-    told = os.environ.get("RAY_ADDRESS")
-    source = "RAY_ADDRESS" if told and address in (None, AUTO) else "cluster.address"
-    asked = told if source == "RAY_ADDRESS" else address
-    if not asked or asked == "local":
+    asked, source = named_cluster(address)
+    if asked is None:
         return None
     where = f"{asked} ({source})"
     if asked.startswith(DASHBOARD):

@@ -1,9 +1,17 @@
-"""From the configuration of a run to the specs of its reward actors."""
+"""From the configuration of a run to the specs of its reward actors, and to what they need before they start."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from epd_ray.actors.beforehand import named_cluster, require_models
+from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.environments import package_spec
 from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import RewardConfig
+from epd_ray.weights.hub import seek_hub
 
 
 def reward_spec(reward: RewardConfig) -> RewardSpec:
@@ -32,3 +40,20 @@ def head_gpus(config: RunConfig) -> dict[str, float]:
     """The key of the GPUs of every head that could use one -> the number of GPUs that each of its actors asks for."""
     heads = {n: r for n, r in config.rewards.items() if r.replicas and wants_gpu(r.head, r.options)}
     return {f"rewards.{name}.num_gpus": reward.num_gpus for name, reward in heads.items()}
+
+
+@contextmanager
+def run_session(config: RunConfig) -> Iterator[None]:
+    """Join the cluster of a configuration, or check its models and start a local Ray; see `ray_session`.
+
+    Raises:
+        ClusterError: the cluster cannot be joined, or a local Ray does not start.
+        EpdRayError: see `require_models`.
+    """
+    cluster = config.cluster
+    if not ray.is_initialized():
+        require_models(config)
+        if named_cluster(cluster.address)[0] is None and head_gpus(config):  # whose files may come from the hub
+            seek_hub()
+    with ray_session(cluster.address, cluster.env, cluster.dashboard):
+        yield

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from epd_ray.backbones.loading import PipelineOptions, open_pipeline, read_index
+from epd_ray.backbones.loading import Index, PipelineOptions, open_pipeline, read_index
 from epd_ray.backbones.pipeline import Family, PipelineBackbone
 from epd_ray.errors import ModelError, shown
 from epd_ray.registry import Registry
@@ -36,16 +36,26 @@ def open_backbone(**options: Any) -> PipelineBackbone:
         ConfigError: the device or dtype is not available.
     """
     opened = PipelineOptions(**options)
-    index = read_index(opened.model, opened.revision)
-    if index.class_name not in FAMILIES.names():
-        known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {shown(opened.model)} is a {index.class_name}, supported are: {known}")
+    index = supported_index(opened.model, opened.revision)
     if opened.dtype == "auto" and index.class_name in UNCONDITIONAL:
         opened = replace(opened, dtype="float32")  # small networks, judged by statistics that are sensitive to rounding
     denoiser = "transformer" if "transformer" in index.components else "unet"
     pipeline = open_pipeline(index, opened, denoiser)
     family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})
     return PipelineBackbone(pipeline, family, opened, index.commit, index.fingerprint)
+
+
+def supported_index(model: str, revision: str | None) -> Index:
+    """Read which pipeline a model is, see `read_index`.
+
+    Raises:
+        ModelError: there is no such model, it is not a pipeline, or its family is not supported.
+    """
+    index = read_index(model, revision)
+    if index.class_name not in FAMILIES.names():
+        known = ", ".join(FAMILIES.names())
+        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
+    return index
 
 
 def takes_prompts(model: str, revision: str | None) -> bool:

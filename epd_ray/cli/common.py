@@ -14,6 +14,7 @@ import typer
 from epd_ray.errors import EpdRayError
 
 if TYPE_CHECKING:
+    from epd_ray.config.run_config import RunConfig
     from epd_ray.telemetry.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -53,6 +54,21 @@ ConfigOption = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, such as rdpo.lr=1e-3.")
 ]
+
+
+def load_checked(config: Path | None, overrides: Sequence[str]) -> "RunConfig":
+    """Read a configuration, and check its models before the imports that take seconds.
+
+    Raises:
+        ConfigError: see `load_config`.
+        EpdRayError: see `require_models`.
+    """
+    from epd_ray.actors.beforehand import require_models
+    from epd_ray.config.loading import load_config
+
+    settings = load_config(config, overrides)
+    require_models(settings)
+    return settings
 
 
 def place(run: str) -> str | Path:

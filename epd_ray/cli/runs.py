@@ -12,6 +12,7 @@ from epd_ray.cli.common import (
     OverridesArgument,
     RunArgument,
     ending,
+    load_checked,
     local_path,
     observed,
     place,
@@ -59,9 +60,7 @@ def train(
         if resume is not None:
             settings, path = None, place(resume)
         else:
-            from epd_ray.config.loading import load_config
-
-            settings = load_config(config, overrides or [])
+            settings = load_checked(config, overrides or [])
             if dry_run:
                 _measure(settings)
                 return
@@ -212,11 +211,11 @@ def distill(
 def fetch(overrides: OverridesArgument = None, config: ConfigOption = None) -> None:
     """Download the weights that a configuration needs to every node of the cluster."""
     with ending():
-        from epd_ray.config.loading import load_config
+        settings = load_checked(config, overrides or [])
         from epd_ray.runs.fetch import fetch as place
 
         with observed() as observer:
-            lines = place(load_config(config, overrides or []), observer)
+            lines = place(settings, observer)
         say(lines)
 
 

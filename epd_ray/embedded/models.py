@@ -1,5 +1,6 @@
 """Directories of the embedded models: `shapes` (text to image) and `shapes-clip` (its CLIP model)."""
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,25 @@ def resolve_model(model: str) -> str:
         names = ", ".join(EMBEDDED)
         raise ModelError(
             f"model {shown(model)} is no directory: give a pipeline directory, a hub id, or one of {names}"
+            f"{nearby(model)}"
         )
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def nearby(model: str) -> str:
+    """The end of a message about a directory that does not exist, such as "; did you mean './models/sd15'?".
+
+    It is empty where neither a folder beside it nor an embedded model has a similar name.
+    """
+    folder, _, name = model.rstrip("/").rpartition("/")
+    parent = Path(folder or ("/" if model.startswith("/") else ".")).expanduser()
+    try:
+        known = {*(entry.name for entry in parent.iterdir() if entry.is_dir()), *(() if folder else EMBEDDED)}
+    except OSError:
+        return f"; there is no folder {shown(str(parent))} either"
+    similar = difflib.get_close_matches(name, sorted(known), n=1)
+    start = model.rstrip("/").removesuffix(name)
+    return f"; did you mean {shown(start + similar[0])}?" if similar else ""
 
 
 def require_vocabulary(model: str, tokenizers: Iterable[Any]) -> None:

@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from epd_ray.actors.cluster import ray_session, warn_of_idle_gpus
-from epd_ray.actors.configured import head_gpus, reward_spec
+from epd_ray.actors.cluster import warn_of_idle_gpus
+from epd_ray.actors.configured import head_gpus, reward_spec, run_session
 from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import RDPOSection
@@ -141,8 +141,7 @@ def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None =
     Raises:
         EpdRayError: Ray cannot be started or joined, the actors have no room, or a model cannot be used.
     """
-    cluster = config.cluster
-    with ray_session(cluster.address, cluster.env, cluster.dashboard):
+    with run_session(config):
         _warn_of_idle_gpus(config)
         algo: RDPO = rdpo_config(config, prompts, table).build_algo()
         try:

@@ -99,10 +99,24 @@ class HttpHead:
             parts = list(pool.map(lambda batch: self._score_batch(*batch), batches))
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
 
-    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> FloatArray:
+    def probe(self) -> None:
+        """Let the server score one grey picture, at one attempt, so that a wrong address is found before a run begins.
+
+        Raises:
+            RewardError: the server does not answer, or not with one score.
+        """
+        try:
+            self._attempt(self._body(torch.full((1, 3, 64, 64), 0.5), ["a grey square"]), 1)
+        except _TransientError as error:
+            raise RewardError(self.model_id, f"{error}: start the server, or change the url") from error
+
+    def _body(self, images: Tensor, prompts: Sequence[str]) -> bytes:
         encode = _png if self.format == "png" else _npy
         files = [base64.b64encode(encode(image)).decode() for image in images]
-        body = json.dumps({"images": files, "format": self.format, "prompts": list(prompts)}).encode()
+        return json.dumps({"images": files, "format": self.format, "prompts": list(prompts)}).encode()
+
+    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> FloatArray:
+        body = self._body(images, prompts)
         if len(body) > self.max_request_bytes:
             sizes = f"{len(body)} bytes for {len(images)} images, more than max_request_bytes={self.max_request_bytes}"
             raise RewardError(self.model_id, f"a request would take {sizes}: lower batch_size or raise the bound")

@@ -39,8 +39,8 @@ class Scorer:
         """As `score`, of pictures [B, 3, H, W], float32 in [0, 1]."""
         try:
             values = torch.as_tensor(self.head.score(pictures, list(prompts))).detach().float().cpu().numpy()
-        except RewardError as error:  # the head itself says what is wrong; add its name and the ids
-            raise RewardError(self.name, _one_line(error.problem), rollout_ids) from error
+        except RewardError as error:  # the head itself says what is wrong; add its name in the run, and the ids
+            raise RewardError(self.name, _one_line(f"{error.head} {error.problem}"), rollout_ids) from error
         except Exception as error:
             if is_own_bug(error):
                 raise

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
-from epd_ray.actors.cluster import Resources, ray_session, require_room
+from epd_ray.actors.cluster import Resources, require_room
+from epd_ray.actors.configured import run_session
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import RewardConfig
 from epd_ray.errors import PlacementError
@@ -40,7 +41,7 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
     """
     prompts = load_prompts(config.prompts, config.seed)
     given_solver(config)  # raises where the solver is missing, damaged or of another shape
-    with ray_session(config.cluster.address, config.cluster.env):
+    with run_session(config):
         lines = _placement(config)
         try:
             costs, memory = _measure(config, prompts, observer)

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from epd_ray.actors.cluster import ray_session
+from epd_ray.actors.configured import run_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
@@ -63,9 +63,10 @@ def fetch(config: RunConfig, observer: Observer) -> list[str]:
 
     Raises:
         FetchError: something could not be downloaded; one line per item and node.
+        EpdRayError: see `run_session`.
     """
     items = _items(config)
-    with ray_session(config.cluster.address, config.cluster.env):
+    with run_session(config):
         nodes = [Node(n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]]
         observer.stage("fetching", len(nodes) * len(items))
         placed: dict[Node, list[str]] = {node: [] for node in nodes}
@@ -130,13 +131,9 @@ def fetch_model(model: str, revision: str | None) -> None:
     Raises:
         ModelError: the model does not exist, cannot be reached, or is of a family that this package does not support.
     """
-    from epd_ray.backbones.auto import FAMILIES
-    from epd_ray.backbones.loading import read_index
+    from epd_ray.backbones.auto import supported_index
 
-    index = read_index(model, revision)  # a small file, read before gigabytes are downloaded in vain
-    if index.class_name not in FAMILIES.names():
-        known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
+    index = supported_index(model, revision)  # a small file, read before gigabytes are downloaded in vain
     if Path(index.location).is_dir():
         return
     from diffusers import DiffusionPipeline

@@ -15,7 +15,7 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
 from epd_ray.drawing.sampler import learned, to_uint8
 from epd_ray.drawing.truncation import warn_of_truncation
-from epd_ray.errors import ConfigError, TableError, shown
+from epd_ray.errors import ConfigError, ModelError, TableError, shown
 from epd_ray.solvers import Solver, check_fit
 from epd_ray.solvers.conditioned import noises
 from epd_ray.types import Backbone
@@ -123,14 +123,16 @@ def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
         return BACKBONES.build(registry, arguments | ({"model": options.model} if options.model else {}))
     if model is None:
         raise TableError(f"solver {name} does not say which model it is for: pass --model")
-    return BACKBONES.build(
-        registry,
-        {
-            "model": model,
-            "revision": made.revision if options.model is None else None,
-            "resolution": options.resolution or made.resolution,
-            "max_sequence_length": made.options.get("max_sequence_length"),
-            "device": options.device,
-            "dtype": options.dtype,
-        },
-    )
+    arguments = {
+        "model": model,
+        "revision": made.revision if options.model is None else None,
+        "resolution": options.resolution or made.resolution,
+        "max_sequence_length": made.options.get("max_sequence_length"),
+        "device": options.device,
+        "dtype": options.dtype,
+    }
+    try:
+        return BACKBONES.build(registry, arguments)
+    except ModelError as error:
+        named = "--model" if options.model else f"solver {name}, whose model another --model would replace"
+        raise ModelError(f"{named}: {error}") from error

@@ -14,8 +14,8 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
-from epd_ray.actors.cluster import ray_session, require_room, stop_signals, warn_of_idle_gpus
-from epd_ray.actors.configured import head_gpus, reward_spec
+from epd_ray.actors.cluster import require_room, stop_signals, warn_of_idle_gpus
+from epd_ray.actors.configured import head_gpus, reward_spec, run_session
 from epd_ray.actors.pool import last_line
 from epd_ray.actors.reward_pool import RewardSpec, unwrap
 from epd_ray.config.run_config import RunConfig
@@ -83,7 +83,7 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
     if len(todo):
         _PartWriter(out, limit).count(todo)  # too many rows without a prompt raise before Ray starts
         observer.stage("starting Ray", 1)
-        with ray_session(config.cluster.address, config.cluster.env), stop_signals():
+        with run_session(config), stop_signals():
             observer.advance()
             warn_of_idle_gpus(head_gpus(config))
             out.drop(todo)

@@ -286,8 +286,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
         )
     import huggingface_hub  # here, since the hub's client takes long to import
 
-    from epd_ray.weights.hub import HUB_FAILURES, explain
+    from epd_ray.weights.hub import HUB_FAILURES, explain, seek_hub
 
+    seek_hub()
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, FILE_NAME, revision=revision))
     except HUB_FAILURES as error:

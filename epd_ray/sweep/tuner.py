@@ -21,7 +21,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from epd_ray.actors.cluster import ray_session, require_room
+from epd_ray.actors.cluster import require_room
+from epd_ray.actors.configured import run_session
 from epd_ray.config.documents import dump_yaml
 from epd_ray.config.loading import to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
@@ -119,11 +120,10 @@ def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
 def _go_on(
     plan: Plan, prompts: PromptSplits, path: Path, observer: Observer, callbacks: Sequence[Callback]
 ) -> list[str]:
-    cluster = plan.config.cluster
-    with _quiet(), ray_session(cluster.address, cluster.env, cluster.dashboard), _sigterm():
+    with _quiet(), run_session(plan.config), _sigterm():
         observer.stage("starting actors", 1)
         bundles = SweepTrial.default_resource_request({PLAN: plan}).bundles
-        require_room({"a trial": bundles}, cluster.placement_timeout_s)
+        require_room({"a trial": bundles}, plan.config.cluster.placement_timeout_s)
         observer.advance()
         progress = Progress(observer, plan.sweep.trials)
         trials = _tune(plan, prompts, path, [progress, *tune_callbacks(plan.config.tracking), *callbacks])

@@ -1,11 +1,14 @@
-"""Turns every failure to open a model from a directory or the hub into one line that says what to do."""
+"""Turns every failure to open a model from a directory or the hub into one line that says what to do, and soon."""
 
+import functools
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client that the hub's library uses
 from safetensors import SafetensorError
 
+from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import ModelError, is_own_bug, shown
 
 UNREADABLE = (
@@ -31,7 +35,39 @@ TOKEN = "set HF_TOKEN to a read token of that account (named in cluster.env for 
 HUB_FAILURES = (OSError, HFValidationError, httpx.HTTPError)
 """Exceptions that the hub's client raises for invalid names, missing access rights, lost connections and files."""
 
+PROBES, PROBE_SECONDS, PAUSE_SECONDS = 2, 4.0, 1.0  # how often, and how long each time, the hub is asked for a sign
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
+
+
+def of_hub(model: str) -> bool:
+    """Whether a model is neither embedded nor on this machine, and could be a hub id."""
+    return model not in EMBEDDED and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def seek_hub() -> None:
+    """Ask once per process whether the hub answers; where it does not, its client goes on with the local cache alone.
+
+    Otherwise the client would ask for each file six times, which takes 23 s where connections are refused, and minutes
+    where nothing answers. The processes that this one starts inherit the finding.
+    """
+    if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    """Whether a server answers a request, whatever it says."""
+    for attempt in range(PROBES):
+        time.sleep(PAUSE_SECONDS if attempt else 0)
+        try:
+            get_session().head(endpoint, timeout=PROBE_SECONDS)
+            return True
+        except (httpx.HTTPError, OSError):
+            continue
+    return False
 
 
 @contextmanager
@@ -45,6 +81,8 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
     Raises:
         ModelError: the message names the model, what is wrong, and the fix for a gated, private or unreachable model.
     """
+    if of_hub(model):
+        seek_hub()
     try:
         yield
     except ModelError:
@@ -79,7 +117,12 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, RemoteEntryNotFoundError):
             return f"{problem} (the repository has no such file: give one in its library's own layout)"
         if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            return f"{problem} (not in the local cache, and the hub cannot be reached: run epd-ray fetch where it can)"
+            offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
+            why = "it does not answer, or HF_HUB_OFFLINE is set" if offline else first_line(chain[-1])
+            return (
+                f"not in the local cache, and the hub cannot be reached at {constants.ENDPOINT}: {why} "
+                "(run epd-ray fetch where it can be)"
+            )
         if isinstance(cause, HFValidationError):
             return f"{problem} (give a directory or a hub id 'owner/name')"
         if isinstance(cause, SafetensorError):

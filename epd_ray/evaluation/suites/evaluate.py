@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from epd_ray.actors.cluster import ray_session, stop_signals
+from epd_ray.actors.cluster import stop_signals
+from epd_ray.actors.configured import run_session
 from epd_ray.actors.pipeline import Outcome
 from epd_ray.actors.tasks import Task
 from epd_ray.config.run_config import RunConfig
@@ -65,7 +66,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         stack.enter_context(held(results.path / LOCK, str(results.path)))
         stack.enter_context(named_when_full(results.path))
         observer.stage("starting actors", 2)
-        stack.enter_context(ray_session(cluster.address, cluster.env, cluster.dashboard))
+        stack.enter_context(run_session(config))
         stack.enter_context(stop_signals())  # after Ray has set its own signal handler
         features = stack.enter_context(
             open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster)

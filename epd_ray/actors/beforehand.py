@@ -1,0 +1,58 @@
+"""What is known of a run before the seconds that importing Ray takes: which Ray it uses, whether its models exist."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from epd_ray.backbones.auto import supported_index
+from epd_ray.config.run_config import RunConfig
+from epd_ray.config.sections import AUTO
+from epd_ray.errors import ModelError, RewardError
+from epd_ray.rewards import HEADS
+
+SETTING, VARIABLE = "cluster.address", "RAY_ADDRESS"
+
+
+def named_cluster(address: str | None) -> tuple[str | None, str]:
+    """The address of the cluster that a run joins, None where it starts a Ray of its own, and what says so.
+
+    Args:
+        address: the setting `cluster.address`; None and "auto" give way to the variable RAY_ADDRESS.
+    """
+    told = os.environ.get(VARIABLE)
+    source = VARIABLE if told and address in (None, "auto") else SETTING
+    asked = told if source == VARIABLE else address
+    return (None if not asked or asked == "local" else asked), source
+
+
+def require_models(config: RunConfig) -> None:
+    """Check that the model of a run exists and that its reward servers answer, which actors take a minute to find out.
+
+    Nothing is checked for a run that joins a cluster, whose nodes may have files and networks that this machine lacks.
+
+    Raises:
+        ModelError: the model does not exist, is no pipeline, or is of a family that is not supported.
+        RewardError: a reward server does not answer, or not as it should.
+        ConfigError: an option of a reward server is wrong.
+    """
+    backbone = config.backbone
+    if named_cluster(config.cluster.address)[0] is not None:
+        return
+    if backbone.family == AUTO:
+        try:
+            supported_index(backbone.model, backbone.revision)
+        except ModelError as error:
+            raise ModelError(f"backbone.model: {error}") from error
+    for name, reward in config.rewards.items():
+        if reward.head == "http":
+            _require_answer(name, reward.options)
+
+
+def _require_answer(name: str, options: Mapping[str, Any]) -> None:
+    head: Any = HEADS.build("http", options)
+    try:
+        head.probe()
+    except RewardError as error:
+        raise RewardError(name, f"{error.head} {error.problem}") from error
+    finally:
+        head.close()
