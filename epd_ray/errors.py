@@ -68,6 +68,10 @@ class RewardError(EpdRayError):
         return type(self), (self.head, self.problem, self.rollout_ids)
 
 
+class SourceError(EpdRayError):
+    """The source of pictures to score does not exist, cannot be read, or holds an id twice."""
+
+
 class PictureError(EpdRayError):
     """A picture cannot be decoded. The message is the reason alone; which picture it is, the caller adds."""
 

@@ -48,7 +48,7 @@ RAY_ROOMS = ("telemetry.monitor", "actors", "rdpo", "score", "evaluation.suites"
 
 # What does without Ray although its package is one of Ray's rooms, or stands above one.
 PLAIN = (
-    *("score.inputs", "score.rows", "score.output"),
+    *("score.inputs", "score.names", "score.tars", "score.rows", "score.output"),
     *("evaluation.comparison", "evaluation.validation", "evaluation.statistics", "evaluation.records"),
     *("evaluation.metrics", "evaluation.ab", "evaluation.results"),
     *("runs.sample", "runs.tables", "runs.report", "runs.describe", "cli"),

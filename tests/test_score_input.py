@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -239,11 +240,11 @@ def test_what_cannot_be_prompts_is_named(tmp_path):
         ("lines.txt", "one\n", "has 1 prompts for 2 pictures"),
         ("other.csv", "name,prompt\na.png,x\n", "has the columns name, prompt, expected the file's name in one of"),
         ("twice.csv", "file,prompt\na.png,x\na.png,y\n", "names 'a.png' twice"),
-        ("none.csv", "file,prompt\nc.png,x\n", "names none of the pictures in .*, such as 'a.png'"),
-        ("empty.csv", "", "cannot be read"),
-        ("torn.parquet", "PAR1", "cannot be read"),
-        ("torn.jsonl", "{", "cannot be read"),
-        ("prompts.xlsx", "", "expected .txt, .csv, .parquet, .jsonl"),
+        ("none.csv", "file,prompt\nc.png,x\n", "names none of the pictures, such as 'a.png'"),
+        ("empty.csv", "", "is empty"),
+        ("torn.parquet", "PAR1", "not Parquet"),
+        ("torn.jsonl", "{", "line 1: not JSON"),
+        ("prompts.xlsx", "", "expected .txt, .csv, .tsv, .parquet, .jsonl, .json"),
     ]:
         (tmp_path / name).write_text(content)
         with pytest.raises(EpdRayError, match=said) as caught:
@@ -253,3 +254,156 @@ def test_what_cannot_be_prompts_is_named(tmp_path):
         read_index(str(folder), tmp_path / "gone.csv")
     with pytest.raises(EpdRayError, match="--prompts"):
         read_index(str(tmp_path / "a.tar"), tmp_path / "lines.txt")
+
+
+# -- tables of names --------------------------------------------------------------------------------------------------
+
+
+def table_prompts(root: Path, text: str, suffix: str = ".csv") -> dict[str, str]:
+    table = root.parent / f"table{suffix}"
+    table.write_text(text)
+    return prompts_of(read_index(str(root), table))
+
+
+def test_names_agree_over_unicode_slashes_and_headers(tmp_path):
+    nfd, nfc = (unicodedata.normalize(form, "café.png") for form in ("NFD", "NFC"))
+    root = folder_of(tmp_path / "images", [nfd, "sub/a b.png", "A%20#:.PNG"], prompts=False)
+    expected = {nfd: "1", "sub/a b.png": "2", "A%20#:.PNG": "3"}
+    rows = f"{nfc},1\nsub\\a b.png,2\n./A%20#:.PNG,3\n"
+    assert table_prompts(root, f"file_name,prompt\n{rows}") == expected
+    assert table_prompts(root, f"\ufeffFile_Name, Prompt \r\n{rows}") == expected
+    assert table_prompts(root, f"file_name\tprompt\n{rows.replace(',', chr(9))}\n\n", ".tsv") == expected
+    records = [{"file_name": name, "prompt": text} for name, text in expected.items()]
+    assert table_prompts(root, json.dumps(records), ".json") == expected
+
+
+def test_a_folder_that_all_names_share_may_be_left_out(tmp_path, caplog):
+    root = folder_of(tmp_path / "images", ["a.png", "sub/b.png"], prompts=False)
+    for start in ("images/", "images\\", "/data/images/", "C:\\data\\images\\", "other/"):
+        caplog.clear()
+        found = table_prompts(root, f"file_name,prompt\n{start}a.png,1\n{start}sub/b.png,2\n")
+        assert found == {"a.png": "1", "sub/b.png": "2"}
+        assert start.replace("\\", "/") in caplog.text
+    for text in ("x/a.png,1\ny/sub/b.png,2\n", "images/c.png,1\n"):
+        with pytest.raises(EpdRayError, match="names none of the pictures"):
+            table_prompts(root, f"file_name,prompt\n{text}")
+
+
+def test_a_name_that_stands_for_two_is_refused_by_both(tmp_path):
+    nfd, nfc = (unicodedata.normalize(form, "é.png") for form in ("NFD", "NFC"))
+    root = folder_of(tmp_path / "images", ["a.png", "A.PNG", "x/x/b.png", "x/b.png", "b.png"], prompts=False)
+    header = "file_name,prompt\n"
+    assert table_prompts(root, f"{header}a.png,1\nA.PNG,2\n")["A.PNG"] == "2"  # case does matter
+    for text, said in [
+        ("file_name,prompt\nx/b.png,1\nx\\b.png,2\n", r"'x/b.png' and 'x\\\\b.png' twice"),
+        ("file_name,File_Name,prompt\na.png,a.png,1\n", "'file_name' and 'File_Name'"),
+        ("file_name,prompt,Prompt\na.png,1,2\n", "'prompt' and 'Prompt'"),
+        ("file_name,prompt\n,1\n", "line 2: the prompt '1' has no file name"),
+        ("file_name,prompt\ny/x/x/b.png,1\n", "without 'y' and 'y/x'"),
+    ]:
+        with pytest.raises(EpdRayError, match=said):
+            table_prompts(root, text)
+    (root / nfd).write_bytes(png(1))
+    (root / nfc).write_bytes(png(2))
+    with pytest.raises(EpdRayError, match="have names that agree: rename one"):
+        table_prompts(root, f"{header}{nfd},1\n")
+
+
+def test_texts_beside_pictures(tmp_path):
+    folder_of(tmp_path, ["a.png", "b.c.png", "C.PNG", "d.png", "d.jpg"], prompts=False)
+    (tmp_path / "a.txt").write_text("é", encoding="utf-16")
+    (tmp_path / "b.c.txt").write_text("\ufeffb\n")
+    (tmp_path / "C.TXT").write_text("c\r\n")
+    (tmp_path / "d.txt").write_text("d")
+    found = prompts_of(read_index(str(tmp_path)))
+    assert found == {"C.PNG": "c", "a.png": "é", "b.c.png": "b", "d.jpg": "d", "d.png": "d"}
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(EpdRayError, match=r"a\.txt: not UTF-8 at byte 3 "):
+        read_index(str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.TXT").write_text("b")
+    with pytest.raises(EpdRayError, match=r"a\.txt and .*a\.TXT are both beside"):
+        read_index(str(tmp_path))
+
+
+# -- what is left out -------------------------------------------------------------------------------------------------
+
+
+def test_hidden_pictures_match_no_prompt(tmp_path, caplog):
+    folder_of(tmp_path / "images", ["a.png", "b.png", "._a.png", "__MACOSX/._b.png"], prompts=False)
+    (tmp_path / "images/._a.txt").write_bytes(b"\0\5\x16\7\xff")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\n")
+    for source in (tmp_path / "images", tmp_path / "images/*.png"):
+        caplog.clear()
+        assert prompts_of(read_index(str(source), lines)) == {"a.png": "one", "b.png": "two"}
+        assert len(caplog.messages) == 1 and "._a.png" in caplog.text
+
+
+def test_scores_within_the_source_are_not_read(tmp_path, caplog):
+    folder_of(tmp_path, ["a.png"])
+    (tmp_path / "scores").mkdir()
+    scores = pa.table({"id": ["a.png"]}, schema=pa.schema([("id", pa.string())], metadata={"heads": "{}"}))
+    pq.write_table(scores, tmp_path / "scores/part-000001.parquet")
+    assert list(prompts_of(read_index(str(tmp_path)))) == ["a.png"]
+    assert "scores/part-000001.parquet" in caplog.text
+    parquet_of(tmp_path / "data/part-000001.parquet", {"image": [png(1)], "prompt": ["x"]})
+    assert len(read_index(str(tmp_path / "data"))) == 1
+
+
+def test_members_of_tars_that_are_left_out_are_named(tmp_path, caplog):
+    link = tarfile.TarInfo("link.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+    path = tar_of(tmp_path / "a.tar", {
+        "__MACOSX/a.png": b"x", "._a.txt": b"\xff", "._a.png": b"x", "a.png": png(1), "a.txt": b"one",
+        "../up.png": png(2), "../up.txt": b"two", "/top.png": png(3), "/top.txt": b"three",
+        "a.heic": b"x", "inner.tar": b"x", "folder.png/b.png": png(4), "folder.png/b.json": b'{"Caption": ["four"]}',
+    })  # fmt: skip
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+    assert prompts_of(read_index(str(path))) == {
+        "a.tar/a": "one", "a.tar/../up": "two", "a.tar//top": "three", "a.tar/folder.png/b": "four",
+    }  # fmt: skip
+    (line,) = caplog.messages
+    assert "5 left out" in line and "__MACOSX/a.png" in line
+
+
+def test_samples_of_tars_with_several_dots(tmp_path, caplog):
+    path = tar_of(tmp_path / "a.tar", {
+        "1.5_steps.png": png(1), "1.5_steps.txt": b"own", "2.jpg": png(2), "2.mask.png": png(3), "2.txt": b"two",
+        "3.image.png": png(4), "3.json": b'{"prompt": "three"}', "4.png": png(5), "4.json": b'{"prompt": "json"}',
+        "4.txt": b"text",
+    })  # fmt: skip
+    assert prompts_of(read_index(str(path))) == {
+        "a.tar/1.5_steps": "own", "a.tar/2": "two", "a.tar/3.image": "three", "a.tar/4": "text",
+    }  # fmt: skip
+    assert "1 left out" in caplog.text and "2.mask.png" in caplog.text
+
+
+def test_texts_of_tars_are_checked(tmp_path):
+    for members, said in [
+        ([("a.png", png(1)), ("a.txt", b"caf\xe9")], r"a\.tar, a\.txt: not UTF-8 at byte 3 "),
+        ([("a.png", png(1)), ("a.txt", b"x"), ("a.txt", b"y")], r"a\.tar has 'a\.txt' twice"),
+    ]:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        with pytest.raises(EpdRayError, match=said):
+            read_index(str(tmp_path / "a.tar"))
+
+
+def test_columns_of_parquet_sources(tmp_path):
+    far = pa.array([2**62], pa.timestamp("us"))
+    file = parquet_of(tmp_path / "a.parquet", {"Image": [png(1)], "Prompt": ["2024-05-01"], "day": far})
+    assert pixels_of(read_index(str(file))) == {"a.parquet:0": 1}
+    assert prompts_of(read_index(str(file))) == {"a.parquet:0": "2024-05-01"}
+    for columns, said in [
+        ({"image": [png(1)], "prompt": far}, "'prompt' is timestamp"),
+        ({"image": [png(1)], "prompt": ["x"], "id": far}, "'id' is timestamp"),
+        ({"image": [png(1)], "Image": [png(1)], "prompt": ["x"]}, "'image' and 'Image'"),
+        ({"image": [png(1)], "prompt": ["x"], "Prompt": ["y"]}, "'prompt' and 'Prompt'"),
+    ]:
+        with pytest.raises(EpdRayError, match=said):
+            read_index(str(parquet_of(tmp_path / "b.parquet", columns)))

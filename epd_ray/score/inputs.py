@@ -6,32 +6,26 @@ picture without a prompt is NO_PROMPT, else null.
 """
 
 import glob
-import json
 import re
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from epd_ray.errors import EpdRayError, PromptError, shown
-from epd_ray.prompts.files import COLUMNS, SUFFIXES, pick_column, read_prompts
+from epd_ray.errors import PromptError, SourceError, importing, shown
+from epd_ray.prompts.files import read_prompts
+from epd_ray.prompts.tables import COLUMNS, find_column, listed, pick_column, require_text, text_of
+from epd_ray.prompts.text import read_text
+from epd_ray.score.names import named_prompts
+from epd_ray.score.tars import tar_pictures
 from epd_ray.storage.pictures import IMAGE_SUFFIXES, files_below, in_order, is_hidden, say_left_out
 
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 IMAGE_COLUMN, ID_COLUMN = "image", "id"
 PLACES = {"range": ("offset", "size"), "row": ("row_group", "row")}
 NO_PROMPT = "no prompt"
-
-
-class SourceError(EpdRayError):
-    """The source of pictures does not exist, cannot be read, or holds an id twice."""
 
 
 @dataclass
@@ -68,8 +62,8 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
 
     Args:
         source: a folder of images, a .tar or .parquet file, a folder of such files, or a glob pattern.
-        prompts: prompt file for a folder of images: .csv, .jsonl or .parquet with file names and prompts, or .txt with
-            one prompt per line in the order of `in_order`; None takes the prompt of `x.png` from `x.txt` beside it.
+        prompts: prompt file for a folder of images: a table with file names and prompts (see `named_prompts`), or .txt
+            with one prompt per line in the order of `in_order`; None takes the prompt of x.png from x.txt beside it.
 
     Raises:
         SourceError: the source is missing, damaged, of several kinds, without any prompt, or holds an id twice.
@@ -178,7 +172,7 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
         prompts: prompt file, as for `read_index`.
 
     Raises:
-        PromptError: the file cannot be used, has another number of lines, or names none of the pictures.
+        PromptError: the file cannot be used, has another number of lines, or names none of the pictures or one twice.
     """
     if prompts is None:
         return [_prompt_beside(file) for file in files]
@@ -187,110 +181,24 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
         if len(lines) != len(files):
             raise PromptError(f"{prompts} has {len(lines)} prompts for {len(files)} pictures: one line each is needed")
         return lines
-    by_name, names = _named_prompts(prompts), [file.relative_to(root).as_posix() for file in files]
-    texts = [by_name.get(name) for name in names]
-    if not any(texts):
-        raise PromptError(f"{prompts} names none of the pictures in {root}, such as {shown(names[0])}")
-    return texts
+    return named_prompts(prompts, [file.relative_to(root).as_posix() for file in files])
 
 
 def _prompt_beside(picture: Path) -> str | None:
-    text = picture.with_suffix(".txt")
-    return text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
-
-
-def _named_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a table by file name."""
-    if not path.is_file():
-        raise PromptError(f"cannot read prompts from {path}: no such file")
-    try:
-        table = _read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    file = next((name for name in FILE_COLUMNS if name in table.column_names), None)
-    if file is None:
-        has = ", ".join(table.column_names)
-        raise PromptError(f"{path} has the columns {has}, expected the file's name in one of {', '.join(FILE_COLUMNS)}")
-    prompt = pick_column([name for name in table.column_names if name != file], path)
-    found: dict[str, str] = {}
-    for name, text in zip(table[file].to_pylist(), table[prompt].to_pylist(), strict=True):
-        key = PurePosixPath(str(name)).as_posix()
-        if key in found:
-            raise PromptError(f"{path} names {shown(key)} twice, expected one prompt per picture")
-        found[key] = _first_text(text)
-    return found
-
-
-def _read_table(path: Path) -> pa.Table:
-    match path.suffix.lower():
-        case ".csv":
-            names = pacsv.open_csv(path).schema.names
-            texts = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            return pacsv.read_csv(path, pacsv.ReadOptions(), pacsv.ParseOptions(newlines_in_values=True), texts)
-        case ".jsonl":
-            return pajson.read_json(path)
-        case ".parquet":
-            return pq.read_table(path)
-    raise PromptError(f"--prompts {path}: expected {', '.join(SUFFIXES)}")
-
-
-def _first_text(value: object) -> str:
-    """The prompt in a cell; of a list of captions the first, and "" if there is no text."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, str) else ""
+    beside = [text for ending in (".txt", ".TXT") if (text := picture.with_suffix(ending)).is_file()]
+    if len(beside) > 1 and not beside[0].samefile(beside[1]):
+        raise PromptError(f"{beside[0]} and {beside[1]} are both beside {picture}: keep one of them")
+    return read_text(beside[0]) if beside else None
 
 
 # -- tars -------------------------------------------------------------------------------------------------------------
 
 
 def _index_tar(rows: _Rows, path: Path, name: str) -> None:
-    """Add the samples of a WebDataset tar; members with equal names up to the first dot belong to one sample."""
-    prompts: dict[str, str] = {}
-    pictures: list[tuple[str, tuple[int, int]]] = []
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in _members(tar):
-                key, suffix = _key(member.name)
-                if suffix in IMAGE_SUFFIXES:
-                    pictures.append((key, (member.offset_data, member.size)))
-                elif suffix in (".txt", ".json"):
-                    file.seek(member.offset_data)
-                    prompt = _prompt_of(file.read(member.size), suffix)
-                    prompts[key] = prompt or prompts.get(key, "")
-            file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile ends silently at a damaged header
-                raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, OSError) as error:
-        raise SourceError(f"{path} cannot be read as a plain tar: {error}") from error
-    for key, place in pictures:
-        rows.add(f"{name}/{key}", prompts.get(key), str(path), place)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; the tar's own list of members is emptied, because it would fill the memory."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]
-        if member.isreg() and not member.issparse():
-            yield member
-
-
-def _key(name: str) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    stem, _, suffix = path.name.partition(".")
-    return path.with_name(stem or path.name).as_posix(), f".{suffix.lower()}"
-
-
-def _prompt_of(data: bytes, suffix: str) -> str:
-    text = data.decode("utf-8", errors="replace")
-    if suffix == ".txt":
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return ""
-    known: Iterable[Any] = (record[name] for name in COLUMNS if name in record) if isinstance(record, dict) else ()
-    return next((text for value in known if (text := _first_text(value))), "")
+    pictures, left_out = tar_pictures(path)
+    say_left_out(path, left_out)
+    for picture in pictures:
+        rows.add(f"{name}/{picture.key}", picture.prompt, str(path), picture.place)
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
@@ -299,24 +207,39 @@ def _prompt_of(data: bytes, suffix: str) -> str:
 def _index_parquet(rows: _Rows, path: Path, name: str) -> None:
     """Add the rows of a Parquet file; its pictures are bytes, or structs of bytes and path as on the hub."""
     try:
-        with pq.ParquetFile(path) as file:
+        with importing(SourceError, path), pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             image_path(schema, path)
-            others = [n for n in schema.names if n not in (IMAGE_COLUMN, ID_COLUMN)]
-            prompt = pick_column(others, path) if others else ""
-            if not prompt:
+            if (id_column := find_column(schema.names, [ID_COLUMN], path)) is not None:
+                _require_ids(schema, id_column, path)
+            others = [n for n in schema.names if n not in (_image_column(schema, path), id_column)]
+            if not others:
                 raise SourceError(f"{path} has no column of prompts, expected one of {', '.join(COLUMNS)}")
-            columns = [prompt, *([ID_COLUMN] if ID_COLUMN in schema.names else [])]
+            prompt = pick_column(others, path)
+            require_text(schema, prompt, path)
             number = 0
             for group in range(file.num_row_groups):
-                part = file.read_row_group(group, columns=columns)
-                ids = part[ID_COLUMN].to_pylist() if ID_COLUMN in columns else [None] * len(part)
+                part = file.read_row_group(group, columns=[prompt, *([id_column] if id_column else [])])
+                ids = part[id_column].to_pylist() if id_column else [None] * len(part)
                 for row, (text, given) in enumerate(zip(part[prompt].to_pylist(), ids, strict=True)):
                     row_id = f"{name}:{number}" if given is None else str(given)
-                    rows.add(row_id, _first_text(text), str(path), (group, row))
+                    rows.add(row_id, text_of(text, prompt, f"{path}, row {number}"), str(path), (group, row))
                     number += 1
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _require_ids(schema: pa.Schema, column: str, path: Path) -> None:
+    kind = schema.field(column).type
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
+    if not any(test(kind) for test in texts):
+        raise SourceError(f"{path}: column {column!r} is {kind}, expected text or integers")
+
+
+def _image_column(schema: pa.Schema, where: str | Path) -> str:
+    if (found := find_column(schema.names, [IMAGE_COLUMN], where)) is None:
+        raise SourceError(f"{where} has the columns {listed(schema.names)}, expected {IMAGE_COLUMN!r} and a prompt")
+    return found
 
 
 def image_path(schema: pa.Schema, where: str | Path) -> str:
@@ -329,11 +252,10 @@ def image_path(schema: pa.Schema, where: str | Path) -> str:
     Raises:
         SourceError: the file has no column of pictures.
     """
-    if IMAGE_COLUMN not in schema.names:
-        raise SourceError(f"{where} has the columns {', '.join(schema.names)}, expected {IMAGE_COLUMN!r} and a prompt")
-    kind = schema.field(IMAGE_COLUMN).type
+    column = _image_column(schema, where)
+    kind = schema.field(column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return f"{IMAGE_COLUMN}.bytes"
+        return f"{column}.bytes"
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return IMAGE_COLUMN
-    raise SourceError(f"{where}: column {IMAGE_COLUMN!r} is {kind}, expected bytes, or a struct with bytes")
+        return column
+    raise SourceError(f"{where}: column {column!r} is {kind}, expected bytes, or a struct with bytes")
