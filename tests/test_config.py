@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.config.loading import load_config, to_yaml
-from epd_ray.config.problems import first_difference
+from epd_ray.config.problems import first_change
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import BackboneConfig
 from epd_ray.config.services import MlflowConfig, RewardConfig, WandbConfig
@@ -366,7 +366,8 @@ def test_a_newer_format_is_all_that_is_said_of_a_newer_file(tmp_path):
     ],
 )
 def test_the_first_key_that_differs(overrides, said):
-    assert first_difference(load_config(None), load_config(None, overrides)) == said
+    before, now = (config.model_dump(mode="json") for config in (load_config(None), load_config(None, overrides)))
+    assert first_change(before, now) == said
 
 
 def test_a_file_of_the_first_format_is_read_under_the_names_of_today(tmp_path):

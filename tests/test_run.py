@@ -164,6 +164,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def unfinished(run: Path) -> Path:
+    """The run as it was before it wrote the file that marks a finished one."""
+    (run / "stages.json").unlink()
+    return run
+
+
 def into_a_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -244,12 +250,12 @@ def test_a_checkpoint_is_written_once(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "save_checkpoint", note)
     train(load_config(None, [*TINY, "rdpo.iterations=2"]), tmp_path / "new", Quiet())
-    resume(tmp_path / "new", Quiet())
+    resume(unfinished(tmp_path / "new"), Quiet())
     assert written == [0, 2]
 
 
 def test_a_run_begun_anew_keeps_no_rollouts(own_run):
-    out = own_run
+    out = unfinished(own_run)
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(KeyboardInterrupt):
         resume(out, Quiet(interrupt_after=1))
@@ -267,8 +273,8 @@ def test_a_checkpoint_of_a_newer_format_is_no_damage(checkpoints):
 
 
 def test_resume_with_other_versions_says_so(own_run, caplog, monkeypatch):
-    out = own_run
-    monkeypatch.setattr("epd_ray.runs.train.package_versions", lambda: {**package_versions(), "torch": "9.9"})
+    out = unfinished(own_run)
+    monkeypatch.setattr("epd_ray.runs.standing.package_versions", lambda: {**package_versions(), "torch": "9.9"})
     resume(out, Quiet())
     (said,) = [r.message for r in caplog.records]
     assert said.startswith(
@@ -628,7 +634,8 @@ def test_stop_signals_leave_a_checkpoint_and_an_exit_code(tmp_path, stop):
     # Both what was stopped and a run that never was go on to the same end.
     config = out / "config.yaml"
     config.write_text(config.read_text().replace("iterations: 500", f"iterations: {done + 4}"))
-    subprocess.run([*command[:4], "--resume", str(out)], check=True, env={**os.environ, "PYTHONPATH": "."})
+    accepted = ["--accept", "rdpo.iterations"]
+    subprocess.run([*command[:4], "--resume", str(out), *accepted], check=True, env={**os.environ, "PYTHONPATH": "."})
     undisturbed = [*command[:5], str(tmp_path / "whole"), *overrides, f"rdpo.iterations={done + 4}"]
     subprocess.run(undisturbed, check=True, env={**os.environ, "PYTHONPATH": "."})
     assert rollouts(out) == rollouts(tmp_path / "whole") and table(out / "solver") == table(

@@ -204,9 +204,9 @@ def test_a_failure_while_writing_leaves_the_earlier_text(tmp_path: Path) -> None
 
 
 def test_what_a_killed_creation_left_is_written_again(tmp_path: Path) -> None:
-    for name in ("versions.json", "prompts.json", ".lock", ".config.yaml.tmp"):
+    for name in ("versions.json", "prompts.json", "origin.json", ".lock", ".config.yaml.tmp"):
         (tmp_path / name).write_text("old")
-    run = RunDirectory.create(tmp_path, "seed: 1\n", "{}")
+    run = RunDirectory.create(tmp_path, "seed: 1\n", {"prompts.json": "{}"})
     assert (run.config.read_text(), run.prompts.read_text()) == ("seed: 1\n", "{}")
     assert run.versions.read_text() != "old"
 
@@ -338,7 +338,7 @@ def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_run_that_is_cleared_keeps_its_lock(tmp_path):
-    run = RunDirectory.create(tmp_path / "run", "seed: 1\n", "{}")
+    run = RunDirectory.create(tmp_path / "run", "seed: 1\n", {"prompts.json": "{}"})
     run.lock.touch()
     run.checkpoints.mkdir()
     (run.checkpoints / "a.pt").touch()

@@ -154,6 +154,7 @@ def test_a_run_that_stalls_ends_early_and_stays_ended(stalled):
     assert rows[-1]["stopped/patience"] == 1 and not any("stopped/patience" in row for row in rows[:-1])
     assert "Fine-tuning ended early, after iteration 4: the held-out" in (stalled / "report.html").read_text()
     before = rollouts(stalled), table(stalled / "solver")
+    (stalled / "stages.json").unlink()  # the mark of a finished run
     resume(stalled, Quiet())
     assert read_metrics(stalled / "metrics.jsonl") == rows
     assert (rollouts(stalled), table(stalled / "solver")) == before
@@ -185,6 +186,7 @@ def test_a_run_may_end_at_the_alarm(small_ray, tmp_path):
     train(config, out, Quiet())
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["stopped/alarm"] == rows[-1]["alarm/reward_hacking"] == 1 and rows[-1]["iteration"] < 6
+    (out / "stages.json").unlink()  # the mark of a finished run
     resume(out, Quiet())
     assert read_metrics(out / "metrics.jsonl") == rows
     kept = [row["iteration"] for row in rows if row.get("validation/best")][-1]

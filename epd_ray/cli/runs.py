@@ -43,6 +43,14 @@ def train(
     retry: Annotated[
         bool, typer.Option("--retry", help="Continue the run if --out holds it already. Job schedulers need this flag.")
     ] = False,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="A key whose changed value the continued run takes from here on, such as rdpo.lr. Repeat the option "
+            "for several.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -57,6 +65,8 @@ def train(
             raise ConfigError(["--resume continues with the configuration of the run: leave out everything else"])
         if retry and (out is None or dry_run):
             raise ConfigError(["--retry continues the run in --out: give --out, and leave out --dry-run"])
+        if accept and resume is None and not retry:
+            raise ConfigError(["--accept is about a run that goes on: give --resume or --retry too"])
         if resume is not None:
             settings, path = None, place(resume)
         else:
@@ -66,7 +76,7 @@ def train(
                 return
             path = place(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
     with ending(path):
-        _run(settings, path, retry)
+        _run(settings, path, retry, accept or [])
 
 
 def _measure(settings: "RunConfig") -> None:
@@ -77,7 +87,7 @@ def _measure(settings: "RunConfig") -> None:
     say(lines)
 
 
-def _run(settings: "RunConfig | None", path: str | Path, retry: bool) -> None:
+def _run(settings: "RunConfig | None", path: str | Path, retry: bool, accept: list[str]) -> None:
     """Begin a run, or continue it where there are no settings for a new one."""
     if settings is not None:
         from epd_ray.runs.describe import describe
@@ -87,7 +97,10 @@ def _run(settings: "RunConfig | None", path: str | Path, retry: bool) -> None:
     from epd_ray.storage.places import inside
 
     with observed() as observer:
-        headline = run.train(settings, path, observer, again=retry) if settings else run.resume(path, observer)
+        if settings is None:
+            headline = run.resume(path, observer, accept)
+        else:
+            headline = run.train(settings, path, observer, again=retry, accept=accept)
     copy = "" if isinstance(path, Path) else " (copy it to a disk to sample with it)"
     say([*headline, f"report: {inside(path, 'report.html')}", f"solver: {inside(path, 'solver')}{copy}"])
 

@@ -78,22 +78,18 @@ def _fields(annotation: Any) -> dict[str, FieldInfo]:
     return annotation.model_fields if is_section else {}
 
 
-def first_difference(before: RunConfig, now: RunConfig) -> str | None:
-    """Say which key is the first whose value differs: "rdpo.lr was 0.002, now 0.001". None if no key does."""
-    return first_change(before.model_dump(mode="json"), now.model_dump(mode="json"))
-
-
 def first_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Say the same as `first_difference` of any nested mappings."""
-    old, new = _flat(before), _flat(now)
+    """Say which key is the first whose value differs: "rdpo.lr was 0.002, now 0.001". None if no key does."""
+    old, new = flat(before), flat(now)
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
             return f"{key} was {shown(old.get(key))}, now {shown(new.get(key))}"
     return None
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: {"rdpo": {"lr": 0.001}} as {"rdpo.lr": 0.001}."""
     found: dict[str, Any] = {}
     for key, value in data.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found

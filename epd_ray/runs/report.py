@@ -17,6 +17,7 @@ from epd_ray.evaluation.validation import read_curve
 from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
 from epd_ray.report.page import data_uri, digits, open_picture, page_template, signed
 from epd_ray.runs.held_out import early_end, held_out
+from epd_ray.runs.origin import read_origin
 from epd_ray.solvers import Solver
 from epd_ray.storage.run_directory import RunDirectory, read_metrics, write_text
 
@@ -48,6 +49,7 @@ def write_report(run: Path) -> Path:
     files = RunDirectory(run)
     if not (files.config.is_file() or files.metrics.is_file() or files.evaluation.is_file()):
         raise RunDirectoryError(f"{run} holds no run: config.yaml, metrics.jsonl and evaluation.json are all missing")
+    origin = read_origin(files)
     rows, evaluation = read_metrics(files.metrics), _load(Evaluation, files.evaluation)
     tables = {
         key: Solver.from_pretrained(folder)
@@ -84,6 +86,7 @@ def write_report(run: Path) -> Path:
             timings=_timings(rows),
             stages=_load(dict[str, float], files.stages) or {},
             config=files.config.read_text(encoding="utf-8") if files.config.is_file() else None,
+            accepted=origin.accepted if origin else (),
             versions=_load(dict[str, str], files.versions),
         )
         write_text(files.report, page)

@@ -1,40 +1,37 @@
 """A whole run: stage 1, fine-tuning, comparison and report. The command line and the jobs call this module."""
 
 import json
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from epd_ray.actors.cluster import stop_signals
+from epd_ray.config.deciding import changes
 from epd_ray.config.loading import to_yaml
-from epd_ray.config.problems import first_difference
+from epd_ray.config.problems import flat
 from epd_ray.config.run_config import RunConfig
-from epd_ray.errors import EpdRayError, RunDirectoryError
-from epd_ray.evaluation.records import Evaluation
-from epd_ray.evaluation.verdict import closing
-from epd_ray.prompts.splits import PromptSplits, load_prompts
+from epd_ray.errors import EpdRayError
+from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
+from epd_ray.runs.origin import origin_of, require_known
 from epd_ray.runs.report import write_report
-from epd_ray.runs.saved import open_run, saved_prompts
+from epd_ray.runs.saved import open_run
 from epd_ray.runs.stage_one import given_solver
+from epd_ray.runs.standing import Standing, standing
 from epd_ray.runs.trackers import require_trackers, trackers
 from epd_ray.runs.trainer import Trainer
-from epd_ray.solvers import Solver
 from epd_ray.solvers.zoo import require_form, require_installed
-from epd_ray.storage.checkpoint import changed_versions, load_newest
 from epd_ray.storage.places import Place, place_of, reading
-from epd_ray.storage.run_directory import RunDirectory, named_when_full, package_versions, write_text
+from epd_ray.storage.run_directory import RunDirectory, named_when_full, write_text
 from epd_ray.telemetry.monitor import Monitor
 from epd_ray.telemetry.progress import Observer
 
-log = logging.getLogger(__name__)
 
-
-def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = False) -> list[str]:
+def train(
+    config: RunConfig, out: str | Path, observer: Observer, again: bool = False, accept: Collection[str] = ()
+) -> list[str]:
     """Run all stages, and write what they find into a new directory.
 
     Args:
@@ -43,6 +40,7 @@ def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = 
         observer: sees the progress.
         again: whether to continue the run where `out` already holds one with this configuration; if that run is
             finished, its results are returned.
+        accept: keys that may have another value than the run in `out` had so far.
 
     Returns:
         The results in a few lines.
@@ -53,65 +51,73 @@ def train(config: RunConfig, out: str | Path, observer: Observer, again: bool = 
     """
     place = place_of(out)
     if again and place.begun():
-        return _again(config, place, observer)
+        return _again(config, place, observer, accept)
     place.require_new()
     prompts = load_prompts(config.prompts, config.seed)
-    start = given_solver(config)
+    origin = origin_of(config, prompts)
+    require_known(accept, origin.settings)
+    given_solver(config)  # before anything is written
     require_trackers(config.tracking)
     with place.claimed() as folder:
         saved = json.dumps(asdict(prompts), indent=1, ensure_ascii=False)
-        run = RunDirectory.create(folder, to_yaml(config), saved)
+        run = RunDirectory.create(folder, to_yaml(config), {"prompts.json": saved, "origin.json": origin.text()})
         place.save()
         try:
-            return _go_on(config, run, prompts, start, None, observer, place.save)
+            return _go_on(config, run, Standing(prompts, origin), place, observer)
         except EpdRayError:
             if not run.distilled.exists():  # without any result the directory would only be in the way of the next try
                 run.clear()
             raise
 
 
-def resume(where: str | Path, observer: Observer) -> list[str]:
-    """Continue the run at a path or URI from its newest checkpoint. Returns and raises what `train` does."""
+def resume(where: str | Path, observer: Observer, accept: Collection[str] = ()) -> list[str]:
+    """Continue the run at a path or URI from its newest checkpoint; a finished run's results are returned.
+
+    Args:
+        where: the path or URI.
+        observer: sees the progress.
+        accept: keys that may have another value than the run had so far.
+
+    Returns and raises what `train` does.
+    """
     place = place_of(where)
     place.require_run()
     with place.claimed() as folder:
         run, config = open_run(place, folder)
-        return _continue(config, run, place, observer)
+        return _continue(config, config, run, place, observer, accept)
 
 
-def _again(config: RunConfig, place: Place, observer: Observer) -> list[str]:
+def _again(config: RunConfig, place: Place, observer: Observer, accept: Collection[str]) -> list[str]:
     with place.claimed() as folder:
-        run, begun = open_run(place, folder)
-        if changed := first_difference(begun, config):
-            raise RunDirectoryError(f"{place.name} holds another run: {changed} (name a new directory)")
-        if run.stages.is_file() and run.report.is_file():  # a run writes these two files last
-            return closing(Evaluation.model_validate_json(run.evaluation.read_bytes()))
-        return _continue(config, run, place, observer)
+        run, written = open_run(place, folder)
+        return _continue(config, written, run, place, observer, accept)
 
 
-def _continue(config: RunConfig, run: RunDirectory, place: Place, observer: Observer) -> list[str]:
-    with reading(place, run.path):
-        checkpoint, prompts = load_newest(run.checkpoints), saved_prompts(run)
-    if checkpoint is None:
-        return _go_on(config, run, prompts, given_solver(config), None, observer, place.save)
-    if changed := changed_versions(checkpoint["versions"], package_versions()):
-        log.warning(
-            "the run %s began with other package versions (%s): the last bits of its numbers may differ from now on",
-            place.name,
-            changed,
-        )
-    return _go_on(config, run, prompts, None, checkpoint, observer, place.save)
-
-
-def _go_on(
+def _continue(
     config: RunConfig,
+    written: RunConfig,
     run: RunDirectory,
-    prompts: PromptSplits,
-    start: Solver | None,
-    checkpoint: dict[str, Any] | None,
+    place: Place,
     observer: Observer,
-    save: Callable[[], None],
+    accept: Collection[str],
 ) -> list[str]:
+    """Go on with a configuration, which config.yaml holds from now on in place of the one that is written there."""
+    with reading(place, run.path):
+        found = standing(place.name, run, config, accept)
+    if found.results is not None:
+        observer.note(f"{place.name} is finished: these are its results")
+        return found.results
+    if other := changes(*(flat(c.model_dump(mode="json")) for c in (written, config))):
+        observer.note(f"{place.name}: config.yaml follows what is given now ({'; '.join(map(str, other))})")
+        write_text(run.config, to_yaml(config))
+    write_text(run.origin, found.origin.text())
+    run.stages.unlink(missing_ok=True)  # it would mark a finished run
+    return _go_on(config, run, found, place, observer)
+
+
+def _go_on(config: RunConfig, run: RunDirectory, found: Standing, place: Place, observer: Observer) -> list[str]:
+    prompts = found.prompts
+    start = given_solver(config) if found.checkpoint is None else None
     require_installed(config.evaluation.baselines)
     clock = StageClock()
     observer.stage("starting actors", 1)
@@ -125,11 +131,11 @@ def _go_on(
         clock.lap("starting actors")
         warn_of_long_prompts(algo, [*prompts.train, *prompts.validation, *prompts.test])
         monitor = stack.enter_context(Monitor(run.path.name))
-        trainer = Trainer(config, run, prompts, algo, observer, [monitor, *sinks], save)
-        if checkpoint is None:
+        trainer = Trainer(config, run, prompts, found.origin, algo, observer, [monitor, *sinks], place.save)
+        if found.checkpoint is None:
             trainer.begin(start)
         else:
-            trainer.restore(checkpoint)
+            trainer.restore(found.checkpoint)
         clock.lap("distilling")
         trainer.fine_tune()
         clock.lap("fine-tuning")

@@ -19,13 +19,14 @@ from epd_ray.prompts.splits import PromptSplits
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.runs.compare import comparison, contest
+from epd_ray.runs.origin import Origin, started
 from epd_ray.runs.stage_one import fit_start_table, made_by, weights_of
 from epd_ray.runs.trackers import Sink
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.stage_one.shard import as_table
 from epd_ray.storage.checkpoint import save_best, save_checkpoint
 from epd_ray.storage.rollouts import drop_rollouts, rollout_table, write_rollouts
-from epd_ray.storage.run_directory import MetricsLog, RunDirectory, package_versions
+from epd_ray.storage.run_directory import MetricsLog, RunDirectory, package_versions, write_text
 from epd_ray.telemetry.monitor import memory_metrics
 from epd_ray.telemetry.progress import Observer
 
@@ -56,6 +57,7 @@ class Trainer:
         config: the configuration of the run.
         run: the directory that receives the results.
         prompts: the prompts of the three splits.
+        origin: what decides the results of the run, for its checkpoints.
         algo: the built algorithm.
         observer: sees the progress.
         sinks: take each row of metrics, beside metrics.jsonl.
@@ -67,6 +69,7 @@ class Trainer:
         config: RunConfig,
         run: RunDirectory,
         prompts: PromptSplits,
+        origin: Origin,
         algo: RDPO,
         observer: Observer,
         sinks: Sequence[Sink] = (),
@@ -74,7 +77,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.prompts, self.algo, self.observer = config, run, prompts, algo, observer
         self.sinks, self.after_checkpoint = sinks, after_checkpoint
-        self._about = {"seed": config.seed, "versions": package_versions()}
+        self.origin, self._versions = origin, package_versions()
         self.best = Best()
         trained = tuple(name for name, head in config.rewards.items() if head.weight)
         seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(prompts.validation))
@@ -109,6 +112,8 @@ class Trainer:
             self.algo.rebase(table)
         table = table or self.algo.mean_table()
         self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
+        self.origin = started(self.origin, self.run)
+        write_text(self.run.origin, self.origin.text())
         self.run.metrics.unlink(missing_ok=True)
         self.run.validation.unlink(missing_ok=True)
         drop_rollouts(self.run.rollouts, after=0)
@@ -185,7 +190,8 @@ class Trainer:
     def _mark(self, better: bool = False) -> None:
         """Remember the state after a whole iteration, because a signal may come in the middle of the next one."""
         kept = {"best": self.best.state(), "curve": self.curve.state()}
-        state = {"algorithm": self.algo.export_state(), **kept, **self._about}
+        about = {"versions": self._versions, "origin": self.origin.state()}
+        state = {"algorithm": self.algo.export_state(), **kept, **about}
         self._whole = self.algo.policy_version, state
         if better:
             save_best(self.run.checkpoints, *self._whole)

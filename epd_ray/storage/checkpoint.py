@@ -18,7 +18,7 @@ from epd_ray.storage.run_directory import make_folder, whole
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # 1 had no validation curve; 2 had other random streams, and stored the medians of scales
+FORMAT = 4  # 1 had no validation curve; 2 had other random streams, and stored the medians of scales; 3 no origin
 PATTERN = "iteration-{:06d}.pt"
 BEST = "best.pt"
 DAMAGE = (

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -27,7 +27,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a full disk, an ex
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "numpy", "epd_ray")
 
 HELD = ".lock"
-UNFINISHED = {HELD, "versions.json", "prompts.json"}
+UNFINISHED = {HELD, "versions.json", "prompts.json", "origin.json"}
 """Files that may be left when a run was killed while it created its directory; config.yaml is written after them."""
 
 
@@ -140,13 +140,15 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path, config_text: str, prompts_text: str | None = None) -> "RunDirectory":
-        """Make the directory with config.yaml, versions.json and prompts.json, or leave nothing behind.
+    def create(
+        cls, path: str | Path, config_text: str, texts: Mapping[str, str] = MappingProxyType({})
+    ) -> "RunDirectory":
+        """Make the directory with config.yaml, versions.json and further files, or leave nothing behind.
 
         Args:
             path: a path that does not exist or is an empty directory; files left by a killed creation are overwritten.
             config_text: the resolved configuration in YAML.
-            prompts_text: the prompts of every split in JSON; None writes no prompts.json.
+            texts: the names of further files, such as prompts.json, with their texts.
 
         Raises:
             RunDirectoryError: the path is a file, holds another run or other files, or cannot be written.
@@ -157,7 +159,7 @@ class RunDirectory:
             run.require_new()
             made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
             run.path.mkdir(parents=True, exist_ok=True)
-            run._write_new(config_text, prompts_text)
+            run._write_new(config_text, texts)
         except (OSError, RunDirectoryError) as error:
             with suppress(OSError):
                 for folder in made:
@@ -201,15 +203,15 @@ class RunDirectory:
             elif path.name != HELD:
                 path.unlink()
 
-    def _write_new(self, config_text: str, prompts_text: str | None) -> None:
+    def _write_new(self, config_text: str, texts: Mapping[str, str]) -> None:
+        first = {self.versions.name: json.dumps(package_versions(), indent=2) + "\n", **texts}
         try:
-            write_text(self.versions, json.dumps(package_versions(), indent=2) + "\n")
-            if prompts_text is not None:
-                write_text(self.prompts, prompts_text)
+            for name, text in first.items():
+                write_text(self.path / name, text)
             write_text(self.config, config_text)  # written last, because its presence marks a run
         except RunDirectoryError:
-            for path in (self.versions, self.prompts):
-                path.unlink(missing_ok=True)
+            for name in first:
+                (self.path / name).unlink(missing_ok=True)
             raise
 
     @property
@@ -223,6 +225,10 @@ class RunDirectory:
     @property
     def prompts(self) -> Path:
         return self.path / "prompts.json"
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "origin.json"
 
     @property
     def lock(self) -> Path:
