@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from epd_ray.evaluation.statistics import Interval
+from epd_ray.telemetry.progress import counted
 
 SHEET_COLUMNS = 8
 """The largest number of solvers that a contact sheet shows side by side."""
@@ -125,4 +126,6 @@ class Column:
     @property
     def costs(self) -> str:
         """The solver's parallel NFE and evaluations, or "" before the evaluation is written."""
-        return f"parallel NFE {self.row.parallel_nfe} · {self.row.model_evals} evaluations" if self.row else ""
+        if self.row is None:
+            return ""
+        return f"parallel NFE {self.row.parallel_nfe} · {counted(self.row.model_evals, 'evaluation')}"

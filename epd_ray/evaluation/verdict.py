@@ -96,11 +96,24 @@ def _verdict(evaluation: Evaluation, ours: SolverRow, timing: Timing) -> Verdict
         others.setdefault(best.key, (best, which or f"{best.label} with {count}"))
     against = []
     for other, name in others.values():
-        found = evaluation.differences_of(ours.key, other.key)
-        scores = {metric: found[metric] for metric in evaluation.scores if metric in found}
-        if scores:
+        if scores := _scores(evaluation, ours.key, other.key):
             against.append(Against(other, name, scores, timing(ours, other)))
     return Verdict(ours, tuple(against), _sentence(evaluation, ours, against))
+
+
+def against_start(evaluation: Evaluation, start: str) -> str | None:
+    """A sentence about a run's solver against the table that reinforcement learning began with.
+
+    Args:
+        evaluation: the results.
+        start: the key of that table's solver.
+
+    Returns:
+        The sentence; None if the two were not compared.
+    """
+    learned = _ours(evaluation)
+    found = _scores(evaluation, learned[0].key, start) if learned else {}
+    return f"It is {_compared(evaluation, found, 'the table that it began with')}." if found else None
 
 
 def rivals_at(evaluation: Evaluation, ours: SolverRow, cost: str) -> list[SolverRow]:
@@ -173,17 +186,26 @@ def _sentence(evaluation: Evaluation, ours: SolverRow, against: Sequence[Against
 
 
 def _said(evaluation: Evaluation, against: Against) -> str:
+    said = _compared(evaluation, against.differences, against.name)
+    if against.speed is None:
+        return f"{said} (their times cannot be compared)"
+    return f"{said}, and takes {duration(against.speed.ours)} per picture against {duration(against.speed.other)}"
+
+
+def _compared(evaluation: Evaluation, differences: Mapping[str, Interval], name: str) -> str:
     """Say how a learned solver compares with another, with the metrics that agree beside each other."""
     groups: dict[str, list[str]] = {}
-    for metric, found in against.differences.items():
+    for metric, found in differences.items():
         written = difference(metric, found, decimals(evaluation, metric))
         groups.setdefault(word(found), []).append(f"{named(metric)} ({written})")
     (first, metrics), *rest = groups.items()
-    parts = [f"{first} {against.name} in {listed(metrics)}", *(f"{w} it in {listed(metrics)}" for w, metrics in rest)]
-    if against.speed is None:
-        return f"{listed(parts)} (their times cannot be compared)"
-    time = f"{duration(against.speed.ours)} per picture against {duration(against.speed.other)}"
-    return f"{listed(parts)}, and takes {time}"
+    return listed([f"{first} {name} in {listed(metrics)}", *(f"{w} it in {listed(metrics)}" for w, metrics in rest)])
+
+
+def _scores(evaluation: Evaluation, ours: str, other: str) -> dict[str, Interval]:
+    """The differences of two solvers in the metrics of which more is better."""
+    found = evaluation.differences_of(ours, other)
+    return {metric: found[metric] for metric in evaluation.scores if metric in found}
 
 
 def word(found: Interval) -> str:

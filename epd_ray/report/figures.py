@@ -1,10 +1,11 @@
-"""The drawings on a run's page: the reward curve, and the solver's table."""
+"""The drawings on a run's page: the reward curve, quality against cost, the solver's table, and noise levels."""
 
 import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from epd_ray.solvers import Solver
+from epd_ray.solvers.interval import inner_sigma
 
 PAPER, INK, MUTED, RULE, ACCENT = "#ffffff", "#1b1d20", "#6b7078", "#d9dbdf", "#c2410c"
 THEMED = {PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent"}
 """Colour in a drawing -> the page's CSS variable, so that an inline drawing follows the reader's theme."""
+ROOM = 0.06  # of an interval's line, which the number beside a point takes
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -125,7 +128,7 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
         ours: the key of the solver that is drawn in colour.
     """
     intervals = max(solver.table.intervals for solver in tables.values())
-    figure = Figure(figsize=(7.2, 0.8 + 0.66 * intervals), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.8 + 0.8 * intervals), layout="constrained")
     axes = figure.subplots()
     handles = []
     for key, solver in tables.items():
@@ -138,11 +141,8 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
         for line, (positions, weights) in enumerate(zip(table.positions, shares, strict=True), 1):
             for r, w in zip(positions.tolist(), weights.tolist(), strict=True):
                 axes.plot(r, line, ms=18 * math.sqrt(w), **look)
-                if len(positions) <= 3:
-                    above, colour = (1, ACCENT) if mine else (-1, MUTED)
-                    text: dict[str, Any] = {"size": 7.5, "ha": "center", "va": "center", "color": colour}
-                    place = (0, above * (9 * math.sqrt(w) + 7))
-                    axes.annotate(f"{w:.2f}", (r, line), place, textcoords="offset points", **text)
+            if len(positions) <= 3:
+                _write_weights(axes, line, positions.tolist(), weights.tolist(), mine)
     sigmas = next(iter(tables.values())).sigmas.tolist()
     for line, (a, b) in enumerate(itertools.pairwise(sigmas), 1):
         axes.plot((0, 1), (line, line), color=RULE, lw=1.4, zorder=1)
@@ -151,4 +151,116 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
     axes.set(xlim=(-0.14, 1.14), ylim=(intervals + 0.6, 0.4))
     axes.set_axis_off()
     figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, borderpad=0)
+    return figure
+
+
+def _write_weights(axes: Axes, line: int, at: Sequence[float], weights: Sequence[float], mine: bool) -> None:
+    """Write the weights of an interval beside its points: ours above the line, and the others below it.
+
+    Where a number has no room beside the one before it, it goes further from the line.
+    """
+    side, colour = (1, ACCENT) if mine else (-1, MUTED)
+    right, level = -1.0, 0
+    for r, w in zip(at, weights, strict=True):
+        level = level + 1 if r - right < ROOM else 0
+        right = r
+        place = (0, side * (9 * math.sqrt(max(weights)) + 7 + 9 * level if level else 9 * math.sqrt(w) + 7))
+        text: dict[str, Any] = {"size": 7.5, "ha": "center", "va": "center", "color": colour}
+        axes.annotate(f"{w:.2f}", (r, line), place, textcoords="offset points", **text)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value with its interval at a cost.
+
+    Attributes:
+        cost: the number of evaluations, at least 1.
+        mean: the value.
+        low: the lower end of its interval.
+        high: the upper end of its interval.
+    """
+
+    cost: int
+    mean: float
+    low: float
+    high: float
+
+
+LOOKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (1, 1))), ("P", (0, (6, 2))))
+"""The marker and line of each method in turn, so that they can be told apart without colour."""
+
+
+def cost_curve(methods: Mapping[str, Sequence[Measured]], ours: Collection[str], metric: str) -> Figure:
+    """Draw a metric against the number of evaluations, with a line for each method that has several costs.
+
+    Args:
+        methods: the name of each method -> its values.
+        ours: the names of the methods that are drawn in colour.
+        metric: the metric's name for people.
+    """
+    figure = Figure(figsize=(5.4, 3.3 + 0.2 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    costs = sorted({point.cost for points in methods.values() for point in points})
+    for index, (name, points) in enumerate(methods.items()):
+        mine = name in ours
+        marker, line = LOOKS[index % len(LOOKS)]
+        apart = 1 + 0.05 * (index - (len(methods) - 1) / 2)  # so that intervals at one cost do not cover each other
+        found = sorted(points, key=lambda point: point.cost)
+        at, mean = [point.cost * apart for point in found], [point.mean for point in found]
+        ends = [[p.mean - p.low for p in found], [p.high - p.mean for p in found]]
+        look: dict[str, Any] = {"color": ACCENT if mine else MUTED, "marker": marker, "ls": line if len(at) > 1 else ""}
+        look |= {"ms": 8 if mine else 5.5, "lw": 1.3, "elinewidth": 1.3, "zorder": 3 if mine else 2}
+        axes.errorbar(at, mean, ends, label=name, mfc=ACCENT if mine else PAPER, mew=1.3, **look)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(_apart(costs)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("evaluations for a picture")
+    axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+    _plain(axes, metric)
+    figure.legend(loc="outside upper left", ncols=1, borderpad=0, handlelength=2.4)
+    return figure
+
+
+def _apart(costs: Sequence[int]) -> list[int]:
+    """The costs that have room for their number on a logarithmic axis, from the smallest."""
+    least, most = costs[0], costs[-1]
+    gap, kept = max(1.12, (most / least) ** (1 / 14)), [least]
+    for cost in costs[1:]:
+        if cost >= kept[-1] * gap:
+            kept.append(cost)
+    return kept
+
+
+def sigma_drawing(sigmas: Mapping[str, Sequence[float]], tables: Mapping[str, Solver], ours: Collection[str]) -> Figure:
+    """Draw the noise levels of solvers, a line each: a stroke between intervals, and a circle at each learned point.
+
+    Args:
+        sigmas: the name of each solver -> its noise levels [N+1], decreasing.
+        tables: the names of the learned solvers -> the solvers.
+        ours: the names of the solvers that are drawn in colour.
+    """
+    figure = Figure(figsize=(7.2, 0.75 + 0.42 * len(sigmas)), layout="constrained")
+    axes = figure.subplots()
+    most, least = max(map(max, sigmas.values())), min(s for row in sigmas.values() for s in row if s > 0)
+    for line, (name, row) in enumerate(sigmas.items()):
+        colour = ACCENT if name in ours else INK
+        axes.plot((min(row), max(row)), (line, line), color=RULE, lw=1.2, zorder=1)
+        axes.plot(row, [line] * len(row), ls="", marker="|", ms=11, mew=1.2, color=colour, zorder=2)
+        if name in tables:
+            solver = tables[name]
+            ends = itertools.pairwise(solver.sigmas.tolist())
+            rows = zip(ends, solver.table.positions.tolist(), strict=True)
+            points = [float(inner_sigma(a, b, r)) for (a, b), positions in rows for r in positions]
+            axes.plot(points, [line] * len(points), ls="", marker="o", ms=5, color=colour, mfc=PAPER, mew=1.3, zorder=3)
+    if most > 2:  # the noise levels of a model in VE form span orders of magnitude
+        axes.set_xscale("symlog", linthresh=least)
+    axes.invert_xaxis()
+    axes.set_ylim(len(sigmas) - 0.4, -0.6)
+    axes.set_yticks(range(len(sigmas)), list(sigmas))
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("noise level sigma")
     return figure

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +24,19 @@ def page_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters["signed"] = signed
+    environment.filters["typeset"] = typeset
     return environment.get_template(name)
 
 
 def signed(value: float, digits: int) -> str:
     """Write a number with its sign, and with a minus sign in place of a hyphen."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def typeset(text: str) -> str:
+    """Write the numbers of a text as a page shows them: with minus signs, and with intervals that no line breaks."""
+    signs = re.sub(r"(?<![\w.])-(?=\.?\d)", "\N{MINUS SIGN}", text)
+    return re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), signs)
 
 
 def digits(widths: Sequence[float]) -> int:

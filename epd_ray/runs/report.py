@@ -11,17 +11,22 @@ from matplotlib import rc_context
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
+from epd_ray.drawing.sampler import EPD
 from epd_ray.errors import RunDirectoryError, shown
-from epd_ray.evaluation.records import SHEET_COLUMNS, Column, Evaluation
+from epd_ray.evaluation.records import OURS, SHEET_COLUMNS, Column, Evaluation, SolverRow
 from epd_ray.evaluation.validation import read_curve
+from epd_ray.evaluation.verdict import against_start, principal, verdicts
+from epd_ray.evaluation.wording import decimals
 from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
-from epd_ray.report.page import data_uri, digits, open_picture, page_template, signed
+from epd_ray.report.page import data_uri, open_picture, page_template
+from epd_ray.runs.drawings import cost_curves, noise_levels
 from epd_ray.runs.held_out import early_end, held_out
 from epd_ray.runs.origin import read_origin
 from epd_ray.solvers import Solver
 from epd_ray.storage.run_directory import RunDirectory, read_metrics, write_text
+from epd_ray.telemetry.progress import counted
 
-OURS, BASE = "rdpo", "distilled"
+BASE = "distilled"
 SHEET_ROWS = 8
 
 
@@ -30,7 +35,7 @@ class Headline:
     """The result in one sentence, and a note that explains it."""
 
     sentence: str
-    note: str
+    note: str | None
 
 
 def write_report(run: Path) -> Path:
@@ -62,27 +67,24 @@ def write_report(run: Path) -> Path:
         files.images.mkdir(exist_ok=True)
         if columns:
             contact_sheet(run, [column.key for column in columns], SHEET_ROWS).save(files.images / "contact_sheet.png")
-        with rc_context(STYLE):
-            curve = publish(reward_curve(rows), files.images / "reward_curve.png") if rows else None
-            drawing = publish(solver_drawing(tables, OURS), files.images / "solver_table.png") if tables else None
         page = page_template("report.html.j2").render(
             name=run.resolve().name,
             headline=_headline(evaluation, rows),
             facts=_facts(rows),
             evaluation=evaluation,
-            decimals={metric: _decimals(evaluation, metric) for metric in evaluation.metrics} if evaluation else {},
+            decimals={metric: decimals(evaluation, metric) for metric in evaluation.metrics} if evaluation else {},
             solvers={row.key: row for row in evaluation.solvers} if evaluation else {},
+            rows=_by_cost(evaluation) if evaluation else [],
             ours=[OURS],
             columns=columns,
             sheet=[
                 (prompt, [data_uri(files.samples / column.key / f"{index:03d}.png") for column in columns])
                 for index, prompt in enumerate(prompts)
             ],
-            curve=curve,
             held_out=held_out(read_curve(files.validation), rows),
             ended=early_end(rows),
             has_validation=any("validation/reward" in row for row in rows),
-            drawing=drawing,
+            **_drawings(files, rows, evaluation, tables),
             timings=_timings(rows),
             stages=_load(dict[str, float], files.stages) or {},
             config=files.config.read_text(encoding="utf-8") if files.config.is_file() else None,
@@ -93,6 +95,23 @@ def write_report(run: Path) -> Path:
     except OSError as error:
         raise RunDirectoryError(f"cannot write the report of {run}: {error.strerror or error}") from error
     return files.report
+
+
+def _drawings(
+    files: RunDirectory,
+    rows: Sequence[Mapping[str, float]],
+    evaluation: Evaluation | None,
+    tables: Mapping[str, Solver],
+) -> dict[str, Any]:
+    """The drawings of the page by their name in the template; each is also written to the folder of the pictures."""
+    folder = files.images
+    with rc_context(STYLE):
+        return {
+            "curve": publish(reward_curve(rows), folder / "reward_curve.png") if rows else None,
+            "drawing": publish(solver_drawing(tables, OURS), folder / "solver_table.png") if tables else None,
+            "costs": cost_curves(evaluation, folder) if evaluation else {},
+            "noise": noise_levels(evaluation, tables, folder) if evaluation else None,
+        }
 
 
 def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
@@ -149,9 +168,9 @@ def _load(kind: Any, path: Path) -> Any:
 
 
 def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:
-    """The solvers that have pictures, in the order of the evaluation, then by name."""
+    """The solvers that have pictures: the principal ones, then those of the evaluation, then by name."""
     folders = sorted(folder.name for folder in files.samples.iterdir() if folder.is_dir())
-    known = [row.key for row in evaluation.solvers] if evaluation else []
+    known = list(dict.fromkeys(row.key for row in [*principal(evaluation), *evaluation.solvers])) if evaluation else []
     keys = [key for key in known if key in folders] + [key for key in folders if key not in known]
     return [Column(key, evaluation.solver(key) if evaluation else None) for key in keys[:SHEET_COLUMNS]]
 
@@ -163,29 +182,17 @@ def _headline(evaluation: Evaluation | None, rows: Sequence[Mapping[str, float]]
             return Headline("There is no result yet.", "The comparison with other solvers comes at the end of a run.")
         so_far = f"Best validation reward so far: {best['validation/reward']:.4f}, at iteration {best['iteration']}."
         return Headline(so_far, "The comparison on held-out prompts comes at the end of a run.")
-    metric = evaluation.metrics[0]
-    digits = _decimals(evaluation, metric)
-    ours, base = evaluation.solver(OURS), evaluation.solver(BASE)
-    found = [d for d in evaluation.differences if (d.metric, d.solver, d.against) == (metric, OURS, BASE)]
-    if not (ours and base and found):
-        return Headline(
-            f"{len(evaluation.solvers)} solvers, compared on {evaluation.prompts} prompts.", f"In {metric}."
-        )
-    gain, scores = (
-        found[0],
-        f"{ours.metrics[metric].mean:.{digits}f} vs distilled {base.metrics[metric].mean:.{digits}f}",
-    )
-    held_out = "held-out prompts" if evaluation.split == "test" else f"prompts of the {evaluation.split} split"
-    mean, low, high = (signed(value, digits) for value in (gain.mean, gain.low, gain.high))
-    where = f"{evaluation.prompts} {held_out} at parallel NFE {ours.parallel_nfe}"
-    sentence = f"EPD + RDPO {scores}: {mean} [{low},\N{NO-BREAK SPACE}{high}] on {where}"
-    if gain.low > 0:
-        verdict = "RDPO improved the table it started from."
-    elif gain.high < 0:
-        verdict = "RDPO made the table it started from worse."
-    else:
-        verdict = "The interval contains 0: this evaluation does not show a difference."
-    return Headline(sentence, f"{verdict} Metric: {metric}; 95 % interval of the paired difference.")
+    found = verdicts(evaluation)
+    if not found:
+        compared = f"{counted(len(evaluation.solvers), 'solver')} on {counted(evaluation.prompts, 'prompt')}"
+        return Headline(f"{compared}, compared.", "No metric says which of them is better.")
+    return Headline(found[0].sentence, against_start(evaluation, BASE))
+
+
+def _by_cost(evaluation: Evaluation) -> list[SolverRow]:
+    """The learned solvers, then the others from the cheapest."""
+    ours = evaluation.ours
+    return sorted(evaluation.solvers, key=lambda row: (row.kind != EPD, row.key not in ours, row.model_evals))
 
 
 def _facts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
@@ -205,8 +212,3 @@ def _timings(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
     phases += sorted({name for row in rows for name in row if name.startswith("time/")} - {"time/total", *phases})
     found = {phase: [row[phase] for row in rows if phase in row] for phase in phases}
     return [(phase.removeprefix("time/"), float(np.median(values))) for phase, values in found.items() if values]
-
-
-def _decimals(evaluation: Evaluation, metric: str) -> int:
-    """The number of decimals that suits the differences in a metric."""
-    return digits([d.high - d.low for d in evaluation.differences if d.metric == metric])
