@@ -134,6 +134,8 @@ def test_folders_of_one_name_are_told_apart(samples: Path, tmp_path: Path) -> No
         (lambda s: (s / "prompts.json").write_text('["one"]'), r"prompts.json has 1 prompts for 5 pictures"),
         (lambda s: (s / "prompts.json").write_text("[1, 2, 3, 4, 5]"), r"prompts.json holds no list of prompts"),
         (lambda s: (s / "prompts.json").write_text("["), r"prompts.json cannot be read as JSON"),
+        (lambda s: (s / "prompts.json").write_bytes(b'["\xff"]'), r"prompts.json: not UTF-8 at byte 2 "),
+        (lambda s: (s / "prompts.json").write_text("[" * 200_000), r"prompts.json cannot be read: it is nested"),
         (lambda s: [p.unlink() for p in s.rglob("*.png")], r"rdpo holds no pictures"),
         (lambda s: [p.unlink() for p in s.rglob("*.png")] and (s / "rdpo").rmdir(), r"rdpo is no folder"),
         (lambda s: (s.parent / "page").mkdir() or (s.parent / "page/key.json").touch(), r"page holds a page already: "),

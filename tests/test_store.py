@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from epd_ray.errors import PromptError, RewardError, RunDirectoryError
 from epd_ray.prompts.files import read_prompts
+from epd_ray.storage import parquet as parquet_files
 from epd_ray.storage import rollouts as rollout_files
 from epd_ray.storage.rollouts import drop_rollouts, rollout_schema, rollout_table, write_rollouts
 from epd_ray.storage.run_directory import MetricsLog, RunDirectory, read_metrics, whole, write_text
@@ -55,7 +56,7 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         (b"", "is empty"),
         (b"one\n\n\nfour\n \n", r"line 2: blank.*3 blank in all"),
         (b"one\ntwo\ncaf\xe9\n", "line 3: not UTF-8"),
-        ("one\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("one\n".encode("utf-16-le"), "line 1: not UTF-8"),
     ],
 )
 def test_wrong_prompt_files_are_named(tmp_path: Path, content: bytes, said: str) -> None:
@@ -218,7 +219,7 @@ def test_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytes
         where.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rollout_files.pq, "write_table", full_disk)
+    monkeypatch.setattr(parquet_files.pq, "write_table", full_disk)
     with pytest.raises(RunDirectoryError, match=r"cannot write .*No space left"):
         write_rollouts(tmp_path, 3, rollout_table([row(0), row(1)]))
     assert list(tmp_path.iterdir()) == [path]

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.score.rows import score_column
-from epd_ray.storage.run_directory import make_folder, whole, write_text
+from epd_ray.storage.parquet import write_table
+from epd_ray.storage.run_directory import write_text
 
 SUMMARY = "_summary.json"  # pandas and Arrow skip names with an underscore when they open the directory as a table
 PART = re.compile(r"part-(\d{6})\.parquet")
@@ -137,7 +138,7 @@ class ScoreDirectory:
                 part.unlink()
                 self.parts.remove(part)
             elif len(kept) < len(table):
-                _write(kept, part)
+                write_table(part, kept)
 
     @staticmethod
     def _scored(part: Path) -> pa.Table:
@@ -164,7 +165,7 @@ class ScoreDirectory:
         path = self.path / f"part-{number:06d}.parquet"
         if path.exists():
             raise RunDirectoryError(f"{path} is there already: another process writes scores into {self.path}")
-        _write(pa.Table.from_arrays(columns, schema=score_schema(facts)), path)
+        write_table(path, pa.Table.from_arrays(columns, schema=score_schema(facts)))
         self.parts.append(path)
 
     def totals(self) -> Totals:
@@ -191,10 +192,3 @@ class ScoreDirectory:
 def _keys(table: pa.Table) -> pa.ChunkedArray:
     """The picture's id and prompt in one string, which together determine its scores."""
     return pc.binary_join_element_wise(table["id"], table["prompt"], "\0")
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file completely or not at all."""
-    make_folder(path.parent)
-    with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd")

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from epd_ray.errors import RewardError, shown
-from epd_ray.storage.run_directory import make_folder, whole
+from epd_ray.storage.parquet import write_table
 from epd_ray.types import ImageArray
 
 SCHEMA_VERSION = 2
@@ -137,9 +136,7 @@ def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:
     if (found := table["iteration"].unique().to_pylist()) != [iteration]:
         raise ValueError(f"rows of iterations {found}, expected {iteration} alone")
     path = folder / f"iteration-{iteration:06d}.parquet"
-    make_folder(folder)
-    with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    write_table(path, table)
     return path
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from epd_ray.errors import PromptError, SideBySideError, shown
+from epd_ray.errors import PromptError, SideBySideError, importing, shown
 from epd_ray.evaluation.ab.records import KEY, PAGE, RESULTS, Key, Pair
 from epd_ray.evaluation.metrics.pictures import picture_files, read_picture
+from epd_ray.prompts.text import decode_text
 from epd_ray.randomness import Purpose, stream
 from epd_ray.report.page import page_template
 from epd_ray.score.inputs import folder_prompts
@@ -110,7 +111,8 @@ def _prompts(left: Path, right: Path, names: Sequence[str], file: Path | None) -
 def _listed(path: Path, names: Sequence[str]) -> list[str]:
     """Read as many prompts as there are names from a JSON list, which evaluations write beside their pictures."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with importing(PromptError, path):
+            found = json.loads(decode_text(path.read_bytes(), path))
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from epd_ray.errors import RunDirectoryError, shown
-from epd_ray.storage.run_directory import unwritable, whole, write_text
+from epd_ray.storage.parquet import write_table
+from epd_ray.storage.run_directory import unwritable, write_text
 
 LOCK, CACHE = ".lock", "features"
 OWN = {LOCK, CACHE}
@@ -136,13 +137,7 @@ class ResultsDirectory:
         Raises:
             RunDirectoryError: the disk refuses.
         """
-        path = self._shard(sampler, shard)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        with whole(path) as partial:
-            pq.write_table(rows, partial, compression="zstd")
+        write_table(self._shard(sampler, shard), rows)
 
     def columns(self, sampler: str) -> list[str]:
         """The names of the columns of a sampler's rows, read from its first shard, which must be finished."""
