@@ -198,6 +198,12 @@ def test_others_can_reach_it_only_with_a_token(host: str) -> None:
         bound(host, 0, "", "set one").close()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    with served(host=host) as url:
+        assert httpx2.get(url).status_code == 200
+
+
 def test_every_address_is_asked_by_address_or_by_the_machines_name() -> None:
     rules = Rules(body_bytes=1000, token="secret")
     with bound("0.0.0.0", 0, rules.token) as listener, answering(listener, "0.0.0.0", echo, rules) as url:

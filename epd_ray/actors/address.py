@@ -27,6 +27,8 @@ TOKEN_HELP = (
     "export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token, or into the file that "
     "RAY_AUTH_TOKEN_PATH names (`ray get-auth-token --generate` makes one where the cluster is started)"
 )
+START_HELP = "ray get-auth-token --generate; RAY_AUTH_MODE=token ray start --head --node-ip-address=ADDRESS"
+"""Starts a head that asks for a token. Without one, everybody who reaches its ports can run code on every node."""
 
 
 def reachable(address: str | None) -> str | None:
@@ -71,8 +73,8 @@ def _resolved(asked: str, where: str, source: str) -> str:
         return str(canonicalize_bootstrap_address_or_die(asked))
     except ConnectionError:
         raise ClusterError(
-            f"no Ray runs on this machine to join as {where}: start one (ray start --head), or {_instead(source)} to "
-            "start Ray for this run alone"
+            f"no Ray runs on this machine to join as {where}: start one ({START_HELP}), or {_instead(source)} to start "
+            "Ray for this run alone"
         ) from None
     except ValueError:
         raise ClusterError(f"{where} is not an address: give host:port, such as 10.0.0.5:6379, or auto") from None
@@ -85,7 +87,7 @@ def _require_listener(address: str, where: str, source: str) -> None:
         except grpc.FutureTimeoutError:
             tried = "" if address in where else f", tried {address}"
             raise ClusterError(
-                f"no Ray answers at {where}{tried} within {CONNECT_SECONDS:.0f} s: start one there (ray start --head), "
+                f"no Ray answers at {where}{tried} within {CONNECT_SECONDS:.0f} s: start one there ({START_HELP}), "
                 f"or {_instead(source)} to start Ray for this run alone"
             ) from None
 

@@ -75,7 +75,7 @@ def serve(
             "needs a token in the environment variable EPD_RAY_REWARD_TOKEN.",
         ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on. 0 takes any free port.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="The number of processes that score.")] = 1,
     num_gpus: Annotated[
         float,

@@ -138,7 +138,8 @@ def answering(listener: socket.socket, host: str, handle: Handle, rules: Rules) 
 
 
 def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 class _Names:

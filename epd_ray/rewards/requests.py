@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import tokenize
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +135,9 @@ def _read_png(file: bytes, side: int) -> FloatArray:
             if picture.mode != "RGB" or file[BIT_DEPTH] != 8:  # Pillow would round 16 bits without a word
                 raise BadRequestError(f"PNG of mode {picture.mode} with {file[BIT_DEPTH]} bits, expected RGB with 8")
             pixels = np.array(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except BadRequestError:
+        raise
+    except Exception as error:  # decoders raise any kind of exception
         raise BadRequestError(f"PNG that cannot be read ({type(error).__name__})") from None
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)
 
@@ -147,13 +148,9 @@ def _read_npy(file: bytes, side: int) -> FloatArray:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise BadRequestError("NPY of a version other than 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (
-        ValueError,
-        SyntaxError,
-        tokenize.TokenError,
-        RecursionError,
-        MemoryError,
-    ):  # the header is a Python literal
+    except BadRequestError:
+        raise
+    except Exception:  # the header is a Python literal, about which Python may raise nearly anything
         raise BadRequestError("NPY header that cannot be read") from None
     if dtype != np.float32 or fortran or len(shape) != 3 or shape[0] != 3:
         raise BadRequestError("NPY that is not float32 [3, H, W] in C order")
