@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.loading import read_index
+from epd_ray.backbones.variants import pick_variant
 from epd_ray.bench.random_models import random_backbone
 from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError, ModelError
@@ -410,3 +412,59 @@ def test_compile_asks_for_a_c_compiler_before_the_first_picture(monkeypatch: pyt
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ModelError, match=r"gcc.*compile=false"):
         load(folder("flux"), compile=True)
+
+
+# ---- variants of weights
+
+
+def as_variants(model: Path, *variants: str, parts: tuple[str, ...] = ("unet", "vae", "text_encoder")) -> Path:
+    """Only these variants' weight files, in place of the plain ones."""
+    for part in parts:
+        for path in (model / part).glob("*.safetensors"):
+            for variant in variants:
+                shutil.copy(path, path.with_suffix(f".{variant}.safetensors"))
+            path.unlink()
+    return model
+
+
+def test_weights_of_a_variant_alone_are_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = as_variants(MODELS["sd"](tmp_path / "m"), "fp16")
+    expected = run(backbones("sd"), baseline("euler", 2), 5.0)
+    with caplog.at_level(logging.WARNING, logger="epd_ray"):
+        assert torch.equal(run(load(model), baseline("euler", 2), 5.0), expected)
+    assert "variant fp16" in caplog.text and "text_encoder, unet, vae" in caplog.text
+    mixed = as_variants(MODELS["sd"](tmp_path / "mixed"), "ema", parts=("unet",))
+    assert torch.equal(run(load(mixed), baseline("euler", 2), 5.0), expected)
+
+
+def test_plain_weights_come_before_a_variants(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MODELS["sd"](tmp_path / "m")
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
+    with caplog.at_level(logging.WARNING, logger="epd_ray"):
+        load(model)
+    assert "variant" not in caplog.text
+
+
+def test_ambiguous_variants_are_named(tmp_path: Path) -> None:
+    two = as_variants(MODELS["sd"](tmp_path / "two"), "fp16", "ema")
+    with pytest.raises(ModelError, match=r"unet: ema, fp16.*variants but one"):
+        load(two)
+    apart = as_variants(as_variants(MODELS["sd"](tmp_path / "apart"), "fp16", parts=("unet",)), "ema", parts=("vae",))
+    with pytest.raises(ModelError, match=r"unet: fp16; vae: ema"):
+        load(apart)
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("diffusion_pytorch_model.safetensors", None), ("model-00001-of-00002.safetensors", None),
+        ("pytorch_model.bin", None), ("model.fp16.safetensors", "fp16"), ("pytorch_model.non_ema.bin", "non_ema"),
+        ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("model-00001-of-00002.fp16.safetensors", "fp16"),
+    ],
+)  # fmt: skip
+def test_names_of_weight_files(file: str, variant: str | None, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / file).touch()
+    (tmp_path / "unet" / f"{file}.index.json").touch()
+    assert pick_variant(tmp_path, ["unet", "scheduler"], "m") == variant

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from epd_ray.backbones.simulated import SimulatedBackbone
-from epd_ray.drawing.sampler import Sampler, alike
+from epd_ray.drawing.sampler import Sampler, alike, finite_pictures
+from epd_ray.errors import ModelError
+from epd_ray.runs.sample import SampleOptions, sample
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.conditioned import noises
+from tests.families import folder, load
+from tests.tiny_models import save_sd
 
 PROMPTS = ["red", "blue", "red", "red", "blue"]
 SEEDS = [1, 1, 1, 2, 1]  # rows 0 and 2 begin alike, and rows 1 and 4
@@ -80,3 +85,28 @@ def test_drawing_with_a_saved_solver_needs_no_ray(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "named"), [("vae", "decoder.conv_in.weight", "vae"), ("unet", "conv_in.weight", "network")]
+)
+def test_what_is_not_finite_is_no_black_picture(part: str, key: str, named: str, tmp_path: Path) -> None:
+    model = save_sd(tmp_path / "m")
+    file = model / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {key: weights[key] * 1e38}, file, metadata={"format": "pt"})
+    options = SampleOptions(model=str(model), resolution=16, device="cpu", dtype="float32")
+    with pytest.raises(ModelError, match=rf"its {named} gave values that are not finite in float32.*dtype") as caught:
+        sample("sd15-rl", ["red"], 0, tmp_path / "pictures" / "a.png", options)
+    assert "\n" not in str(caught.value) and str(model) in str(caught.value)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_an_overflow_of_the_decoder_is_no_white_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load(folder("sd"))
+    latents = noises(backbone, [0])
+    plain = backbone.decode(latents)
+    assert plain.isfinite().all() and float(plain.min()) >= 0 and float(plain.max()) <= 1
+    monkeypatch.setattr(backbone._family, "images", lambda x, _: torch.full((1, 3, 2, 2), torch.inf))
+    with pytest.raises(ModelError, match="its vae"):
+        finite_pictures(backbone, latents)

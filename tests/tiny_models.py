@@ -93,12 +93,12 @@ def tiny_unet(cross_attention: int, **options: object) -> UNet2DConditionModel:
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def save_sd(directory: Path, *, prediction_type: str = "epsilon") -> Path:
+def save_sd(directory: Path, *, prediction_type: str = "epsilon", **network: object) -> Path:
     """A Stable Diffusion 1.5 or (with v prediction) 2.1 pipeline for 16 px images: latents [4, 8, 8]."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        unet = tiny_unet(WIDTH)
+        unet = tiny_unet(WIDTH, **network)
         vae = tiny_vae(4, None, quant=True)
         text_encoder = CLIPTextModel(text_config(tokenizer, WIDTH, 2))
     StableDiffusionPipeline(
@@ -109,14 +109,14 @@ def save_sd(directory: Path, *, prediction_type: str = "epsilon") -> Path:
     return directory
 
 
-def save_sdxl(directory: Path) -> Path:
+def save_sdxl(directory: Path, **network: object) -> Path:
     """An SDXL pipeline for 16 px images: two text encoders, sizes embedded, zeros for the empty prompt."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(3)
         unet = tiny_unet(
             2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=1,
-            use_linear_projection=True, projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+            use_linear_projection=True, projection_class_embeddings_input_dim=WIDTH + 6 * 8, **network,
         )  # fmt: skip
         vae = tiny_vae(4, None, quant=True)
         first = CLIPTextModel(text_config(tokenizer, WIDTH, 2))

@@ -34,6 +34,11 @@ class DiscreteTime:
         if self.prediction_type not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)
             raise ModelError(f"model {shown(model)} predicts {shown(self.prediction_type)}, expected one of {known}")
+        for key, value in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+            if config.get(key, value) != value:  # the network would be told another time, or see another noise
+                raise ModelError(
+                    f"model {shown(model)}: its scheduler has {key}={shown(config[key])}, expected {value!r}"
+                )
         if config.get("rescale_betas_zero_snr"):
             raise ModelError(f"model {shown(model)} starts at infinite sigma (rescale_betas_zero_snr): not supported")
         self.alphas_cumprod = alphas_cumprod(scheduler.betas)

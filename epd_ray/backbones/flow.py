@@ -9,19 +9,29 @@ import numpy as np
 from torch import Tensor
 
 from epd_ray.errors import ModelError, shown
+from epd_ray.solvers.scheduler_config import TRAIN_TIMESTEPS
 
 
 def require_flow_scheduler(scheduler: Any, model: str) -> None:
     """Refuse any scheduler but a FlowMatchEulerDiscreteScheduler, because others have other sigmas or several per step.
 
     Raises:
-        ModelError: the scheduler is of another class.
+        ModelError: the scheduler is of another class, or has timesteps or an order of sigmas that are not supported.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         name = type(scheduler).__name__
         raise ModelError(f"model {shown(model)} has a {name}, expected a FlowMatchEulerDiscreteScheduler")
+    for key, value in (("num_train_timesteps", TRAIN_TIMESTEPS), ("invert_sigmas", False)):
+        if scheduler.config[key] != value:
+            raise ModelError(f"model {shown(model)}: its scheduler has {key}={scheduler.config[key]}, expected {value}")
+
+
+def unscaled(x: Tensor, vae: Any) -> Tensor:
+    """Latents in the scale of the autoencoder, from those in the scale of the denoising network."""
+    latents: Tensor = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return latents
 
 
 def flow_sigmas(

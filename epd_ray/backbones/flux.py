@@ -8,9 +8,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
+from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler, unscaled
 from epd_ray.backbones.loading import PipelineOptions
-from epd_ray.backbones.pipeline import decode_latents
+from epd_ray.backbones.pipeline import check_channels, decode_latents
 from epd_ray.solvers.scheduler_config import FLOW_FACTS
 from epd_ray.types import Form
 
@@ -25,7 +25,7 @@ class FluxFamily:
         options: the options that it was opened with.
 
     Raises:
-        ModelError: the scheduler is not supported.
+        ModelError: the scheduler is not supported, or the network is not one for text to image.
     """
 
     name = "flux"
@@ -38,6 +38,7 @@ class FluxFamily:
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
         self._pipeline = pipeline
         require_flow_scheduler(pipeline.scheduler, options.model)
+        check_channels(pipeline.transformer, pipeline.vae, 4, options.model)  # 2 x 2 latents make a token
         self._t5_tokens = options.max_sequence_length or T5_TOKENS
         self._image_ids: dict[int, Tensor] = {}
 
@@ -101,4 +102,4 @@ class FluxFamily:
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
         latents = self._pipeline._unpack_latents(x, resolution, resolution, self._pipeline.vae_scale_factor)
-        return decode_latents(self._pipeline.vae, latents)
+        return decode_latents(self._pipeline.vae, unscaled(latents, self._pipeline.vae))

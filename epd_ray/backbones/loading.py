@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from epd_ray.backbones.variants import pick_variant
 from epd_ray.embedded.models import require_vocabulary, resolve_model
 from epd_ray.errors import ModelError, shown
 from epd_ray.weights.devices import pick_device, pick_dtype
@@ -170,11 +171,14 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     absent: dict[str, None] = {name: None for name in _left_out(index, options.parts, denoiser)}
+    local = Path(index.location).is_dir()
+    variant = pick_variant(Path(index.location), index.components.keys() - absent, options.model) if local else None
     with opening(options.model):
         pipeline = getattr(diffusers, index.class_name).from_pretrained(
             index.location,
             revision=index.commit or options.revision,
             dtype=dtype,
+            variant=variant,
             low_cpu_mem_usage=is_accelerate_available(),
             **absent,
         )

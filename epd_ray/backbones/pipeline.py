@@ -178,7 +178,8 @@ class PipelineBackbone:
         images = self._family.images(x, self.resolution).float()
         if self.options.offload != "none":
             self.pipeline.maybe_free_model_hooks()
-        return (images / 2 + 0.5).clamp(0, 1)
+        images = images / 2 + 0.5
+        return images.clamp(0, 1).masked_fill(images.isinf(), torch.nan)  # an overflow is not a white pixel
 
 
 @contextmanager
@@ -198,6 +199,29 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def check_channels(network: Any, vae: Any, packed: int, model: str) -> None:
+    """Refuse a network that takes or gives other channels than the latents have, such as one for inpainting.
+
+    Args:
+        network: the denoising network; None where it is not loaded.
+        vae: the autoencoder; None where it is not loaded.
+        packed: number of latent values of a channel that the network sees as one token's channels.
+        model: name of the model, for messages.
+
+    Raises:
+        ModelError: the message names the numbers of channels.
+    """
+    if network is None or vae is None:
+        return
+    expected = packed * vae.config.latent_channels
+    found = network.config.in_channels, network.config.get("out_channels") or network.config.in_channels
+    if found != (expected, expected):
+        raise ModelError(
+            f"model {shown(model)}: its network takes {found[0]} channels and gives {found[1]}, but its latents have "
+            f"{expected}: give a model for text to image"
+        )
+
+
 def _check_resolution(model: str, resolution: int, step: int) -> None:
     if resolution < step or resolution % step:
         use = max(resolution - resolution % step, step)
@@ -210,8 +234,7 @@ def _tokens(tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 
-def decode_latents(vae: Any, x: Tensor) -> Tensor:
-    """Decode latents in the scale of the denoising network with an AutoencoderKL; returns images [B, 3, H, W]."""
-    latents = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents in the scale of an AutoencoderKL; returns images [B, 3, H, W]."""
     images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return images

@@ -10,19 +10,21 @@ from torch import Tensor
 from epd_ray.backbones.cache import Embedding
 from epd_ray.backbones.discrete import DiscreteTime, network_input
 from epd_ray.backbones.loading import PipelineOptions, square_size
-from epd_ray.backbones.pipeline import decode_latents
+from epd_ray.backbones.pipeline import check_channels, decode_latents
+from epd_ray.errors import ModelError, shown
 from epd_ray.types import Form
 
 
 class SDFamily:
-    """A StableDiffusionPipeline as a family.
+    """A StableDiffusionPipeline as a family. A network that embeds the guidance scale, as those of latent consistency
+    models do, takes no second pass for guidance.
 
     Args:
         pipeline: an open StableDiffusionPipeline.
         options: the options that it was opened with.
 
     Raises:
-        ModelError: the training schedule is not supported.
+        ModelError: the training schedule is not supported, or the network needs inputs that the pipeline does not give.
     """
 
     name = "sd"
@@ -30,11 +32,17 @@ class SDFamily:
     schedule = "uniform"
     default_guidance = 7.5
     prompted = True
-    classifier_free = True
+    added_inputs: tuple[str | None, ...] = (None, "text")  # kinds of added embeddings that need no more than the text
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
         self._pipeline, self._model = pipeline, options.model
         self._time = DiscreteTime(pipeline.scheduler, options.model)
+        self._guidance_dim: int | None = None
+        if pipeline.unet is not None:
+            check_channels(pipeline.unet, pipeline.vae, 1, options.model)
+            _check_inputs(pipeline.unet.config, self.added_inputs, options.model)
+            self._guidance_dim = pipeline.unet.config.time_cond_proj_dim
+        self.classifier_free = self._guidance_dim is None
 
     @property
     def pixel_step(self) -> int:
@@ -74,15 +82,28 @@ class SDFamily:
         unet = self._pipeline.unet
         output = unet(
             network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma),
-            return_dict=False, **self._conditioning(x, tensors),
+            timestep_cond=self._embedded_guidance(x, guidance_scale), return_dict=False,
+            **self._conditioning(x, tensors),
         )[0]  # fmt: skip
         return self._time.drift(x, sigma, output.float())
+
+    def _embedded_guidance(self, x: Tensor, guidance_scale: float) -> Tensor | None:
+        if self._guidance_dim is None:
+            return None
+        scales = torch.full((len(x),), guidance_scale - 1)
+        embedded: Tensor = self._pipeline.get_guidance_scale_embedding(scales, embedding_dim=self._guidance_dim)
+        return embedded.to(x.device, self._pipeline.unet.dtype)
 
     def _conditioning(self, x: Tensor, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         return {"encoder_hidden_states": tensors[0]}
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
-        return decode_latents(self._pipeline.vae, x)
+        return decode_latents(self._pipeline.vae, self._unscaled(x))
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """The latents in the scale of the autoencoder; only the scale is read, as by the pipeline."""
+        latents: Tensor = x / self._pipeline.vae.config.scaling_factor
+        return latents
 
 
 class SDXLFamily(SDFamily):
@@ -91,6 +112,7 @@ class SDXLFamily(SDFamily):
 
     name = "sdxl"
     default_guidance = 5.0
+    added_inputs = (None, "text", "text_time")
 
     @property
     def text_limits(self) -> Sequence[tuple[Any, int]]:
@@ -112,3 +134,25 @@ class SDXLFamily(SDFamily):
         size = [side * self._pipeline.vae_scale_factor for side in x.shape[2:]]
         ids = embeds.new_tensor([*size, 0, 0, *size]).expand(len(x), -1)  # original size, crop, target size
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        config = self._pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return super()._unscaled(x)
+        return super()._unscaled(x * x.new_tensor(std).view(-1, 1, 1)) + x.new_tensor(mean).view(-1, 1, 1)
+
+
+def _check_inputs(config: Any, added_inputs: tuple[str | None, ...], model: str) -> None:
+    """Refuse a UNet that needs inputs that no text-to-image pipeline gives it."""
+    accepted: dict[str, tuple[Any, ...]] = {
+        "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": added_inputs,
+        "encoder_hid_dim_type": (None, "text_proj"),
+    }  # fmt: skip
+    for key, values in accepted.items():
+        if config.get(key) not in values:
+            known = ", ".join(map(str, values))
+            raise ModelError(
+                f"model {shown(model)}: its network has {key}={shown(config[key])}, which needs an input "
+                f"that its pipeline does not give, expected one of {known}"
+            )

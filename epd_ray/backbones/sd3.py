@@ -8,9 +8,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler
+from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler, unscaled
 from epd_ray.backbones.loading import PipelineOptions, square_size
-from epd_ray.backbones.pipeline import decode_latents
+from epd_ray.backbones.pipeline import check_channels, decode_latents
 from epd_ray.errors import ModelError, shown
 from epd_ray.solvers.scheduler_config import FLOW_FACTS, TRAIN_TIMESTEPS
 from epd_ray.types import Form
@@ -27,7 +27,8 @@ class SD3Family:
             tokens.
 
     Raises:
-        ModelError: the scheduler is not supported, or the resolution needs more positions than the network has.
+        ModelError: the scheduler is not supported, the network is not one for text to image, or the resolution needs
+            more positions than it has.
     """
 
     name = "sd3"
@@ -40,6 +41,7 @@ class SD3Family:
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
         self._pipeline, self._model = pipeline, options.model
         require_flow_scheduler(pipeline.scheduler, options.model)
+        check_channels(pipeline.transformer, pipeline.vae, 1, options.model)
         self._t5_tokens = options.max_sequence_length or T5_TOKENS
         if pipeline.transformer is not None:
             _check_positions(options.resolution or 0, self.pixel_step, pipeline.transformer.config, options.model)
@@ -94,7 +96,7 @@ class SD3Family:
         return velocity.float()
 
     def images(self, x: Tensor, resolution: int) -> Tensor:
-        return decode_latents(self._pipeline.vae, x)
+        return decode_latents(self._pipeline.vae, unscaled(x, self._pipeline.vae))
 
 
 def _check_positions(resolution: int, step: int, config: Any, model: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.bench.models import scorers
 from epd_ray.bench.timing import timed
-from epd_ray.drawing.sampler import to_uint8
+from epd_ray.drawing.sampler import finite_pictures
 from epd_ray.drawing.worker import RolloutWorker, log_prob
 from epd_ray.policy.dirichlet import TableDistribution, clamp_scale_time
 from epd_ray.policy.loss import clipped_surrogate, leave_one_out
@@ -116,7 +116,7 @@ class PlainLoop:
                 "solve",
                 lambda: epd(drift, x, sigmas, table, afs=sampler.afs, order=sampler.order, form=b.form),
             )
-        images: ImageArray = self._clock("decode", lambda: to_uint8(b.decode(latents)).numpy())
+        images: ImageArray = self._clock("decode", lambda: finite_pictures(b, latents).numpy())
         return actions, images
 
     def _score(self, images: ImageArray, requests: Sequence[RolloutRequest]) -> FloatArray:

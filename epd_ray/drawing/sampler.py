@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, shown
+from epd_ray.errors import ModelError, ScheduleError, shown
 from epd_ray.solvers import Solver, SolverTable, zoo
 from epd_ray.solvers.conditioned import conditioned_drift
 from epd_ray.solvers.costs import Cost
@@ -248,6 +248,29 @@ def alike(
     conditioning = backbone.encode([prompt for prompt, _ in distinct], guidance_scale)
     rows, kinds = map(beginnings.index, distinct), map(distinct.index, beginnings)
     return Alike(conditioning, tuple(rows), tuple(kinds))
+
+
+def finite_pictures(backbone: Backbone, latents: Tensor) -> Tensor:
+    """The decoded pictures [B, 3, H, W], uint8, on the CPU.
+
+    Args:
+        backbone: the model that the latents are from.
+        latents: [B, ...], the state at the end of the solver.
+
+    Raises:
+        ModelError: the network or the VAE gave values that are not finite, which would be drawn in black.
+    """
+    pictures = None
+    if latents.isfinite().all():
+        pictures = backbone.decode(latents)
+        if pictures.isfinite().all():
+            return to_uint8(pictures)
+    part = "network" if pictures is None else "vae"
+    raise ModelError(
+        f"model {shown(backbone.model_id)}: its {part} gave values that are not finite in "
+        f"{backbone.facts.get('dtype', 'float32')}: use dtype bfloat16 or float32; if it is float32, the weights are "
+        "damaged or the solver does not fit"
+    )
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
-from epd_ray.drawing.sampler import learned, to_uint8
+from epd_ray.drawing.sampler import finite_pictures, learned
 from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.errors import ConfigError, ModelError, TableError, shown
 from epd_ray.solvers import Solver, check_fit
@@ -74,7 +74,7 @@ def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, optio
     Raises:
         ConfigError: `out` is not an image file, or the backbone does not have one of the options.
         TableError: the solver cannot be read, or is for another kind of model.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or a picture is not finite; nothing is written then.
     """
     if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
         raise ConfigError([f"--out {out} is not an image file: give a name that ends in .png"])
@@ -97,7 +97,7 @@ def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, optio
     noise = noises(backbone, [seed + i for i in range(len(prompts))])
     with torch.inference_mode():
         latents = learned(solver, "sample", "sample").run(backbone, conditioning, noise)
-    images = to_uint8(backbone.decode(latents)).permute(0, 2, 3, 1).numpy()
+    images = finite_pictures(backbone, latents).permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(list(images), axis=1)).save(out)
     return out
