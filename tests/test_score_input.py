@@ -351,6 +351,12 @@ def test_scores_within_the_source_are_not_read(tmp_path, caplog):
     assert len(read_index(str(tmp_path / "data"))) == 1
 
 
+def test_a_table_of_prompts_may_lie_beside_the_pictures(tmp_path):
+    folder_of(tmp_path, ["a.png"], prompts=False)
+    table = parquet_of(tmp_path / "metadata.parquet", {"file_name": ["a.png"], "text": ["one"]})
+    assert prompts_of(read_index(str(tmp_path), table)) == {"a.png": "one"}
+
+
 def test_members_of_tars_that_are_left_out_are_named(tmp_path, caplog):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "a.png"

@@ -56,7 +56,7 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         (b"", "is empty"),
         (b"one\n\n\nfour\n \n", r"line 2: blank.*3 blank in all"),
         (b"one\ntwo\ncaf\xe9\n", "line 3: not UTF-8"),
-        ("one\n".encode("utf-16-le"), "line 1: not UTF-8"),
+        ("one\n".encode("utf-16-le"), "line 1: .* byte 1 is zero"),
     ],
 )
 def test_wrong_prompt_files_are_named(tmp_path: Path, content: bytes, said: str) -> None:

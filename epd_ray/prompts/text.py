@@ -75,7 +75,7 @@ def _decode(data: bytes, encoding: str, where: object, position: int) -> str:
     except UnicodeDecodeError as error:
         name, wrong = encoding.upper(), position + error.start
         raise PromptError(f"{where}: not {name} at byte {wrong} ({error.reason}): save the file as UTF-8") from error
-    if "\0" in text:
-        wrong = position + data.index(b"\0")
-        raise PromptError(f"{where}: not UTF-8 at byte {wrong}, which is zero: save the file as UTF-8")
+    if "\0" in text:  # such as UTF-16 without a byte order mark
+        wrong = position + len(text[: text.index("\0")].encode(encoding))
+        raise PromptError(f"{where}: the character at byte {wrong} is zero, which no text has: save the file as UTF-8")
     return text

@@ -36,6 +36,7 @@ class _Rows:
     prompts: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def add(self, row_id: str, prompt: str | None, file: str, place: tuple[int, int]) -> None:
         self.ids.append(row_id)
@@ -69,7 +70,7 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
         SourceError: the source is missing, damaged, of several kinds, without any prompt, or holds an id twice.
         PromptError: the prompt file cannot be used.
     """
-    root, files = _files(source)
+    root, files = _files(source, prompts)
     kind = _kind(source, files)
     if prompts is not None and kind != "images":
         raise SourceError(f"--prompts belongs to a folder of images, but {source} holds {kind}: leave it out")
@@ -80,6 +81,7 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
         index: Callable[[_Rows, Path, str], None] = {"tars": _index_tar, "Parquet": _index_parquet}[kind]
         for file in files:
             index(rows, file, file.relative_to(root).as_posix())
+    say_left_out(source, rows.left_out)
     if not rows.ids:
         raise SourceError(f"{source} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     if not any(rows.prompts):
@@ -90,8 +92,8 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
     return table
 
 
-def _files(source: str) -> tuple[Path, list[Path]]:
-    """The folder that ids are relative to, and all files of the source that can hold pictures."""
+def _files(source: str, prompts: Path | None) -> tuple[Path, list[Path]]:
+    """The folder that ids are relative to, and all files of the source that can hold pictures, not the prompts."""
     path = Path(source).expanduser()
     if path.is_file():
         return path.absolute().parent, [path.absolute()]
@@ -106,7 +108,10 @@ def _files(source: str) -> tuple[Path, list[Path]]:
     else:
         raise SourceError(f"{source}: no such file or folder")
     kept = []
+    table = None if prompts is None else prompts.absolute()  # maybe a .parquet file beside the pictures
     for file in files:
+        if file == table:
+            continue
         name = file.relative_to(root)
         if is_hidden(name) or _is_scores(file):
             left_out.append(name.as_posix())
@@ -196,7 +201,7 @@ def _prompt_beside(picture: Path) -> str | None:
 
 def _index_tar(rows: _Rows, path: Path, name: str) -> None:
     pictures, left_out = tar_pictures(path)
-    say_left_out(path, left_out)
+    rows.left_out += [f"{name}/{member}" for member in left_out]
     for picture in pictures:
         rows.add(f"{name}/{picture.key}", picture.prompt, str(path), picture.place)
 
