@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from epd_ray import cli
@@ -17,6 +18,7 @@ from epd_ray.config.values import Section
 from epd_ray.errors import ConfigError, RunDirectoryError
 from epd_ray.rdpo.session import rdpo_config
 from epd_ray.runs.report import write_report
+from epd_ray.runs.state import read_state, require_state
 from epd_ray.runs.train import resume, train
 from epd_ray.solvers import Solver
 from epd_ray.storage.checkpoint import load_newest
@@ -303,3 +305,185 @@ def test_a_finished_run_is_extended_by_consent(own_run: Path) -> None:
     resume(own_run, Quiet())
     assert [row["iteration"] for row in read_metrics(own_run / "metrics.jsonl")] == list(range(9))
     assert (own_run / "stages.json").is_file()
+
+
+# -- files that are lost or damaged ------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def drop_row(run: Path, iteration: int) -> None:
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(r for r in rows if json.loads(r)["iteration"] != iteration))
+
+
+def resumed(run: Path) -> Path:
+    (run / "stages.json").unlink()  # the mark of a finished run
+    resume(run, Quiet())
+    return run
+
+
+def test_lost_rollouts_are_made_again_from_the_checkpoint_before_them(finished, own_run: Path, caplog) -> None:
+    folder = own_run / "rollouts"
+    damage(folder / "iteration-000005.parquet")
+    (folder / "iteration-000006.parquet").unlink()
+    resumed(own_run)
+    (said,) = caplog.messages
+    assert "rollouts of iterations 5-6 are missing or damaged" in said and said.endswith("checkpoint of iteration 4")
+    assert_same(own_run, finished[0])
+
+
+def test_a_lost_row_of_metrics_is_made_again(finished, own_run: Path, caplog) -> None:
+    drop_row(own_run, 3)
+    resumed(own_run)
+    assert "of iteration 3 are missing" in caplog.text and "the checkpoint of iteration 2" in caplog.text
+    assert_same(own_run, finished[0])
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert [rollouts(run, i) for i in range(1, 7)] == [rollouts(other, i) for i in range(1, 7)]
+    rows, expected = (read_metrics(r / "metrics.jsonl") for r in (run, other))
+    assert [untimed(row) for row in rows] == [untimed(row) for row in expected]
+    assert solver(run) == solver(other)
+
+
+def untimed(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.split("/")[0] in ("iteration", "reward", "validation")}
+
+
+def test_what_no_checkpoint_can_give_back_is_said_to_be_lost(finished, own_run: Path, caplog) -> None:
+    (own_run / "checkpoints" / "iteration-000002.pt").unlink()
+    drop_row(own_run, 1)
+    (own_run / "rollouts" / "iteration-000002.parquet").write_bytes(b"")
+    (own_run / "rollouts" / "iteration-000004.parquet").unlink()
+    resumed(own_run)
+    (said,) = caplog.messages
+    assert "of iterations 1-2, 4 are missing" in said and "its results do not depend on them" in said
+    assert solver(own_run) == solver(finished[0])
+    assert [row["iteration"] for row in read_metrics(own_run / "metrics.jsonl")] == [0, 2, 3, 4, 5, 6]
+
+
+def test_files_of_strangers_are_left_alone_and_named_once(own_run: Path, caplog) -> None:
+    strangers = {
+        own_run / "rollouts" / "iteration-old.parquet": b"old",
+        own_run / "rollouts" / "notes.txt": b"mine",
+        own_run / "checkpoints" / "iteration-old.pt": b"old",
+        own_run / "checkpoints" / "iteration-99.pt": b"old",
+    }
+    for path, content in strangers.items():
+        path.write_bytes(content)
+    (own_run / "checkpoints" / "iteration-000006.pt").unlink()  # so that it is written again
+    resumed(own_run)
+    (said,) = caplog.messages
+    assert "checkpoints/iteration-99.pt and 3 more is no file of the run" in said
+    assert {path: path.read_bytes() for path in strangers} == strangers
+
+
+def test_a_damaged_row_is_left_out_wherever_it_is(own_run: Path, caplog) -> None:
+    path = own_run / "metrics.jsonl"
+    good = read_metrics(path)
+    lines = path.read_text().splitlines()
+    damaged = [
+        "5",
+        "{}",
+        '{"iteration": 1.5}',
+        '{"iteration": 2, "x": "y"}',
+        "[" * 100000,
+        '{"iteration": 2, "x": NaN}',
+    ]
+    path.write_text("\n".join([lines[0], *damaged, *lines[1:], '{"iteration": 7, "rew']))
+    assert read_metrics(path) == good
+    (said,) = caplog.messages
+    assert f"{path}, line 2 and 6 more: " in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "prompts.json", "origin.json", "checkpoints/iteration-000006.pt", "validation.parquet"),
+        *("rollouts/iteration-000006.parquet", "evaluation.json"),
+    ],
+)
+def test_a_directory_in_the_place_of_a_file_is_named(own_run: Path, name: str) -> None:
+    (own_run / name).unlink()
+    (own_run / name).mkdir()
+    (own_run / "stages.json").unlink()
+    with pytest.raises(RunDirectoryError, match=rf"{name}\b.* directory") as said:
+        resume(own_run, Quiet())
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text"])
+def test_a_configuration_that_is_none_is_refused(own_run: Path, text: str) -> None:
+    (own_run / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml (is empty|holds)") as said:
+        resume(own_run, Quiet())
+    assert len(said.value.problems) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "5", '{"train": 1}', '{"train": [1], "validation": [], "test": []}'])
+@pytest.mark.parametrize("name", ["prompts.json", "origin.json"])
+def test_json_of_other_types_is_named(own_run: Path, name: str, text: str) -> None:
+    (own_run / name).write_text(text)
+    with pytest.raises(RunDirectoryError, match=rf"{name} cannot be read \(.*put it back") as said:
+        resume(own_run, Quiet())
+    assert "\n" not in str(said.value)
+
+
+def without(*keys: str):
+    def change(state) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return change
+
+
+def with_(value, *keys: str):
+    def change(state) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(without(key) for key in ("format", "iteration", "algorithm", "best", "curve", "versions", "origin")),
+        *(without("algorithm", "rdpo", key) for key in ("iteration", "window", "mixer")),
+        *(without("algorithm", "learner", key) for key in ("rl_module", "optimizer")),
+        *(with_(5, key) for key in ("algorithm", "best", "curve", "versions", "origin")),
+        *(with_("6", key) for key in ("format", "iteration")),
+        with_({"x": 1}, "algorithm", "rdpo", "window"),
+        with_(torch.tensor([float("nan")]), "best", "positions"),
+        with_([{"iteration": 0}], "curve", "validations"),
+    ],
+)
+def test_a_checkpoint_without_a_key_or_of_another_type_counts_as_damaged(own_run: Path, caplog, change) -> None:
+    newest = own_run / "checkpoints" / "iteration-000006.pt"
+    state = torch.load(newest, weights_only=True)
+    change(state)
+    torch.save(state, newest)
+    found = load_newest(own_run / "checkpoints", require_state)
+    assert found["iteration"] == 4
+    assert [m.partition(" (")[0] for m in caplog.messages] == ["checkpoint iteration-000006.pt is damaged"]
+    with pytest.raises(RunDirectoryError, match=r"iteration-000006\.pt") as said:
+        read_state(newest)
+    assert "\n" not in str(said.value)
+
+
+def test_a_state_of_another_shape_is_refused_with_its_checkpoint(own_run: Path) -> None:
+    newest = own_run / "checkpoints" / "iteration-000006.pt"
+    state = torch.load(newest, weights_only=True)
+    state["algorithm"]["learner"]["rl_module"]["default_policy"]["policy.out.bias"] = torch.zeros(5)
+    torch.save(state, newest)
+    (own_run / "stages.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"checkpoint of iteration 6 in .* does not fit") as said:
+        resume(own_run, Quiet())
+    assert "\n" not in str(said.value)

@@ -329,13 +329,10 @@ def test_a_torn_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture
     run.metrics.write_text('{"iteration": 1}\n{"iteration": 2, "rewa')
     with caplog.at_level(logging.WARNING):
         assert read_metrics(run.metrics) == [{"iteration": 1}]
-    assert "line 2: left incomplete" in caplog.text
+    assert f"{run.metrics}, line 2: " in caplog.text
     with MetricsLog(run) as metrics:
         metrics.write({"iteration": 2})
     assert read_metrics(run.metrics) == [{"iteration": 1}, {"iteration": 2}]
-    run.metrics.write_text('{"iteration": 1}\nbroken\n{"iteration": 2}\n')
-    with pytest.raises(RunDirectoryError, match="line 2: not JSON"):
-        read_metrics(run.metrics)
 
 
 def test_a_run_that_is_cleared_keeps_its_lock(tmp_path):

@@ -51,4 +51,4 @@ def read_splits(path: Path) -> PromptSplits:
     except ValidationError as error:
         first = error.errors()[0]
         why = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part) + first["msg"]
-    raise RunDirectoryError(f"{path} cannot be read ({why}): put it back from a copy, the run cannot go on without it")
+    raise RunDirectoryError(f"{path} cannot be read ({why}): put it back from a copy, without it nothing can go on")

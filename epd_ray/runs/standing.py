@@ -10,8 +10,10 @@ from epd_ray.config.run_config import RunConfig
 from epd_ray.evaluation.records import Evaluation
 from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.splits import PromptSplits
+from epd_ray.runs.lost import name_strangers, restoring
 from epd_ray.runs.origin import ORIGIN, Origin, carried_on, origin_of, read_origin, started
 from epd_ray.runs.saved import saved_prompts
+from epd_ray.runs.state import require_state
 from epd_ray.storage.checkpoint import changed_versions, load_newest
 from epd_ray.storage.run_directory import RunDirectory, package_versions
 
@@ -35,7 +37,9 @@ class Standing:
     results: list[str] | None = None
 
 
-def standing(name: str, run: RunDirectory, config: RunConfig, accept: Collection[str]) -> Standing:
+def standing(
+    name: str, run: RunDirectory, config: RunConfig, accept: Collection[str], rollouts: bool = True
+) -> Standing:
     """Find where a run stands, and check that nothing that decides its results has changed without consent.
 
     Args:
@@ -43,6 +47,7 @@ def standing(name: str, run: RunDirectory, config: RunConfig, accept: Collection
         run: its directory.
         config: the configuration to go on with.
         accept: keys that may have another value than the run had so far.
+        rollouts: whether the directory should hold the rollouts; a copy of a remote run does not.
 
     Raises:
         RunDirectoryError: a key has changed, or a file that the run needs cannot be read.
@@ -54,10 +59,14 @@ def standing(name: str, run: RunDirectory, config: RunConfig, accept: Collection
         held is None or not changes(held.settings, started(now, run).settings)
     ):
         return Standing(prompts, held or now, results=results)
-    checkpoint = load_newest(run.checkpoints)
+    run.require_files()
+    name_strangers(name, run)
+    checkpoint = load_newest(run.checkpoints, require_state)
     if checkpoint is not None:
         _warn_of_other_versions(name, checkpoint["versions"])
         begun, now, iteration = ORIGIN.validate_python(checkpoint["origin"]), started(now, run), checkpoint["iteration"]
+        if begun.settings == now.settings:  # with others, an earlier iteration would not be the same again
+            checkpoint = restoring(name, run, checkpoint, rollouts)
     elif held is not None:
         settings = {key: value for key, value in held.settings.items() if key != START}  # stage 1 runs again
         begun, iteration = Origin(settings, held.accepted), 0

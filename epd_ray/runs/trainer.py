@@ -11,7 +11,7 @@ import torch
 
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.errors import is_own_bug
+from epd_ray.errors import RunDirectoryError, is_own_bug, shown
 from epd_ray.evaluation.comparison import SceneJudge, scenes_of
 from epd_ray.evaluation.validation import STOPPED, Best, Curve, Validation, write_curve
 from epd_ray.evaluation.verdict import closing
@@ -205,7 +205,15 @@ class Trainer:
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Continue from a checkpoint. Rows and rollouts of later iterations are written again with the same values."""
-        self.algo.import_state(checkpoint["algorithm"])
+        try:
+            self.algo.import_state(checkpoint["algorithm"])
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            if is_own_bug(error):
+                raise
+            raise RunDirectoryError(
+                f"the checkpoint of iteration {checkpoint['iteration']} in {self.run.checkpoints} does not fit the run "
+                f"({shown(str(error))}): move it away to go on from the one before"
+            ) from error
         self._checkpointed = checkpoint["iteration"]
         self.best, self.curve = Best.restored(checkpoint["best"]), self.curve.restored(checkpoint["curve"])
         write_curve(self.run.validation, self.curve)

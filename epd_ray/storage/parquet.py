@@ -9,11 +9,11 @@ from epd_ray.storage.run_directory import make_folder, whole
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file, and create its folder and missing parents.
+    """Write a Parquet file whose pages have checksums, and create its folder and missing parents.
 
     Raises:
         RunDirectoryError: the file cannot be written; an earlier file at `path` stays.
     """
     make_folder(path.parent)
     with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)

@@ -32,9 +32,11 @@ class Place(Protocol):
 
     Attributes:
         name: the path or URI, as the user gave it.
+        whole: whether `claimed` gives all files of the run, and not only those that it needs to continue.
     """
 
     name: str
+    whole: bool
 
     def begun(self) -> bool:
         """Whether the place holds a run."""
@@ -104,6 +106,8 @@ def reading(place: Place, folder: Path) -> Iterator[None]:
 class LocalPlace:
     """A run in a local directory."""
 
+    whole = True
+
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
@@ -147,6 +151,8 @@ class RemotePlace:
         filesystem: the filesystem that the URI names.
         path: path of the folder in the filesystem.
     """
+
+    whole = False
 
     def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
         self.name, self._root = uri, fs.SubTreeFileSystem(path, filesystem)

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from epd_ray.errors import RewardError, shown
+from epd_ray.errors import RewardError, RunDirectoryError, shown
 from epd_ray.storage.parquet import write_table
+from epd_ray.storage.run_directory import numbered, unreadable
 from epd_ray.types import ImageArray
 
 SCHEMA_VERSION = 2
+SUFFIX = ".parquet"
 NUMBERS = pa.list_(pa.float32())
 
 
@@ -135,13 +138,40 @@ def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:
     """
     if (found := table["iteration"].unique().to_pylist()) != [iteration]:
         raise ValueError(f"rows of iterations {found}, expected {iteration} alone")
-    path = folder / f"iteration-{iteration:06d}.parquet"
+    path = folder / f"iteration-{iteration:06d}{SUFFIX}"
     write_table(path, table)
     return path
 
 
+def read_rollouts(path: Path, pictures: bool = True) -> pa.Table:
+    """The rollouts of one iteration, whose pages are checked against their checksums.
+
+    Args:
+        path: the file.
+        pictures: whether to read the column `image` too, which may be most of the file.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged, or holds no rollouts of one iteration.
+    """
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = [name for name in file.schema_arrow.names if pictures or name != "image"]
+        table = file.read(names)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise unreadable(path, error) from error
+    columns = {field.name: field.type for field in file.schema_arrow}
+    wrong = [field.name for field in ROLLOUT_SCHEMA if columns.get(field.name) != field.type]
+    if wrong or not pa.types.is_struct(columns.get("rewards", pa.null())):
+        raise RunDirectoryError(
+            f"{path} holds no rollouts: its column {(wrong or ['rewards'])[0]!r} is not as expected"
+        )
+    if len(table["iteration"].unique()) != 1:
+        raise RunDirectoryError(f"{path} holds no rollouts of one iteration: it has {table.num_rows} rows")
+    return table
+
+
 def drop_rollouts(folder: Path, after: int) -> None:
     """Remove the files of all iterations after `after`, which a resumed run writes again."""
-    for path in folder.glob("iteration-*.parquet"):
-        if int(path.stem.rpartition("-")[2]) > after:
+    for iteration, path in numbered(folder, SUFFIX).items():
+        if iteration > after:
             path.unlink()

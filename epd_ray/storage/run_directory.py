@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -60,6 +62,12 @@ def unwritable(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(f"cannot write {path}: {reason}{fix}")
 
 
+def unreadable(path: Path, error: Exception) -> RunDirectoryError:
+    """The error for a file that cannot be read: the file, and what is wrong, in one line."""
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+    return RunDirectoryError(f"{path} cannot be read: {reason} (move it away, or put it back from a copy)")
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its missing parents.
 
@@ -70,6 +78,13 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def numbered(folder: Path, suffix: str) -> dict[int, Path]:
+    """The files of iterations, such as iteration-000001.parquet, by their numbers, in order; strangers are left out."""
+    form = re.compile(rf"iteration-(\d{{6,15}}){re.escape(suffix)}", re.ASCII)
+    named = [(form.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 @contextmanager
@@ -183,6 +198,25 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not a run directory: {' and '.join(missing)} missing")
         return run
 
+    def require_files(self) -> None:
+        """Refuse folders where a run that goes on will write files.
+
+        Raises:
+            RunDirectoryError: there is one.
+        """
+        own = [self.prompts, self.origin, self.metrics, self.validation, self.stages, self.report]
+        own += [self.evaluation, self.evaluation_rows, *numbered(self.rollouts, ".parquet").values()]
+        for path in (*own, *self.checkpoints.glob("*.pt")):
+            if path.is_dir():
+                raise RunDirectoryError(f"{path} is a directory, but the run keeps a file there: move it away")
+
+    def strangers(self) -> list[Path]:
+        """What lies among the rollouts and checkpoints, and is none."""
+        found = [path for folder in (self.rollouts, self.checkpoints) if folder.is_dir() for path in folder.iterdir()]
+        own = {*numbered(self.rollouts, ".parquet").values(), *numbered(self.checkpoints, ".pt").values()}
+        own.add(self.checkpoints / "best.pt")
+        return sorted(path for path in found if path not in own and not path.name.startswith("."))
+
     def require_new(self) -> None:
         """Refuse a path that a new run cannot use.
 
@@ -291,11 +325,11 @@ class MetricsLog:
     """Appends a run's scalars to metrics.jsonl and to TensorBoard.
 
     Args:
-        run: an existing run directory; an incomplete last row of its metrics.jsonl is removed.
+        run: an existing run directory; rows of its metrics.jsonl that are damaged are removed.
         keep_until: rows of later iterations are removed from metrics.jsonl and hidden in TensorBoard; None keeps all.
 
     Raises:
-        RunDirectoryError: a file cannot be written, or a row of metrics.jsonl before the last is not JSON.
+        RunDirectoryError: a file cannot be read or written.
     """
 
     def __init__(self, run: RunDirectory, keep_until: int | None = None) -> None:
@@ -361,18 +395,36 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without a last row that a crash left incomplete; empty if the file does not exist.
+    """The rows of metrics.jsonl; empty if the file does not exist.
+
+    A row that a crash left incomplete, or that is no mapping of names to finite numbers with a whole "iteration", is
+    left out with a warning.
 
     Raises:
-        RunDirectoryError: a row before the last is not JSON.
+        RunDirectoryError: the file cannot be read.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    rows: list[dict[str, float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise RunDirectoryError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            log.warning("%s, line %d: left incomplete by a crash, and omitted", path, number)
-    return rows
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    rows = [_row(line) for line in lines]
+    if wrong := [number for number, row in enumerate(rows, start=1) if row is None]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        log.warning("%s, line %d%s: no row of numbers by name, and left out", path, wrong[0], more)
+    return [row for row in rows if row is not None]
+
+
+def _row(line: str) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("iteration")) is not int or row["iteration"] < 0:
+        return None
+    return row if all(_is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

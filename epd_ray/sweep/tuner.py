@@ -28,6 +28,7 @@ from epd_ray.config.loading import to_yaml
 from epd_ray.errors import RunDirectoryError, TaskError
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, plain_seed
+from epd_ray.runs.saved import read_splits
 from epd_ray.runs.stage_one import given_solver
 from epd_ray.runs.trackers import require_trackers, tune_callbacks
 from epd_ray.solvers import Solver
@@ -91,10 +92,7 @@ def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -
     """
     if not (path / PLAN_FILE).is_file():
         raise RunDirectoryError(f"{path} is no sweep: it has no {PLAN_FILE} (epd-ray sweep makes one)")
-    try:
-        prompts = PromptSplits(**json.loads((path / PROMPTS_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunDirectoryError(f"{path / PROMPTS_FILE} cannot be read ({error}): the sweep cannot go on") from error
+    prompts = read_splits(path / PROMPTS_FILE)
     with LocalPlace(path).claimed():
         return _go_on(load_plan(path / PLAN_FILE), prompts, path, observer, callbacks)
 
