@@ -1,4 +1,4 @@
-"""The configurations that ship: they load, they fit 8 GPUs, and the reference's twins are the reference's."""
+"""The configurations that ship: they load, they fit their GPUs, and the reference's twins are the reference's."""
 
 from pathlib import Path
 
@@ -22,6 +22,9 @@ REFERENCE = {
     "sd3_1024": (1024, 4.5, 10, 8, 10, "sd3-1024-distilled"),
     "flux_dev": (1024, 3.5, 8, 8, 10, None),
 }
+
+FEW = {f"{name}_{suffix}": (name, count) for name in ("sd15", "sdxl", "sd3_1024", "flux_dev")
+       for suffix, count in (("1gpu", 1), ("2gpus", 2))}  # fmt: skip
 
 
 def load(name: str) -> RunConfig:
@@ -48,7 +51,7 @@ def test_there_is_a_pair_per_family() -> None:
     there = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("embedded_")} - {
         "sd3_1024_cluster"
     }
-    assert there == {*REFERENCE, *(f"{name}_reference" for name in REFERENCE)}
+    assert there == {*REFERENCE, *(f"{name}_reference" for name in REFERENCE), *FEW}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -71,6 +74,24 @@ def test_both_of_a_pair_run_the_same_model_on_8_gpus(name: str) -> None:
     assert ours.solver.intervals == theirs.solver.intervals and ours.prompts == theirs.prompts
     assert ours.solver.points - ours.solver.start_point == theirs.solver.points  # evaluations
     assert ours.name == name and theirs.name == f"{name}-reference"
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_same_run_fits_one_and_two_gpus(name: str) -> None:
+    whole, count = FEW[name]
+    few, many = load(name), load(whole)
+    assert fits(gpus(few), count) and sum(gpus(few)) == pytest.approx(count)
+    for key in ("model", "revision", "resolution", "dtype", "guidance_scale"):
+        assert getattr(few.backbone, key) == getattr(many.backbone, key), key
+    assert (few.name, few.solver, few.prompts) == (many.name, many.solver, many.prompts)
+    cluster, rdpo = few.cluster, few.rdpo
+    images = rdpo.prompts_per_iteration * rdpo.group_size
+    assert images % (cluster.rollout_actors * cluster.images_per_job) == 0 and images % rdpo.minibatch_size == 0
+    assert images >= many.rdpo.prompts_per_iteration * many.rdpo.group_size
+    weights = {reward.head: reward.weight for reward in few.rewards.values()}
+    assert weights["hpsv2.1"] == 1 and sum(weights.values()) == 1 and len(weights) >= 2  # one is watched
+    assert cluster.encoder_actors == many.cluster.encoder_actors
+    assert "# Memory:" in (FOLDER / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", REFERENCE)
