@@ -123,6 +123,7 @@ def test_a_suite_leaves_everything(small_ray, request_of, calls):
     assert [key for key, _ in calls[:6]] != [key for key, _ in calls[6:12]]  # they take turns, also at coming first
     assert {"sim", "sharpness"} <= set(table) and "scene_accuracy" not in table
     page = (out / "report.html").read_text()
+    assert page.count("<svg") == 1 and "than 50 steps of DDIM / Euler in sim" in page
     assert page.count("data:image/webp") == 6 * 3 and "http" not in page.replace("http://www.w3.org", "")
     (verdict,) = json.loads((out / "results.json").read_text())["verdicts"]
     assert " ".join(lines).startswith(verdict["sentence"]) and verdict["sentence"] in (out / "results.md").read_text()

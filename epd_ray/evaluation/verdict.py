@@ -144,6 +144,11 @@ def principal(evaluation: Evaluation) -> list[SolverRow]:
     return list({row.key: row for row in rows}.values())
 
 
+def ordered(evaluation: Evaluation) -> list[SolverRow]:
+    """All solvers: the principal ones, then the others as they were drawn."""
+    return list({row.key: row for row in [*principal(evaluation), *evaluation.solvers]}.values())
+
+
 def closing(evaluation: Evaluation) -> list[str]:
     """The last lines of a run: a sentence with the verdict, and a small table of the solvers that it is about."""
     said = [line for v in verdicts(evaluation) for line in wrapped(v.sentence, WIDTH).split("\n")]

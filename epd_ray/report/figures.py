@@ -40,20 +40,22 @@ STYLE = {
 }
 
 
-def publish(figure: Figure, path: Path) -> Markup:
-    """Save a figure as PNG, and return it as SVG that uses the page's colours and font.
+def publish(figure: Figure, name: str, folder: Path | None) -> Markup:
+    """Return a figure as SVG that uses the page's colours and font.
 
     Args:
         figure: a figure drawn with STYLE.
-        path: the PNG file; its stem makes the ids in the SVG unique within the page.
+        name: makes the ids in the SVG unique within the page.
+        folder: receives the figure as <name>.png; None writes no file.
     """
-    figure.savefig(path, dpi=200, facecolor=PAPER)
+    if folder is not None:
+        figure.savefig(folder / f"{name}.png", dpi=200, facecolor=PAPER)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)  # ids must be unique in the page
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # ids must be unique in the page
     for colour, name in THEMED.items():
         svg = svg.replace(colour, f"var(--{name})")
     return Markup(svg)
@@ -194,23 +196,25 @@ def cost_curve(methods: Mapping[str, Sequence[Measured]], ours: Collection[str],
     """Draw a metric against the number of evaluations, with a line for each method that has several costs.
 
     Args:
-        methods: the name of each method -> its values.
+        methods: the name of each method -> its values. Beyond as many as there are LOOKS they are drawn faintly, and
+            without intervals.
         ours: the names of the methods that are drawn in colour.
         metric: the metric's name for people.
     """
-    figure = Figure(figsize=(5.4, 3.3 + 0.2 * len(methods)), layout="constrained")
+    told_apart = min(len(methods), len(LOOKS))
+    figure = Figure(figsize=(5.4, 3.3 + 0.2 * told_apart), layout="constrained")
     axes = figure.subplots()
     costs = sorted({point.cost for points in methods.values() for point in points})
     for index, (name, points) in enumerate(methods.items()):
-        mine = name in ours
-        marker, line = LOOKS[index % len(LOOKS)]
-        apart = 1 + 0.05 * (index - (len(methods) - 1) / 2)  # so that intervals at one cost do not cover each other
         found = sorted(points, key=lambda point: point.cost)
-        at, mean = [point.cost * apart for point in found], [point.mean for point in found]
+        at, mean = [point.cost for point in found], [point.mean for point in found]
+        if index >= len(LOOKS):
+            label = "other methods" if index == len(LOOKS) else None
+            axes.plot(at, mean, color=MUTED, alpha=0.45, lw=0.8, marker=".", ms=3, zorder=1, label=label)
+            continue
+        apart = 1 + 0.035 * (index - (told_apart - 1) / 2)  # so that intervals at one cost do not cover each other
         ends = [[p.mean - p.low for p in found], [p.high - p.mean for p in found]]
-        look: dict[str, Any] = {"color": ACCENT if mine else MUTED, "marker": marker, "ls": line if len(at) > 1 else ""}
-        look |= {"ms": 8 if mine else 5.5, "lw": 1.3, "elinewidth": 1.3, "zorder": 3 if mine else 2}
-        axes.errorbar(at, mean, ends, label=name, mfc=ACCENT if mine else PAPER, mew=1.3, **look)
+        _draw_method(axes, [cost * apart for cost in at], mean, ends, name, index, name in ours)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(_apart(costs)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -221,6 +225,15 @@ def cost_curve(methods: Mapping[str, Sequence[Measured]], ours: Collection[str],
     _plain(axes, metric)
     figure.legend(loc="outside upper left", ncols=1, borderpad=0, handlelength=2.4)
     return figure
+
+
+def _draw_method(
+    axes: Axes, at: Sequence[float], mean: Sequence[float], ends: Any, name: str, index: int, mine: bool
+) -> None:
+    marker, line = LOOKS[index]
+    look: dict[str, Any] = {"color": ACCENT if mine else MUTED, "marker": marker, "ls": line if len(at) > 1 else ""}
+    look |= {"ms": 8 if mine else 5.5, "lw": 1.3, "elinewidth": 1.3, "zorder": 3 if mine else 2}
+    axes.errorbar(at, mean, ends, label=name, mfc=ACCENT if mine else PAPER, mew=1.3, **look)
 
 
 def _apart(costs: Sequence[int]) -> list[int]:

@@ -13,13 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from epd_ray.drawing.sampler import EPD
 from epd_ray.errors import RunDirectoryError, shown
+from epd_ray.evaluation.drawings import cost_curves, noise_levels
 from epd_ray.evaluation.records import OURS, SHEET_COLUMNS, Column, Evaluation, SolverRow
 from epd_ray.evaluation.validation import read_curve
-from epd_ray.evaluation.verdict import against_start, principal, verdicts
+from epd_ray.evaluation.verdict import against_start, ordered, verdicts
 from epd_ray.evaluation.wording import decimals
 from epd_ray.report.figures import ACCENT, INK, MUTED, PAPER, STYLE, publish, reward_curve, solver_drawing
 from epd_ray.report.page import data_uri, open_picture, page_template
-from epd_ray.runs.drawings import cost_curves, noise_levels
 from epd_ray.runs.held_out import early_end, held_out
 from epd_ray.runs.origin import read_origin
 from epd_ray.solvers import Solver
@@ -107,8 +107,8 @@ def _drawings(
     folder = files.images
     with rc_context(STYLE):
         return {
-            "curve": publish(reward_curve(rows), folder / "reward_curve.png") if rows else None,
-            "drawing": publish(solver_drawing(tables, OURS), folder / "solver_table.png") if tables else None,
+            "curve": publish(reward_curve(rows), "reward_curve", folder) if rows else None,
+            "drawing": publish(solver_drawing(tables, OURS), "solver_table", folder) if tables else None,
             "costs": cost_curves(evaluation, folder) if evaluation else {},
             "noise": noise_levels(evaluation, tables, folder) if evaluation else None,
         }
@@ -170,7 +170,7 @@ def _load(kind: Any, path: Path) -> Any:
 def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:
     """The solvers that have pictures: the principal ones, then those of the evaluation, then by name."""
     folders = sorted(folder.name for folder in files.samples.iterdir() if folder.is_dir())
-    known = list(dict.fromkeys(row.key for row in [*principal(evaluation), *evaluation.solvers])) if evaluation else []
+    known = [row.key for row in ordered(evaluation)] if evaluation else []
     keys = [key for key in known if key in folders] + [key for key in folders if key not in known]
     return [Column(key, evaluation.solver(key) if evaluation else None) for key in keys[:SHEET_COLUMNS]]
 

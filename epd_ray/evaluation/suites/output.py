@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib import rc_context
 
+from epd_ray.evaluation.drawings import cost_curves
 from epd_ray.evaluation.records import SHEET_COLUMNS, Column
 from epd_ray.evaluation.suites.definition import FID_METRIC, Suite
 from epd_ray.evaluation.suites.directory import ResultsDirectory
@@ -26,8 +28,9 @@ from epd_ray.evaluation.suites.tables import (
     number,
     tabulate,
 )
-from epd_ray.evaluation.verdict import Verdict, verdicts
+from epd_ray.evaluation.verdict import Verdict, ordered, verdicts
 from epd_ray.evaluation.wording import NOTHING, WIDTH, duration, plain, wrapped
+from epd_ray.report.figures import STYLE
 from epd_ray.report.page import data_uri, page_template
 from epd_ray.storage.run_directory import package_versions, whole, write_text
 
@@ -40,6 +43,7 @@ SOURCES = {
     "differences.",
 }
 """Suite -> where the paper's values come from, and what to keep in mind when comparing."""
+TIMES = "A time is the median over batches, which the solvers drew in turns."
 PROMPTS = "prompts.json"  # the file in which `epd-ray ab make` looks for the prompts of two folders of pictures
 
 
@@ -62,7 +66,7 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
     heads = {name: head.head for name, head in subject.config.rewards.items()}
     table = tabulate(suite, summary, heads, features.is_fid)
     found = verdicts(summary.comparison.evaluation, timing(summary.times))
-    said = [subject.sentence, *notes(table)]
+    said = [subject.sentence, TIMES, *notes(table)]
     _write_rows(results, suite, subject.pictures)
     if results.pictures.is_dir():
         write_text(results.pictures / PROMPTS, json.dumps(subject.pictures.prompts, indent=2))
@@ -176,11 +180,13 @@ def write_page(
         RunDirectoryError: a picture is damaged, or the disk refuses.
     """
     evaluation = summary.comparison.evaluation
-    columns = [Column(row.key, row) for row in evaluation.solvers if (results.pictures / row.key).is_dir()]
+    columns = [Column(row.key, row) for row in ordered(evaluation) if (results.pictures / row.key).is_dir()]
     columns = columns[:SHEET_COLUMNS]
     is_fid = table.suite.name == "paper-fid"
     fid = fid_lines(table) if is_fid else {}
     ours = {sampler.key for sampler in table.suite.ours}
+    with rc_context(STYLE):
+        curves = {} if is_fid else cost_curves(evaluation, None)
     page = page_template("suite.html.j2").render(
         name=results.path.resolve().name,
         suite=table.suite.name,
@@ -189,6 +195,7 @@ def write_page(
         facts=_facts(table, summary),
         columns=columns,
         sheet=_sheet(results, columns, summary.comparison.prompts),
+        costs=curves,
         compares=table.compares,
         notes=said,
         fid={m: {nfe: _row(row, ours) for nfe, row in rows.items()} for m, rows in fid.items()},

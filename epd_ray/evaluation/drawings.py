@@ -6,37 +6,35 @@ from pathlib import Path
 from markupsafe import Markup
 
 from epd_ray.evaluation.records import Evaluation, SolverRow
-from epd_ray.evaluation.verdict import principal
+from epd_ray.evaluation.verdict import ordered
 from epd_ray.evaluation.wording import named
 from epd_ray.report.figures import Measured, cost_curve, publish, sigma_drawing
 from epd_ray.solvers import Solver
 from epd_ray.telemetry.progress import counted
 
 
-def cost_curves(evaluation: Evaluation, folder: Path) -> dict[str, Markup]:
-    """Draw each metric against the number of evaluations.
+def cost_curves(evaluation: Evaluation, folder: Path | None) -> dict[str, Markup]:
+    """Draw each metric of which more is better against the number of evaluations.
 
     Args:
         evaluation: the results.
-        folder: receives cost_<metric>.png.
+        folder: receives cost_<metric>.png; None writes no files.
 
     Returns:
         The name of each metric for people -> its drawing as SVG.
     """
     ours = {row.label for key in evaluation.ours if (row := evaluation.solver(key))}
     found = {}
-    for metric in evaluation.metrics:
+    for metric in evaluation.scores:
         methods: dict[str, list[Measured]] = {}
-        for row in [*principal(evaluation), *evaluation.solvers]:
+        for row in ordered(evaluation):
             if metric in row.metrics:
                 value = row.metrics[metric]
-                points = methods.setdefault(row.label, [])
                 point = Measured(row.model_evals, value.mean, value.low, value.high)
-                if point not in points:
-                    points.append(point)
+                methods.setdefault(row.label, []).append(point)
         if methods:
             figure = cost_curve(methods, ours, named(metric))
-            found[named(metric)] = publish(figure, folder / f"cost_{metric.replace('/', '-')}.png")
+            found[named(metric)] = publish(figure, f"cost_{metric.replace('/', '-')}", folder)
     return found
 
 
@@ -48,7 +46,7 @@ def noise_levels(evaluation: Evaluation, tables: Mapping[str, Solver], folder: P
         tables: the keys of the learned solvers -> the solvers.
         folder: receives sigmas.png.
     """
-    rows = {row.key: row for row in [*principal(evaluation), *evaluation.solvers] if row.sigmas}
+    rows = {row.key: row for row in ordered(evaluation) if row.sigmas}
     if not rows:
         return None
     names = {key: _name(row) for key, row in rows.items()}
@@ -57,7 +55,7 @@ def noise_levels(evaluation: Evaluation, tables: Mapping[str, Solver], folder: P
         {names[key]: solver for key, solver in tables.items() if key in names},
         {names[key] for key in evaluation.ours if key in names},
     )
-    return publish(figure, folder / "sigmas.png")
+    return publish(figure, "sigmas", folder)
 
 
 def _name(row: SolverRow) -> str:
