@@ -7,9 +7,21 @@ from typing import get_args
 import pytest
 
 from epd_ray.config.sections import PromptsConfig
-from epd_ray.embedded.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Split, Thing
+from epd_ray.embedded.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    ONE_THING,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TWO_THINGS,
+    Scene,
+    Split,
+    Thing,
+)
 from epd_ray.errors import PromptError
-from epd_ray.prompts.splits import BUILTIN, ONE_THING, TWO_THINGS, builtin_prompts, load_prompts
+from epd_ray.prompts.splits import BUILTIN, builtin_prompts, load_prompts
 
 
 def prompt_file(folder: Path, content: str | bytes) -> str:

@@ -24,6 +24,7 @@ from epd_ray.embedded.scenes import (
     random_scene,
     render,
 )
+from epd_ray.errors import PromptError
 from jobs import build_shapes
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -172,3 +173,9 @@ def test_a_stage_of_the_build_goes_on_from_its_checkpoint(tmp_path):
     assert second.step > first.step and second.elapsed >= 0.12
     assert json.loads((tmp_path / "one.json").read_text())["step"] == second.step
     assert 0 <= second.optimizers[0].param_groups[0]["lr"] < 0.1
+
+
+@pytest.mark.parametrize(("two_things", "there"), [(0.0, 155), (0.5, 2310), (1.0, 2155)])
+def test_more_scenes_than_there_are_is_an_error(two_things, there):
+    with pytest.raises(PromptError, match=rf"{there + 1} validation scenes asked, {there} exist"):
+        distinct_scenes("validation", there + 1, 0, two_things)

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from epd_ray.errors import PromptError
 from epd_ray.randomness import Purpose, stream
 
 CANVAS = 64
@@ -52,6 +53,10 @@ RELATIONS: dict[str, tuple[int, int]] = {  # direction from the second thing to 
     "above": (0, -1),
     "below": (0, 1),
 }
+ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}
+TWO_THINGS: dict[Split, int] = {"train": 16961, "validation": 2155, "test": 2124}
+"""Number of different scenes with one and with two objects."""
+
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -154,11 +159,19 @@ def random_scenes(rng: np.random.Generator, split: Split, two_things: float = 0.
             yield scene
 
 
+def count_scenes(split: Split, two_things: float) -> int:
+    """The number of different scenes of a split, of which the share `two_things` in [0, 1] has two objects."""
+    return (ONE_THING[split] if two_things < 1 else 0) + (TWO_THINGS[split] if two_things > 0 else 0)
+
+
 def distinct_scenes(split: Split, count: int, seed: int, two_things: float) -> list[Scene]:
     """`count` different scenes of a split; equal arguments give equal scenes.
 
-    This never returns if the split has fewer scenes (see epd_ray.prompts.splits.ONE_THING and TWO_THINGS).
+    Raises:
+        PromptError: the split has fewer scenes.
     """
+    if count > (there := count_scenes(split, two_things)):
+        raise PromptError(f"{count} {split} scenes asked, {there} exist with two_things={two_things:g}: ask for fewer")
     found: dict[Scene, Scene] = {}
     for scene in random_scenes(stream(Purpose.SCENES, seed), split, two_things):
         found.setdefault(scene.canonical(), scene)

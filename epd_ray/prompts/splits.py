@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from epd_ray.embedded.scenes import Split, distinct_scenes
+from epd_ray.embedded.scenes import Split, count_scenes, distinct_scenes
 from epd_ray.errors import PromptError
 from epd_ray.prompts.files import read_prompts
 
 SHAPES, BUILTIN = "shapes", "builtin"
 """Sources without a file: captions of the embedded model's scenes, and prompts that were written for this project."""
-
-ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}
-TWO_THINGS: dict[Split, int] = {"train": 16961, "validation": 2155, "test": 2124}
-"""Number of different scenes with one and with two objects."""
 
 BUILTIN_FILES: dict[Split, Path] = {
     split: Path(__file__).parent / "builtin" / f"{split}.csv" for split in ("train", "validation", "test")
@@ -107,7 +103,7 @@ def _first_builtin(split: Split, count: int) -> list[str]:
 
 
 def _captions(split: Split, count: int, seed: int, two_things: float) -> list[str]:
-    available = (ONE_THING[split] if two_things < 1 else 0) + (TWO_THINGS[split] if two_things > 0 else 0)
+    available = count_scenes(split, two_things)
     if count > available:
         fix = "ask for fewer" if 0 < two_things < 1 else "ask for fewer, or set it to 0.5"
         raise PromptError(
