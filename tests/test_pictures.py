@@ -262,7 +262,14 @@ def test_a_name_that_is_no_text_is_left_out(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
     found = files_below(tmp_path)
-    assert names_in(tmp_path, found.files) == ["a.png"] and found.left_out == ["\\udcff.png"]
+    assert names_in(tmp_path, found.files) == ["a.png"] and found.left_out == ["\udcff.png"]
+
+
+def test_what_is_left_out_is_one_bounded_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", f".a\nb{'x' * 200}.png")
+    picture_files(tmp_path)
+    (line,) = caplog.messages
+    assert "1 left out" in line and "\n" not in line and len(line) < 400
 
 
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from epd_ray.errors import SourceError, importing
+from epd_ray.errors import SourceError, importing, shown
 from epd_ray.prompts.tables import COLUMNS, find_column
 from epd_ray.prompts.text import MOST_BYTES, decode_text
-from epd_ray.storage.pictures import IMAGE_SUFFIXES, UNREAD_SUFFIXES, is_hidden
+from epd_ray.storage.pictures import IMAGE_SUFFIXES, UNREAD_SUFFIXES, is_hidden, is_text
 
 NESTED = (".tar", ".tgz", ".gz", ".zip", ".parquet")  # a member of such a kind may hold pictures, which are not read
 
@@ -42,8 +42,9 @@ def tar_pictures(path: Path) -> tuple[list[TarPicture], list[str]]:
     """The pictures of a WebDataset tar in their order, and the names of those that are left out.
 
     The prompt of a picture x.png is x.txt, or else the prompt in x.json. Members with equal names up to the first dot
-    are one sample: x.image.png has its own x.image.txt, or else that of x, if there is no x.png, whose part it then
-    is. Left out are hidden members (see `is_hidden`), links, sparse members, parts of samples, and kinds not read.
+    are one sample. A picture x.image.png has the prompt of x.image, or else of x. If x.image has no prompt and the
+    sample has a picture x.png, then x.image.png is a part of the sample, such as a mask, and is left out. Also left out
+    are hidden members (see `is_hidden`), links, sparse members, names that are not UTF-8, and kinds that are not read.
 
     Raises:
         SourceError: the tar is damaged or compressed, or has a text twice.
@@ -84,19 +85,26 @@ def _add(found: _Members, member: tarfile.TarInfo, file: IO[bytes], path: Path) 
     if member.isdir() or (texts is None and suffix not in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES, *NESTED)):
         return
     if texts is not None:
-        if is_hidden(name) or not member.isreg():
+        if is_hidden(name) or not _is_plain(member):
             return
         if member.size > MOST_BYTES:
-            raise SourceError(f"{path}: {member.name!r} has {member.size:,} bytes, expected a prompt: leave it out")
+            raise SourceError(
+                f"{path}: {shown(member.name)} has {member.size:,} bytes, expected a prompt: leave it out"
+            )
         if _stem(name) in texts:
-            raise SourceError(f"{path} has {member.name!r} twice: keep one of them")
+            raise SourceError(f"{path} has {shown(member.name)} twice: keep one of them")
         file.seek(member.offset_data)
         text = decode_text(file.read(member.size), f"{path}, {member.name}")
         texts[_stem(name)] = text if suffix == ".txt" else _prompt_of(text, f"{path}, {member.name}")
-    elif suffix not in IMAGE_SUFFIXES or is_hidden(name) or not member.isreg() or member.issparse():
+    elif suffix not in IMAGE_SUFFIXES or is_hidden(name) or not is_text(name) or not _is_plain(member):
         found.left_out.append(member.name)
     else:
         found.pictures.append((name, (member.offset_data, member.size)))
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member's bytes lie in the tar as they are."""
+    return member.isreg() and not member.issparse()
 
 
 def _stem(name: PurePosixPath) -> str:

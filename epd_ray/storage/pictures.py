@@ -17,7 +17,7 @@ from typing import IO
 
 from PIL import Image
 
-from epd_ray.errors import PictureError
+from epd_ray.errors import PictureError, shown
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +192,8 @@ def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Found
         if suffix not in suffixes and suffix not in UNREAD_SUFFIXES:
             continue
         name = path.relative_to(folder)
-        if suffix in UNREAD_SUFFIXES or is_hidden(name) or not path.is_file() or _printable(name) != name.as_posix():
-            left_out.append(_printable(name))
+        if suffix in UNREAD_SUFFIXES or is_hidden(name) or not path.is_file() or not is_text(name):
+            left_out.append(name.as_posix())
         else:
             files.append(path)
     return Found(in_order(folder, files), sorted(left_out))
@@ -208,12 +208,12 @@ def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
         try:
             status = here.stat()
             if (status.st_dev, status.st_ino) in seen:
-                left_out.append(f"{_printable(here.relative_to(folder))}/")
+                left_out.append(f"{here.relative_to(folder).as_posix()}/")
                 continue
             seen.add((status.st_dev, status.st_ino))
             paths = sorted(here.iterdir())
         except OSError as error:
-            left_out.append(f"{_printable(here.relative_to(folder))}/ ({error.strerror})")
+            left_out.append(f"{here.relative_to(folder).as_posix()}/ ({error.strerror})")
             continue
         for path in paths:
             if not path.is_dir():
@@ -224,9 +224,9 @@ def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
                 waiting.append(path)
 
 
-def _printable(name: PurePath) -> str:
-    """A name as text; bytes in it that are not UTF-8, for which Python has no character, are written as \\udc80."""
-    return name.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+def is_text(name: PurePath) -> bool:
+    """Whether a name is valid UTF-8; Python reads other bytes as halves of characters, which no table can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in name.as_posix())
 
 
 def is_hidden(name: PurePath) -> bool:
@@ -255,5 +255,5 @@ def say_left_out(source: object, names: Sequence[str]) -> None:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         log.warning(
             "%s: %d left out (hidden, linked twice, unreadable, or no single picture of a kind that is read): %s%s",
-            source, len(names), ", ".join(names[:NAMED]), more,
+            source, len(names), ", ".join(map(shown, names[:NAMED])), more,
         )  # fmt: skip
