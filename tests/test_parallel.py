@@ -394,3 +394,99 @@ def test_facts_that_the_solver_lacks_come_from_the_pipeline(load: Any) -> None:
     restore(pipe)
     parallelize(pipe, Solver(full.table, full.sigmas, "ve"))
     assert torch.equal(call(pipe, family), expected)
+
+
+def test_takes_a_name_as_from_pretrained_does(load: Any, tmp_path: Any) -> None:
+    family = FAMILIES["sd3"]
+    make_solver(family).save_pretrained(tmp_path)
+    expected = call(parallelize(load("sd3"), make_solver(family)), family)
+    assert torch.equal(call(parallelize(load("sd3"), tmp_path), family), expected)
+    assert parallelize(load("flux"), "flux-rl").scheduler.config.backbone == "flux"
+    with pytest.raises(TableError, match="preset"):
+        parallelize(load("flux"), "flux-lr")
+
+
+def test_a_window_that_counts_calls_is_refused(load: Any) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    expected = call(parallelize(pipe, make_solver(family)), family)
+    for window in ({}, {"skip_layer_guidance_start": 0.9, "skip_layer_guidance_stop": 1.0}):
+        with pytest.raises(TableError, match="skip_guidance_layers"):
+            call(pipe, family, skip_guidance_layers=[1], **window)
+    assert torch.equal(call(pipe, family), expected)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank addition, whose strength is a setting as in peft."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scaling = base, {"default": 1.0}
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scaling["default"] * self.up(self.down(x))
+
+
+@torch.no_grad()
+def test_replicas_follow_the_network(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, family = load("sd3"), FAMILIES["sd3"]
+    solver = make_solver(family)
+    parallelize(pipe, solver, ["cpu", "cpu"])
+    learned, before = pipe.scheduler, call(pipe, family)
+    attention = pipe.transformer.transformer_blocks[0].attn
+    original = attention.to_q
+    torch.manual_seed(0)
+    adapted = Adapted(original)
+
+    def strengthen() -> None:
+        adapted.scaling["default"] = 3.0
+
+    for change in (
+        lambda: setattr(attention, "to_q", adapted), strengthen, lambda: adapted.up.weight.mul_(2.0),
+        lambda: setattr(attention, "to_q", original),
+    ):  # fmt: skip
+        change()
+        pipe.scheduler = learned
+        shared = call(pipe, family)
+        alone = sequential(pipe, "sd3", solver)
+        assert difference(shared, alone) < 1e-5
+        if attention.to_q is adapted:
+            assert difference(shared, before) > 1e-4
+    monkeypatch.setattr("epd_ray.deploy.parallelize._replica", lambda *_: pytest.fail("copied without a change"))
+    pipe.scheduler = learned
+    assert torch.equal(call(pipe, family), before)
+
+
+def test_replicas_follow_a_lora_adapter(load: Any) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need the peft package, which this project does not")
+    pipe, family = load("sd"), FAMILIES["sd"]
+    solver = make_solver(family)
+    parallelize(pipe, solver, ["cpu", "cpu"])
+    learned, before = pipe.scheduler, call(pipe, family)
+    pipe.unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"]))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.5)
+    for change in (lambda: None, pipe.unet.disable_adapters, pipe.unet.enable_adapters, pipe.unet.fuse_lora):
+        change()
+        pipe.scheduler = learned
+        shared = call(pipe, family)
+        assert difference(shared, sequential(pipe, "sd", solver)) < 1e-5
+    assert difference(shared, before) > 1e-3
+
+
+def test_a_compiled_network_is_compiled_once_for_each_batch_size(load: Any) -> None:
+    pipe, family = load("sd"), FAMILIES["sd"]
+    solver = make_solver(family)
+    expected = sequential(pipe, "sd", solver)
+    sizes: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    parallelize(pipe, solver)
+    pipe.unet.compile(backend=backend)
+    assert difference(call(pipe, family), expected) < 1e-5
+    assert 1 <= len(sizes) <= 3 and min(sizes) > 100  # the network for one and for two points a row, and no hook

@@ -22,7 +22,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALL = 'pip install -e ".[test]" && pytest'
 TRAINING = "from epd_ray.rdpo.config import RDPOConfig"
 SCHEDULER = "from epd_ray import EPDScheduler"
-PARALLEL = "from epd_ray import Solver, parallelize"
+PARALLEL = "from epd_ray import parallelize"
 SHOWN = {"train", "sample", "evaluate", "doctor", "fetch", "distill", "tables", "results", "ab", "bench"}
 
 

@@ -782,7 +782,7 @@ def test_card() -> None:
         'pipe = DiffusionPipeline.from_pretrained("tiny/sd3")',
         'pipe.scheduler = EPDScheduler.from_pretrained("me/fast", like=pipe.scheduler)',
         'image = pipe("a red circle", num_inference_steps=3, guidance_scale=4.5).images[0]',
-        'pipe = parallelize(pipe, Solver.from_pretrained("me/fast"))  # devices=["cuda:0", "cuda:1"]',
+        'pipe = parallelize(pipe, "me/fast")  # devices=["cuda:0", "cuda:1"]',
         'solver = Solver.from_pretrained("me/fast")',
         "| resolution | `512` |",
         "| Interval (sigma) | Positions | Weights | Direction scales | Time scales |\n|---|---|---|---|---|\n",

@@ -1,6 +1,7 @@
 """Latency mode: a diffusers pipeline evaluates the points of an interval in one batch, or each on its own device."""
 
 import copy
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,17 +24,19 @@ SHARED = frozenset({"txt_ids", "img_ids"})
 """Inputs of a network without a batch dimension, whatever their first size is."""
 
 
-def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.device] | None = None) -> Pipeline:
+def parallelize(
+    pipe: Pipeline, solver: Solver | str | os.PathLike[str], devices: Sequence[str | torch.device] | None = None
+) -> Pipeline:
     """Let a pipeline run a solver with all points of an interval evaluated at once; the pipeline is called as before.
 
     The pipeline is changed in place: it gets another scheduler, and its network gets hooks that act as long as that
-    scheduler is in use. `restore` undoes this. Load adapters first, because the networks on further devices are copies
-    of the network as it is now.
+    scheduler is in use. `restore` undoes this. The networks on further devices are copies of the network, which are
+    made anew when its weights or adapters have changed.
 
     Args:
         pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image.
-        solver: made for the pipeline's model; facts about the network that its meta lacks are taken from the
-            pipeline's scheduler.
+        solver: made for the pipeline's model, or what `Solver.from_pretrained` takes: a directory, a preset or a hub
+            id. Facts about the network that its meta lacks are taken from the pipeline's scheduler.
         devices: the devices that share the points. The first must be the device of the network; at most as many are
             used as there are points to evaluate. None means the network's device alone.
 
@@ -46,6 +49,8 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
     """
     whole: Any = pipe
     door = _door(whole)
+    if not isinstance(solver, Solver):
+        solver = Solver.from_pretrained(solver)
     if solver.form not in (None, door.form):
         raise ModelError(
             f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
@@ -62,11 +67,11 @@ def parallelize(pipe: Pipeline, solver: Solver, devices: Sequence[str | torch.de
     used = _devices(devices, network)[: solver.table.points - solver.table.start_point]
     scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
     scheduler.set_parallel(True)
-    replicas = [_replica(network, device) for device in used[1:]]
-    expansion = _Expansion(weakref.ref(whole), scheduler, door, replicas)
+    expansion = _Expansion(weakref.ref(whole), scheduler, door, _Replicas(network, used[1:]))
     handles = (
-        network.register_forward_pre_hook(expansion.before, with_kwargs=True),
-        network.register_forward_hook(expansion.after),
+        # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
+        network.register_forward_pre_hook(torch.compiler.disable(expansion.before), with_kwargs=True),
+        network.register_forward_hook(torch.compiler.disable(expansion.after)),
     )
     _installed[whole] = _Installed(whole.scheduler, expansion, handles)
     whole.scheduler = scheduler
@@ -93,6 +98,32 @@ def restore(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
+class _Replicas:
+    """Copies of a network on further devices, made anew when it has changed, as by an adapter that was loaded later."""
+
+    def __init__(self, network: nn.Module, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._own_hooks = {*network._forward_pre_hooks, *network._forward_hooks}
+        self._made: list[nn.Module] = []
+        self._state: object = None
+        self.of(network)
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def of(self, network: nn.Module) -> list[nn.Module]:
+        """The copies of the network as it is now."""
+        if self._devices and (state := _state(network)) != self._state:
+            self._made = []  # frees its memory first
+            self._made = [_replica(network, device) for device in self._devices]
+            for replica in self._made:
+                for hooks in (replica._forward_pre_hooks, replica._forward_hooks):
+                    for added in hooks.keys() - self._own_hooks:  # those of `parallelize`
+                        del hooks[added]
+            self._state = state
+        return self._made
+
+
 class _Expansion:
     """The hooks around the network of a parallelized pipeline.
 
@@ -100,12 +131,10 @@ class _Expansion:
     their outputs with that of the network itself.
     """
 
-    def __init__(
-        self, pipe: "weakref.ref[Any]", scheduler: EPDScheduler, door: Door, replicas: Sequence[nn.Module]
-    ) -> None:
+    def __init__(self, pipe: "weakref.ref[Any]", scheduler: EPDScheduler, door: Door, replicas: _Replicas) -> None:
         self.scheduler = scheduler
         self._pipe, self._door, self._replicas = pipe, door, replicas
-        self._pool = ThreadPoolExecutor(len(replicas), "epd-points") if replicas else None
+        self._pool = ThreadPoolExecutor(len(replicas), "epd-points") if len(replicas) else None
         self._pending: tuple[int, list[Future[Tensor]]] | None = None
 
     def before(
@@ -126,7 +155,7 @@ class _Expansion:
             mode = _Mode.here(points.hidden.device.type)
             futures = [
                 self._pool.submit(_forward, replica, _move(inputs, _device(replica)), mode)
-                for replica, inputs in zip(self._replicas, others, strict=True)
+                for replica, inputs in zip(self._replicas.of(network), others, strict=True)
             ]
             self._pending = len(points.hidden), futures
         return (), own
@@ -230,6 +259,17 @@ def _replica(network: nn.Module, device: torch.device) -> nn.Module:
     }
     memo |= {id(b): b.detach().to(device, copy=True) for b in network.buffers() if type(b) is Tensor}
     return copy.deepcopy(network, memo).to(device)
+
+
+def _state(network: nn.Module) -> object:
+    """What differs when a network was changed: its modules, its tensors, and the settings of peft's adapters."""
+    settings = ("scaling", "_active_adapter", "merged_adapters", "_disable_adapters")  # beside a layer's weights
+    modules = [
+        (name, id(module), repr([vars(module)[key] for key in settings if key in vars(module)]))
+        for name, module in network.named_modules()
+    ]
+    tensors = [*network.parameters(), *network.buffers()]
+    return modules, [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _device(network: nn.Module) -> torch.device:

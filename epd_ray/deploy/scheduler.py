@@ -220,10 +220,17 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             mu: not used, because it only shapes sigmas.
 
         Raises:
-            TableError: the pipeline that asks shall end before the last step.
+            TableError: the pipeline that asks shall end before the last step; or, in parallel mode, it counts calls of
+                the network as steps, which are then fewer.
         """
         intervals = self.solver.table.intervals
-        pipe = _asking_pipeline(self)
+        asking = _asking_call(self)
+        pipe = asking.get("self")
+        if self.parallel and asking.get("skip_guidance_layers") is not None:
+            raise TableError(
+                "skip_guidance_layers acts in a window of the network's calls, which parallelize makes fewer (leave it "
+                "out, or use EPDScheduler without parallelize)"
+            )
         if getattr(pipe, "denoising_end", None) is not None:
             raise TableError(
                 f"denoising_end is {pipe.denoising_end}, expected None: a learned solver does all its "  # type: ignore[union-attr]
@@ -387,8 +394,8 @@ def _beside(own: dict[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, 
 _OF_OURS = frozenset({"use_flow_sigmas"})  # pipelines read it to know how this scheduler behaves
 
 
-def _asking_pipeline(scheduler: EPDScheduler) -> Any:
-    """The pipeline whose call is under way and that has this scheduler; None outside of such a call.
+def _asking_call(scheduler: EPDScheduler) -> Mapping[str, Any]:
+    """The variables of the pipeline's call that is under way with this scheduler; empty outside of such a call.
 
     Diffusers never tells a scheduler where it is, so this looks for the caller's `self`.
     """
@@ -397,9 +404,9 @@ def _asking_pipeline(scheduler: EPDScheduler) -> Any:
         owner = frame.f_locals.get("self")
         named = {kind.__name__ for kind in type(owner).__mro__}  # the import of the class would take seconds
         if "DiffusionPipeline" in named and getattr(owner, "scheduler", None) is scheduler:
-            return owner
+            return frame.f_locals
         frame = frame.f_back
-    return None
+    return {}
 
 
 def _default_steps(pipe: Any) -> int | None:

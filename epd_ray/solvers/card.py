@@ -127,9 +127,9 @@ image = pipe("a red circle", num_inference_steps={n}{scale}).images[0]
 With the points of an interval in one batch, or each on a device of its own, which takes less time per picture:
 
 ```python
-from epd_ray import Solver, parallelize
+from epd_ray import parallelize
 
-pipe = parallelize(pipe, Solver.from_pretrained("{source}"))  # devices=["cuda:0", "cuda:1"]
+pipe = parallelize(pipe, "{source}")  # devices=["cuda:0", "cuda:1"]
 ```
 
 """
