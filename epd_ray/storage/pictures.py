@@ -1,7 +1,7 @@
 """Pictures that people bring: the formats that are read, the one decoder, and the pictures of a folder.
 
-Every `Image.open` of a stranger's file is here and names the formats, because Pillow goes by a file's content rather
-than its name: PostScript that is called x.png would start Ghostscript.
+Every `Image.open` of a stranger's file is here, or where the reward server reads PNG, and names the formats, because
+Pillow goes by a file's content rather than its name: PostScript that is called x.png would start Ghostscript.
 """
 
 import io
