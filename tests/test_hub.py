@@ -52,7 +52,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("sd", write_index("[1, 2]"), "model_index.json names no pipeline class: it is damaged"),
     ("sd", write_index('{"_class_name": 3}'), "model_index.json names no pipeline class: it is damaged"),
     ("sd", without_class, "model_index.json names no pipeline class: it is damaged"),
-    ("sd", lambda d: (d / "model_index.json").write_bytes(b"\xff\xfe{"), "cannot be opened: .*utf-8"),
+    ("sd", lambda d: (d / "model_index.json").write_bytes(b"\xff\xfe{"), "cannot be read: .*UTF-8"),
     ("sd", lambda d: truncate(d / UNET), "damaged weight file"),
     ("flux", lambda d: truncate(d / "transformer/diffusion_pytorch_model.safetensors"), "damaged weight file"),
     ("sd3", lambda d: truncate(d / "text_encoder/model.safetensors"), "damaged weight file"),

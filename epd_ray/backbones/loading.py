@@ -4,7 +4,6 @@ Diffusers and the hub's client are imported inside the functions, because that t
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from epd_ray.backbones.variants import pick_variant
 from epd_ray.embedded.models import require_vocabulary, resolve_model
 from epd_ray.errors import ModelError, shown
+from epd_ray.storage.documents import parse_json
 from epd_ray.weights.devices import pick_device, pick_dtype
 from epd_ray.weights.hub import opening
 
@@ -119,10 +119,7 @@ def read_index(model: str, revision: str | None) -> Index:
 
             path = Path(hf_hub_download(location, INDEX, revision=revision))
             commit, digits = path.parent.name, None  # the cache keeps snapshots/<commit>/
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ModelError(f"model {shown(model)}: {INDEX} is not valid JSON: {error}") from error
+        index = parse_json(path.read_bytes(), f"model {shown(model)}: {INDEX}", ModelError, "fetch the model again")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"model {shown(model)}: {INDEX} names no pipeline class: it is damaged")
     components = {k: v[0] is not None for k, v in index.items() if isinstance(v, list) and len(v) == 2}

@@ -1,6 +1,5 @@
 """`epd-ray rewards`: environments of the reward packages, a server for any head, and checkpoint conversion."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,10 +85,10 @@ def serve(
 ) -> None:
     """Serve a head over HTTP, so that runs on other machines can use it through the head `http`."""
     with ending():
-        try:
-            arguments = json.loads(options)
-        except json.JSONDecodeError as error:
-            raise ConfigError([f"--options {shown(options)} is not JSON: {error}"]) from error
+        from epd_ray.storage.documents import parse_json  # here, since pydantic takes long to import
+
+        what = f"--options {shown(options)}"
+        arguments = parse_json(options, what, lambda said: ConfigError([said]), "give an object")
         if not isinstance(arguments, dict):
             raise ConfigError([f'--options {shown(options)} is no JSON object, such as {{"model": "shapes-clip"}}'])
         from epd_ray.actors.serving import serve_head

@@ -1,10 +1,13 @@
 """The form of evaluation.json: each solver's costs and means, and the paired differences between solvers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel
 
+from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluation.statistics import Interval
+from epd_ray.storage.documents import parse_record
 from epd_ray.telemetry.progress import counted
 
 SHEET_COLUMNS = 8
@@ -129,3 +132,17 @@ class Column:
         if self.row is None:
             return ""
         return f"parallel NFE {self.row.parallel_nfe} · {counted(self.row.model_evals, 'evaluation')}"
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read an evaluation.json.
+
+    Raises:
+        RunDirectoryError: it is missing or damaged.
+    """
+    fix = "evaluate the run again"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror or error} ({fix})") from error
+    return parse_record(Evaluation, data, path, RunDirectoryError, fix)

@@ -1,6 +1,5 @@
 """One document of what several commands measured, with each figure beside the command that made it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.evaluation.suites.tables import markdown
 from epd_ray.report.page import page_template
 from epd_ray.report.tables import figures_of, text
+from epd_ray.storage.documents import read_json
 from epd_ray.storage.run_directory import write_text
 from epd_ray.telemetry.provenance import Provenance, signed_by
 
@@ -92,9 +92,10 @@ def _record(source: Path) -> tuple[dict[str, dict[str, Any]], Provenance]:
     """Read a benchmark's figures by case, and the commands that made them.
 
     Raises:
-        OSError, ValueError: there is no such file, or it is damaged.
+        RunDirectoryError: it is damaged.
+        ValueError: it has another form.
     """
-    record = json.loads(source.read_text(encoding="utf-8"))
+    record = read_json(source, RunDirectoryError, "measure it again")
     cases = record.get("cases") if isinstance(record, dict) else None
     if not isinstance(cases, dict) or not all(isinstance(found, dict) for found in cases.values()):
         raise ValueError("cases is no mapping of mappings")

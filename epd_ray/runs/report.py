@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
 from epd_ray.drawing.sampler import EPD
-from epd_ray.errors import RunDirectoryError, shown
+from epd_ray.errors import RunDirectoryError, first_problem, shown
 from epd_ray.evaluation.drawings import cost_curves, noise_levels
-from epd_ray.evaluation.records import OURS, SHEET_COLUMNS, Column, Evaluation, SolverRow
+from epd_ray.evaluation.records import OURS, SHEET_COLUMNS, Column, Evaluation, SolverRow, read_evaluation
 from epd_ray.evaluation.validation import read_curve
 from epd_ray.evaluation.verdict import against_start, ordered, verdicts
 from epd_ray.evaluation.wording import decimals
@@ -55,7 +55,8 @@ def write_report(run: Path) -> Path:
     if not (files.config.is_file() or files.metrics.is_file() or files.evaluation.is_file()):
         raise RunDirectoryError(f"{run} holds no run: config.yaml, metrics.jsonl and evaluation.json are all missing")
     origin = read_origin(files)
-    rows, evaluation = read_metrics(files.metrics), _load(Evaluation, files.evaluation)
+    rows = read_metrics(files.metrics)
+    evaluation = read_evaluation(files.evaluation) if files.evaluation.is_file() else None
     tables = {
         key: Solver.from_pretrained(folder)
         for key, folder in ((BASE, files.distilled), (OURS, files.solver))
@@ -135,7 +136,7 @@ def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
         raise RunDirectoryError(f"{files.samples} has no prompts.json with prompts, or no columns were asked for")
     if missing := [key for key in columns if not (files.samples / key).is_dir()]:
         raise RunDirectoryError(f"{files.samples} has no folder {shown(missing[0])}")
-    known = _load(Evaluation, files.evaluation)
+    known = read_evaluation(files.evaluation) if files.evaluation.is_file() else None
     side, gap, caption, head = 192, 12, 264, 92
     width, height = caption + len(columns) * (side + gap) + gap, head + len(prompts) * (side + gap) + gap
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -162,9 +163,7 @@ def _load(kind: Any, path: Path) -> Any:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-        raise RunDirectoryError(f"{path} cannot be read: {where}{first['msg']}") from error
+        raise RunDirectoryError(f"{path} cannot be read: {first_problem(error)}") from error
 
 
 def _columns(files: RunDirectory, evaluation: Evaluation | None) -> list[Column]:

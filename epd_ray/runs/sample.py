@@ -15,7 +15,7 @@ from epd_ray.backbones import BACKBONES
 from epd_ray.config.sections import AUTO
 from epd_ray.drawing.sampler import finite_pictures, learned
 from epd_ray.drawing.truncation import warn_of_truncation
-from epd_ray.errors import ConfigError, ModelError, TableError, shown
+from epd_ray.errors import ConfigError, ModelError, TableError, first_problem, shown
 from epd_ray.solvers import Solver, check_fit
 from epd_ray.solvers.conditioned import noises
 from epd_ray.types import Backbone
@@ -82,9 +82,7 @@ def sample(solver_name: str, prompts: Sequence[str], seed: int, out: Path, optio
     try:
         made = _MadeWith.model_validate(dict(solver.meta))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        problem = f"solver {solver_name}: meta.{key}: {first['msg']} (take the solver of a run, or a preset)"
+        problem = f"solver {solver_name}: meta.{first_problem(error)} (take the solver of a run, or a preset)"
         raise TableError(problem) from error
     backbone = _open(made, solver_name, options)
     guidance = next(

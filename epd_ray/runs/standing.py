@@ -7,7 +7,8 @@ from typing import Any
 
 from epd_ray.config.deciding import START, changes
 from epd_ray.config.run_config import RunConfig
-from epd_ray.evaluation.records import Evaluation
+from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluation.records import read_evaluation
 from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.runs.lost import name_strangers, restoring
@@ -91,7 +92,7 @@ def _results(run: RunDirectory) -> list[str] | None:
     if not (run.stages.is_file() and run.report.is_file()):
         return None
     try:
-        return closing(Evaluation.model_validate_json(run.evaluation.read_bytes()))
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): the comparison is made again", run.evaluation, type(error).__name__)
+        return closing(read_evaluation(run.evaluation))
+    except RunDirectoryError as error:
+        log.warning("%s: the comparison is made again", error)
         return None

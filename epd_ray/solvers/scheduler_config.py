@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
-from epd_ray.errors import TableError, shown
+from epd_ray.errors import TableError, first_problem, shown
 from epd_ray.solvers.table import SolverTable
 from epd_ray.types import Form
 
@@ -65,8 +65,7 @@ def parse_facts(values: object, form: str | None) -> SchedulerFacts:
     try:
         facts = SchedulerFacts.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise TableError(f"scheduler.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise TableError(f"scheduler.{first_problem(error)}") from error
     if form not in ("ve", "flow"):
         raise TableError(f"form is {shown(form)}, expected 've' or 'flow' (a scheduler needs to know how noise enters)")
     if (form == "flow") != (facts.prediction_type == "flow_prediction"):

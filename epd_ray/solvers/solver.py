@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, TableError, shown
+from epd_ray.errors import ScheduleError, TableError, first_problem, importing, shown
 from epd_ray.registry import did_you_mean
 from epd_ray.solvers.card import HUB_ID, local_model, model_card, takes_prompts
 from epd_ray.solvers.costs import Cost
@@ -21,6 +22,7 @@ from epd_ray.solvers.epd import Callback, check_options, epd
 from epd_ray.solvers.presets import PRESETS
 from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config
 from epd_ray.solvers.table import COLUMN_NAMES, Rows, SolverTable
+from epd_ray.storage.documents import read_json
 from epd_ray.types import Drift, Form
 
 FILE_NAME = "solver.json"
@@ -201,12 +203,11 @@ class Solver:
             file = path
         else:
             file = PRESETS[name] if name in PRESETS else _download(name, revision)
+        record = read_json(file, TableError, "pass a directory that Solver.save_pretrained wrote")
         try:
-            return cls._parse(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise TableError(f"{file}: {reason} (pass a directory that Solver.save_pretrained wrote)") from error
-        except (TableError, ScheduleError, UnicodeDecodeError) as error:
+            with importing(TableError, "it"):
+                return cls._parse(record)
+        except (TableError, ScheduleError) as error:
             raise TableError(f"{file}: {error}") from error
 
     def _record(self) -> dict[str, JsonValue]:
@@ -221,11 +222,7 @@ class Solver:
         }
 
     @classmethod
-    def _parse(cls, text: str) -> "Solver":
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
-            raise TableError(f"not valid JSON: {error}") from error
+    def _parse(cls, record: Any) -> "Solver":
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
             raise TableError(
@@ -234,8 +231,7 @@ class Solver:
         try:
             file = _SolverFile.model_validate(record)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise TableError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise TableError(first_problem(error)) from error
         table = SolverTable.from_lists({name: getattr(file, name) for name in COLUMN_NAMES})
         sigmas = torch.tensor(file.sigmas, dtype=torch.float64)
         return cls(table, sigmas, file.form, file.afs, file.order, file.meta)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from epd_ray.errors import RunDirectoryError
+from epd_ray.storage.documents import read_json
 from epd_ray.storage.run_directory import write_text
 from epd_ray.telemetry.machine import machine
 
@@ -42,11 +44,18 @@ class Provenance:
         """The provenance from the JSON values that `record` returned.
 
         Raises:
-            ValueError: the record holds no list `commands`, or no mapping `machine`.
+            ValueError: the record holds no list `commands`, or no mapping `machine` with what `where` needs.
         """
-        commands, about = (record.get(name) if isinstance(record, dict) else None for name in ("commands", "machine"))
-        if not isinstance(commands, list) or not isinstance(about, dict):
-            raise ValueError("commands is not a list, or machine is not a mapping")
+        record = record if isinstance(record, dict) else {}
+        commands, about = (record.get(name) for name in ("commands", "machine"))
+        if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+            raise ValueError("commands is not a list of texts")
+        versions = about.get("versions") if isinstance(about, dict) else None
+        if not isinstance(about, dict) or not isinstance(versions, dict) or not {"cores", "cpu"} <= about.keys():
+            raise ValueError("machine is no mapping with cores, cpu and versions")
+        gpus = about.get("gpus") or []
+        if not isinstance(gpus, list) or not all(isinstance(gpu, str) for gpu in gpus):
+            raise ValueError("gpus is not a list of texts")
         return cls(tuple(map(str, commands)), about)
 
     @property
@@ -58,7 +67,7 @@ class Provenance:
         counted = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
         versions = m["versions"]
         assert isinstance(versions, dict)
-        named = (f"{package} {versions[package]}" for package in ("python", "torch", "ray", "epd_ray"))
+        named = (f"{package} {versions.get(package, 'unknown')}" for package in ("python", "torch", "ray", "epd_ray"))
         return ", ".join([f"{m['cores']} cores of {m['cpu']}", *counted, *named])
 
 
@@ -66,8 +75,7 @@ def sign(folder: Path) -> None:
     """Add this process's command to the folder's made_by.json.
 
     Raises:
-        RunDirectoryError: the file cannot be written.
-        OSError, ValueError: an earlier made_by.json cannot be read.
+        RunDirectoryError: the file cannot be written, or an earlier one is damaged.
     """
     path = folder / MADE_BY
     earlier = signed_by(folder).commands if path.is_file() else ()
@@ -78,6 +86,11 @@ def signed_by(folder: Path) -> Provenance:
     """The provenance that `sign` wrote into a folder.
 
     Raises:
-        OSError, ValueError: made_by.json is missing or damaged.
+        RunDirectoryError: made_by.json is missing or damaged.
     """
-    return Provenance.read(json.loads((folder / MADE_BY).read_text(encoding="utf-8")))
+    fix = "remove it, and measure again"
+    record = read_json(folder / MADE_BY, RunDirectoryError, fix)
+    try:
+        return Provenance.read(record)
+    except ValueError as error:
+        raise RunDirectoryError(f"{folder / MADE_BY} is damaged: {error} ({fix})") from error

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from epd_ray.errors import RunDirectoryError, shown
+from epd_ray.storage.documents import read_json
 from epd_ray.storage.parquet import write_table
 from epd_ray.storage.run_directory import unwritable, write_text
 
@@ -113,15 +114,16 @@ class ResultsDirectory:
     def _read(self) -> Manifest | None:
         if not self.manifest.is_file():
             return None
-        try:
-            record = json.loads(self.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(f"{self.manifest} cannot be read ({error}): name another --out") from error
+        record = read_json(self.manifest, RunDirectoryError, "name another --out")
         if not isinstance(record, dict) or not {"format", "samplers"} <= record.keys():
             raise RunDirectoryError(f"{self.manifest} cannot be read (no format or samplers): name another --out")
+        sections = [value for key, value in record.items() if key != "format"]
+        facts = record["samplers"].values() if isinstance(record["samplers"], dict) else ()
+        if not all(isinstance(part, dict) for part in [*sections, *facts]):
+            raise RunDirectoryError(f"{self.manifest} cannot be read (sections are mappings): name another --out")
         found, samplers = record.pop("format"), record.pop("samplers")
         if found != FORMAT:
-            raise RunDirectoryError(f"{self.manifest} has format {found}, expected {FORMAT}: name another --out")
+            raise RunDirectoryError(f"{self.manifest} has format {shown(found)}, expected {FORMAT}: name another --out")
         return Manifest(record, samplers)
 
     def _shard(self, sampler: str, shard: int) -> Path:
