@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from epd_ray.actors.pipeline import TASKS_AHEAD
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.evaluation.comparison import (
@@ -52,7 +53,8 @@ def contest(config: RunConfig, run: RunDirectory, algo: RDPO) -> Contest:
     samplers = [start, ours, slow, *others]
     sigmas = algo.work("steps", [(tuple(samplers),)])[0]
     by_key = dict(zip((sampler.key for sampler in samplers), sigmas, strict=True))
-    return Contest(samplers, algo.images_at_once, slow.key, algo.facts.guidance_scale, by_key)
+    turn = algo.images_at_once // TASKS_AHEAD  # a batch for each actor: many short turns make the median time firm
+    return Contest(samplers, turn, slow.key, algo.facts.guidance_scale, by_key)
 
 
 def comparison(
