@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 
+import psutil
 import pytest
 from _pytest.mark import ParameterSet
 
@@ -18,6 +20,7 @@ from epd_ray.bench.fault_cluster import FAILING_PROMPT, Fault, StuckError, Trap,
 from epd_ray.bench.fault_runs import RUN_EVENTS, RunBench
 from epd_ray.bench.faults import EVENTS, PROMPTS, FaultBench, Trace, compare, failing_task, fault_bench
 from epd_ray.storage.run_directory import RunDirectory
+from tests.conftest import TINY
 
 
 def test_figures_tell_what_is_lost_learned_twice_or_different() -> None:
@@ -125,3 +128,77 @@ def test_a_run_that_fails_says_so_in_one_line_and_can_be_resumed(tmp_path: Path)
     (error,) = errors
     assert re.search(r"failed 3 times, on rollout actors \d+, \d+, last with RuntimeError: this prompt fails$", error)
     assert list(RunDirectory.open(run).checkpoints.glob("*.pt"))  # of the start, from which it goes on once mended
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param("raylet", marks=pytest.mark.slow), pytest.param("gcs_server", marks=pytest.mark.nightly)],
+)
+def test_a_run_whose_own_ray_dies_ends_with_one_line_and_leaves_no_process(tmp_path: Path, victim: str) -> None:
+    run = tmp_path / "run"
+    actors = ["cluster.rollout_actors=1", "cluster.rollout_cpus=0.25", "rewards={sim: {head: simulated}}"]
+    settings = [*TINY, *actors, "distill.enabled=false", "rdpo.iterations=5000", "backbone.options={latency: 0.01}"]
+    command = [sys.executable, "-m", "epd_ray.cli", "train", "--out", str(run), *settings]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env) as process:
+        try:
+            fault_cluster.wait_for("a rollout file", lambda: list(run.glob("rollouts/*.parquet")))
+            family = psutil.Process(process.pid).children(recursive=True)
+            (found,) = [p for p in family if p.name() == victim]
+            assert any(p.name().startswith("ray::") for p in family)  # actors, which have to end too
+            found.kill()
+            killed = time.monotonic()
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert time.monotonic() - killed < 30 and process.returncode == 2, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert f"the {victim} of this command's own Ray died" in line and "--resume" in line
+    assert "Traceback" not in errors
+    fault_cluster.wait_for("the end of its actors", lambda: not [p for p in family if alive(p)])
+    assert list(run.glob("checkpoints/*.pt"))
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs; Ray's agents, which take up to two minutes to end, hold nothing of the run."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE and "Agent" not in process.name()
+
+
+WATCHED = """
+import sys, time
+import ray
+from epd_ray.actors import watch
+from epd_ray.errors import ClusterError
+
+begun = time.monotonic()
+
+class Node:
+    def dead_processes(self):
+        return [("log_monitor", None), *([("gcs_server", None)] if time.monotonic() > begun + 1 else [])]
+
+    def is_head(self):
+        return False
+
+watch.POLL_SECONDS, watch.GRACE_SECONDS = 0.1, 1.0
+ray._private.worker._global_node = Node()
+try:
+    with watch.watched():
+        try:
+            time.sleep(60)
+        except ClusterError:
+            if sys.argv[1] == "stuck":  # in a clean-up that waits for the dead
+                time.sleep(60)
+            raise SystemError("wrapped, as in a call of Ray")
+except ClusterError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(("clean_up", "code"), [("quick", 1), ("stuck", 2)])
+def test_the_watch_over_ray_ends_the_work_and_at_last_the_process(clean_up: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, clean_up], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == code
+    said = [line for line in done.stderr.splitlines() if "gcs_server of this command's own Ray died" in line]
+    assert len(said) == 1 and said[0].startswith("error: ") == (clean_up == "stuck")

@@ -17,6 +17,7 @@ import torch
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
+from epd_ray.actors.watch import watched
 from epd_ray.errors import ClusterError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
 
@@ -105,13 +106,17 @@ def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: 
         address: the address of a cluster; None starts a local Ray, unless RAY_ADDRESS names a cluster.
         env: the names of the environment variables that actors get.
         dashboard: whether a local Ray starts its dashboard.
+
+    Raises:
+        ClusterError: the cluster cannot be joined, or the Ray that was started here died.
     """
     if ray.is_initialized():
         yield
         return
     start_ray(address, env, dashboard)
     try:
-        yield
+        with watched():
+            yield
     finally:
         ray.shutdown()
 
