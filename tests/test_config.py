@@ -451,7 +451,7 @@ def test_what_yaml_allows_is_still_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["a." * 50_000 + "b=1", "x" * 100_000, "x" * 100_000 + "=1", "seed=" + "z" * 10**5]
+    "override", ["a." * 50_000 + "b=1", "x" * 100_000, "x" * 100_000 + "=1", "\nf=1", "seed=" + "z" * 10**5]
 )
 def test_a_long_override_makes_no_long_message(override):
-    assert all(len(line) < 1000 for line in lines_of(load_config, None, [override]))
+    assert all(len(line) < 1000 and "\n" not in line for line in lines_of(load_config, None, [override]))

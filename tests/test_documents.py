@@ -113,3 +113,12 @@ def test_a_forged_solver_makes_a_short_message(tmp_path: Path, change: dict[str,
     with pytest.raises(TableError, match=said):
         Solver.from_pretrained(tmp_path)
     message(Solver.from_pretrained, tmp_path, kind=TableError)
+
+
+def test_an_evaluation_of_one_prompt_has_intervals_that_are_not_known(tmp_path: Path) -> None:
+    solver = {"key": "euler", "label": "Euler", "kind": "euler", "intervals": 4, "parallel_nfe": 4, "model_evals": 4}
+    unknown = {"mean": 0.5, "low": float("nan"), "high": float("nan")}
+    record = {"split": "test", "prompts": 1, "metrics": ["clip"], "solvers": [{**solver, "metrics": {"clip": unknown}}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    found = read_evaluation(tmp_path / "evaluation.json")
+    assert found.solvers[0].metrics["clip"].mean == 0.5 and not found.solvers[0].metrics["clip"].known

@@ -149,8 +149,8 @@ def apply_override(data: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         return f"{shown(override)[1:-1]}: expected key=value, such as rdpo.lr=1e-3"
-    if len(key) > SHOWN_CHARS:
-        return f"{shown(key)}: no key is so long"
+    if len(key) > SHOWN_CHARS or not key.isprintable():
+        return f"{shown(key)}: no key is so long, or has such characters"
     try:
         value = parse(text, f"{key}: {shown(text)}")
     except ConfigError as error:

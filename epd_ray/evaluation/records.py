@@ -145,4 +145,4 @@ def read_evaluation(path: Path) -> Evaluation:
         data = path.read_bytes()
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror or error} ({fix})") from error
-    return parse_record(Evaluation, data, path, RunDirectoryError, fix)
+    return parse_record(Evaluation, data, path, RunDirectoryError, fix, finite=False)  # an unknown interval is NaN

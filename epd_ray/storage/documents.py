@@ -34,7 +34,7 @@ def read_json(path: Path, kind: Kind, fix: str) -> Any:
     return parse_json(data, path, kind, fix)
 
 
-def parse_json(data: bytes | str, what: object, kind: Kind, fix: str) -> Any:
+def parse_json(data: bytes | str, what: object, kind: Kind, fix: str, *, finite: bool = True) -> Any:
     """Read a JSON document.
 
     Args:
@@ -42,6 +42,7 @@ def parse_json(data: bytes | str, what: object, kind: Kind, fix: str) -> Any:
         what: what it is, for the message.
         kind: makes the error of its message.
         fix: what to do about it, for the message.
+        finite: whether NaN and infinities, which Python writes although JSON has none, are refused.
 
     Raises:
         EpdRayError: of this kind; it is not JSON, has a key twice, a number that no float64 holds, more than
@@ -50,14 +51,18 @@ def parse_json(data: bytes | str, what: object, kind: Kind, fix: str) -> Any:
     with importing(kind, what):
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         try:
-            found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+            found = json.loads(
+                text, object_pairs_hook=_unique, parse_constant=_refuse if finite else float, parse_float=_finite
+            )
             _check(found)
         except ValueError as error:
             raise kind(f"{what} is not valid JSON: {str(error)[: 2 * SHOWN_CHARS]} ({fix})") from error
     return found
 
 
-def parse_record(model: type[Model], data: bytes | str, what: object, kind: Kind, fix: str) -> Model:
+def parse_record(
+    model: type[Model], data: bytes | str, what: object, kind: Kind, fix: str, *, finite: bool = True
+) -> Model:
     """Read a JSON document of a known form.
 
     Args:
@@ -67,7 +72,7 @@ def parse_record(model: type[Model], data: bytes | str, what: object, kind: Kind
     Raises:
         EpdRayError: of this kind; it is not JSON, or has another form.
     """
-    found = parse_json(data, what, kind, fix)
+    found = parse_json(data, what, kind, fix, finite=finite)
     try:
         return model.model_validate(found)
     except ValidationError as error:
