@@ -20,7 +20,7 @@ from epd_ray.config.loading import load_config
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALL = 'pip install -e ".[test]" && pytest'
-TRAINING = "from epd_ray.rdpo.config import RDPOConfig"
+TRAINING = "from epd_ray import RDPOConfig"
 SCHEDULER = "from epd_ray import EPDScheduler"
 PARALLEL = "from epd_ray import parallelize"
 SHOWN = {"train", "sample", "evaluate", "doctor", "fetch", "distill", "tables", "results", "ab", "bench"}

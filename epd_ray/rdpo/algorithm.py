@@ -12,7 +12,8 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_LEARNER, DEFAULT_MODULE_ID
+from ray.rllib.callbacks.utils import make_callback
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -29,26 +30,32 @@ from epd_ray.actors.pipeline import Outcome, RolloutPipeline
 from epd_ray.actors.reward_pool import RewardPool
 from epd_ray.actors.tasks import Method, Task, rollout_task
 from epd_ray.actors.waiting import Watch
+from epd_ray.config.sections import DistillConfig, PromptsConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError
 from epd_ray.policy.dirichlet import TableDistribution, clamp_scale_time
+from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.ahead import Ahead
 from epd_ray.rdpo.batch import ScoredRollout, join, learner_arguments, summarise
 from epd_ray.rdpo.clock import PhaseClock
 from epd_ray.rdpo.config import RDPOConfig, placement
 from epd_ray.rdpo.lasting_learner import LastingLearner
 from epd_ray.rdpo.learner_group import SoleLearnerGroup
+from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.policy_window import PolicyWindow, rebased
 from epd_ray.rdpo.runner import runner_pool
 from epd_ray.rdpo.side_work import SideWork
+from epd_ray.rdpo.surface import Refusals
 from epd_ray.solvers import SolverTable
+from epd_ray.stage_one.fit import StageOne, fit_table
+from epd_ray.stage_one.shard import as_table
 from epd_ray.telemetry.memory import Memory
 from epd_ray.types import OnImages, Sampled
 
 RDPO_RESULTS = "rdpo"
-EMBEDDED_PROMPTS = 256
+EMBEDDED_PROMPTS, EMBEDDED_HELD_OUT = PromptsConfig().num_train, PromptsConfig().validation
 LOSSES = ("policy_loss", "approx_kl", "clipfrac", "behaviour_kl", "learning_rate")
 
 
@@ -67,7 +74,7 @@ class Iteration:
     rollouts: tuple[ScoredRollout, ...]
 
 
-class RDPO(Algorithm):  # type: ignore[misc]
+class RDPO(Refusals, Algorithm):  # type: ignore[misc]
     """Draws tables, makes pictures with them, scores the pictures, and updates the policy.
 
     The stages of up to `staleness` iterations overlap. Everything that an iteration does follows from the seed, the
@@ -114,9 +121,14 @@ class RDPO(Algorithm):  # type: ignore[misc]
     def _build(self, config: RDPOConfig) -> None:
         tag = f"{self.trial_id}-{os.getpid()}-{time.time_ns() % 10**6}"
         self._start_encoder(tag)
-        own: RDPOConfig = self.config
+        self._tag = tag
         super().setup(config)
-        self._start_pipeline(tag)
+
+    def _set_up_metrics(self) -> None:
+        """RLlib's metrics and our own parts: this is RLlib's last step before on_algorithm_init, which finds all."""
+        super()._set_up_metrics()
+        own: RDPOConfig = self.config
+        self._start_pipeline(self._tag)
         self._mixer = own.mixer()
         self._side = SideWork(self._pipeline, own.images_per_job, list(own.reward_specs), self._mixer)
         self.facts: BackboneFacts = self.work("describe", [(own.table.intervals,)])[0]
@@ -125,7 +137,8 @@ class RDPO(Algorithm):  # type: ignore[misc]
             self.learner_group, self._rebuild_learner_group, self._pipeline, own.task_timeout_s
         )
         self._policies.take(0, self._learner.state)
-        prompts = own.prompts or tuple(s.caption for s in distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5))
+        scenes = distinct_scenes("train", EMBEDDED_PROMPTS, 0, 0.5)
+        self._prompts = prompts = own.prompts or tuple(scene.caption for scene in scenes)
         self._ahead = Ahead(self._pipeline, self._policies, own.batch_plan, prompts, own.staleness, own.keep_images)
         self._started_training = False
 
@@ -226,6 +239,14 @@ class RDPO(Algorithm):  # type: ignore[misc]
 
     # -- the policy ---------------------------------------------------------------------------------------------------
 
+    def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> SolverTableModule | None:
+        """A copy of the policy module with the newest weights; None for an id that is not the default one."""
+        if module_id != DEFAULT_MODULE_ID:
+            return None
+        module: SolverTableModule = self.config.get_multi_rl_module_spec().build()[module_id]
+        module.set_state(self._learner.state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][module_id])
+        return module
+
     @property
     def policy_version(self) -> int:
         """The number of updates so far."""
@@ -253,6 +274,35 @@ class RDPO(Algorithm):  # type: ignore[misc]
         self.drop_ahead()
         self._learner.take(state)
         self._policies.take(0, self._learner.state)
+
+    def distill(self) -> SolverTable:
+        """Run stage 1: fit the table to a finer solver, on the first training prompts, and start the policy from it.
+
+        Returns:
+            The table [N, K], which is now the mean of the policy.
+
+        Raises:
+            RuntimeError: training has begun.
+        """
+        own, fit = self.config, DistillConfig()
+        prompts = self._prompts[: fit.prompts]
+        stage = StageOne(
+            intervals=own.table.intervals,
+            points=own.table.points,
+            prompts=prompts,
+            noise_seeds=tuple(noise_seeds(Purpose.STAGE_ONE, own.seed or 0, len(prompts))),
+            shard_size=own.images_per_job,
+            teacher_steps=fit.teacher_steps,
+            grid=fit.grid,
+            min_weight=fit.min_weight,
+            afs=own.afs,
+            order=own.order,
+            start_point=own.table.start_point,
+            scale_range=fit.scale_range if own.scale_dir else 0.0,
+        )
+        table = as_table(fit_table(self.work, stage, self.facts.sigmas))
+        self.rebase(table)
+        return table
 
     def stop_after(self, iteration: int) -> None:
         """Draw nothing beyond an iteration, since it will be the last."""
@@ -307,6 +357,34 @@ class RDPO(Algorithm):  # type: ignore[misc]
         """Draw and score two jobs of the first iteration, one after the other, and learn nothing."""
         jobs = self._ahead.jobs(0)
         return [self._side.run([rollout_task(job)])[0] for job in (jobs[0], jobs[min(1, len(jobs) - 1)])]
+
+    def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
+        """Score the policy's mean table on the held-out prompts, with the same noise at each call.
+
+        Returns:
+            The mean reward as env_runners/episode_return_mean, and the mean score of each head as reward/<head>.
+
+        Raises:
+            ConfigError: there are training prompts but no held-out ones, or no reward head.
+        """
+        own: RDPOConfig = self.config
+        if not own.reward_specs or (own.prompts and not own.held_out):
+            missing = "held-out prompts: set rollouts(held_out=[...])" if own.reward_specs else "a head in rewards()"
+            raise ConfigError([f"evaluate() needs {missing}"])
+        prompts = own.held_out or tuple(s.caption for s in distinct_scenes("validation", EMBEDDED_HELD_OUT, 0, 0.5))
+        about = {"algorithm": self, "metrics_logger": self.metrics}
+        make_callback("on_evaluate_start", self.callbacks, own.callbacks_on_evaluate_start, kwargs=about)
+        sampler = Sampler("epd", own.table.intervals, "held-out", "held-out", self.mean_table(), own.afs, own.order)
+        found = self.sample_scored(sampler, prompts, noise_seeds(Purpose.VALIDATION, own.seed or 0, len(prompts)))
+        drawn = {EPISODE_RETURN_MEAN: float(found.reward.mean()), NUM_ENV_STEPS_SAMPLED: len(prompts)}
+        scores = {f"reward/{head}": float(values.mean()) for head, values in found.scores.items()}
+        results = about["evaluation_metrics"] = {ENV_RUNNER_RESULTS: drawn, **scores}
+        make_callback("on_evaluate_end", self.callbacks, own.callbacks_on_evaluate_end, kwargs=about)
+        return results
+
+    @classmethod
+    def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
+        return False  # the rollout actors of the training draw the held-out prompts too
 
     def memory(self) -> dict[str, Memory]:
         """Peak memory of the actor of each kind that answered last; of the driver, where it does the work itself."""

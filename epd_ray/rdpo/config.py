@@ -16,7 +16,7 @@ from epd_ray.actors.tasks import BackboneSpec, WorkerSpec
 from epd_ray.config.sections import RDPOSection, SolverConfig
 from epd_ray.config.services import ClusterConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.errors import shown
+from epd_ray.errors import ConfigError, shown
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.policy.network import PolicySpec
@@ -26,6 +26,7 @@ from epd_ray.rdpo.learner import RDPOLearner
 from epd_ray.rdpo.learner_group import SoleLearnerGroup
 from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
+from epd_ray.rdpo.settings import refused
 from epd_ray.rewards.mixing import Mixer, Mode
 from epd_ray.solvers.table import SolverTable, uniform_table
 
@@ -58,7 +59,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.delay_between_env_runner_restarts_s = 1.0
         self.env_runner_health_probe_timeout_s = 5.0
         self.enable_env_runner_and_connector_v2 = self.enable_rl_module_and_learner = True
-        self.num_cpus_per_env_runner, self.num_cpus_per_learner, self.num_cpus_for_main_process = 0.75, 0.25, 0
+        self.num_cpus_per_env_runner, self.num_cpus_for_main_process = 0.75, 0
+        self.num_cpus_per_learner: float | str = 0.25
         rdpo, solver, cluster = RDPOSection(), SolverConfig(), ClusterConfig()  # the only place of the defaults
         self.lr, self.grad_clip, self.num_epochs, self.minibatch_size = (
             rdpo.lr,
@@ -78,6 +80,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.encoder_spec: EncoderSpec | None = None
         self.placement_timeout_s, self.task_timeout_s = cluster.placement_timeout_s, cluster.task_timeout_s
         self.prompts: tuple[str, ...] = ()
+        self.held_out: tuple[str, ...] = ()
         self.prompts_per_iteration, self.group_size = rdpo.prompts_per_iteration, rdpo.group_size
         self.images_per_job = cluster.images_per_job
         self.same_latent, self.baseline, self.staleness = rdpo.same_latent, rdpo.baseline, rdpo.staleness
@@ -166,6 +169,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self,
         *,
         prompts: Sequence[str] = NotProvided,
+        held_out: Sequence[str] = NotProvided,
         prompts_per_iteration: int = NotProvided,
         group_size: int = NotProvided,
         images_per_job: int = NotProvided,
@@ -178,6 +182,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
         Args:
             prompts: the prompts to train on; where there are none, the embedded scenes.
+            held_out: the prompts of RDPO.evaluate, from which nothing is learned; where there are no prompts of either
+                kind, other embedded scenes.
             prompts_per_iteration: P, the number of prompts per iteration.
             group_size: G, the number of images per prompt, >= 2.
             images_per_job: the number of images in one call of a rollout actor, >= 1.
@@ -186,7 +192,9 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             staleness: how many updates old the policy of a rollout may be, >= 0; 0 is fully synchronous.
             keep_images: whether the images come to the driver, into the rollouts of `RDPO.last`.
         """
-        return self._assign({**locals(), "prompts": prompts if prompts is NotProvided else tuple(prompts)})
+        given = dict(locals())
+        given |= {k: tuple(given[k]) for k in ("prompts", "held_out") if given[k] is not NotProvided}
+        return self._assign(given)
 
     def rewards(self, heads: Mapping[str, RewardSpec], *, normalisation: Mode = NotProvided) -> "RDPOConfig":
         """Set the reward heads and their actors by name, and how raw scores are normalised (see Mixer)."""
@@ -277,11 +285,37 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         return RLModuleSpec(module_class=SolverTableModule, model_config={"policy": self.policy_spec})
 
-    def validate(self) -> None:
-        self.create_local_env_runner = self.num_env_runners == 0  # with rollout actors the driver needs no backbone
+    def _spaces(self) -> tuple[gym.spaces.Box, gym.spaces.Box]:
+        """The spaces of observations, which are empty of meaning, and of tables."""
         shape = (self.table.intervals, self.space.action_width)
-        self.observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
-        self.action_space = gym.spaces.Box(0, np.inf, shape, np.float32)
+        return gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Box(0, np.inf, shape, np.float32)
+
+    def _refuse_others(self) -> None:
+        """Refuse what the user has set and RDPO would not obey.
+
+        Raises:
+            ConfigError: there is such a setting or callback.
+        """
+        expected = type(self)()
+        for name, space in zip(("observation_space", "action_space"), self._spaces(), strict=True):
+            if getattr(self, name) is not None:  # validate() sets them
+                setattr(expected, name, space)
+        if problems := refused(self, expected):
+            raise ConfigError(problems)
+
+    def validate(self) -> None:
+        """Check the settings and derive others.
+
+        Raises:
+            ConfigError: a setting of RLlib was changed that RDPO does not obey.
+            ValueError: a value is out of bounds.
+        """
+        if not self.in_evaluation:  # RLlib changes some in its copy for evaluations
+            self._refuse_others()
+        if self.num_cpus_per_learner == "auto":  # as RLlib counts
+            self.num_cpus_per_learner = 0 if self.num_gpus_per_learner else 1
+        self.create_local_env_runner = self.num_env_runners == 0  # with rollout actors the driver needs no backbone
+        self.observation_space, self.action_space = self._spaces()
         super().validate()
         if self.group_size < 2:
             self._value_error(
