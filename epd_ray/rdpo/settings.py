@@ -5,6 +5,7 @@ from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.policy.policy import PolicySpec
 from ray.rllib.utils import force_list
 
 from epd_ray.errors import shown
@@ -89,6 +90,11 @@ def instead(name: str) -> str:
 
 
 def _same(given: Any, usual: Any) -> bool:
+    """Whether two values are equal; RLlib makes a plain tuple of each PolicySpec where it copies a configuration."""
+    if isinstance(given, dict) and isinstance(usual, dict):
+        return given.keys() == usual.keys() and all(_same(given[key], usual[key]) for key in given)
+    if isinstance(given, tuple) and isinstance(usual, PolicySpec):
+        return bool(given == usual.get_state())
     try:
         return given is usual or (type(given) is type(usual) and bool(given == usual))
     except Exception:  # values of a stranger, whose comparison may raise anything
