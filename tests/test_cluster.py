@@ -231,6 +231,30 @@ def test_a_local_ray_listens_on_loopback_alone(dashboard: str) -> None:
         assert f"The dashboard is at http://{url}" in said
 
 
+UV = """
+import sys
+import ray
+from ray._private.runtime_env import uv_runtime_env_hook
+from epd_ray.actors.cluster import ray_session
+uv_runtime_env_hook._get_uv_run_cmdline = lambda: ["uv", "run", "epd-ray"]
+with ray_session(None):
+    print(ray.get(ray.remote(lambda: sys.executable).remote()) == sys.executable)
+"""
+
+
+@pytest.mark.slow
+def test_a_local_ray_starts_under_uv_and_with_a_long_temporary_directory(tmp_path: Path) -> None:
+    long = tmp_path / ("long" * 10)
+    long.mkdir()
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "TMPDIR": str(long)}
+    env.pop("RAY_TMPDIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", UV], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stderr
+    assert str(long) in done.stderr and "/tmp/ray" in done.stderr and not (long / "ray").exists()
+
+
 def test_an_actor_that_asks_for_no_gpu_sees_none(small_ray: None) -> None:
     class Actor:
         def seen(self) -> str | None:

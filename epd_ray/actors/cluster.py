@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
@@ -32,6 +33,10 @@ ONE_MACHINE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray listens on every network interface
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+SHORT_FOLDER = "/tmp/ray"
+LONGEST_TEMPORARY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Bytes of the temporary directory, at most: the path of a socket has 107, and Ray puts its sockets below it."""
 
 HANDED_ON = ("HF_TOKEN", "HF_HOME")
 """Environment variables that actors get, unless `cluster.env` names others."""
@@ -73,8 +78,11 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
     # Actors import the package from the same folder as the driver, also where it is not installed.
     here = str(Path(__file__).parents[2])
     paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-    several = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray has read the variable already, when it was imported
+    # Ray has read the variables of both already, when it was imported. Under `uv run` it would pack the working
+    # directory, and start each actor by uv in a copy of it.
+    before = {name: getattr(ray_constants, name) for name in ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")}
+    for name in before:
+        setattr(ray_constants, name, False)
     try:
         started = ray.init(
             address="local",  # otherwise Ray would join one that another user has started on this machine
@@ -82,6 +90,7 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
+            _temp_dir=_short_folder(),
             runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
             **quiet,
         )
@@ -90,10 +99,27 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
             raise
         raise ClusterError("Ray did not start within 30 s: stop other work on this machine, then try again") from error
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = several
+        for name, value in before.items():
+            setattr(ray_constants, name, value)
     if dashboard:
         url = started.dashboard_url
         log.warning("The dashboard is at http://%s; it asks for the token that `ray get-auth-token` prints.", url)
+
+
+def _short_folder() -> str | None:
+    """The folder of Ray where the temporary directory is too long for its sockets; None lets Ray choose."""
+    folder = get_default_system_temp_dir()
+    if (length := len(os.fsencode(folder))) <= LONGEST_TEMPORARY:
+        return None
+    log.warning(
+        "Ray keeps its files in %s: the temporary directory %s has %d bytes, its sockets take at most %d "
+        "(set TMPDIR or RAY_TMPDIR)",
+        SHORT_FOLDER,
+        folder,
+        length,
+        LONGEST_TEMPORARY,
+    )
+    return SHORT_FOLDER
 
 
 @contextmanager
