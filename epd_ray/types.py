@@ -117,7 +117,7 @@ class Backbone(Protocol):
         family: name of the model family; a solver works only with models of its own family.
         model_id: directory or hub id, as the user gave it.
         form: how noise enters x.
-        schedule: name, in epd_ray.solvers.schedules.SCHEDULES, of the schedule that `sigmas` returns.
+        schedule: name, in epd_ray.solvers.schedule_names.SCHEDULES, of the schedule that `sigmas` returns.
         default_guidance: guidance scale that models of this family usually run with.
         facts: further JSON values for solver files: resolution, revision, scheduler, and `prompted` if that is false.
     """

@@ -57,6 +57,28 @@ def test_help_imports_nothing_heavy_and_is_quick():
         assert command in shown.stdout
 
 
+def test_the_list_of_keys_wraps_and_imports_neither_torch_nor_ray():
+    script = "import sys\nfrom epd_ray.cli import main\ntry:\n    main('config')\nfinally:\n"
+    script += "    print({'torch', 'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(cli.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "60"},
+    )
+    lines = shown.stdout.splitlines()
+    assert lines[-1] == "set()" and max(map(len, lines)) <= 60
+    assert "rdpo.lr: number, default 0.001" in lines and any(line.startswith("tracking.mlflow.") for line in lines)
+
+
+def test_an_unknown_section_is_one_line_and_exit_code_2():
+    result = invoke("config", "rpdo")
+    assert (result.exit_code, result.stdout) == (2, "") and "'rdpo'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_train_says_what_it_will_do_and_what_came_of_it(train):
     result = invoke("train", "rdpo.lr=1e-3", "--out", "mine", "seed=7")
     assert result.exit_code == 0, result.output
@@ -213,7 +235,7 @@ def test_other_errors_keep_their_traceback(train):
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_interrupt_says_how_to_continue(tmp_path, train, begun):
-    def interrupted(config, out, observer, again):
+    def interrupted(config, out, observer, again, accept):
         if begun:
             out.mkdir()
             (out / "config.yaml").touch()

@@ -10,13 +10,14 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from epd_ray.backbones.loading import PipelineOptions
+from epd_ray.config.listing import keys_of
 from epd_ray.config.loading import load_config, to_yaml
 from epd_ray.config.problems import first_change
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import BackboneConfig
 from epd_ray.config.services import MlflowConfig, RewardConfig, WandbConfig
 from epd_ray.config.values import Section
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, UnknownNameError
 
 
 def problems(*overrides: str) -> list[str]:
@@ -60,6 +61,48 @@ def test_every_key_is_described_in_sentences():
     assert {"seed", "rdpo.lr", "rewards.<head>.head", "tracking.mlflow.experiment", "tracking.wandb"} <= said.keys()
     assert [key for key, text in said.items() if not (text.endswith(".") and text.count(" ") >= 4)] == []
     assert [key for key, text in said.items() if not (text[:1].isupper() or text.startswith("auto"))] == []
+
+
+def test_the_listing_has_every_key_with_its_default_and_meaning():
+    listed = {key.name.replace("<name>", "<head>"): key for key in keys_of()}
+    assert listed.keys() == keys().keys()
+    for name, field in keys().items():
+        assert listed[name].meaning == field.description
+        if name != "rewards":
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert json.loads(listed[name].default) == default, name
+    assert json.loads(listed["rewards"].default) == {"clip": {"options": {"model": "shapes-clip"}}}
+    assert (listed["solver.intervals"].type, listed["solver.intervals"].elsewhere) == ("integer", "10")
+    assert listed["rdpo.baseline"].type == "per_prompt | mixed"
+    assert listed["cluster.task_timeout_s"].type == "number or null"
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("store", ["store.images"]),
+        ("rdpo.lr", ["rdpo.lr"]),
+        ("rewards.sharp.head", ["rewards.<name>.head"]),
+        ("tracking.wandb", ["tracking.wandb", "tracking.wandb.project", "tracking.wandb.group"]),
+    ],
+)
+def test_the_listing_of_a_section_or_key(asked: str, names: list[str]):
+    assert [key.name for key in keys_of(asked)] == names
+
+
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [
+        ("rpdo", "'rdpo'"),
+        ("rdpo.lrr", "'rdpo.lr'"),
+        ("lr", "'distill.lr' or 'rdpo.lr'"),
+        ("zzzz", "tracking"),
+        ("", "rdpo"),
+    ],
+)
+def test_the_listing_names_what_is_near_an_unknown_key(asked: str, near: str):
+    with pytest.raises(UnknownNameError, match=f"unknown section or key '{asked}'; .*{near}"):
+        keys_of(asked)
 
 
 BOUND_WORDS = {"ge": "at least {:.15g}", "gt": "above {:.15g}", "le": "at most {:.15g}", "lt": "below {:.15g}"}

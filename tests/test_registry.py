@@ -13,7 +13,8 @@ from epd_ray.backbones.auto import FAMILIES
 from epd_ray.errors import UnknownNameError
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS
-from epd_ray.solvers.schedules import SCHEDULES, check_sigmas
+from epd_ray.solvers.schedule_names import SCHEDULES
+from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Backbone, RewardHead
 from tests import tiny_heads, tiny_models
 from tests.families import edit

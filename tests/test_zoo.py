@@ -23,8 +23,9 @@ from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameEr
 from epd_ray.evaluation.comparison import rivals
 from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
 from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.schedule_names import MODEL, SCHEDULES
 from epd_ray.solvers.schedulers import deis, dpmpp, unipc
-from epd_ray.solvers.schedules import MODEL, SCHEDULES, check_sigmas, logsnr
+from epd_ray.solvers.schedules import check_sigmas, logsnr
 from tests.families import PROMPTS, SEEDS, backbones, folder
 from tests.tiny_models import TOKENS
 

@@ -24,7 +24,7 @@ class Family(Protocol):
     Attributes:
         name: name of the family, as in solver files.
         form: how noise enters x, "ve" or "flow".
-        schedule: the name of the family's own schedule in epd_ray.solvers.schedules.SCHEDULES.
+        schedule: the name of the family's own schedule in epd_ray.solvers.schedule_names.SCHEDULES.
         default_guidance: the guidance scale that the family is usually run with.
         prompted: whether the pictures depend on a prompt.
         classifier_free: whether guidance takes a second pass of the network for the empty prompt.

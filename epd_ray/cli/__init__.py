@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from epd_ray.cli import ab, evaluate, rewards, runs, score, sweep, tables
+from epd_ray.cli import ab, evaluate, rewards, runs, score, settings, sweep, tables
 from epd_ray.cli.common import SHOWN
 from epd_ray.cli.options import Commands
 
@@ -25,6 +25,7 @@ for command in (
     app.command()(command)
 app.command()(score.score)
 app.command()(sweep.sweep)
+app.command()(settings.config)
 app.add_typer(ab.app, name="ab")
 app.add_typer(tables.app, name="tables")
 app.add_typer(rewards.app, name="rewards")

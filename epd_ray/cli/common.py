@@ -52,7 +52,11 @@ ConfigOption = Annotated[
     ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, such as rdpo.lr=1e-3.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes of the configuration, such as rdpo.lr=1e-3. `epd-ray config` lists the keys.",
+    ),
 ]
 
 

@@ -21,7 +21,6 @@ from epd_ray.config.services import (
 )
 from epd_ray.config.values import Name, Section
 from epd_ray.errors import shown
-from epd_ray.rewards.scoring import REFERENCE
 from epd_ray.stage_one.combinations import too_many_combinations
 
 FORMAT = 2
@@ -74,8 +73,12 @@ class RunConfig(Section):
     @field_validator("rdpo")
     @classmethod
     def _normalisable(cls, rdpo: RDPOSection, info: ValidationInfo) -> RDPOSection:
+        if rdpo.normalisation != "reference":
+            return rdpo
+        from epd_ray.rewards.scoring import REFERENCE  # with torch, which takes long to import
+
         unknown = [r.head for r in info.data.get("rewards", {}).values() if r.weight and r.head not in REFERENCE]
-        if rdpo.normalisation == "reference" and unknown:
+        if unknown:
             raise ValueError(f"normalisation reference has no clamps for head {shown(unknown[0])}: set zscore or none")
         return rdpo
 

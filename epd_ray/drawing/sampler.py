@@ -11,7 +11,8 @@ from epd_ray.solvers import Solver, SolverTable, zoo
 from epd_ray.solvers.conditioned import conditioned_drift
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import analytic_drift, epd
-from epd_ray.solvers.schedules import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule, spanning
+from epd_ray.solvers.schedule_names import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule
+from epd_ray.solvers.schedules import spanning
 from epd_ray.types import Backbone, Conditioning, Drift
 
 EPD = "epd"
@@ -31,7 +32,7 @@ class Sampler:
         afs: whether the first drift is analytical, which saves one evaluation.
         order: order of the multistep slope of "epd", 1 to 4.
         sigmas: [N+1], the sigmas of a saved solver; None takes those of `schedule`.
-        schedule: "model" for the backbone's own schedule, or a key of epd_ray.solvers.schedules.SCHEDULES.
+        schedule: "model" for the backbone's own schedule, or a key of epd_ray.solvers.schedule_names.SCHEDULES.
         final_zero: whether the last sigma is 0; None means as usual for the method, see `zoo.Method.ends_at_zero`.
     """
 
@@ -166,7 +167,7 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
     Args:
         backbone: its first sigma and its last sigma above 0 are the ends of the schedule.
         intervals: N.
-        schedule: "model", or a key of epd_ray.solvers.schedules.SCHEDULES.
+        schedule: "model", or a key of epd_ray.solvers.schedule_names.SCHEDULES.
         final_zero: whether a 0 follows after N sigmas of the schedule, as in diffusers' pipelines.
 
     Returns:

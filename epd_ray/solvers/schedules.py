@@ -5,20 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from epd_ray.errors import ScheduleError, UnknownNameError, shown
-from epd_ray.registry import did_you_mean
-from epd_ray.types import Form
-
-MODEL = "model"  # stands for the schedule of the model itself
-SCHEDULES: dict[str, Form] = {
-    "polynomial": "ve",
-    "logsnr": "ve",
-    "uniform": "ve",
-    "time_uniform": "ve",
-    "shift": "flow",
-}
-"""The named schedules, and the form of the models that each one is for."""
-IN_MODEL_TIME = ("uniform", "shift")  # need the model's own time; the others can span any two sigmas
+from epd_ray.errors import ScheduleError
 
 _EPSILON_S = 1e-3  # smallest VP time, as in EDM (arXiv 2206.00364, table 1)
 
@@ -216,16 +203,6 @@ def spanning(name: str, num_sigmas: int, sigma_min: float, sigma_max: float) -> 
     """
     make = {"polynomial": polynomial, "logsnr": logsnr, "time_uniform": time_uniform}[name]
     return make(num_sigmas, sigma_min, sigma_max)
-
-
-def require_schedule(name: str) -> None:
-    """Refuse a name that is neither "model" nor a key of SCHEDULES.
-
-    Raises:
-        UnknownNameError: the message suggests the nearest name.
-    """
-    if name != MODEL and name not in SCHEDULES:
-        raise UnknownNameError(f"unknown schedule {shown(name)}{did_you_mean(name, [MODEL, *SCHEDULES])}")
 
 
 def check_sigmas(sigmas: Tensor, *, allow_zero: bool = False) -> None:

@@ -3,15 +3,18 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from epd_ray.errors import ConfigError, shown
 from epd_ray.registry import Registry
 from epd_ray.solvers.costs import Cost, fewest_intervals, sequential_cost
-from epd_ray.solvers.epd import Callback
-from epd_ray.solvers.schedules import MODEL, SCHEDULES, require_schedule
-from epd_ray.types import Drift, Form
+from epd_ray.solvers.schedule_names import MODEL, SCHEDULES, require_schedule
+
+if TYPE_CHECKING:  # torch takes more than a second to import, and checking names needs none of it
+    from torch import Tensor
+
+    from epd_ray.solvers.epd import Callback
+    from epd_ray.types import Drift, Form
 
 NATIVE, SCHEDULERS = "epd_ray.solvers.baselines", "epd_ray.solvers.schedulers"
 STRUCTURED, RUNGE_KUTTA = "epd_ray.solvers.skrample:structured", "epd_ray.solvers.skrample:runge_kutta"
@@ -39,7 +42,7 @@ class Method:
     evals: int = 1
     last_evals: int | None = None
     ends_at_zero: bool = False
-    forms: tuple[Form, ...] = ("ve", "flow")
+    forms: "tuple[Form, ...]" = ("ve", "flow")
     needs_form: bool = False
     extra: str | None = None
 
@@ -104,7 +107,7 @@ METHODS: dict[str, Method] = {
 ALIASES = {"ddim": "euler", "ipndm1": "euler", "ipndm4": "ipndm", "unipc2": "unipc", "deis2": "deis"}
 """Other names of the same methods; a comparison draws each method only once."""
 
-SOLVERS: Registry[Tensor] = Registry(
+SOLVERS: "Registry[Tensor]" = Registry(
     "solver", {name: METHODS[ALIASES.get(name, name)].target for name in (*METHODS, *ALIASES)}
 )
 
@@ -137,7 +140,7 @@ def find(name: str) -> Method:
     return found if isinstance(found, Method) else Method(name.rpartition(":")[2], name)
 
 
-def applicable(form: Form, *, installed: bool = True) -> list[str]:
+def applicable(form: "Form", *, installed: bool = True) -> list[str]:
     """The names of all methods that can solve a form of the ODE, without aliases.
 
     Args:
@@ -164,7 +167,7 @@ def require_installed(names: Sequence[str]) -> None:
         )
 
 
-def require_form(names: Sequence[str], form: Form) -> None:
+def require_form(names: Sequence[str], form: "Form") -> None:
     """Check that methods and their schedules fit the form of a model's ODE.
 
     Raises:
@@ -182,8 +185,8 @@ def require_form(names: Sequence[str], form: Form) -> None:
 
 
 def follow(
-    name: str, drift: Drift, x: Tensor, sigmas: Tensor, form: Form, *, callback: Callback | None = None
-) -> Tensor:
+    name: str, drift: "Drift", x: "Tensor", sigmas: "Tensor", form: "Form", *, callback: "Callback | None" = None
+) -> "Tensor":
     """Solve the ODE with a method.
 
     Args:

@@ -12,7 +12,7 @@ from epd_ray.evaluation.comparison import rivals
 from epd_ray.evaluation.suites.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.evaluation.suites.settings import SuiteName
 from epd_ray.solvers import Solver
-from epd_ray.solvers.schedules import MODEL
+from epd_ray.solvers.schedule_names import MODEL
 from epd_ray.solvers.zoo import find
 
 FID_METRIC = "frechet_distance"
