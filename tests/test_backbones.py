@@ -358,8 +358,9 @@ def test_drift_is_differentiable_though_weights_are_frozen(name: str) -> None:
         for row in range(2):
             step = h * torch.nn.functional.one_hot(torch.tensor(row), 2)
             numeric = (value(x, sigma + step) - value(x, sigma - step)) / (2 * h)
-            assert float(grad_sigma[row]) == pytest.approx(float(numeric), rel=5e-2, abs=5e-2)
-    assert grad_sigma.abs().min() > 0.1  # not within the tolerance of nothing
+            # the float32 noise of the difference: a larger step leaves the straight piece between two timesteps
+            assert float(grad_sigma[row]) == pytest.approx(float(numeric), rel=5e-2, abs=0.1)
+    assert grad_sigma.abs().min() > 0.2  # not within the tolerance of nothing
 
 
 # ---- dtypes

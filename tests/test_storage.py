@@ -308,7 +308,8 @@ def test_whatever_ends_the_last_save_the_copy_stays(tmp_path, caplog, monkeypatc
 
 
 def damage(run: Path, what: str) -> None:
-    write(run, config_yaml=to_yaml(load_config(None, TINY)), versions_json="{}", prompts_json="{}")
+    prompts = json.dumps({"train": ["a"], "validation": ["b"], "test": ["c"]})
+    write(run, config_yaml=to_yaml(load_config(None, TINY)), versions_json="{}", prompts_json=prompts)
     if what == "checkpoints":
         write(run, checkpoints__iteration_000001_pt="none")
         (run / "checkpoints" / "iteration.000001.pt").rename(run / "checkpoints" / "iteration-000001.pt")

@@ -299,7 +299,7 @@ def _png(numbers: list[int]) -> bytes:
 
 def _picture(numbers: list[int]) -> tuple[bytes, Any]:
     data = _png(numbers)
-    return data, np.asarray(Image.open(io.BytesIO(data))).tolist()
+    return data, np.asarray(Image.open(io.BytesIO(data), formats=["PNG"])).tolist()
 
 
 def _request(numbers: list[int]) -> tuple[bytes, Any]:
