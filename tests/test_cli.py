@@ -13,7 +13,15 @@ from typer.testing import CliRunner, Result
 
 from epd_ray import cli
 from epd_ray.config.run_config import RunConfig
-from epd_ray.errors import PromptError, RewardError
+from epd_ray.errors import (
+    ClusterError,
+    ConfigError,
+    ModelError,
+    PlacementError,
+    PromptError,
+    RewardError,
+    TaskError,
+)
 from epd_ray.evaluation.suites import evaluate as suite
 from epd_ray.evaluation.suites.settings import Request
 from epd_ray.runs import doctor, report, sample
@@ -149,6 +157,25 @@ def test_help_shows_flags_as_flags_and_a_sentence_for_each_option(command):
     assert sentences and all(re.search(r"\w\.( |$)", " ".join(rows[rows.index(row) :])) for row in sentences)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError(["a: is 0"]), 2),
+        (PromptError("p.txt is empty"), 2),
+        (ModelError("no model"), 3),
+        (PlacementError("no room"), 4),
+        (ClusterError("the raylet died"), 4),
+        (TaskError("failed 3 times"), 4),
+        (RewardError("clip", "is NaN"), 5),
+    ],
+)
+def test_the_exit_code_says_the_kind_of_error(train, error, code):
+    train.side_effect = error
+    result = invoke("train")
+    assert result.exit_code == code and result.stderr.splitlines()[-1] == f"error: {error}"
+    assert f"{code} " in invoke("--help").stdout.partition("Exit codes")[2]
+
+
 def test_train_names_a_new_directory(train):
     assert invoke("train", "name=first").exit_code == 0
     assert re.fullmatch(r"runs/\d{8}-\d{6}-first", str(train.call_args.args[1]))
@@ -225,7 +252,7 @@ def test_bad_prompt_file_stops_before_anything_is_written(tmp_path, content, sai
 def test_users_errors_have_a_line_each(train):
     train.side_effect = RewardError("clip", "gave nan", ["r1", "r2"])
     result = invoke("train")
-    assert (result.exit_code, result.stderr) == (2, "error: reward head 'clip': gave nan (rollouts r1, r2)\n")
+    assert (result.exit_code, result.stderr) == (5, "error: reward head 'clip': gave nan (rollouts r1, r2)\n")
 
 
 def test_other_errors_keep_their_traceback(train):

@@ -363,7 +363,8 @@ def test_extractors_and_scores_on_the_cpu_are_mentioned(
     (tmp_path / "a.txt").write_text("a prompt")
     asked = load_config(None, ["rewards={mine: {head: 'tests.fakes:FlatHead'}}"])
     score(ScoreRequest(str(tmp_path), tmp_path / "scores"), asked, Quiet())
-    assert [m.rpartition(": set ")[2] for m in caplog.messages] == ["cluster.feature_gpus", "rewards.mine.num_gpus"]
+    fixes = [m.rpartition(": set ")[2] for m in caplog.messages if ": set " in m]  # not those about slow loading
+    assert fixes == ["cluster.feature_gpus", "rewards.mine.num_gpus"]
 
 
 @pytest.mark.slow
@@ -436,7 +437,7 @@ def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
             command += ["backbone.options={size: 512}", "cluster.images_per_job=8"]
             done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=800, check=False)
             other.stdin.close()
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 4, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(
         "error: the object store on node 127.0.0.1 has no room for 6 MiB of images, in memory or on disk"

@@ -124,7 +124,7 @@ def test_a_run_that_fails_says_so_in_one_line_and_can_be_resumed(tmp_path: Path)
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
     (error,) = errors
     assert re.search(r"failed 3 times, on rollout actors \d+, \d+, last with RuntimeError: this prompt fails$", error)
     assert list(RunDirectory.open(run).checkpoints.glob("*.pt"))  # of the start, from which it goes on once mended
@@ -151,7 +151,7 @@ def test_a_run_whose_own_ray_dies_ends_with_one_line_and_leaves_no_process(tmp_p
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert time.monotonic() - killed < 30 and process.returncode == 2, errors
+    assert time.monotonic() - killed < 30 and process.returncode == 4, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert f"the {victim} of this command's own Ray died" in line and "--resume" in line
     assert "Traceback" not in errors

@@ -204,7 +204,7 @@ def test_refuses_damaged_files(tmp_path: Path, change: dict[str, Any], message: 
         (b"[]", "format_version is None"),
         (b"{}", "format_version is None"),
         (b'{"format_version": 1}', "form: Field required"),
-        (b"\xff\xfe", "codec"),
+        (b"\xff\xfe", "not valid UTF-8"),
         (b"[" * 200_000, "too deep"),
         (b"9" * 5000, "not valid JSON: Exceeds the limit"),
     ],
@@ -225,7 +225,7 @@ def test_a_pickle_is_told_where_to_go(tmp_path: Path) -> None:
 
 
 def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TableError, match=r"solver.json: No such file"):
+    with pytest.raises(TableError, match=r"solver.json cannot be read: No such file"):
         Solver.from_pretrained(tmp_path)
     with pytest.raises(TableError, match="is no directory"):
         Solver.from_pretrained(tmp_path / "missing" / "deep")

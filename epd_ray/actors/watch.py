@@ -19,7 +19,7 @@ from epd_ray.errors import ClusterError
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # for the clean-up, which may wait for an answer of the dead; less than Ray's own 15 s
-EXIT_CODE = 2
+EXIT_CODE = 4  # as the command line has it for a cluster that is lost
 VITAL = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 
 

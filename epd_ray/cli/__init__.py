@@ -10,7 +10,11 @@ from epd_ray.cli import ab, evaluate, rewards, runs, score, settings, sweep, tab
 from epd_ray.cli.common import SHOWN
 from epd_ray.cli.options import Commands
 
-app = Commands(epilog="Start with `epd-ray train`, which needs no arguments, no GPU and no download.")
+app = Commands(
+    epilog="Start with `epd-ray train`, which needs no arguments, no GPU and no download. Exit codes: 0 done, 2 a "
+    "setting or a file is wrong, 3 a model, 4 the cluster (no room, lost, or a task failed), 5 a reward head, "
+    "130 interrupted."
+)
 for command in (
     runs.train,
     runs.distill,

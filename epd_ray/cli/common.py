@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from epd_ray.errors import EpdRayError
+from epd_ray.errors import ClusterError, EpdRayError, ModelError, PlacementError, RewardError, TaskError
 
 if TYPE_CHECKING:
     from epd_ray.config.run_config import RunConfig
     from epd_ray.telemetry.progress import Observer
 
 USER_ERROR, INTERRUPTED = 2, 130
+EXIT_CODES = {ModelError: 3, PlacementError: 4, ClusterError: 4, TaskError: 4, RewardError: 5}
+"""The exit codes of errors that a scheduler of jobs may treat differently; every other error of the user is 2."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
         show_traceback()
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
-        raise typer.Exit(USER_ERROR) from None
+        raise typer.Exit(exit_code(error)) from None
     except OSError as error:
         if error.errno not in FULL | REFUSED:
             raise
@@ -118,6 +120,11 @@ def ending(run: str | Path | None = None) -> Iterator[None]:
         hint = f"; continue with: epd-ray train --resume {shlex.quote(str(run))}" if begun else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def exit_code(error: EpdRayError) -> int:
+    """The exit code of a command that ends with this error."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), USER_ERROR)
 
 
 def show_traceback() -> None:
