@@ -20,9 +20,10 @@ from epd_ray.actors import address as join
 from epd_ray.actors import cluster
 from epd_ray.actors.address import reachable
 from epd_ray.actors.cluster import BrokenGpuError, start_ray
+from epd_ray.actors.configured import run_session
 from epd_ray.config.loading import load_config
 from epd_ray.config.services import ClusterConfig
-from epd_ray.errors import ClusterError, ModelError
+from epd_ray.errors import ClusterError, ConfigError, ModelError
 from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.rdpo import session
 from epd_ray.score.pipeline import ScoreRequest, score
@@ -443,6 +444,60 @@ def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
         "error: the object store on node 127.0.0.1 has no room for 6 MiB of images, in memory or on disk"
     )
     assert "--object-store-memory, or lower rdpo.staleness" in last and "Traceback" not in done.stderr
+
+
+# -- the user's own modules -------------------------------------------------------------------------------------------
+
+MINE = """
+import os, shutil, sys
+import ray
+from epd_ray.actors.cluster import start_ray
+from epd_ray.actors.modules import importable
+start_ray(sys.argv[1], modules=importable(sys.argv[2:]))
+os.remove(sys.argv[2])  # other nodes do not have them either
+shutil.rmtree(sys.argv[3])
+
+@ray.remote(num_cpus=0.5)
+def where():
+    import lone_head, whole_package.head
+    return lone_head.__file__, whole_package.head.__file__
+
+print(*ray.get(where.remote()), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_own_modules_are_copied_to_the_nodes_of_a_cluster(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "lone_head.py").write_text("")
+    (tmp_path / "whole_package").mkdir()
+    for name in ("__init__", "head"):
+        (tmp_path / "whole_package" / f"{name}.py").write_text("")
+    env = {**head.env, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": TOKEN}
+    command = [sys.executable, "-c", MINE, head.address, "lone_head.py", str(tmp_path / "whole_package")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    copies = [Path(line) for line in done.stdout.splitlines()]
+    assert [copy.name for copy in copies] == ["lone_head.py", "head.py"]
+    assert not [copy for copy in copies if tmp_path in copy.parents]
+
+
+@pytest.mark.parametrize("name", ["missing.py", "notes.txt"])
+def test_a_module_that_is_not_there_is_named_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    monkeypatch.setattr(cluster, "start_ray", pytest.fail)
+    config = load_config(None, [f"cluster.py_modules=[{tmp_path / name}]"])
+    with pytest.raises(ConfigError, match=rf"^cluster\.py_modules: .*{re.escape(name)}"), run_session(config):
+        pass
+
+
+def test_modules_of_a_job_and_of_the_configuration_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cluster.JOB_CONFIG, json.dumps({"runtime_env": {"py_modules": ["gcs://a.zip"]}}))
+    monkeypatch.setattr("epd_ray.actors.address.reachable", lambda address: "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", pytest.fail)
+    with pytest.raises(ConfigError, match="py_modules of its own"):
+        cluster.start_ray("127.0.0.1:1", modules=("/mine.py",))
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------

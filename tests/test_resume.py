@@ -57,7 +57,7 @@ FREELY = {
     *("cluster.rollout_actors", "cluster.max_rollout_actors", "cluster.rollout_cpus", "cluster.rollout_gpus"),
     *("cluster.rollout_resources", "cluster.encoder_actors", "cluster.encoder_cpus", "cluster.encoder_gpus"),
     *("cluster.encoder_resources", "cluster.feature_gpus", "cluster.learner_actors", "cluster.learner_cpus"),
-    *("cluster.learner_gpus", "cluster.env"),
+    *("cluster.learner_gpus", "cluster.env", "cluster.py_modules"),
 }
 
 

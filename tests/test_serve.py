@@ -209,7 +209,7 @@ def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> No
 def test_gpus_that_a_server_does_not_ask_for_are_mentioned(
     small_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(bundles: object) -> None:
+    def full(*asked: object) -> None:
         raise PlacementError("no room")
 
     monkeypatch.setattr("epd_ray.actors.serving.require_room", full)

@@ -19,7 +19,7 @@ from ray._private import ray_constants
 from ray.actor import ActorHandle
 
 from epd_ray.actors.watch import watched
-from epd_ray.errors import ClusterError, EpdRayError, PlacementError
+from epd_ray.errors import ClusterError, ConfigError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,12 @@ class BrokenGpuError(EpdRayError):
     """A CUDA error, after which its process cannot use the GPU any more; the message is that of CUDA in one line."""
 
 
-def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> None:
+def start_ray(
+    address: str | None = None,
+    env: Sequence[str] = HANDED_ON,
+    dashboard: bool = False,
+    modules: Sequence[str] = (),
+) -> None:
     """Join the cluster at `address` or in RAY_ADDRESS, which submitted jobs have; without either, start Ray locally.
 
     The values of the variables stay out of Ray's runtime environment, which Ray writes into its logs. The workers of a
@@ -61,9 +66,11 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
         address: the address of a cluster, host:port or "auto".
         env: the names of environment variables; those that are set in this process reach every actor.
         dashboard: whether a local Ray starts its dashboard, on 127.0.0.1.
+        modules: absolute paths of modules and packages that actors import; those of a cluster get copies.
 
     Raises:
         ClusterError: the cluster cannot be joined, or a local Ray does not start.
+        ConfigError: the submitted job brings modules of its own.
     """
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     for name in ("ray", "ray.rllib"):  # their notices of migrations and missing extras do not concern the run
@@ -72,12 +79,14 @@ def start_ray(address: str | None = None, env: Sequence[str] = HANDED_ON, dashbo
 
     cluster = reachable(address)
     if cluster is not None:
-        ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | _handed_over(_variables(env)), **quiet)
+        own = _handed_over(_variables(env)) | _sent(modules)
+        ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | own, **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from the same folder as the driver, also where it is not installed.
+    folders = dict.fromkeys(str(Path(module).parent) for module in modules)
     here = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH"), *folders) if p)
     # Ray has read the variables of both already, when it was imported. Under `uv run` it would pack the working
     # directory, and start each actor by uv in a copy of it.
     before = {name: getattr(ray_constants, name) for name in ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")}
@@ -123,7 +132,12 @@ def _short_folder() -> str | None:
 
 
 @contextmanager
-def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: bool = False) -> Iterator[None]:
+def ray_session(
+    address: str | None,
+    env: Sequence[str] = HANDED_ON,
+    dashboard: bool = False,
+    modules: Sequence[str] = (),
+) -> Iterator[None]:
     """Join a Ray cluster or start a local Ray, and leave it at the end of the block.
 
     Where this process has joined Ray already, the block uses that Ray and does not end it.
@@ -132,14 +146,16 @@ def ray_session(address: str | None, env: Sequence[str] = HANDED_ON, dashboard: 
         address: the address of a cluster; None starts a local Ray, unless RAY_ADDRESS names a cluster.
         env: the names of the environment variables that actors get.
         dashboard: whether a local Ray starts its dashboard.
+        modules: absolute paths of modules and packages that actors import.
 
     Raises:
         ClusterError: the cluster cannot be joined, or the Ray that was started here died.
+        ConfigError: the submitted job brings modules of its own.
     """
     if ray.is_initialized():
         yield
         return
-    start_ray(address, env, dashboard)
+    start_ray(address, env, dashboard, modules)
     try:
         with watched():
             yield
@@ -165,6 +181,15 @@ def _submitted() -> dict[str, Any]:
     """The runtime environment of a submitted job; Ray refuses keys that are given twice."""
     found: dict[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
     return found
+
+
+def _sent(modules: Sequence[str]) -> dict[str, list[str]]:
+    """The part of the runtime environment that copies modules to the nodes."""
+    if modules and "py_modules" in _submitted():
+        raise ConfigError(
+            ["cluster.py_modules: the job was submitted with py_modules of its own: name all there, or all here"]
+        )
+    return {"py_modules": list(modules)} if modules else {}
 
 
 def _variables(names: Sequence[str]) -> dict[str, str]:

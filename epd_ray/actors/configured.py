@@ -8,6 +8,7 @@ import ray
 from epd_ray.actors.beforehand import named_cluster, require_models
 from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.environments import package_spec
+from epd_ray.actors.modules import importable
 from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import RewardConfig
@@ -48,12 +49,14 @@ def run_session(config: RunConfig) -> Iterator[None]:
 
     Raises:
         ClusterError: the cluster cannot be joined, or a local Ray does not start.
+        ConfigError: a module of `cluster.py_modules` is not there, or the submitted job brings modules of its own.
         EpdRayError: see `require_models`.
     """
     cluster = config.cluster
+    modules = importable(cluster.py_modules)
     if not ray.is_initialized():
         require_models(config)
         if named_cluster(cluster.address)[0] is None and head_gpus(config):  # whose files may come from the hub
             seek_hub()
-    with ray_session(cluster.address, cluster.env, cluster.dashboard):
+    with ray_session(cluster.address, cluster.env, cluster.dashboard, modules):
         yield

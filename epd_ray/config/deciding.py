@@ -21,6 +21,7 @@ _CLUSTER = (
     *("address", "dashboard", "placement_timeout_s", "task_timeout_s", "rollout_actors", "max_rollout_actors"),
     *("rollout_cpus", "rollout_gpus", "rollout_resources", "encoder_actors", "encoder_cpus", "encoder_gpus"),
     *("encoder_resources", "feature_gpus", "learner_actors", "learner_cpus", "learner_gpus", "env"),
+    "py_modules",
 )
 FREE = (
     *("format", "name", "checkpoint.every", "checkpoint.keep", "store.images", "evaluation.pictures"),

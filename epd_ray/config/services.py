@@ -197,6 +197,12 @@ class ClusterConfig(Section):
             raise ValueError(f"is {most}, with rollout_actors {start} at the start at least {max(start, 1)} of each")
         return most
 
+    py_modules: list[str] = Field(
+        default=[],
+        description="The paths of your own modules (.py files) and packages (folders) that hold heads or backbones; "
+        "they are copied to the nodes of a cluster.",
+    )
+
     @field_validator("env", mode="before")
     @classmethod
     def _names_alone(cls, env: Any) -> Any:

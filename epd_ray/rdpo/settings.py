@@ -22,7 +22,7 @@ OBEYED = frozenset(
         *("num_cpus_for_main_process", "custom_resources_for_main_process", "placement_strategy", "local_gpu_idx"),
         *("restart_failed_env_runners", "max_num_env_runner_restarts", "validate_env_runners_after_construction"),
         *("lr", "grad_clip", "grad_clip_by", "num_epochs", "minibatch_size", "shuffle_batch_per_epoch"),
-        *("log_gradients", "torch_skip_nan_gradients", "_learner_class", "seed", "log_level"),
+        *("log_gradients", "torch_skip_nan_gradients", "_learner_class", "learner_config_dict", "seed", "log_level"),
         *("callbacks_class", *(f"callbacks_{name}" for name in CALLBACKS), "evaluation_interval", "stats_cls_lookup"),
     }
 )
