@@ -194,7 +194,7 @@ except ClusterError as error:
 """
 
 
-@pytest.mark.parametrize(("clean_up", "code"), [("quick", 1), ("stuck", 2)])
+@pytest.mark.parametrize(("clean_up", "code"), [("quick", 1), ("stuck", 4)])
 def test_the_watch_over_ray_ends_the_work_and_at_last_the_process(clean_up: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, clean_up], capture_output=True, text=True, check=False, timeout=50

@@ -198,7 +198,7 @@ def test_nothing_starts_without_a_token_where_others_can_ask(monkeypatch: pytest
 
 def test_no_room_is_said(small_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cluster.require_room
-    monkeypatch.setattr("epd_ray.actors.serving.require_room", lambda bundles: real(bundles, timeout_s=0.5))
+    monkeypatch.setattr("epd_ray.actors.serving.require_room", lambda bundles, _: real(bundles, timeout_s=0.5))
     with (
         pytest.raises(PlacementError, match=r"GPU: 8000 asked, .*2 x 1 CPU, 4000 GPU"),
         served("simulated", {}, port=0, replicas=2, num_gpus=4000),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epd_ray.embedded.models import resolve_model
-from epd_ray.errors import ModelError, shown
+from epd_ray.errors import ConfigError, ModelError, shown
 
 Tensors = dict[str, Tensor]
 
@@ -177,14 +177,15 @@ def convert_module(source: Path, target: Path) -> int:
         The number of tensors written.
 
     Raises:
-        ModelError: the source holds no such module, or the target cannot be written.
+        ModelError: the source holds no such module.
+        ConfigError: the target cannot be written.
     """
     if target.suffix != ".safetensors":
-        raise ModelError(f"target {shown(str(target))} does not end in .safetensors: give it that ending")
+        raise ConfigError(f"target {shown(str(target))} does not end in .safetensors: give it that ending")
     if os.path.lexists(target):
-        raise ModelError(f"target {shown(str(target))} already exists: remove it, or give another name")
+        raise ConfigError(f"target {shown(str(target))} already exists: remove it, or give another name")
     if not target.parent.is_dir():
-        raise ModelError(
+        raise ConfigError(
             f"target {shown(str(target))} is in no existing directory: create {shown(str(target.parent))} first"
         )
     try:
@@ -202,7 +203,7 @@ def convert_module(source: Path, target: Path) -> int:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             target.unlink()  # it may be half written
-        raise ModelError(f"target {shown(str(target))} cannot be written: {_first_sentence(error)}") from error
+        raise ConfigError(f"target {shown(str(target))} cannot be written: {_first_sentence(error)}") from error
     return len(tensors)
 
 

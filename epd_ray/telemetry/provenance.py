@@ -88,7 +88,7 @@ def signed_by(folder: Path) -> Provenance:
     Raises:
         RunDirectoryError: made_by.json is missing or damaged.
     """
-    fix = "remove it, and measure again"
+    fix = "measure it again without this file"
     record = read_json(folder / MADE_BY, RunDirectoryError, fix)
     try:
         return Provenance.read(record)
