@@ -448,7 +448,7 @@ def test_a_full_object_store_ends_the_run_with_a_line(tmp_path: Path) -> None:
 
 # -- the user's own modules -------------------------------------------------------------------------------------------
 
-MINE = """
+SHIPPED = """
 import os, shutil, sys
 import ray
 from epd_ray.actors.cluster import start_ray
@@ -473,7 +473,7 @@ def test_own_modules_are_copied_to_the_nodes_of_a_cluster(head: Head, tmp_path: 
     for name in ("__init__", "head"):
         (tmp_path / "whole_package" / f"{name}.py").write_text("")
     env = {**head.env, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": TOKEN}
-    command = [sys.executable, "-c", MINE, head.address, "lone_head.py", str(tmp_path / "whole_package")]
+    command = [sys.executable, "-c", SHIPPED, head.address, "lone_head.py", str(tmp_path / "whole_package")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     copies = [Path(line) for line in done.stdout.splitlines()]
