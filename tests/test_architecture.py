@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from epd_ray.backbones.auto import FAMILIES
+from epd_ray.backbones.index import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 READS_PICKLES = "epd_ray.solvers.reference"  # whose unpickler knows nothing but stand-ins

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
-from epd_ray.backbones.loading import read_index
+from epd_ray.backbones.index import read_index
 from epd_ray.backbones.variants import pick_variant
 from epd_ray.bench.random_models import random_backbone
 from epd_ray.drawing.sampler import baseline

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from epd_ray.backbones.discrete import DiscreteTime
 from epd_ray.backbones.flow import flow_sigmas
-from epd_ray.backbones.loading import SAMPLE, fingerprint, read_index
+from epd_ray.backbones.index import SAMPLE, fingerprint, read_index
 from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.errors import ModelError
 from epd_ray.solvers import SolverTable

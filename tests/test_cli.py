@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -109,36 +110,48 @@ def test_train_says_what_it_will_do_before_it_imports_ray():
     assert shown.stdout.splitlines() == [*describe(RunConfig()), "set()"]
 
 
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        (
-            "backbone.model=models/sd15/bse",
-            ["backbone.model: ", "'models/sd15/bse'", "did you mean 'models/sd15/base'?"],
-        ),
-        ("backbone.model=./models/sd15", ["backbone.model: ", "'./models/sd15' has no model_index.json"]),
-        ("backbone.model=/nowhere/at/all", ["backbone.model: ", "'/nowhere/at/all'", "no folder '/nowhere/at'"]),
-        ("backbone.model=shape", ["backbone.model: ", "did you mean 'shapes'?"]),
-        ("backbone.model=./video", ["backbone.model: ", "'./video' is a WanPipeline", "StableDiffusionPipeline"]),
-        ("rewards={web: {head: http, options: {url: 'http://127.0.0.1:9/a'}}}", ["'web'", "http://127.0.0.1:9/a"]),
-    ],
-)
-def test_what_is_not_there_is_named_before_ray_is_imported(tmp_path, setting, said):
+LOST = "backbone.model=/nowhere/at/all"
+ABSENT = {
+    ("train", "backbone.model=models/sd15/bse"): "'models/sd15/bse'.*; did you mean 'models/sd15/base'",
+    ("train", "backbone.model=./models/sd15"): "'./models/sd15' has no model_index.json",
+    ("train", LOST): "'/nowhere/at/all'.*no folder '/nowhere/at'",
+    ("train", "backbone.model=shape"): "did you mean 'shapes'",
+    ("train", "backbone.model=./video"): "'./video' is a WanPipeline.*StableDiffusionPipeline",
+    ("distill", LOST): "no folder",
+    ("fetch", LOST): "no folder",
+    ("sweep", "sweep.space={rdpo.lr: [0.001, 0.002]}", LOST): "no folder",
+    ("evaluate", "--suite", "prompts", "lines.txt", "--solver", "sd15-rl", "--out", "run", LOST): "no folder",
+    ("sample", "--solver", "sd15-rl", "--prompt", "a", "--model", "/nowhere/at/all"): "no folder",
+    ("train", "rewards={web: {head: http, options: {url: 'http://127.0.0.1:9/a'}}}"): "'web'.*http://127.0.0.1:9/a",
+}
+EACH = """
+import json, sys
+from typer.testing import CliRunner
+from epd_ray.cli import app
+for command in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, command)
+    print(json.dumps([done.exit_code, done.stderr, done.stdout]))
+print({'torch', 'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))
+"""
+
+
+def test_what_is_not_there_is_named_before_torch_and_ray_are_imported(tmp_path):
     (tmp_path / "models" / "sd15" / "base").mkdir(parents=True)
     (tmp_path / "video").mkdir()
     (tmp_path / "video" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    script = (
-        "import sys\nfrom epd_ray.cli import main\ntry:\n    main('train')\nfinally:\n"
-        "    print({'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
-    )
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    shown = subprocess.run(
-        [sys.executable, "-c", script, setting, "--out", "run"], cwd=tmp_path, capture_output=True, text=True,
-        env=env | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}, check=False,
-    )  # fmt: skip
-    (line,) = shown.stderr.splitlines()
-    assert shown.returncode != 0 and line.startswith("error: ") and all(part in line for part in said), shown.stderr
-    assert shown.stdout.splitlines()[-1] == "set()" and not (tmp_path / "run").exists()
+    env["PYTHONPATH"] = str(Path(cli.__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(list(ABSENT))], capture_output=True, text=True, env=env, check=True
+    )
+    *answers, imported = run.stdout.splitlines()
+    for (command, said), answer in zip(ABSENT.items(), answers, strict=True):
+        code, line, printed = json.loads(answer)
+        head = command[1].startswith("rewards")
+        where = "reward head" if head else "--model: " if command[0] == "sample" else "backbone.model: "
+        assert (code, printed) == (5 if head else 3, ""), command
+        assert re.fullmatch(f"error: {where}.*{said}.*\n", line), command
+    assert imported == "set()" and sorted(path.name for path in tmp_path.iterdir()) == ["models", "video"]
 
 
 def commands(app: Any, *path: str) -> Iterator[tuple[str, ...]]:
@@ -310,10 +323,10 @@ def test_a_suite(monkeypatch):
     fake = create_autospec(suite.evaluate_suite, return_value=["better"])
     monkeypatch.setattr(suite, "evaluate_suite", fake)
     options = ("--solver", "a/solver", "--solver", "b/solver", "--out", "mine", "--images-per-prompt", 2, "--count", 9)
-    result = invoke("evaluate", "--suite", "prompts", "own.txt", "--model", "a/b", "seed=3", *options)
+    result = invoke("evaluate", "--suite", "prompts", "own.txt", "--model", "shapes", "seed=3", *options)
     assert result.stdout.splitlines() == ["better"], result.output
     config, request, _ = fake.call_args.args
-    assert (config.backbone.model, config.backbone.guidance_scale, config.seed) == ("a/b", None, 3)
+    assert (config.backbone.model, config.backbone.guidance_scale, config.seed) == ("shapes", None, 3)
     assert request == Request(
         "prompts", Path("mine"), ("a/solver", "b/solver"), count=9, prompts=Path("own.txt"), images_per_prompt=2
     )

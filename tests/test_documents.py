@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from epd_ray.backbones.loading import INDEX, read_index
+from epd_ray.backbones.index import INDEX, read_index
 from epd_ray.errors import EpdRayError, ModelError, RunDirectoryError, TableError
 from epd_ray.evaluation.records import read_evaluation
 from epd_ray.evaluation.suites.directory import Manifest, ResultsDirectory

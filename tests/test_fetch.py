@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from epd_ray.actors.cluster import ray_session
 from epd_ray.actors.environments import runtime_env
-from epd_ray.backbones import auto, loading
+from epd_ray.backbones import index as indices
 from epd_ray.backbones.loading import UNUSED
 from epd_ray.config.loading import load_config
 from epd_ray.errors import ModelError
@@ -103,7 +103,7 @@ def test_a_head_whose_process_dies_is_named(cluster: Cluster, monkeypatch: pytes
 
 
 def test_an_unsupported_pipeline_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "read_index", lambda *_: loading.Index("owner/name", "WanPipeline", {}, "abc"))
+    monkeypatch.setattr(indices, "read_index", lambda *_: indices.Index("owner/name", "WanPipeline", {}, "abc"))
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("it was downloaded"))
     with pytest.raises(ModelError, match=r"'owner/name'.*WanPipeline.*StableDiffusion"):
         fetch_model("owner/name", None)
@@ -111,8 +111,8 @@ def test_an_unsupported_pipeline_is_not_downloaded(monkeypatch: pytest.MonkeyPat
 
 def test_a_repository_is_downloaded_without_what_is_never_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    index = loading.Index("owner/name", "StableDiffusionPipeline", {}, "abc")
-    monkeypatch.setattr(auto, "read_index", lambda *_: index)
+    index = indices.Index("owner/name", "StableDiffusionPipeline", {}, "abc")
+    monkeypatch.setattr(indices, "read_index", lambda *_: index)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda model, **options: asked.append((model, options)))
     fetch_model("owner/name", "v1")
     assert asked == [("owner/name", {"revision": "v1", **dict.fromkeys(NOT_OPENED)})]

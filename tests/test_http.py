@@ -208,6 +208,13 @@ def test_a_probe_lets_the_server_score_one_picture_once(serve: Callable[[Answer]
     assert caught.value.head == broken.url and len(broken.asked) == 1
 
 
+def test_a_probe_waits_for_a_share_of_the_timeout(serve: Callable[[Answer], Server]) -> None:
+    head, start = HttpHead(url=serve(dribble_headers).url, timeout=1.0), time.monotonic()  # 10 s
+    with pytest.raises(RewardError, match=r"took longer than 0\.4 s: start the server, or change the url"):
+        head.probe()
+    assert time.monotonic() - start < 5
+
+
 def saying(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
     return lambda handler, _: send(handler, body, status, headers)
 

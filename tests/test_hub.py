@@ -20,7 +20,8 @@ import transformers
 from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, httpx
 
-from epd_ray.backbones.auto import FAMILIES, open_backbone
+from epd_ray.backbones.auto import open_backbone
+from epd_ray.backbones.index import FAMILIES
 from epd_ray.errors import ModelError, TableError
 from epd_ray.solvers import Solver
 from epd_ray.weights import hub

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epd_ray.backbones import BACKBONES
-from epd_ray.backbones.auto import FAMILIES
+from epd_ray.backbones.index import FAMILIES
 from epd_ray.errors import UnknownNameError
 from epd_ray.registry import Registry, did_you_mean
 from epd_ray.rewards import HEADS

@@ -1,10 +1,10 @@
-"""What is known of a run before the seconds that importing Ray takes: which Ray it uses, whether its models exist."""
+"""What is known of a run before torch and Ray are imported, which takes seconds: its Ray, and whether models exist."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from epd_ray.backbones.auto import supported_index
+from epd_ray.backbones.index import supported_index
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
 from epd_ray.errors import ModelError, RewardError
@@ -39,13 +39,27 @@ def require_models(config: RunConfig) -> None:
     if named_cluster(config.cluster.address)[0] is not None:
         return
     if backbone.family == AUTO:
-        try:
-            supported_index(backbone.model, backbone.revision)
-        except ModelError as error:
-            raise ModelError(f"backbone.model: {error}") from error
+        require_model(backbone.model, backbone.revision, "backbone.model")
     for name, reward in config.rewards.items():
         if reward.head == "http":
             _require_answer(name, reward.options)
+
+
+def require_model(model: str, revision: str | None, name: str) -> None:
+    """Check that a pipeline exists and is of a family that is supported.
+
+    Args:
+        model: a pipeline directory, a hub id, or the name of an embedded model.
+        revision: branch, tag or commit of a hub repository.
+        name: the setting or option that names the model, for the message.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    try:
+        supported_index(model, revision)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
 
 
 def _require_answer(name: str, options: Mapping[str, Any]) -> None:

@@ -4,24 +4,9 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from epd_ray.backbones.loading import Index, PipelineOptions, open_pipeline, read_index
+from epd_ray.backbones.index import FAMILIES, UNCONDITIONAL, supported_index
+from epd_ray.backbones.loading import PipelineOptions, open_pipeline
 from epd_ray.backbones.pipeline import Family, PipelineBackbone
-from epd_ray.errors import ModelError, shown
-from epd_ray.registry import Registry
-
-FAMILIES: "Registry[Family]" = Registry(
-    "pipeline class",
-    {
-        "DDIMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
-        "DDPMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
-        "FluxPipeline": "epd_ray.backbones.flux:FluxFamily",
-        "LDMPipeline": "epd_ray.backbones.ddpm:DDPMFamily",
-        "StableDiffusion3Pipeline": "epd_ray.backbones.sd3:SD3Family",
-        "StableDiffusionPipeline": "epd_ray.backbones.sd:SDFamily",
-        "StableDiffusionXLPipeline": "epd_ray.backbones.sd:SDXLFamily",
-    },
-)
-UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 
 
 def open_backbone(**options: Any) -> PipelineBackbone:
@@ -43,28 +28,6 @@ def open_backbone(**options: Any) -> PipelineBackbone:
     pipeline = open_pipeline(index, opened, denoiser)
     family: Family = FAMILIES.build(index.class_name, {"pipeline": pipeline, "options": opened})
     return PipelineBackbone(pipeline, family, opened, index.commit, index.fingerprint)
-
-
-def supported_index(model: str, revision: str | None) -> Index:
-    """Read which pipeline a model is, see `read_index`.
-
-    Raises:
-        ModelError: there is no such model, it is not a pipeline, or its family is not supported.
-    """
-    index = read_index(model, revision)
-    if index.class_name not in FAMILIES.names():
-        known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
-    return index
-
-
-def takes_prompts(model: str, revision: str | None) -> bool:
-    """Whether a pipeline takes prompts; only its model_index.json is read.
-
-    Raises:
-        ModelError: there is no such model, or it is not a pipeline.
-    """
-    return read_index(model, revision).class_name not in UNCONDITIONAL
 
 
 open_backbone.__signature__ = inspect.signature(PipelineOptions)  # type: ignore[attr-defined]  # one list of options

@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from epd_ray.backbones.loading import INDEX, read_index
+from epd_ray.backbones.index import INDEX, read_index
 from epd_ray.config.loading import load_config
 from epd_ray.errors import EpdRayError
 from epd_ray.evaluation.records import read_evaluation

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.architectures import ARCHITECTURES, SMALL_RESOLUTION, SMALL_VAE, VAE, Architecture
-from epd_ray.backbones.auto import FAMILIES
 from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.index import FAMILIES
 from epd_ray.backbones.loading import PipelineOptions, lay_out, speed_up
 from epd_ray.backbones.pipeline import PipelineBackbone
 from epd_ray.errors import ConfigError

@@ -69,10 +69,19 @@ def load_checked(config: Path | None, overrides: Sequence[str]) -> "RunConfig":
         ConfigError: see `load_config`.
         EpdRayError: see `require_models`.
     """
-    from epd_ray.actors.beforehand import require_models
     from epd_ray.config.loading import load_config
 
-    settings = load_config(config, overrides)
+    return checked(load_config(config, overrides))
+
+
+def checked(settings: "RunConfig") -> "RunConfig":
+    """Check the models and reward servers of a configuration, and return it.
+
+    Raises:
+        EpdRayError: see `require_models`.
+    """
+    from epd_ray.actors.beforehand import require_models
+
     require_models(settings)
     return settings
 

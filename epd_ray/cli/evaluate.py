@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from epd_ray.cli.common import INTERRUPTED, ConfigOption, ending, local_path, observed, place, say
+from epd_ray.cli.common import INTERRUPTED, ConfigOption, checked, ending, local_path, observed, place, say
 from epd_ray.cli.options import taking
 from epd_ray.errors import ConfigError, shown
 
@@ -160,10 +160,11 @@ def _suite_of(options: EvaluateOptions) -> tuple["Request", list[str]]:
 
 
 def _measure(request: "Request", given: list[str], config: Path | None) -> None:
-    from epd_ray.evaluation.suites.evaluate import evaluate_suite
     from epd_ray.evaluation.suites.settings import load_settings
 
-    settings: RunConfig = load_settings(request.suite, config, given)
+    settings: RunConfig = checked(load_settings(request.suite, config, given))
+    from epd_ray.evaluation.suites.evaluate import evaluate_suite
+
     try:
         with observed() as observer:
             lines = evaluate_suite(settings, request, observer)

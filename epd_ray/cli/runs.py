@@ -152,6 +152,10 @@ class SampleCommand:
 def sample(command: SampleCommand) -> None:
     """Draw a picture per prompt with a learned solver, and write them side by side into one file."""
     with ending():
+        if command.model is not None and command.family is None:
+            from epd_ray.actors.beforehand import require_model
+
+            require_model(command.model, None, "--model")
         from diffusers.utils.logging import disable_progress_bar
         from transformers.utils.logging import disable_progress_bar as disable_too
 
@@ -211,10 +215,9 @@ def distill(
 ) -> None:
     """Fit a solver to a finer one without any reward (stage 1 alone). Unconditional models work too."""
     with ending():
-        from epd_ray.config.loading import load_config
+        settings = load_checked(config, overrides or [])
         from epd_ray.runs.distill import distill as fit
 
-        settings = load_config(config, overrides or [])
         path = out or Path("solvers", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")
         with observed() as observer:
             lines = fit(settings, path, observer)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, ending, local_path, observed, say
+from epd_ray.cli.common import INTERRUPTED, ConfigOption, OverridesArgument, checked, ending, local_path, observed, say
 from epd_ray.errors import ConfigError
 
 
@@ -28,14 +28,16 @@ def sweep(
     with ending():
         if resume and (config or out or overrides):
             raise ConfigError(["--resume continues with the configuration of the sweep: leave out everything else"])
-        from epd_ray.sweep import tuner as runner
-        from epd_ray.sweep.space import load_plan
-
         if resume is None:
+            from epd_ray.sweep.space import load_plan
+
             plan = load_plan(config, overrides or [])
+            checked(plan.config)
             path = out or Path("sweeps", f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.config.name}")
         else:
             path = resume
+        from epd_ray.sweep import tuner as runner
+
         try:
             with observed() as observer:
                 lines = runner.resume(path, observer) if resume else runner.sweep(plan, path, observer)

@@ -1,4 +1,7 @@
-"""A reward head that sends pictures and prompts to a server over HTTP."""
+"""A reward head that sends pictures and prompts to a server over HTTP.
+
+It imports torch where it scores, so that a run's server is probed before the imports that take seconds.
+"""
 
 import asyncio
 import base64
@@ -9,21 +12,24 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import httpx2
 import numpy as np
 import tenacity
-import torch
 from PIL import Image
-from torch import Tensor
 
 from epd_ray.errors import ConfigError, RewardError
-from epd_ray.rewards.preprocess import to_bytes
-from epd_ray.types import FloatArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from epd_ray.types import FloatArray, ImageArray
 
 MAX_RESPONSE_BYTES = 1 << 20  # scores of a batch take kilobytes: a larger answer is not one
 QUOTED = 200  # most characters of an answer that an error message quotes
+PROBE_SHARE = 0.4  # of the timeout, in which a probe's small picture is scored; by default 12 of 30 s for a whole batch
+GREY = 0.5
 
 
 class HttpHead:
@@ -92,7 +98,9 @@ class HttpHead:
         """Close the connections; `score` cannot be called afterwards."""
         self._close()
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
+        import torch
+
         starts = range(0, len(images), self.batch_size)
         batches = [(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in starts]
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -102,21 +110,34 @@ class HttpHead:
     def probe(self) -> None:
         """Let the server score one grey picture, at one attempt, so that a wrong address is found before a run begins.
 
+        It is given PROBE_SHARE of the timeout.
+
         Raises:
             RewardError: the server does not answer, or not with one score.
         """
         try:
-            self._attempt(self._body(torch.full((1, 3, 64, 64), 0.5), ["a grey square"]), 1)
+            self._attempt(self._body([self._grey()], ["a grey square"]), 1, PROBE_SHARE * self.timeout)
         except _TransientError as error:
             raise RewardError(self.model_id, f"{error}: start the server, or change the url") from error
 
-    def _body(self, images: Tensor, prompts: Sequence[str]) -> bytes:
-        encode = _png if self.format == "png" else _npy
-        files = [base64.b64encode(encode(image)).decode() for image in images]
-        return json.dumps({"images": files, "format": self.format, "prompts": list(prompts)}).encode()
+    def _grey(self) -> bytes:
+        if self.format == "png":
+            return _png(np.full((64, 64, 3), round(255 * GREY), np.uint8))
+        return _npy(np.full((3, 64, 64), GREY, np.float32))
 
-    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> FloatArray:
-        body = self._body(images, prompts)
+    def _file(self, image: "Tensor") -> bytes:
+        from epd_ray.rewards.preprocess import to_bytes
+
+        if self.format == "png":
+            return _png(np.ascontiguousarray(to_bytes(image).permute(1, 2, 0).numpy()))
+        return _npy(image.float().cpu().numpy())
+
+    def _body(self, files: Sequence[bytes], prompts: Sequence[str]) -> bytes:
+        images = [base64.b64encode(file).decode() for file in files]
+        return json.dumps({"images": images, "format": self.format, "prompts": list(prompts)}).encode()
+
+    def _score_batch(self, images: "Tensor", prompts: Sequence[str]) -> "FloatArray":
+        body = self._body([self._file(image) for image in images], prompts)
         if len(body) > self.max_request_bytes:
             sizes = f"{len(body)} bytes for {len(images)} images, more than max_request_bytes={self.max_request_bytes}"
             raise RewardError(self.model_id, f"a request would take {sizes}: lower batch_size or raise the bound")
@@ -128,21 +149,21 @@ class HttpHead:
             reraise=True,
         )
         try:
-            return attempts(self._attempt, body, len(images))
+            return attempts(self._attempt, body, len(images), self.timeout)
         except _TransientError as error:
             raise RewardError(self.model_id, f"{error}, at {self.retries + 1} attempts") from error
 
-    def _attempt(self, body: bytes, count: int) -> FloatArray:
-        """Send one request and read the scores of its `count` images.
+    def _attempt(self, body: bytes, count: int, seconds: float) -> "FloatArray":
+        """Send one request and read the scores of its `count` images within so many seconds.
 
         Raises:
             _TransientError: another attempt may succeed.
             RewardError: another attempt would fail, too.
         """
         try:
-            response, answer = asyncio.run_coroutine_threadsafe(self._exchange(body), self._loop).result()
+            response, answer = asyncio.run_coroutine_threadsafe(self._exchange(body, seconds), self._loop).result()
         except TimeoutError:
-            raise _TransientError(f"took longer than {self.timeout:g} s") from None
+            raise _TransientError(f"took longer than {seconds:g} s") from None
         except httpx2.TransportError as error:
             raise _TransientError(f"lost the connection ({_line(str(error)) or type(error).__name__})") from None
         status = response.status_code
@@ -153,7 +174,7 @@ class HttpHead:
             raise RewardError(self.model_id, f"answered {status} ({hint})")
         return self._scores(answer, count)
 
-    async def _exchange(self, body: bytes) -> tuple[httpx2.Response, bytes]:
+    async def _exchange(self, body: bytes, seconds: float) -> tuple[httpx2.Response, bytes]:
         """The response (status and headers), and its body.
 
         asyncio.timeout limits the whole attempt; the client's own timeout would only limit the wait for the next bytes.
@@ -165,7 +186,7 @@ class HttpHead:
         """
         answer = b""
         async with (
-            asyncio.timeout(self.timeout),
+            asyncio.timeout(seconds),
             self._client.stream("POST", self._url, content=body) as response,
         ):
             async for piece in response.aiter_raw():
@@ -174,7 +195,7 @@ class HttpHead:
                     raise RewardError(self.model_id, f"answered with more than {MAX_RESPONSE_BYTES} bytes")
         return response, answer
 
-    def _scores(self, answer: bytes, count: int) -> FloatArray:
+    def _scores(self, answer: bytes, count: int) -> "FloatArray":
         try:
             found = json.loads(answer)
         except (ValueError, RecursionError):
@@ -251,16 +272,15 @@ def read_token(variable: str, who: str) -> str:
     return token
 
 
-def _png(image: Tensor) -> bytes:
+def _png(pixels: "ImageArray") -> bytes:  # [H, W, 3]
     file = io.BytesIO()
-    pixels = to_bytes(image).permute(1, 2, 0).numpy()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG", compress_level=1)
+    Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
-def _npy(image: Tensor) -> bytes:
+def _npy(image: "FloatArray") -> bytes:  # [3, H, W]
     file = io.BytesIO()
-    np.save(file, image.float().cpu().numpy(), allow_pickle=False)
+    np.save(file, image, allow_pickle=False)
     return file.getvalue()
 
 

@@ -131,7 +131,7 @@ def fetch_model(model: str, revision: str | None) -> None:
     Raises:
         ModelError: the model does not exist, cannot be reached, or is of a family that this package does not support.
     """
-    from epd_ray.backbones.auto import supported_index
+    from epd_ray.backbones.index import supported_index
 
     index = supported_index(model, revision)  # a small file, read before gigabytes are downloaded in vain
     if Path(index.location).is_dir():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from epd_ray.backbones.auto import takes_prompts
+from epd_ray.backbones.index import takes_prompts
 from epd_ray.config.sections import AUTO, BackboneConfig
 from epd_ray.drawing.sampler import Sampler, baseline, reference
 from epd_ray.drawing.worker import BackboneFacts

@@ -10,8 +10,7 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from epd_ray.backbones.auto import FAMILIES
-from epd_ray.backbones.loading import read_index
+from epd_ray.backbones.index import FAMILIES, read_index
 from epd_ray.backbones.pipeline import Family
 from epd_ray.config.sections import AUTO, BackboneConfig
 from epd_ray.drawing.sampler import Sampler, learned

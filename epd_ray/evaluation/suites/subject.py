@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from epd_ray.backbones.loading import fingerprint
+from epd_ray.backbones.index import fingerprint
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import RewardConfig
 from epd_ray.drawing.sampler import Sampler
