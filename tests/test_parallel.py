@@ -406,13 +406,78 @@ def test_takes_a_name_as_from_pretrained_does(load: Any, tmp_path: Any) -> None:
         parallelize(load("flux"), "flux-lr")
 
 
-def test_a_window_that_counts_calls_is_refused(load: Any) -> None:
-    pipe, family = load("sd3"), FAMILIES["sd3"]
-    expected = call(parallelize(pipe, make_solver(family)), family)
-    for window in ({}, {"skip_layer_guidance_start": 0.9, "skip_layer_guidance_stop": 1.0}):
-        with pytest.raises(TableError, match="skip_guidance_layers"):
-            call(pipe, family, skip_guidance_layers=[1], **window)
-    assert torch.equal(call(pipe, family), expected)
+def with_left_out_layers(pipe: Any, solver: Solver, start: float, stop: float) -> Tensor:
+    """Solver.solve on SD3's network, guided by a left-out layer between two shares of the calls, one for each point."""
+    embeds, negative, pooled, no_pooled = pipe.encode_prompt(PROMPTS, None, None, max_sequence_length=16)
+    calls, made = 3 * (1 + solver.table.points - solver.table.start_point), 0
+
+    def network(x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor, **options: Any) -> Tensor:
+        times = len(x) // 2
+        return pipe.transformer(
+            x, embeds.repeat_interleave(times, 0), pooled.repeat_interleave(times, 0), 1000 * sigma, **options
+        ).sample  # fmt: skip
+
+    def drift(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal made
+        points = len(x) // 2
+        within = torch.tensor([start < (made + j) / calls < stop for j in range(points)]).repeat(2)
+        made += points
+        text, empty = network(x, sigma, embeds, pooled), network(x, sigma, negative, no_pooled)
+        away = text - network(x, sigma, embeds, pooled, skip_layers=[1])
+        return empty + 4.5 * (text - empty) + 2.8 * within[:, None, None, None] * away
+
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = solver.solve(drift, noise)
+    assert made == calls
+    return result
+
+
+# Calls 0, 3 and 6 of nine are the intervals' starts. The first window has one point of two, the second four calls.
+WINDOWS = [(0.01, 0.2), (0.01, 0.5), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("start", "stop"), WINDOWS)
+@torch.no_grad()
+def test_left_out_layers_act_on_the_same_share_of_the_loop(load: Any, start: float, stop: float) -> None:
+    pipe, solver = load("sd3"), make_solver(FAMILIES["sd3"])
+    window = {"skip_layer_guidance_start": start, "skip_layer_guidance_stop": stop}
+    asked = {"skip_guidance_layers": [1], "num_inference_steps": 9, **window}
+    expected = with_left_out_layers(pipe, solver, start, stop)
+    plain, single = sequential(pipe, "sd3", solver), sequential(pipe, "sd3", solver, **asked)
+    assert difference(single, expected) < 1e-5 < 1e-3 < difference(single, plain)
+    assert difference(call(parallelize(pipe, solver, ["cpu", "cpu"]), FAMILIES["sd3"], **asked), expected) < 1e-5
+    assert difference(call(pipe, FAMILIES["sd3"]), plain) < 1e-5
+
+
+@torch.no_grad()
+def test_left_out_layers_after_a_start_point(load: Any) -> None:
+    pipe, solver = load("sd3"), make_solver(FAMILIES["sd3"], points=3, order=2, start_point=True)
+    asked = {"skip_guidance_layers": [1], "num_inference_steps": 9}
+    expected = with_left_out_layers(pipe, solver, 0.01, 0.2)
+    assert difference(sequential(pipe, "sd3", solver, **asked), expected) < 1e-5
+    assert difference(call(parallelize(pipe, solver), FAMILIES["sd3"], **asked), expected) < 1e-5
+
+
+def test_other_windows_of_left_out_layers_are_refused(load: Any) -> None:
+    pipe, family, solver = load("sd3"), FAMILIES["sd3"], make_solver(FAMILIES["sd3"])
+    asked: dict[str, Any] = {"skip_guidance_layers": [1], "num_inference_steps": 28}
+    with pytest.raises(TableError, match=r"num_inference_steps=28 .* makes 9 \(pass num_inference_steps=9\)"):
+        sequential(pipe, "sd3", solver, **asked)
+    theirs = pipe.scheduler
+    pipe.scheduler = EPDScheduler.from_solver(solver)
+    asked["guidance_scale"] = 1.0  # the pipeline then leaves out no layers at all
+    assert torch.equal(call(pipe, family, **asked), call(pipe, family, guidance_scale=1.0))
+    pipe.scheduler = theirs
+    parallelize(pipe, solver)
+    late = {
+        "skip_guidance_layers": [1],
+        "num_inference_steps": 9,
+        "skip_layer_guidance_start": 0.3,
+        "skip_layer_guidance_stop": 1.0,
+    }
+    with pytest.raises(TableError, match=r"start is 0.3: the network's call 3 evaluates .* begin earlier"):
+        call(pipe, family, **late)
+    assert difference(call(pipe, family), by_hand(pipe, family, solver)) < 1e-5
 
 
 class Adapted(nn.Module):

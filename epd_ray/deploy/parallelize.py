@@ -71,7 +71,7 @@ def parallelize(
     handles = (
         # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
         network.register_forward_pre_hook(torch.compiler.disable(expansion.before), with_kwargs=True),
-        network.register_forward_hook(torch.compiler.disable(expansion.after)),
+        network.register_forward_hook(torch.compiler.disable(expansion.after), with_kwargs=True),
     )
     _installed[whole] = _Installed(whole.scheduler, expansion, handles)
     whole.scheduler = scheduler
@@ -128,7 +128,9 @@ class _Expansion:
     """The hooks around the network of a parallelized pipeline.
 
     `before` makes one row per point, and starts the network's replicas on their shares of the points. `after` joins
-    their outputs with that of the network itself.
+    their outputs with that of the network itself. Where the pipeline calls the network again with layers left out, it
+    does so for all points of an interval; `after` then puts the answer with all layers in place of those of the points
+    outside of the pipeline's window, whose difference to that answer is 0.
     """
 
     def __init__(self, pipe: "weakref.ref[Any]", scheduler: EPDScheduler, door: Door, replicas: _Replicas) -> None:
@@ -136,14 +138,18 @@ class _Expansion:
         self._pipe, self._door, self._replicas = pipe, door, replicas
         self._pool = ThreadPoolExecutor(len(replicas), "epd-points") if len(replicas) else None
         self._pending: tuple[int, list[Future[Tensor]]] | None = None
+        self._within: list[bool] | None = None  # for each point of this call, whether layers may be left out
+        self._whole: Tensor | None = None  # [B * k, ...], the last answer to the prompts with all layers
 
     def before(
         self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._settle()
+        self._within = None
         pipe = self._pipe()
         if pipe is None or pipe.scheduler is not self.scheduler:
             return None
+        self._within = self.scheduler.skips_layers()
         names = (self._door.hidden, "timestep")  # the arguments that some pipelines pass by position
         given = dict(zip(names, args, strict=False)) | kwargs
         points = self.scheduler.point_inputs(given[self._door.hidden])
@@ -160,15 +166,27 @@ class _Expansion:
             self._pending = len(points.hidden), futures
         return (), own
 
-    def after(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._pending is None:
+    def after(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        answer: Tensor = output[0]
+        if self._pending is not None:
+            (rows, futures), self._pending = self._pending, None
+            parts = [answer, *(future.result().to(answer.device) for future in futures)]
+            # each [R * k, ...] -> [R, k, ...], then [R * K, ...]
+            answer = torch.cat([part.unflatten(0, (rows, -1)) for part in parts], 1).flatten(0, 1)
+        if self._within is not None:
+            if kwargs.get("skip_layers") is None:
+                self._whole = answer.chunk(2)[1]
+            else:
+                answer, self._whole = self._only_within(answer, self._within), None
+        if answer is output[0]:
             return None
-        (rows, futures), self._pending = self._pending, None
-        first: Tensor = output[0]
-        parts = [first, *(future.result().to(first.device) for future in futures)]
-        # each [R * k, ...] -> [R, k, ...], then [R * K, ...]
-        joined = torch.cat([part.unflatten(0, (rows, -1)) for part in parts], 1).flatten(0, 1)
-        return (joined, *output[1:]) if isinstance(output, tuple) else type(output)(joined)
+        return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(answer)
+
+    def _only_within(self, answer: Tensor, within: list[bool]) -> Tensor:
+        """The answer [B * k, ...] without layers, and that with all layers at the points outside of the window."""
+        assert self._whole is not None  # the pipeline asks for it first
+        kept = torch.tensor(within, device=answer.device).repeat(len(answer) // len(within))
+        return torch.where(kept.view(-1, *[1] * (answer.ndim - 1)), answer, self._whole)
 
     def close(self) -> None:
         self._settle()

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from epd_ray.backbones.doors import door_of
+from epd_ray.deploy.window import LayerWindow
 from epd_ray.errors import TableError, shown
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
@@ -220,23 +221,20 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             mu: not used, because it only shapes sigmas.
 
         Raises:
-            TableError: the pipeline that asks shall end before the last step; or, in parallel mode, it counts calls of
-                the network as steps, which are then fewer.
+            TableError: the pipeline that asks shall end before the last step, or would leave out layers at other points
+                than those in its window, see `LayerWindow`.
         """
         intervals = self.solver.table.intervals
         asking = _asking_call(self)
         pipe = asking.get("self")
-        if self.parallel and asking.get("skip_guidance_layers") is not None:
-            raise TableError(
-                "skip_guidance_layers acts in a window of the network's calls, which parallelize makes fewer (leave it "
-                "out, or use EPDScheduler without parallelize)"
-            )
         if getattr(pipe, "denoising_end", None) is not None:
             raise TableError(
                 f"denoising_end is {pipe.denoising_end}, expected None: a learned solver does all its "  # type: ignore[union-attr]
                 f"{intervals} intervals (leave denoising_end out, or use another scheduler)"
             )
-        if sigmas is not None or num_inference_steps not in (None, intervals, _default_steps(pipe)):
+        window = LayerWindow.asked(asking, self._plan)
+        fine = (None, intervals, _default_steps(pipe), window and len(window.places))
+        if sigmas is not None or num_inference_steps not in fine:
             given = "sigmas" if sigmas is not None else f"num_inference_steps={num_inference_steps}"
             self._warn_once("steps", f"{given} is not used: this solver has {intervals} intervals of its own")
         door, made_for = door_of(pipe), self.config.get("backbone")
@@ -251,6 +249,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.timesteps = self.network.timestep(evaluated).to(device)  # [calls]
         self.num_inference_steps = intervals
         self._loop, self._scaled, self._expanded = Loop(self._plan), False, False
+        self._window = window
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Accept 0 only: a loop begins at the first timestep.
@@ -320,6 +319,13 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._expanded = True
         timesteps = self.network.timestep(self._plan.sigma(loop.call)).to(hidden.device)
         return PointInputs(loop.seen(hidden), timesteps)
+
+    def skips_layers(self) -> list[bool] | None:
+        """For each point of the next call, whether it is in the pipeline's window of left-out layers; None without one.
+
+        In parallel mode the pipeline decides for all points of an interval at once; `parallelize` asks for this.
+        """
+        return None if self._window is None or self._loop is None else self._window.wanted(self._loop.call)
 
     def step(
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True,
