@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +155,55 @@ class Backbone(Protocol):
 
     def decode(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in [0, 1], on any device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The noise levels of a solver, and the noise that it begins with.
+
+    Attributes:
+        sigmas: [N+1], float64, decreasing, >= 0.
+        start: the standard deviation of x at sigmas[0], where x is noise alone; None for that of `Backbone.initial`.
+    """
+
+    sigmas: Tensor
+    start: float | None = None
+
+
+@runtime_checkable
+class Pipelined(Protocol):
+    """What a backbone has beside `Backbone` where a diffusers pipeline stands behind it.
+
+    Attributes:
+        shift: the factor by which the pipeline shifts the noise levels of a flow; None in VE form.
+    """
+
+    @property
+    def shift(self) -> float | None: ...
+
+    def scheduler_grid(
+        self, scheduler: str, num_intervals: int, *, final_zero: bool, changes: Mapping[str, Any]
+    ) -> Grid:
+        """The noise levels that a diffusers scheduler makes, as `from_config` of the pipeline's scheduler gives it.
+
+        Args:
+            scheduler: the name of the class.
+            num_intervals: N.
+            final_zero: whether a 0 at the end is kept; else the levels are those of N + 1 steps without it.
+            changes: further arguments of `from_config`; "shift" is the factor of a flow, under any class's name for it.
+
+        Raises:
+            ScheduleError: the scheduler does not make N + 1 decreasing levels, or refuses an argument.
+        """
+        ...
+
+    def published_grid(self, name: str, num_intervals: int) -> Grid:
+        """The noise levels that a paper publishes for this model, interpolated to N intervals.
+
+        Raises:
+            ScheduleError: there are none for this model.
+        """
         ...
 
 

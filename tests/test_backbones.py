@@ -88,7 +88,7 @@ def test_euler_is_the_pipelines_own_output(
     monkeypatch.setattr(VectorQuantizer, "forward", lambda _, latents: (latents, torch.zeros(()), None))
     backbone = backbones(name)
     with Calls(denoiser(backbone)) as calls:
-        images = backbone.decode(run(backbone, baseline("euler", steps), guidance_scale))
+        images = backbone.decode(run(backbone, baseline("euler@model", steps), guidance_scale))
     halves = 2 if name in FREE and guidance_scale > 1 else 1
     assert calls.batches == [2 * halves] * steps
     theirs = pipeline_images(name, folder(name), steps, guidance_scale)

@@ -1,12 +1,14 @@
 """Every method of the zoo: its cost, its order, and the library's own run of it."""
 
 import importlib.util
+import inspect
 import sys
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -125,7 +127,7 @@ def solution(form: Form, steps: int = 2000) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("name", "form"), [case for case in EVERY if case[0] != "edm"])
+@pytest.mark.parametrize(("name", "form"), [case for case in EVERY if case[0] not in ("edm", "kdpm2")])
 def test_order(name: str, form: Form) -> None:
     drift, counts = still_at_both_ends(form), (48, 96, 192)
     ends = [zoo.follow(name, drift, START, uniform(name, form, n), form) for n in counts]
@@ -190,18 +192,24 @@ def exact_timesteps(scheduler: type) -> type:
     return Exact
 
 
-def by_the_pipeline(name: str, scheduler: type, order: int, steps: int, noise: Tensor) -> tuple[Any, Tensor]:
-    """diffusers' own call with its own scheduler: the scheduler, and the latents that it ends at."""
-    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if name == "sd3" else {}
+@cache
+def pipeline_of(name: str) -> tuple[Any, Any]:
+    """A pipeline, and the configuration of the scheduler that it comes with."""
+    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if name in ("sd3", "sd3_dynamic") else {}
     pipeline = DiffusionPipeline.from_pretrained(folder(name), low_cpu_mem_usage=False, **absent)
     pipeline.set_progress_bar_config(disable=True)
-    config = dict(pipeline.scheduler.config)
-    if backbones(name).form == "flow":
-        more = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
-        pipeline.scheduler = exact_timesteps(scheduler).from_config(config, solver_order=order, **more)
+    return pipeline, pipeline.scheduler.config
+
+
+def by_the_pipeline(name: str, scheduler: type, steps: int, noise: Tensor, **options: Any) -> tuple[Any, Tensor]:
+    """diffusers' own call with a scheduler made by from_config: the scheduler, and the latents that it ends at."""
+    pipeline, config = pipeline_of(name)
+    if scheduler in LIBRARIES.values() and backbones(name).form == "flow":
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
+        pipeline.scheduler = exact_timesteps(scheduler).from_config(config, **{**flow, **options})
     else:
-        pipeline.scheduler = scheduler.from_config(config, timestep_spacing="trailing", solver_order=order)
-    more = {"max_sequence_length": TOKENS} if name in ("sd3", "flux") else {}
+        pipeline.scheduler = scheduler.from_config(config, **options)
+    more = {"max_sequence_length": TOKENS} if backbones(name).form == "flow" else {}
     latents = pipeline(
         PROMPTS, num_inference_steps=steps, guidance_scale=3.0, latents=noise, height=16, width=16,
         output_type="latent", **more,
@@ -220,7 +228,8 @@ def test_equals_the_pipeline_with_that_scheduler(model: str, name: str) -> None:
     noise = noises(backbone, SEEDS)
     # The pipelines begin at unit variance, x / sqrt(1 + sigma^2), whatever the first sigma.
     start = backbone.initial(noise) if flow else noise
-    scheduler, theirs = by_the_pipeline(model, library, order, steps, start)
+    spacing = {} if flow else {"timestep_spacing": "trailing"}
+    scheduler, theirs = by_the_pipeline(model, library, steps, start, solver_order=order, **spacing)
     sigmas = scheduler.sigmas.double()
     scale = 1.0 if flow else (1 + sigmas[[0, -1]] ** 2).sqrt()
     sigmas = sigmas[:-1] if sigmas[-1] == sigmas[-2] else sigmas
@@ -233,6 +242,76 @@ def test_equals_the_pipeline_with_that_scheduler(model: str, name: str) -> None:
     # In float32 theirs loses digits where DEIS divides by 1 - sigma = 0.001; ours is float64 there.
     tolerance = 5e-5 if flow and library is DEISMultistepScheduler else 1e-5
     assert (x - theirs).abs().max() < tolerance * theirs.abs().max().clamp(min=1)
+
+
+# A method as it comes, the pipeline's scheduler with which it is the same, and the pipelines that can run that one.
+# Diffusers' Euler, Heun and KDPM2 tell a network fractional timesteps, interpolated by another rule than ours, so the
+# numbers of steps are such that all timesteps are whole numbers, which 4 of the spacing linspace are.
+VE, FLOWS = ("sd", "sd_v", "sdxl"), ("sd3", "sd3_dynamic", "flux")
+AS_IT_COMES = [
+    *((model, name, 4) for model in VE for name in ("euler", "edm", "kdpm2")),
+    *(("sd", name, 5) for name in ("deis", "deis3")),
+    *((model, name, 5) for model in ("sd", *FLOWS) for name in ("dpmpp2m", "dpmpp3m", "unipc", "unipc3")),
+    *((model, "euler", 5) for model in FLOWS),
+    ("sd3", "edm", 4),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "steps"), AS_IT_COMES)
+def test_a_method_as_it_comes_is_the_pipeline_with_its_scheduler(model: str, name: str, steps: int) -> None:
+    method, backbone = zoo.find(name), backbones(model)
+    library = getattr(diffusers, method.schedulers[backbone.form])
+    options = {"solver_order": method.options["order"]} if method.takes_options else {}
+    noise = noises(backbone, SEEDS)
+    latents = backbone.initial(noise) if backbone.form == "flow" else noise
+    _, theirs = by_the_pipeline(model, library, steps, latents, **options)
+    sampler = baseline(name, method.parallel_nfe(steps))
+    x = sampler.run(backbone, backbone.encode(PROMPTS, 3.0), noise)
+    last = sampler.steps(backbone)[-1].item()
+    x = x / (1 + last**2) ** 0.5  # DEIS ends above 0, in the scale of unit variance
+    assert x.shape == theirs.shape and theirs.std() > 0.1
+    tolerance = 5e-5 if name == "kdpm2" else 1e-5  # its inner timesteps are no whole numbers
+    assert (x - theirs).abs().max() < tolerance * theirs.abs().max().clamp(min=1)
+
+
+def test_own_grids_that_a_flow_does_not_have() -> None:
+    """IPNDM and KDPM2 know no flow; DEIS repeats the last sigma, so that an interval has no length."""
+    flow = backbones("sd3")
+    scheduler = DEISMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0)
+    scheduler.set_timesteps(6)
+    assert scheduler.sigmas[-1] == scheduler.sigmas[-2] == pytest.approx(0.2855, abs=1e-4)
+    for name in ("deis", "ipndm", "kdpm2", "heun", "dpm2"):
+        method, sampler = zoo.find(name), nearest_baseline(name, 6)
+        assert "flow" not in method.schedulers
+        models = flow.sigmas(sampler.intervals, final_zero=method.ends_at_zero)
+        assert torch.equal(sampler.steps(flow), models)
+    assert not {"use_flow_sigmas", "flow_shift"} & set(inspect.signature(diffusers.KDPM2DiscreteScheduler).parameters)
+    ipndm = diffusers.IPNDMScheduler()
+    ipndm.set_timesteps(6)
+    assert ipndm.timesteps.max() <= 1
+
+
+def test_own_grids_that_are_known() -> None:
+    """What the multistep schedulers make of a flow shifted by 2, and what the pipeline's own scheduler makes."""
+    flow = backbones("sd3")
+    steps = {name: baseline(name, 6).steps(flow).tolist() for name in ("dpmpp2m", "unipc", "euler")}
+    assert steps["dpmpp2m"] == pytest.approx([0.9995, 0.9086, 0.7995, 0.6662, 0.4996, 0.2855, 0], abs=1e-4)
+    assert steps["unipc"] == pytest.approx([1, 0.9092, 0.8002, 0.6671, 0.5005, 0.2864, 0], abs=2e-3)
+    assert steps["euler"] == flow.sigmas(6, final_zero=True).tolist() == baseline("unipc@model", 6).steps(flow).tolist()
+    assert baseline("dpmpp2m?shift=1", 6).steps(flow)[1].item() == pytest.approx(0.8325)
+    assert baseline("dpmpp2m?flow_shift=1", 6) == baseline("dpmpp2m?shift=1", 6)
+    assert baseline("heun?shift=1", 6).steps(flow).tolist() == pytest.approx([1, 0.667, 0.334, 0.001], abs=2e-3)
+    assert baseline("euler?shift=5", 6).steps(backbones("flux"))[1].item() == pytest.approx(25 / 26, abs=1e-3)
+
+
+def test_published_grids() -> None:
+    from diffusers.schedulers import AysSchedules
+
+    for model, table in (("sd", "StableDiffusionSigmas"), ("sdxl", "StableDiffusionXLSigmas")):
+        assert baseline("dpmpp2m@ays", 10).steps(backbones(model)).tolist() == pytest.approx(AysSchedules[table])
+    assert baseline("euler@ays", 19).steps(backbones("sd"))[1].item() == pytest.approx((14.615 * 6.475) ** 0.5)
+    with pytest.raises(ScheduleError, match="'ays' is not published for model"):
+        baseline("euler@ays", 10).steps(backbones("ddpm"))
 
 
 @pytest.mark.parametrize("name", ["dpmpp2m", "unipc"])
@@ -271,7 +350,7 @@ def test_equals_skramples_own_run() -> None:
 
 
 def test_every_name_has_its_order_and_label() -> None:
-    assert set(ORDERS) | {"edm"} == set(zoo.METHODS)
+    assert set(ORDERS) | {"edm", "kdpm2"} == set(zoo.METHODS)
     assert len({method.label for method in zoo.METHODS.values()}) == len(zoo.METHODS)
     assert set(zoo.ALIASES.values()) <= set(zoo.METHODS) and not set(zoo.ALIASES) & set(zoo.METHODS)
     assert {"euler", "dpmpp2m", "deis"} <= set(zoo.applicable("flow")) <= set(zoo.applicable("flow", installed=False))

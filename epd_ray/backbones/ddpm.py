@@ -1,6 +1,6 @@
 """Unconditional models in pixel or latent space, such as the published ones for CIFAR-10, LSUN and CelebA-HQ."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class DDPMFamily:
     name = "ddpm"
     form: Form = "ve"
     schedule = "uniform"
+    published = None
     default_guidance = 1.0
     prompted = False
     classifier_free = False
@@ -68,8 +69,13 @@ class DDPMFamily:
     def embed_nothing(self, device: torch.device) -> Embedding:
         return ()
 
-    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+    def sigmas(
+        self, num_intervals: int, final_zero: bool, resolution: int, changes: Mapping[str, Any] | None = None
+    ) -> Tensor:
         return self._time.sigmas(num_intervals, final_zero)
+
+    def shift(self, resolution: int) -> None:
+        return None
 
     def initial(self, noise: Tensor) -> Tensor:
         return self._time.sigma_max * noise

@@ -3,6 +3,8 @@
 Diffusers is imported inside the functions, because that takes seconds.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,13 @@ def unscaled(x: Tensor, vae: Any) -> Tensor:
 
 
 def flow_sigmas(
-    scheduler: Any, num_intervals: int, final_zero: bool, image_tokens: int, *, own_grid: bool = False
+    scheduler: Any,
+    num_intervals: int,
+    final_zero: bool,
+    image_tokens: int,
+    *,
+    own_grid: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The scheduler's shifted sigmas. Without `final_zero` they are those of N + 1 steps, without the 0 at their end.
 
@@ -45,19 +53,16 @@ def flow_sigmas(
         final_zero: whether the last sigma is 0.
         image_tokens: number of tokens of one image, on which a dynamic shift depends.
         own_grid: whether, with `final_zero`, the scheduler gets the grid 1, ..., 1 / N, as from FluxPipeline.
+        changes: arguments of `from_config` that differ from the scheduler's; "shift" takes the place of a dynamic one.
 
     Returns:
         Sigmas [N+1], float64, decreasing.
     """
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-    scheduler = type(scheduler).from_config(scheduler.config)
-    config = scheduler.config
-    mu = None
-    if config.use_dynamic_shifting:
-        mu = calculate_shift(
-            image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
+    changes = dict(changes or {})
+    if "shift" in changes:
+        changes["use_dynamic_shifting"] = False
+    scheduler = type(scheduler).from_config(scheduler.config, **changes)
+    mu = _dynamic_shift(scheduler, image_tokens)
     if final_zero and own_grid:
         grid = np.linspace(1.0, 1 / num_intervals, num_intervals)
         scheduler.set_timesteps(sigmas=grid, mu=mu)
@@ -65,3 +70,22 @@ def flow_sigmas(
         scheduler.set_timesteps(num_intervals if final_zero else num_intervals + 1, mu=mu)
     sigmas: Tensor = scheduler.sigmas[: num_intervals + 1].double()
     return sigmas
+
+
+def flow_shift(scheduler: Any, image_tokens: int) -> float:
+    """The factor of the scheduler's shift; that of a dynamic one depends on the number of tokens of one image."""
+    mu = _dynamic_shift(scheduler, image_tokens)
+    return float(scheduler.config.shift) if mu is None else math.exp(mu)
+
+
+def _dynamic_shift(scheduler: Any, image_tokens: int) -> float | None:
+    """The logarithm of a dynamic shift, as in the pipelines; None where the shift is fixed."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return None
+    mu: float = calculate_shift(
+        image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    return mu

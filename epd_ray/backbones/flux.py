@@ -1,6 +1,6 @@
 """FLUX.1: its latents are packed, its guidance is an input of the network, its shift depends on the resolution."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler, unscaled
+from epd_ray.backbones.flow import flow_shift, flow_sigmas, require_flow_scheduler, unscaled
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.backbones.pipeline import check_channels, decode_latents
 from epd_ray.solvers.scheduler_config import FLOW_FACTS
@@ -31,6 +31,7 @@ class FluxFamily:
     name = "flux"
     form: Form = "flow"
     schedule = "shift"
+    published = None
     default_guidance = 3.5
     prompted = True
     classifier_free = False  # the guidance scale is an input of the network
@@ -71,9 +72,14 @@ class FluxFamily:
     def embed_nothing(self, device: torch.device) -> Embedding:
         return self.embed("", device)
 
-    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+    def sigmas(
+        self, num_intervals: int, final_zero: bool, resolution: int, changes: Mapping[str, Any] | None = None
+    ) -> Tensor:
         tokens = (resolution // self.pixel_step) ** 2
-        return flow_sigmas(self._pipeline.scheduler, num_intervals, final_zero, tokens, own_grid=True)
+        return flow_sigmas(self._pipeline.scheduler, num_intervals, final_zero, tokens, own_grid=True, changes=changes)
+
+    def shift(self, resolution: int) -> float:
+        return flow_shift(self._pipeline.scheduler, (resolution // self.pixel_step) ** 2)
 
     def initial(self, noise: Tensor) -> Tensor:
         packed: Tensor = self._pipeline._pack_latents(noise, *noise.shape)  # [B, C, H, W] -> [B, H/2 * W/2, 4C]

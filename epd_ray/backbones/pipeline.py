@@ -11,10 +11,11 @@ from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding, EmbeddingCache
 from epd_ray.backbones.conditioning import TextConditioning, guided_drift
+from epd_ray.backbones.grids import published_grid, scheduler_grid
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.errors import ModelError, shown
 from epd_ray.randomness import torch_generator
-from epd_ray.types import Conditioning, Form
+from epd_ray.types import Conditioning, Form, Grid
 from epd_ray.weights.devices import pick_dtype
 
 
@@ -28,6 +29,7 @@ class Family(Protocol):
         default_guidance: the guidance scale that the family is usually run with.
         prompted: whether the pictures depend on a prompt.
         classifier_free: whether guidance takes a second pass of the network for the empty prompt.
+        published: what the model is called in diffusers' tables of published noise levels; None if it is in none.
         pixel_step: the resolution must be a multiple of this number of pixels.
         default_resolution: pixels per side, if the user asks for none.
         text_limits: for each text encoder, its tokenizer and the largest number of tokens that it reads.
@@ -40,6 +42,7 @@ class Family(Protocol):
     default_guidance: float
     prompted: bool
     classifier_free: bool
+    published: str | None
 
     @property
     def pixel_step(self) -> int: ...
@@ -65,8 +68,17 @@ class Family(Protocol):
         """The tensors of the empty prompt for classifier-free guidance."""
         ...
 
-    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
-        """The sigmas [num_intervals + 1] of the family's own schedule, see `Backbone.sigmas`."""
+    def sigmas(
+        self, num_intervals: int, final_zero: bool, resolution: int, changes: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The sigmas [num_intervals + 1] of the family's own schedule, see `Backbone.sigmas`.
+
+        A flow takes `changes`, the arguments of `from_config` that differ from those of the pipeline's scheduler.
+        """
+        ...
+
+    def shift(self, resolution: int) -> float | None:
+        """The factor by which the pipeline shifts a flow's noise levels; None in VE form."""
         ...
 
     def initial(self, noise: Tensor) -> Tensor:
@@ -154,6 +166,24 @@ class PipelineBackbone:
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
         return self._family.sigmas(num_intervals, final_zero, self.resolution)
+
+    @property
+    def shift(self) -> float | None:
+        return self._family.shift(self.resolution)
+
+    def scheduler_grid(
+        self, scheduler: str, num_intervals: int, *, final_zero: bool, changes: Mapping[str, Any]
+    ) -> Grid:
+        own = self.pipeline.scheduler
+        if self.form == "flow" and scheduler == type(own).__name__:
+            return Grid(self._family.sigmas(num_intervals, final_zero, self.resolution, changes))
+        shift = changes.get("shift", self.shift)
+        return scheduler_grid(
+            own, scheduler, num_intervals, form=self.form, final_zero=final_zero, shift=shift, changes=changes
+        )
+
+    def published_grid(self, name: str, num_intervals: int) -> Grid:
+        return published_grid(self._family.published, num_intervals, self.model_id)
 
     def noise(self, seed: int) -> Tensor:
         return torch.randn(

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL, and every model in the same diffusers layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class SDFamily:
     name = "sd"
     form: Form = "ve"
     schedule = "uniform"
+    published: str | None = "StableDiffusion"
     default_guidance = 7.5
     prompted = True
     added_inputs: tuple[str | None, ...] = (None, "text")  # kinds of added embeddings that need no more than the text
@@ -71,8 +72,13 @@ class SDFamily:
     def embed_nothing(self, device: torch.device) -> Embedding:
         return self.embed("", device)
 
-    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+    def sigmas(
+        self, num_intervals: int, final_zero: bool, resolution: int, changes: Mapping[str, Any] | None = None
+    ) -> Tensor:
         return self._time.sigmas(num_intervals, final_zero)
+
+    def shift(self, resolution: int) -> None:
+        return None
 
     def initial(self, noise: Tensor) -> Tensor:
         return self._time.sigma_max * noise
@@ -112,6 +118,7 @@ class SDXLFamily(SDFamily):
 
     name = "sdxl"
     default_guidance = 5.0
+    published = "StableDiffusionXL"
     added_inputs = (None, "text", "text_time")
 
     @property

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5, and every model in their diffusers layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
-from epd_ray.backbones.flow import flow_sigmas, require_flow_scheduler, unscaled
+from epd_ray.backbones.flow import flow_shift, flow_sigmas, require_flow_scheduler, unscaled
 from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import check_channels, decode_latents
 from epd_ray.errors import ModelError, shown
@@ -34,6 +34,7 @@ class SD3Family:
     name = "sd3"
     form: Form = "flow"
     schedule = "shift"
+    published = None
     default_guidance = 4.5
     prompted = True
     classifier_free = True
@@ -78,9 +79,14 @@ class SD3Family:
     def embed_nothing(self, device: torch.device) -> Embedding:
         return self.embed("", device)
 
-    def sigmas(self, num_intervals: int, final_zero: bool, resolution: int) -> Tensor:
+    def sigmas(
+        self, num_intervals: int, final_zero: bool, resolution: int, changes: Mapping[str, Any] | None = None
+    ) -> Tensor:
         tokens = (resolution // self.pixel_step) ** 2
-        return flow_sigmas(self._pipeline.scheduler, num_intervals, final_zero, tokens)
+        return flow_sigmas(self._pipeline.scheduler, num_intervals, final_zero, tokens, changes=changes)
+
+    def shift(self, resolution: int) -> float:
+        return flow_shift(self._pipeline.scheduler, (resolution // self.pixel_step) ** 2)
 
     def initial(self, noise: Tensor) -> Tensor:
         return noise  # flow matching starts at sigma = 1

@@ -1,5 +1,6 @@
 """Samplers: a method with its number of intervals and its schedule, ready to draw pictures with a backbone."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,15 @@ from epd_ray.solvers import Solver, SolverTable, zoo
 from epd_ray.solvers.conditioned import conditioned_drift
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import analytic_drift, epd
-from epd_ray.solvers.schedule_names import IN_MODEL_TIME, MODEL, SCHEDULES, require_schedule
+from epd_ray.solvers.rival import Choice, Rival, grid_options, step_options, told
+from epd_ray.solvers.schedule_names import AYS, IN_MODEL_TIME, MODEL, OWN, SCHEDULES, require_schedule
 from epd_ray.solvers.schedules import spanning
-from epd_ray.types import Backbone, Conditioning, Drift
+from epd_ray.types import Backbone, Conditioning, Drift, Grid, Pipelined
 
 EPD = "epd"
 REFERENCE_STEPS = 50
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the only one that the pipelines of flows come with
+UNSAFE = re.compile(r"[^A-Za-z0-9_.]+")
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,12 @@ class Sampler:
         afs: whether the first drift is analytical, which saves one evaluation.
         order: order of the multistep slope of "epd", 1 to 4.
         sigmas: [N+1], the sigmas of a saved solver; None takes those of `schedule`.
-        schedule: "model" for the backbone's own schedule, or a key of epd_ray.solvers.schedule_names.SCHEDULES.
+        schedule: "own" for the noise levels of the method's scheduler, "model" for the backbone's own schedule, or
+            another name of epd_ray.solvers.schedule_names.
         final_zero: whether the last sigma is 0; None means as usual for the method, see `zoo.Method.ends_at_zero`.
+        guidance_scale: the guidance scale; None takes that of whoever draws.
+        shift: the factor that shifts a flow's noise levels; None takes the model's own.
+        options: options of the method's diffusers scheduler, see epd_ray.solvers.rival.
     """
 
     kind: str
@@ -44,8 +52,11 @@ class Sampler:
     afs: bool = False
     order: int = 1
     sigmas: tuple[float, ...] | None = None
-    schedule: str = MODEL
+    schedule: str = OWN
     final_zero: bool | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    options: tuple[tuple[str, Choice], ...] = ()
 
     @property
     def ends_at_zero(self) -> bool:
@@ -85,9 +96,34 @@ class Sampler:
         Raises:
             ScheduleError: the schedule is not for this backbone.
         """
+        return self.grid(backbone).sigmas
+
+    def grid(self, backbone: Backbone) -> Grid:
+        """The noise levels between the intervals, with the noise that the first one begins with.
+
+        Raises:
+            ScheduleError: the schedule, or what is chosen about it, is not for this backbone.
+        """
         if self.sigmas is not None:
-            return torch.tensor(self.sigmas, dtype=torch.float64)
-        return scheduled(backbone, self.intervals, self.schedule, final_zero=self.ends_at_zero)
+            return Grid(torch.tensor(self.sigmas, dtype=torch.float64))
+        own = None if self.kind == EPD or self.schedule != OWN else zoo.find(self.kind).schedulers.get(backbone.form)
+        changes = grid_options(dict(self.options))
+        if self.shift is not None:
+            if backbone.form != "flow" or not isinstance(backbone, Pipelined) or self.schedule not in (OWN, MODEL):
+                raise ScheduleError(
+                    f"shift is {self.shift:g}, but schedule {shown(self.schedule)} of model {shown(backbone.model_id)} "
+                    "has none: leave shift out"
+                )
+            own, changes = own or FLOW_SCHEDULER, {**changes, "shift": self.shift}
+        if isinstance(backbone, Pipelined):
+            if self.schedule == AYS:
+                return backbone.published_grid(AYS, self.intervals)
+            if own is not None:
+                zero = self.final_zero is not False and (self.ends_at_zero or own != FLOW_SCHEDULER)
+                return backbone.scheduler_grid(own, self.intervals, final_zero=zero, changes=changes)
+        if changes:
+            raise ScheduleError(f"{', '.join(changes)} change the noise levels of {self.label} on schedule own alone")
+        return Grid(scheduled(backbone, self.intervals, self.schedule, final_zero=self.ends_at_zero))
 
     def run(
         self, backbone: Backbone, conditioning: Conditioning, noise: Tensor, starts: "Alike | None" = None
@@ -105,15 +141,17 @@ class Sampler:
             ScheduleError: the schedule is not for this backbone.
         """
         drift = conditioned_drift(backbone, conditioning)
-        sigmas = self.steps(backbone)
-        x = backbone.initial(noise)
+        grid = self.grid(backbone)
+        sigmas, x = grid.sigmas, backbone.initial(noise)
+        if grid.start is not None:  # in VE form `initial` scales the noise to the model's first level
+            x = x * (grid.start / backbone.sigmas(1)[0].item())
         if self.table is not None:
             if starts is not None and not self.afs:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
         if self.afs:  # all rows begin at one sigma
             drift = beginning_with(lambda x, sigma: analytic_drift(x, sigma[0].item(), backbone.form), drift)
-        return zoo.follow(self.kind, drift, x, sigmas, backbone.form)
+        return zoo.follow(self.kind, drift, x, sigmas, backbone.form, options=step_options(dict(self.options)))
 
 
 def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, afs: bool = False) -> Sampler:
@@ -130,8 +168,26 @@ def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, af
         ConfigError: the package that the method needs is missing.
         ValueError: the method cannot have this parallel NFE; the message names the nearest ones.
     """
+    rival = Rival.parse(name)
+    return rival_sampler(rival if final_zero is None else replace(rival, final_zero=final_zero), parallel_nfe, afs=afs)
+
+
+def rival_sampler(rival: Rival, parallel_nfe: int, *, afs: bool = False) -> Sampler:
+    """A rival with as many intervals as a given parallel NFE allows.
+
+    Args:
+        rival: the method and what is chosen about it.
+        parallel_nfe: at least 1; the method must be able to have exactly this many.
+        afs: whether the first drift is analytical.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        ConfigError: the package that the method needs is missing.
+        ValueError: the method cannot have this parallel NFE; the message names the nearest ones.
+    """
+    name = kind = rival.method
     zoo.require_installed([name])
-    (kind, schedule), method = zoo.split(name), zoo.find(name)
+    schedule, final_zero, method = rival.schedule, rival.final_zero, zoo.find(name)
     intervals = method.intervals(parallel_nfe + afs)
     if method.cost(intervals, afs).parallel_nfe != parallel_nfe:
         near = {method.cost(n, afs).parallel_nfe for n in (max(1, intervals - 1), intervals)}
@@ -141,13 +197,28 @@ def baseline(name: str, parallel_nfe: int, *, final_zero: bool | None = None, af
             f"(take {possible})"
         )
     key, label = kind.replace(":", "."), method.label
-    if schedule != MODEL:
+    if schedule != OWN:
         key, label = f"{key}-{schedule}", f"{label} ({schedule})"
     if final_zero is False and method.ends_at_zero:
         key, label = f"{key}-no-zero", f"{label} without the step to 0"
     if afs:
         key, label = f"{key}-afs", f"{label}, analytical first step"
-    return Sampler(kind, intervals, f"{key}-{parallel_nfe}", label, afs=afs, schedule=schedule, final_zero=final_zero)
+    if chosen := {name: value for name, value in rival.chosen.items() if name != "final_zero"}:
+        written = replace(rival, final_zero=None, schedule=OWN).text.partition("?")[2]
+        key = f"{key}-{UNSAFE.sub('-', written)}"
+        label = f"{label} ({', '.join(map(told, chosen, chosen.values()))})"
+    return Sampler(
+        kind,
+        intervals,
+        f"{key}-{parallel_nfe}",
+        label,
+        afs=afs,
+        schedule=schedule,
+        final_zero=final_zero,
+        guidance_scale=rival.guidance_scale,
+        shift=rival.shift,
+        options=rival.options,
+    )
 
 
 def nearest_baseline(name: str, parallel_nfe: int) -> Sampler:
@@ -167,7 +238,7 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
     Args:
         backbone: its first sigma and its last sigma above 0 are the ends of the schedule.
         intervals: N.
-        schedule: "model", or a key of epd_ray.solvers.schedule_names.SCHEDULES.
+        schedule: "model", "own", which is the same here, or a key of epd_ray.solvers.schedule_names.SCHEDULES.
         final_zero: whether a 0 follows after N sigmas of the schedule, as in diffusers' pipelines.
 
     Returns:
@@ -178,7 +249,7 @@ def scheduled(backbone: Backbone, intervals: int, schedule: str, *, final_zero: 
         UnknownNameError: there is no such schedule.
     """
     require_schedule(schedule)
-    if schedule in (MODEL, backbone.schedule):
+    if schedule in (OWN, MODEL, backbone.schedule):
         return backbone.sigmas(intervals, final_zero=final_zero)
     if schedule not in (known := schedules_for(backbone)):
         raise ScheduleError(

@@ -104,8 +104,9 @@ class RolloutWorker:
         Raises:
             ModelError: a picture has values that are not finite.
         """
-        conditioning = self.backbone.encode(prompts, self.guidance_scale)
-        starts = alike(self.backbone, prompts, noise_seeds, self.guidance_scale)
+        scale = self.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+        conditioning = self.backbone.encode(prompts, scale)
+        starts = alike(self.backbone, prompts, noise_seeds, scale)
         with torch.inference_mode():
             latents = sampler.run(self.backbone, conditioning, noises(self.backbone, noise_seeds), starts)
         pictures = self.backbone.decode(latents)

@@ -26,7 +26,7 @@ class SolverRow(BaseModel):
         key: the solver's name in files and folders.
         label: the solver's name for people.
         kind: "epd", or the name of a method in epd_ray.solvers.zoo.
-        schedule: "model" for the model's own sigmas, or the name of a sigma schedule.
+        schedule: "own" for the method's own sigmas, "model" for the model's, or the name of a sigma schedule.
         intervals: the number of intervals.
         parallel_nfe: the length of the longest chain of evaluations that wait for each other.
         model_evals: the number of all evaluations.

@@ -72,10 +72,14 @@ def edm(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = 
 
     Source: EDM (arXiv 2206.00364), algorithm 1.
     """
+    _check_ends_at_zero(sigmas, "heun")
+    return _heun(drift, x, sigmas, callback)
+
+
+def _check_ends_at_zero(sigmas: Tensor, other: str) -> None:
     check_sigmas(sigmas, allow_zero=True)
     if sigmas[-1] > 0:
-        raise ScheduleError(f"sigmas[{len(sigmas) - 1}] is {sigmas[-1].item():g}, expected 0 (heun ends above it)")
-    return _heun(drift, x, sigmas, callback)
+        raise ScheduleError(f"sigmas[{len(sigmas) - 1}] is {sigmas[-1].item():g}, expected 0 ({other} ends above it)")
 
 
 def _heun(drift: Drift, x: Tensor, sigmas: Tensor, callback: Callback | None) -> Tensor:
@@ -108,6 +112,35 @@ def dpm2(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None =
     """
     check_sigmas(sigmas)
     return epd(drift, x, sigmas, dpm2_table(len(sigmas) - 1), callback=callback)
+
+
+def kdpm2(drift: Drift, x: Tensor, sigmas: Tensor, *, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver-2 with an Euler step in the last interval, which ends at sigma 0: 2N - 1 evaluations, one by one.
+
+    Args:
+        drift: returns dx/dsigma at (x [B, ...], sigma [B]).
+        x: [B, ...], the state at sigmas[0].
+        sigmas: [N+1], decreasing to 0.
+        callback: called with (step_index, sigma_next, x) after each interval.
+
+    Returns:
+        The state at sigmas[N] = 0, [B, ...].
+
+    Raises:
+        ScheduleError: sigmas that do not decrease to 0.
+
+    Source: k-diffusion's sample_dpm_2, which diffusers' KDPM2DiscreteScheduler follows.
+    """
+    _check_ends_at_zero(sigmas, "dpm2")
+    if len(sigmas) > 2:
+        x = dpm2(drift, x, sigmas[:-1], callback=callback)
+    last = len(sigmas) - 2
+
+    def end(_: int, sigma: float, state: Tensor) -> None:
+        if callback is not None:
+            callback(last, sigma, state)
+
+    return euler(drift, x, sigmas[-2:], callback=end)
 
 
 def ipndm(drift: Drift, x: Tensor, sigmas: Tensor, *, order: int = 4, callback: Callback | None = None) -> Tensor:

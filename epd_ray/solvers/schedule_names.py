@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from epd_ray.types import Form
 
 MODEL = "model"  # stands for the schedule of the model itself
+OWN = "own"  # stands for the sigmas that the diffusers scheduler of a method makes by itself, see `zoo.Method`
+AYS = "ays"  # stands for the sigmas that Align Your Steps (arXiv 2404.14507) publishes for some models
 SCHEDULES: dict[str, "Form"] = {
     "polynomial": "ve",
     "logsnr": "ve",
@@ -21,10 +23,10 @@ IN_MODEL_TIME = ("uniform", "shift")  # need the model's own time; the others ca
 
 
 def require_schedule(name: str) -> None:
-    """Refuse a name that is neither "model" nor a key of SCHEDULES.
+    """Refuse a name that is neither "own", "model", "ays" nor a key of SCHEDULES.
 
     Raises:
         UnknownNameError: the message suggests the nearest name.
     """
-    if name != MODEL and name not in SCHEDULES:
-        raise UnknownNameError(f"unknown schedule {shown(name)}{did_you_mean(name, [MODEL, *SCHEDULES])}")
+    if name not in (known := [OWN, MODEL, AYS, *SCHEDULES]):
+        raise UnknownNameError(f"unknown schedule {shown(name)}{did_you_mean(name, known)}")

@@ -3,6 +3,7 @@
 Diffusers is imported inside the functions, because that takes seconds.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +15,19 @@ from epd_ray.solvers.epd import Callback
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Drift, Form
 
+Options = Mapping[str, Any] | None
 BELOW_ONE = 1 - 1e-6  # what a flow's first sigma counts as: at 1 the logSNR is infinite (as in diffusers' UniPC)
 
 
 def dpmpp(
-    drift: Drift, x: Tensor, sigmas: Tensor, *, form: Form, order: int = 2, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    form: Form,
+    order: int = 2,
+    options: Options = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Multistep DPM-Solver++ (DPMSolverMultistepScheduler): N evaluations, parallel NFE N.
 
@@ -31,6 +40,7 @@ def dpmpp(
         sigmas: [N+1], decreasing, >= 0; at most 1 in flow form.
         form: how noise enters x, "ve" or "flow".
         order: 1 to 3.
+        options: arguments of the scheduler that differ from its defaults, see epd_ray.solvers.rival.STEP_OPTIONS.
         callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
@@ -45,18 +55,20 @@ def dpmpp(
     from diffusers import DPMSolverMultistepScheduler
 
     check_sigmas(sigmas, allow_zero=True)
-    _check_order(order)
-    scheduler = DPMSolverMultistepScheduler(
-        solver_order=order,
-        prediction_type=_prediction(form),
-        use_flow_sigmas=form == "flow",
-        final_sigmas_type="zero" if sigmas[-1] == 0 else "sigma_min",
-    )
+    chosen = _settings(order, form, options)
+    scheduler = DPMSolverMultistepScheduler(**chosen, final_sigmas_type="zero" if sigmas[-1] == 0 else "sigma_min")
     return _follow(scheduler, drift, x, sigmas, form, callback)
 
 
 def unipc(
-    drift: Drift, x: Tensor, sigmas: Tensor, *, form: Form, order: int = 2, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    form: Form,
+    order: int = 2,
+    options: Options = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """UniPC, predictor and corrector (UniPCMultistepScheduler, B2): N evaluations, parallel NFE N.
 
@@ -68,6 +80,7 @@ def unipc(
         sigmas: [N+1], decreasing, >= 0; at most 1 in flow form.
         form: how noise enters x, "ve" or "flow".
         order: order of the predictor, 1 to 3.
+        options: arguments of the scheduler that differ from its defaults, see epd_ray.solvers.rival.STEP_OPTIONS.
         callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
@@ -82,15 +95,20 @@ def unipc(
     from diffusers import UniPCMultistepScheduler
 
     check_sigmas(sigmas, allow_zero=True)
-    _check_order(order)
-    scheduler = UniPCMultistepScheduler(
-        solver_order=order, prediction_type=_prediction(form), use_flow_sigmas=form == "flow"
-    )
+    chosen = _settings(order, form, options)
+    scheduler = UniPCMultistepScheduler(**chosen)
     return _follow(scheduler, drift, x, sigmas, form, callback)
 
 
 def deis(
-    drift: Drift, x: Tensor, sigmas: Tensor, *, form: Form, order: int = 2, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    form: Form,
+    order: int = 2,
+    options: Options = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """DEIS, log-rho multistep (DEISMultistepScheduler): N evaluations, parallel NFE N.
 
@@ -102,6 +120,7 @@ def deis(
         sigmas: [N+1], decreasing, > 0; at most 1 in flow form.
         form: how noise enters x, "ve" or "flow".
         order: 1 to 3.
+        options: arguments of the scheduler that differ from its defaults, see epd_ray.solvers.rival.STEP_OPTIONS.
         callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
@@ -116,21 +135,17 @@ def deis(
     from diffusers import DEISMultistepScheduler
 
     check_sigmas(sigmas)
-    _check_order(order)
-    scheduler = DEISMultistepScheduler(
-        solver_order=order, prediction_type=_prediction(form), use_flow_sigmas=form == "flow"
-    )
+    chosen = _settings(order, form, options)
+    scheduler = DEISMultistepScheduler(**chosen)
     return _follow(scheduler, drift, x, sigmas, form, callback)
 
 
-def _prediction(form: Form) -> str:
-    """Diffusers' name for the drift: the predicted noise in VE form, the velocity in flow form."""
-    return "flow_prediction" if form == "flow" else "epsilon"
-
-
-def _check_order(order: int) -> None:
+def _settings(order: int, form: Form, options: Options) -> dict[str, Any]:
+    """The arguments of a scheduler. The drift is the predicted noise in VE form, and the velocity in flow form."""
     if order not in (1, 2, 3):
         raise TableError(f"order is {order}, expected 1, 2 or 3")
+    drift = "flow_prediction" if form == "flow" else "epsilon"
+    return {"solver_order": order, "prediction_type": drift, "use_flow_sigmas": form == "flow", **(options or {})}
 
 
 def _on_grid(scheduler: Any, sigmas: Tensor, device: torch.device) -> None:

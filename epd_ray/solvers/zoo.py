@@ -3,12 +3,12 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from epd_ray.errors import ConfigError, shown
 from epd_ray.registry import Registry
 from epd_ray.solvers.costs import Cost, fewest_intervals, sequential_cost
-from epd_ray.solvers.schedule_names import MODEL, SCHEDULES, require_schedule
+from epd_ray.solvers.schedule_names import AYS, MODEL, OWN, SCHEDULES, require_schedule
 
 if TYPE_CHECKING:  # torch takes more than a second to import, and checking names needs none of it
     from torch import Tensor
@@ -34,6 +34,9 @@ class Method:
         forms: forms of the ODE that the method can solve.
         needs_form: whether the function takes the keyword argument `form`.
         extra: the optional dependency of this package that the method needs, named after the module that it imports.
+        schedulers: a form of the ODE -> the diffusers class with which pipelines of this form run the method, and whose
+            noise levels are the method's own; a form that is missing has none, and the model's own levels serve.
+        takes_options: whether the function takes the keyword argument `options`, options of that class.
     """
 
     label: str
@@ -45,6 +48,8 @@ class Method:
     forms: "tuple[Form, ...]" = ("ve", "flow")
     needs_form: bool = False
     extra: str | None = None
+    schedulers: "Mapping[Form, str]" = field(default_factory=dict)
+    takes_options: bool = False
 
     def cost(self, intervals: int, afs: bool = False) -> Cost:
         """Evaluations of the drift per picture over N intervals; `afs` says whether the first drift is analytical."""
@@ -64,9 +69,16 @@ class Method:
         return self.extra is None or importlib.util.find_spec(self.extra) is not None
 
 
-def _scheduler(label: str, function: str, order: int, ends_at_zero: bool = True) -> Method:
-    target = f"{SCHEDULERS}:{function}"
-    return Method(label, target, {"order": order}, ends_at_zero=ends_at_zero, needs_form=True)
+def _scheduler(label: str, function: str, order: int, scheduler: str, forms: "tuple[Form, ...]") -> Method:
+    return Method(
+        label,
+        f"{SCHEDULERS}:{function}",
+        {"order": order},
+        ends_at_zero=function != "deis",
+        needs_form=True,
+        schedulers=dict.fromkeys(forms, scheduler),
+        takes_options=True,
+    )
 
 
 def _structured(sampler: str, order: int) -> Method:
@@ -80,23 +92,33 @@ def _runge_kutta(order: int) -> Method:
     return Method(label, RUNGE_KUTTA, {"order": order}, evals=order, needs_form=True, extra="skrample")
 
 
+# What runs a method in the pipelines of each form. IPNDMScheduler tells a network times from 0 to 1, which none of the
+# models here understands, and KDPM2DiscreteScheduler knows no flow. DEISMultistepScheduler repeats a flow's last sigma,
+# so that its pictures stay noisy. HeunDiscreteScheduler and KDPM2DiscreteScheduler end with an Euler step to 0.
+EULER: "dict[Form, str]" = {"ve": "EulerDiscreteScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
+HEUN: "dict[Form, str]" = {"ve": "HeunDiscreteScheduler", "flow": "FlowMatchHeunDiscreteScheduler"}
+KDPM2: "dict[Form, str]" = {"ve": "KDPM2DiscreteScheduler"}
+BOTH: "tuple[Form, ...]" = ("ve", "flow")
+DPMPP, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
+
 METHODS: dict[str, Method] = {
-    "euler": Method("DDIM / Euler", f"{NATIVE}:euler", ends_at_zero=True),
+    "euler": Method("DDIM / Euler", f"{NATIVE}:euler", ends_at_zero=True, schedulers=EULER),
     # The last step of the pipelines, from a small sigma to 0, changes almost nothing. EPD has no such step, so it is
     # also compared with an Euler method that has none.
     "euler_no_zero": Method("DDIM / Euler without the step to 0", f"{NATIVE}:euler"),
     "heun": Method("Heun", f"{NATIVE}:heun", evals=2),
-    "edm": Method("EDM", f"{NATIVE}:edm", evals=2, last_evals=1, ends_at_zero=True),
+    "edm": Method("EDM", f"{NATIVE}:edm", evals=2, last_evals=1, ends_at_zero=True, schedulers=HEUN),
     "dpm2": Method("DPM-Solver-2", f"{NATIVE}:dpm2", evals=2),
+    "kdpm2": Method("KDPM2", f"{NATIVE}:kdpm2", evals=2, last_evals=1, ends_at_zero=True, schedulers=KDPM2),
     "ipndm": Method("iPNDM", f"{NATIVE}:ipndm", ends_at_zero=True),
     "ipndm2": Method("iPNDM (order 2)", f"{NATIVE}:ipndm", {"order": 2}, ends_at_zero=True),
     "ipndm3": Method("iPNDM (order 3)", f"{NATIVE}:ipndm", {"order": 3}, ends_at_zero=True),
-    "dpmpp2m": _scheduler("DPM-Solver++ 2M", "dpmpp", 2),
-    "dpmpp3m": _scheduler("DPM-Solver++ 3M", "dpmpp", 3),
-    "unipc": _scheduler("UniPC", "unipc", 2),
-    "unipc3": _scheduler("UniPC (order 3)", "unipc", 3),
-    "deis": _scheduler("DEIS", "deis", 2, ends_at_zero=False),
-    "deis3": _scheduler("DEIS (order 3)", "deis", 3, ends_at_zero=False),
+    "dpmpp2m": _scheduler("DPM-Solver++ 2M", "dpmpp", 2, DPMPP, BOTH),
+    "dpmpp3m": _scheduler("DPM-Solver++ 3M", "dpmpp", 3, DPMPP, BOTH),
+    "unipc": _scheduler("UniPC", "unipc", 2, UNIPC, BOTH),
+    "unipc3": _scheduler("UniPC (order 3)", "unipc", 3, UNIPC, BOTH),
+    "deis": _scheduler("DEIS", "deis", 2, DEIS, ("ve",)),
+    "deis3": _scheduler("DEIS (order 3)", "deis", 3, DEIS, ("ve",)),
     **{f"skrample_dpm{n}": _structured("DPM", n) for n in (2, 3)},
     **{f"skrample_adams{n}": _structured("Adams", n) for n in (2, 3, 4)},
     **{f"skrample_unip{n}": _structured("UniP", n) for n in (2, 3)},
@@ -113,15 +135,17 @@ SOLVERS: "Registry[Tensor]" = Registry(
 
 
 def split(name: str) -> tuple[str, str]:
-    """The method and the schedule of a name such as "heun@logsnr"; without "@" the schedule is the model's own.
+    """The method and the schedule of a name such as "heun@logsnr"; without "@" the schedule is the method's own.
+
+    What stands after a "?" is ignored, see `Rival.parse`.
 
     Raises:
         UnknownNameError: there is no such schedule.
     """
-    method, at, schedule = name.partition("@")
+    method, at, schedule = name.partition("?")[0].partition("@")
     if at:
         require_schedule(schedule)
-    return ALIASES.get(method, method), schedule or MODEL
+    return ALIASES.get(method, method), schedule or OWN
 
 
 def find(name: str) -> Method:
@@ -177,7 +201,7 @@ def require_form(names: Sequence[str], form: "Form") -> None:
     problems = []
     for name in names:
         _, schedule = split(name)
-        forms = find(name).forms if schedule == MODEL else (SCHEDULES[schedule],)
+        forms = find(name).forms if schedule in (OWN, MODEL) else ("ve",) if schedule == AYS else (SCHEDULES[schedule],)
         if form not in forms:
             problems.append(f"solver {shown(name)} follows the form {' or '.join(forms)}, but this model's is {form}")
     if problems:
@@ -185,7 +209,14 @@ def require_form(names: Sequence[str], form: "Form") -> None:
 
 
 def follow(
-    name: str, drift: "Drift", x: "Tensor", sigmas: "Tensor", form: "Form", *, callback: "Callback | None" = None
+    name: str,
+    drift: "Drift",
+    x: "Tensor",
+    sigmas: "Tensor",
+    form: "Form",
+    *,
+    options: Mapping[str, Any] | None = None,
+    callback: "Callback | None" = None,
 ) -> "Tensor":
     """Solve the ODE with a method.
 
@@ -195,6 +226,7 @@ def follow(
         x: [B, ...], the state at sigmas[0].
         sigmas: [N+1], decreasing, >= 0; > 0 for a method that does not end at 0.
         form: how noise enters x, "ve" or "flow".
+        options: options of the method's scheduler that change its steps; only for a method that takes them.
         callback: called with (step_index, sigma_next, x) after each interval.
 
     Returns:
@@ -209,5 +241,7 @@ def follow(
     require_form([name], form)
     require_installed([name])
     solve = SOLVERS.get(method.target)
-    extra = {"form": form} if method.needs_form else {}
+    extra: dict[str, Any] = {"form": form} if method.needs_form else {}
+    if options:
+        extra["options"] = options
     return solve(drift, x, sigmas, callback=callback, **method.options, **extra)

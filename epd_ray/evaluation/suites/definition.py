@@ -12,7 +12,7 @@ from epd_ray.evaluation.comparison import rivals
 from epd_ray.evaluation.suites.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.evaluation.suites.settings import SuiteName
 from epd_ray.solvers import Solver
-from epd_ray.solvers.schedule_names import MODEL
+from epd_ray.solvers.schedule_names import OWN
 from epd_ray.solvers.zoo import find
 
 FID_METRIC = "frechet_distance"
@@ -38,7 +38,7 @@ class Line:
         parallel_nfe: the length of the longest chain of evaluations that wait for each other.
         sampler: draws the line's pictures; None if the method is not implemented here.
         steps: the number of intervals; None in the FID table.
-        schedule: the name of the sigma schedule; None for the model's own.
+        schedule: the name of the sigma schedule; None for the method's own.
         published: metric -> the paper's value.
     """
 
@@ -178,7 +178,7 @@ def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampl
     found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), slow]
     distinct = {sampler.key: sampler for sampler in found}
     lines = [
-        Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == MODEL else s.schedule)
+        Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == OWN else s.schedule)
         for s in distinct.values()
     ]
     return Suite(name, None, tuple(lines), tuple(ours), slow)
