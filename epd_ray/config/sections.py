@@ -392,7 +392,8 @@ class EvaluationConfig(Section):
         default=("euler_no_zero", "dpmpp2m"),
         strict=False,
         description="The solvers to compare with at the same parallel NFE (the longest chain of evaluations that wait "
-        "for each other): names from epd_ray/solvers/zoo.py or module:function, also with @schedule.",
+        "for each other): names from epd_ray/solvers/zoo.py or module:function, also with @schedule and "
+        "?guidance_scale=2&solver_order=3.",
     )
     equal_evals: bool = Field(
         default=True, description="Whether to compare at the same total number of evaluations too."

@@ -6,8 +6,9 @@ from urllib.parse import parse_qsl
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from epd_ray.errors import UnknownNameError, shown
+from epd_ray.errors import ConfigError, UnknownNameError, shown
 from epd_ray.registry import Registry, did_you_mean
+from epd_ray.solvers.rival import Rival
 from epd_ray.solvers.zoo import SOLVERS, split
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -31,8 +32,11 @@ def _custom(resources: dict[str, float]) -> dict[str, float]:
 def _solver(name: str) -> str:
     try:
         method, _ = split(name)
+        Rival.parse(name)
     except UnknownNameError as error:
         raise ValueError(str(error)) from None
+    except ConfigError as error:
+        raise ValueError(error.problems[0].partition(": ")[2]) from None
     registered(SOLVERS, method)
     return name
 

@@ -15,7 +15,8 @@ from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.runs.stage_one import fit_start_table, made_by
-from epd_ray.solvers.zoo import require_form, require_installed
+from epd_ray.solvers.rival import require_rivals
+from epd_ray.solvers.zoo import require_installed
 from epd_ray.stage_one.shard import as_table, refine
 from epd_ray.telemetry.progress import Observer
 from epd_ray.types import FloatArray, ImageArray
@@ -44,7 +45,7 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
     observer.stage("starting actors", 1)
     with algorithm(config.model_copy(update={"rewards": {}}), prompts.train) as algo:
         observer.advance()
-        require_form(config.evaluation.baselines, algo.facts.form)
+        require_rivals(config.evaluation.baselines, algo.facts.form)
         warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
         fits = fit_start_table(config, prompts, algo, observer)
         residuals = [fit.residual for fit in fits]

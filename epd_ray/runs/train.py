@@ -22,7 +22,8 @@ from epd_ray.runs.stage_one import given_solver
 from epd_ray.runs.standing import Standing, standing
 from epd_ray.runs.trackers import require_trackers, trackers
 from epd_ray.runs.trainer import Trainer
-from epd_ray.solvers.zoo import require_form, require_installed
+from epd_ray.solvers.rival import require_rivals
+from epd_ray.solvers.zoo import require_installed
 from epd_ray.storage.places import Place, place_of, reading
 from epd_ray.storage.run_directory import RunDirectory, named_when_full, write_text
 from epd_ray.telemetry.monitor import Monitor
@@ -127,7 +128,7 @@ def _go_on(config: RunConfig, run: RunDirectory, found: Standing, place: Place, 
         algo = stack.enter_context(algorithm(config, prompts.train, None if start is None else start.table))
         stack.enter_context(stop_signals())  # after Ray, which sets its own handler
         observer.advance()
-        require_form(config.evaluation.baselines, algo.facts.form)
+        require_rivals(config.evaluation.baselines, algo.facts.form)
         clock.lap("starting actors")
         warn_of_long_prompts(algo, [*prompts.train, *prompts.validation, *prompts.test])
         monitor = stack.enter_context(Monitor(run.path.name))

@@ -3,14 +3,14 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from urllib.parse import parse_qsl
 
 from epd_ray.errors import ConfigError, shown
 from epd_ray.solvers import zoo
-from epd_ray.solvers.schedule_names import OWN
+from epd_ray.solvers.schedule_names import MODEL, OWN
 
 if TYPE_CHECKING:  # torch takes more than a second to import, and reading a configuration needs none of it
     from epd_ray.types import Form
@@ -95,18 +95,27 @@ class Rival:
         return replace(self, options=tuple(sorted((dict(self.options) | options).items())))
 
 
-def require_options(rivals: Mapping[str, Rival], form: "Form") -> None:
-    """Check that the options of rivals exist in the installed diffusers and have values of the right kind.
+def require_rivals(texts: Sequence[str], form: "Form") -> None:
+    """Check that rivals fit the form of a model's ODE, and that their options exist in the installed diffusers.
 
     Args:
-        rivals: the text form of each rival -> the rival.
-        form: the form of the model's ODE, on which the scheduler of a method depends.
+        texts: the text form of each rival.
+        form: the form of the ODE, on which the scheduler of a method depends.
 
     Raises:
-        ConfigError: an option that does not exist, with those that do; or a value of another kind.
+        ConfigError: a method, schedule or shift is for the other form; an option does not exist, with those that do; or
+            its value is of another kind.
+        UnknownNameError: there is no such method or schedule.
     """
+    zoo.require_form(texts, form)
     problems = []
-    for text, rival in rivals.items():
+    for text in texts:
+        rival = Rival.parse(text)
+        if rival.shift is not None and (form != "flow" or rival.schedule not in (OWN, MODEL)):
+            problems.append(f"solver {shown(text)}: shift is for a flow on the schedules own and model: leave it out")
+        if rival.schedule != OWN and (unused := grid_options(dict(rival.options))):
+            names = ", ".join(unused)
+            problems.append(f"solver {shown(text)}: {names} is about schedule own, not {rival.schedule}: leave it out")
         known = options_of(rival.method, form)
         name = zoo.find(rival.method).schedulers.get(form)
         for option, value in rival.options:

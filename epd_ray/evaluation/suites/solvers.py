@@ -21,8 +21,8 @@ from epd_ray.evaluation.suites.paper import REWARD_TABLES
 from epd_ray.evaluation.suites.settings import Request
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.solvers.presets import PRESETS
+from epd_ray.solvers.rival import require_rivals
 from epd_ray.solvers.solver import FILE_NAME
-from epd_ray.solvers.zoo import require_form
 
 log = logging.getLogger(__name__)
 Sources = Mapping[str, str]
@@ -116,7 +116,7 @@ def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts
     if request.suite == "paper-fid":
         assert request.table is not None
         return fid_suite(request.table, ours)
-    require_form(rivals, facts.form)
+    require_rivals(rivals, facts.form)
     return comparison_suite(request.suite, rivals, ours)
 
 
@@ -188,8 +188,13 @@ def _short(name: str) -> str:
 
 
 def digest(sampler: Sampler) -> str:
-    """A checksum of everything that decides what a sampler draws, which leaves out its key and label."""
-    about = {f.name: _plain(getattr(sampler, f.name)) for f in fields(sampler) if f.name not in ("key", "label")}
+    """A checksum of everything that decides what a sampler draws, which leaves out its key and label.
+
+    What is at its default is left out too, so that a field that is added later changes no checksum.
+    """
+    values = {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.name not in ("key", "label")}
+    defaults = {f.name: f.default for f in fields(sampler)}
+    about = {name: _plain(value) for name, value in values.items() if value is not defaults[name]}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
