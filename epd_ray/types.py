@@ -119,6 +119,7 @@ class Backbone(Protocol):
         form: how noise enters x.
         schedule: name, in epd_ray.solvers.schedule_names.SCHEDULES, of the schedule that `sigmas` returns.
         default_guidance: guidance scale that models of this family usually run with.
+        classifier_free: whether a guidance scale above 1 takes a second pass of the network, without the prompt.
         facts: further JSON values for solver files: resolution, revision, scheduler, and `prompted` if that is false.
     """
 
@@ -127,6 +128,7 @@ class Backbone(Protocol):
     form: Form
     schedule: str
     default_guidance: float
+    classifier_free: bool
     facts: Mapping[str, JsonValue]
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditioning:

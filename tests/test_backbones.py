@@ -170,6 +170,7 @@ def test_points_in_one_batch_are_points_one_by_one(name: str, guidance_scale: fl
         together = run(backbone, sampler, guidance_scale)
     halves = 2 if name in FREE and guidance_scale > 1 else 1
     assert calls.batches == [2 * halves, 4 * halves] * 2  # B, then B * K, per interval
+    assert sum(calls.batches) == 2 * sampler.cost.network_passes(guidance_scale, backbone.classifier_free)
     assert sum(calls.batches) == 2 * halves * sampler.model_evals and len(calls.batches) == sampler.parallel_nfe
 
     def one_by_one(x: Tensor, sigma: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def test_latency_compares_at_one_parallel_nfe():
         tflops = 2 * evals * tflop_per_eval(backbone, guidance) / record[f"solver/{name}/s"]
         assert record[f"solver/{name}/tflops"] == pytest.approx(tflops)
         assert record[f"solver/{name}/of_peak"] is None
+        assert (record[f"solver/{name}/model_evals"], record[f"solver/{name}/network_passes"]) == (evals, 2 * evals)
     with pytest.raises(ConfigError, match="parallel_nfe is 5"):
         latency(subject, parallel_nfe=5)
 

@@ -27,7 +27,7 @@ def test_what_is_written_reads_back(comparison):
     assert list(written) == [
         *("split", "prompts", "metrics", "solvers", "differences", "ours", "reference", "guidance_scale")
     ]
-    costs = ["intervals", "parallel_nfe", "model_evals", "seconds_per_image"]
+    costs = ["intervals", "parallel_nfe", "model_evals", "network_passes", "seconds_per_image"]
     assert list(written["solvers"][0]) == ["key", "label", "kind", "schedule", *costs, "metrics", "sigmas"]
     assert written["solvers"][0]["sigmas"] == [1.0, 0.5] and written["solvers"][1]["sigmas"] == []
     assert list(written["solvers"][0]["metrics"]["clip"]) == ["mean", "low", "high"]
@@ -57,7 +57,9 @@ def compared(ours: float = 0.8, second: float | None = None, *names: str) -> Eva
             values["scene_accuracy"] = (second if mine else 0.5) + noise
         rows.append(Row(sampler, values, 0.004 * sampler.model_evals))
     prompts, seeds = tuple("p" * len(SEED)), tuple(range(len(SEED)))
-    return Comparison("test", prompts, seeds, tuple(rows), reference="euler-50", guidance_scale=7.0).evaluation
+    return Comparison(
+        "test", prompts, seeds, tuple(rows), reference="euler-50", guidance_scale=7.0, classifier_free=True
+    ).evaluation
 
 
 def sentence(evaluation: Evaluation) -> str:
@@ -65,13 +67,14 @@ def sentence(evaluation: Evaluation) -> str:
     return found.sentence
 
 
-def test_the_verdict_is_against_the_reference_and_the_best_rival_of_as_many_evaluations():
+def test_the_verdict_is_against_the_reference_and_the_best_rival_of_as_many_passes():
     (found,) = verdicts(compared())
     assert [one.other.key for one in found.against] == ["euler-50", "euler-6"]
     off = 0.2 * SEED.mean()
     assert [one.differences["clip"].mean for one in found.against] == pytest.approx([off - 0.1, off + 0.05])
     assert [one.speed.ratio for one in found.against] == pytest.approx([6 / 50, 1])
-    for part in ("64 prompts", "guidance scale 7", "parallel NFE 4, 6 evaluations", "24 ms per picture against 200 ms"):
+    costs = ("parallel NFE 4, 6 evaluations, 12 network passes", "2 rivals with 12 network passes")
+    for part in ("64 prompts", "guidance scale 7", *costs, "24 ms per picture against 200 ms"):
         assert part in found.sentence
 
 
@@ -105,19 +108,34 @@ def test_what_was_not_compared_is_not_spoken_of():
 def test_rivals_of_the_next_larger_cost_stand_in():
     evaluation = compared(0.8, None, "rdpo", "euler-50", "heun-6", "euler-4")
     ours = evaluation.solver("rdpo")
-    ours.model_evals = 5
-    assert [row.key for row in rivals_at(evaluation, ours, "model_evals")] == ["heun-6"]
-    ours.model_evals = 7
-    assert rivals_at(evaluation, ours, "model_evals") == []  # the reference is no rival at a lower cost
+    ours.network_passes = 11
+    assert [row.key for row in rivals_at(evaluation, ours, evaluation.equal_cost)] == ["heun-6"]
+    ours.network_passes = 13
+    assert rivals_at(evaluation, ours, evaluation.equal_cost) == []  # the reference is no rival at a lower cost
+
+
+def test_equal_cost_means_equal_passes_where_they_are_known():
+    """A solver without guidance has two evaluations for the passes of one with guidance."""
+    evaluation = compared(0.8, None, "rdpo", "euler-6", "heun-6", "euler-50")
+    evaluation.solver("heun-6").network_passes = 6  # as without guidance
+    evaluation.solver("euler-50").network_passes = 12
+    ours = evaluation.solver("rdpo")
+    assert {row.key for row in rivals_at(evaluation, ours, evaluation.equal_cost)} == {"euler-6", "euler-50"}
+    for row in evaluation.solvers:
+        row.network_passes = None  # an evaluation.json of an earlier version
+    assert {row.key for row in rivals_at(evaluation, ours, evaluation.equal_cost)} == {"euler-6", "heun-6"}
+    assert "6 evaluations) is" in sentence(evaluation) and "of 2 rivals with 6 evaluations" in sentence(evaluation)
+    assert small_table(evaluation)[1][1:4] == ["4", "6", "-"]
 
 
 def test_the_table_has_the_solvers_that_matter_in_aligned_columns():
     evaluation = compared(0.8, 0.5)
     assert [row.key for row in principal(evaluation)] == ["rdpo", "distilled", "euler-50", "heun-4", "euler-6"]
     rows = small_table(evaluation)
-    assert [row[1:3] for row in rows[1:]] == [["4", "6"], ["4", "6"], ["50", "50"], ["4", "4"], ["6", "6"]]
+    costs = [["4", "6", "12"], ["4", "6", "12"], ["50", "50", "100"], ["4", "4", "8"], ["6", "6", "12"]]
+    assert [row[1:4] for row in rows[1:]] == costs
     accuracy = evaluation.solvers[0].metrics["scene_accuracy"].mean
-    assert rows[3][-1] == "200 ms" and rows[1][4].startswith(f"{100 * accuracy:.1f} % [")
+    assert rows[3][-1] == "200 ms" and rows[1][5].startswith(f"{100 * accuracy:.1f} % [")
     lines = closing(evaluation)
     assert max(map(len, lines)) <= 100
     assert any("2 other solvers" in line for line in lines)

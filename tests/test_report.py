@@ -46,6 +46,7 @@ def write_evaluation(run: RunDirectory, gain: float = 0.009) -> None:
             "intervals": intervals,
             "parallel_nfe": nfe,
             "model_evals": evals,
+            "network_passes": 2 * evals,
             "seconds_per_image": 0.0061 * evals,
             "sigmas": np.linspace(1, 0.0089, intervals + 1).tolist(),
             "metrics": {"clip": around(score, 0.011), "scene_accuracy": around(score - 0.25, 0.06)},
@@ -166,8 +167,9 @@ def test_page_is_self_contained(full: RunDirectory) -> None:
 def test_page_has_every_section(full: RunDirectory) -> None:
     loads = Loads(full.report.read_text())
     for text in (
-        "On 128 prompts at guidance scale 7, EPD + RDPO (ours) (parallel NFE 6, 9 evaluations) is worse than 50 steps",
-        "it is better than Euler with 9 evaluations in clip (+0.0190 [+0.0148, +0.0232])",
+        "On 128 prompts at guidance scale 7, EPD + RDPO (ours) (parallel NFE 6, 9 evaluations, 18 network "
+        "passes) is worse than 50 steps",
+        "it is better than Euler with 18 network passes in clip (+0.0190 [+0.0148, +0.0232])",
         "It is better than the table that it began with in clip (+0.0090 [+0.0048, +0.0132])",
         "evaluations for a picture",
         "noise level sigma",
@@ -254,12 +256,12 @@ def test_partial_runs(tmp_path: Path) -> None:
 
 def test_contact_sheet_shows_pictures_in_place(full: RunDirectory) -> None:
     sheet = contact_sheet(full.path, ["rdpo", "heun-3"], rows=2)
-    assert sheet.size == (264 + 2 * 204 + 12, 92 + 2 * 204 + 12)
+    assert sheet.size == (264 + 2 * 204 + 12, 110 + 2 * 204 + 12)
     with Image.open(full.samples / "heun-3" / "001.png", formats=["PNG"]) as picture:
         corner = np.array(picture.convert("RGB"))[2:12, 2:12].mean((0, 1))
-    shown = np.array(sheet)[92 + 204 + 6 :, 264 + 12 + 204 + 6 :][:30, :30].mean((0, 1))
+    shown = np.array(sheet)[110 + 204 + 6 :, 264 + 12 + 204 + 6 :][:30, :30].mean((0, 1))
     np.testing.assert_allclose(shown, corner, atol=3)
-    assert contact_sheet(full.path, ["rdpo"], rows=99).height == 92 + 6 * 204 + 12
+    assert contact_sheet(full.path, ["rdpo"], rows=99).height == 110 + 6 * 204 + 12
 
 
 def test_unusable_files_are_named(full: RunDirectory, tmp_path: Path) -> None:
@@ -282,11 +284,11 @@ def test_unusable_files_are_named(full: RunDirectory, tmp_path: Path) -> None:
 def test_the_grid_begins_with_the_reference_and_the_best_rivals_at_equal_cost(full: RunDirectory) -> None:
     labels = re.findall(r'<div class="label[^>]*>([^<]*)<span>([^<]*)', full.report.read_text())
     assert labels[:5] == [
-        ("EPD + RDPO (ours)", "parallel NFE 6 · 9 evaluations"),
-        ("EPD, distilled", "parallel NFE 6 · 9 evaluations"),
-        ("Euler", "parallel NFE 50 · 50 evaluations"),
-        ("iPNDM", "parallel NFE 6 · 6 evaluations"),
-        ("Euler", "parallel NFE 9 · 9 evaluations"),
+        ("EPD + RDPO (ours)", "parallel NFE 6 · 9 evaluations · 18 network passes"),
+        ("EPD, distilled", "parallel NFE 6 · 9 evaluations · 18 network passes"),
+        ("Euler", "parallel NFE 50 · 50 evaluations · 100 network passes"),
+        ("iPNDM", "parallel NFE 6 · 6 evaluations · 12 network passes"),
+        ("Euler", "parallel NFE 9 · 9 evaluations · 18 network passes"),
     ]
     assert len(labels) == len(SOLVERS)
 

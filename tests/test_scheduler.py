@@ -778,7 +778,7 @@ def test_card() -> None:
     for line in (
         "base_model: tiny/sd3",
         "3 intervals with 2 parallel points each: parallel NFE 6 (calls that wait for each other),",
-        "9 evaluations per image in all (twice as many network passes under classifier-free guidance).",
+        "9 evaluations per image in all, 9 network passes, or 18 with classifier-free guidance.",
         'pipe = DiffusionPipeline.from_pretrained("tiny/sd3")',
         'pipe.scheduler = EPDScheduler.from_pretrained("me/fast", like=pipe.scheduler)',
         'image = pipe("a red circle", num_inference_steps=3, guidance_scale=4.5).images[0]',

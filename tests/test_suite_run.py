@@ -245,7 +245,7 @@ def test_an_index_tells_what_the_open_model_is(tmp_path, save):
     foreseen = foresee(BackboneConfig(model=str(model), guidance_scale=None))
     found = open_backbone(model=str(model), device="cpu")
     assert (foreseen.family, foreseen.form) == (found.family, found.form)
-    assert foreseen.guidance_scale == found.default_guidance
+    assert (foreseen.guidance_scale, foreseen.classifier_free) == (found.default_guidance, found.classifier_free)
 
 
 def test_no_room_for_the_extractor_is_said_before_the_model_is_up(small_ray, request_of, monkeypatch):

@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 import epd_ray
 import epd_ray.solvers
@@ -91,6 +92,23 @@ def test_evaluation_counts() -> None:
     plain, afs = Solver(SolverTable(R, W), SIGMAS), Solver(SolverTable(R, W), SIGMAS, "flow", afs=True)
     assert (plain.parallel_nfe, plain.model_evals) == (6, 9)
     assert (afs.parallel_nfe, afs.model_evals) == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("meta", "passes"),
+    [
+        ({"guidance_scale": 1.5, "classifier_free": True}, 18),
+        ({"guidance_scale": 1, "classifier_free": True}, 9),
+        ({"guidance_scale": 3.5, "classifier_free": False}, 9),  # the network takes the scale as an input
+        ({"guidance_scale": 0.0}, 9),
+        ({"classifier_free": False}, 9),
+        ({"guidance_scale": 1.5}, None),
+        ({"classifier_free": True}, None),
+        ({}, None),
+    ],
+)
+def test_passes_are_counted_only_where_guidance_is_known(meta: dict[str, JsonValue], passes: int | None) -> None:
+    assert Solver(SolverTable(R, W), SIGMAS, meta=meta).network_passes == passes
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def printed(content: RenderableType, width: int = 120) -> str:
 def test_list_has_every_preset_with_its_costs() -> None:
     rows = [line.split() for line in printed(list_presets(), width=80).splitlines()]
     assert {row[0] for row in rows} >= set(NAMES)
-    assert ["flux-rl", "flux", "8", "2", "16", "24", "1024", "3.5"] in rows
-    assert ["sd15-rl", "sd", "10", "2", "20", "30", "512", "7.5"] in rows
+    assert ["flux-rl", "flux", "8", "2", "16", "24", "24", "1024", "3.5"] in rows
+    assert ["sd15-rl", "sd", "10", "2", "20", "30", "60", "512", "7.5"] in rows
 
 
 @pytest.mark.parametrize("width", [80, 120])

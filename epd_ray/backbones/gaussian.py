@@ -110,6 +110,7 @@ class GaussianBackbone:
 
     family = "gaussian"
     default_guidance = 1.0
+    classifier_free = False
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from epd_ray.backbones.grids import published_grid, scheduler_grid
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.errors import ModelError, shown
 from epd_ray.randomness import torch_generator
+from epd_ray.solvers.costs import passes_per_eval
 from epd_ray.types import Conditioning, Form, Grid
 from epd_ray.weights.devices import pick_dtype
 
@@ -119,6 +120,7 @@ class PipelineBackbone:
         self.pipeline, self._family, self.options = pipeline, family, options
         self.model_id, self.family, self.form = options.model, family.name, family.form
         self.schedule, self.default_guidance = family.schedule, family.default_guidance
+        self.classifier_free = family.classifier_free
         self.device = pipeline._execution_device
         self._dtype = pick_dtype(options.dtype, self.device)
         # With the text encoders alone nothing is drawn, and there is no network that has a size.
@@ -151,7 +153,7 @@ class PipelineBackbone:
             return self._family.embed(prompt, self.device)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
-        guided = self._family.classifier_free and guidance_scale > 1
+        guided = passes_per_eval(guidance_scale, classifier_free=self.classifier_free) == 2
         rows = self.embeddings([*([""] * len(prompts) if guided else []), *prompts])
         stacked = (torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
         tensors = tuple(

@@ -33,6 +33,7 @@ class SDFamily:
     published: str | None = "StableDiffusion"
     default_guidance = 7.5
     prompted = True
+    classifier_free = True
     added_inputs: tuple[str | None, ...] = (None, "text")  # kinds of added embeddings that need no more than the text
 
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
@@ -43,7 +44,7 @@ class SDFamily:
             check_channels(pipeline.unet, pipeline.vae, 1, options.model)
             _check_inputs(pipeline.unet.config, self.added_inputs, options.model)
             self._guidance_dim = pipeline.unet.config.time_cond_proj_dim
-        self.classifier_free = self._guidance_dim is None
+            self.classifier_free = self._guidance_dim is None
 
     @property
     def pixel_step(self) -> int:

@@ -28,6 +28,7 @@ class SimulatedBackbone:
 
     family = "simulated"
     default_guidance = 1.0
+    classifier_free = False
 
     def __init__(self, *, model: str | None = None, latency: float = 0.0, size: int = 8) -> None:
         if not (math.isfinite(latency) and latency >= 0):

@@ -1,6 +1,7 @@
 """The time from noise to latents of one batch: every solver at the same parallel NFE, relative to Euler."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from epd_ray.errors import ConfigError
 from epd_ray.randomness import torch_generator
 from epd_ray.solvers import Solver, zoo
 from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import epd
 from epd_ray.solvers.table import uniform_table
 from epd_ray.types import Backbone, Conditioning
@@ -40,7 +42,8 @@ def latency(
     EPD runs with evenly spaced points, K = 2 and K = 3, because the numbers in a table do not change its time; the
     points of an interval are evaluated in one batch and one after another. The rows `pipeline` are a random model's
     diffusers pipeline, with its own Euler scheduler and with `parallelize`; where there are two GPUs the points are
-    also spread over both. `vs_euler` is a solver's time over Euler's, and `tflops` the network's speed in it.
+    also spread over both. Beside each solver stand its parallel NFE, evaluations and network passes. `vs_euler` is a
+    solver's time over Euler's, and `tflops` the network's speed in it.
 
     Args:
         subject: the model.
@@ -59,14 +62,16 @@ def latency(
     conditioning = backbone.encode(prompts(batch), guidance)
     noise = noises(backbone, range(batch))
     with torch.inference_mode():
-        ways, evals = _solvers(backbone, conditioning, noise, parallel_nfe)
+        ways, costs = _solvers(backbone, conditioning, noise, parallel_nfe)
         seconds = medians(ways, repeats)
         values |= _ratios("solver", seconds)
         if isinstance(backbone, PipelineBackbone) and isinstance(conditioning, TextConditioning):
             values |= _pipelines(backbone, conditioning, parallel_nfe, devices, repeats)
     tflop = batch * tflop_per_eval(backbone, guidance)
-    for name, count in evals.items():
-        values |= under(f"solver/{name}", speed(count * tflop / seconds[name]))
+    for name, cost in costs.items():
+        passes = cost.network_passes(guidance, backbone.classifier_free)
+        values |= under(f"solver/{name}", asdict(cost) | {"network_passes": passes})
+        values |= under(f"solver/{name}", speed(cost.model_evals * tflop / seconds[name]))
     settings = {**subject.facts, "parallel_nfe": parallel_nfe, "guidance_scale": guidance, "batch": batch}
     return Record("latency", settings, values)
 
@@ -80,8 +85,8 @@ def _ratios(kind: str, seconds: Mapping[str, float]) -> dict[str, Value]:
 
 def _solvers(
     backbone: Backbone, conditioning: Conditioning, noise: Tensor, parallel_nfe: int
-) -> tuple[Ways, dict[str, int]]:
-    """A call for each solver, and the number of evaluations that it takes for a picture."""
+) -> tuple[Ways, dict[str, Cost]]:
+    """A call for each solver, and what it costs for a picture."""
     possible = [
         name
         for name in zoo.applicable(backbone.form)
@@ -91,7 +96,7 @@ def _solvers(
     ways: dict[str, Callable[[], object]] = {
         name: partial(sampler.run, backbone, conditioning, noise) for name, sampler in samplers.items()
     }
-    evals = {name: sampler.model_evals for name, sampler in samplers.items()}
+    costs = {name: sampler.cost for name, sampler in samplers.items()}
     drift = conditioned_drift(backbone, conditioning)
     x, sigmas = backbone.initial(noise), backbone.sigmas(parallel_nfe // 2)
     for points in POINTS:
@@ -99,8 +104,8 @@ def _solvers(
         together, apart = f"epd K={points}", f"epd K={points}, one after another"
         ways[together] = partial(epd, drift, x, sigmas, table)
         ways[apart] = partial(epd, one_after_another(drift, len(x)), x, sigmas, table)
-        evals[together] = evals[apart] = table.cost().model_evals
-    return ways, evals
+        costs[together] = costs[apart] = table.cost()
+    return ways, costs
 
 
 def _pipelines(

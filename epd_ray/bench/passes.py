@@ -37,6 +37,7 @@ class Passes:
         self._backbone = backbone
         self.family, self.model_id, self.form = backbone.family, backbone.model_id, backbone.form
         self.schedule, self.default_guidance, self.facts = backbone.schedule, backbone.default_guidance, backbone.facts
+        self.classifier_free = backbone.classifier_free
         self.encode, self.truncated, self.sigmas = backbone.encode, backbone.truncated, backbone.sigmas
         self.noise, self.initial = backbone.noise, backbone.initial
         self.drifts: list[tuple[Tensor, Tensor, Conditioning]] = []

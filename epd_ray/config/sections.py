@@ -396,7 +396,9 @@ class EvaluationConfig(Section):
         "?guidance_scale=2&solver_order=3.",
     )
     equal_evals: bool = Field(
-        default=True, description="Whether to compare at the same total number of evaluations too."
+        default=True,
+        description="Whether to compare at the same total number of evaluations too, which at one guidance scale means "
+        "equally many passes of the network.",
     )
     pictures: int = Field(
         default=8, ge=0, description="The number of prompts whose pictures are kept for the report, at least 0."

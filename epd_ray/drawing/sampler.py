@@ -77,7 +77,7 @@ class Sampler:
 
     @property
     def model_evals(self) -> int:
-        """All evaluations of the drift; with classifier-free guidance each one is two passes of the network."""
+        """All evaluations of the drift."""
         return self.cost.model_evals
 
     def with_table(self, table: SolverTable) -> "Sampler":

@@ -26,6 +26,7 @@ class BackboneFacts:
         form: how noise enters x, "ve" or "flow".
         sigmas: [N+1], the schedule of the policy's solver.
         guidance_scale: the guidance scale of all pictures.
+        classifier_free: whether a guidance scale above 1 takes a second pass of the network, without the prompt.
         more: the backbone's further facts, such as resolution, revision and scheduler, as JSON values.
     """
 
@@ -34,6 +35,7 @@ class BackboneFacts:
     form: Form
     sigmas: tuple[float, ...]
     guidance_scale: float
+    classifier_free: bool
     more: Mapping[str, JsonValue]
 
 
@@ -64,7 +66,9 @@ class RolloutWorker:
         """The facts about the model, with its schedule for N intervals."""
         b = self.backbone
         sigmas = tuple(b.sigmas(num_intervals).tolist())
-        return BackboneFacts(b.family, b.model_id, b.form, sigmas, self.guidance_scale, dict(b.facts))
+        return BackboneFacts(
+            b.family, b.model_id, b.form, sigmas, self.guidance_scale, b.classifier_free, dict(b.facts)
+        )
 
     def steps(self, samplers: Sequence[Sampler]) -> list[tuple[float, ...]]:
         """The noise levels [N+1] of each sampler."""

@@ -52,6 +52,7 @@ class Comparison:
             and every sampler that is not listed before it.
         reference: the key of the slow sampler that shows what many steps give; None if there is none.
         guidance_scale: the guidance scale of all pictures; None if it is not known.
+        classifier_free: whether a guidance scale above 1 takes a second pass of the network; None if it is not known.
         sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
     """
 
@@ -62,6 +63,7 @@ class Comparison:
     ours: tuple[str, ...] = (OURS,)
     reference: str | None = None
     guidance_scale: float | None = None
+    classifier_free: bool | None = None
     sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @cached_property
@@ -94,6 +96,7 @@ class Comparison:
                 intervals=row.sampler.intervals,
                 parallel_nfe=row.sampler.parallel_nfe,
                 model_evals=row.sampler.model_evals,
+                network_passes=row.sampler.cost.network_passes(self.guidance_scale, self.classifier_free),
                 seconds_per_image=row.seconds_per_image,
                 metrics=self.means[row.sampler.key],
                 sigmas=list(self.sigmas.get(row.sampler.key, ())),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -30,6 +31,8 @@ class SolverRow(BaseModel):
         intervals: the number of intervals.
         parallel_nfe: the length of the longest chain of evaluations that wait for each other.
         model_evals: the number of all evaluations.
+        network_passes: the number of all passes of the network, two an evaluation with classifier-free guidance; None
+            if it is not known.
         seconds_per_image: the time of a picture in seconds; None if it was not measured.
         metrics: the mean of each metric over the prompts, with its 95 % interval.
         sigmas: the noise levels between the intervals, [N+1], decreasing; empty if they are not known.
@@ -42,9 +45,21 @@ class SolverRow(BaseModel):
     intervals: int
     parallel_nfe: int
     model_evals: int
+    network_passes: int | None = None
     seconds_per_image: float | None = None
     metrics: dict[str, Interval]
     sigmas: list[float] = []
+
+    @property
+    def numbers(self) -> tuple[int, int, int | None]:
+        """Parallel NFE, evaluations and network passes, as every table shows them side by side."""
+        return self.parallel_nfe, self.model_evals, self.network_passes
+
+    @property
+    def costs(self) -> list[str]:
+        """All costs for people: "parallel NFE 4", "6 evaluations" and, if they are known, "12 network passes"."""
+        passes = [] if self.network_passes is None else [counted(self.network_passes, "network pass")]
+        return [f"parallel NFE {self.parallel_nfe}", counted(self.model_evals, "evaluation"), *passes]
 
 
 class Difference(BaseModel):
@@ -96,6 +111,12 @@ class Evaluation(BaseModel):
     guidance_scale: float | None = None
 
     @property
+    def equal_cost(self) -> Literal["network_passes", "model_evals"]:
+        """The cost at which solvers are compared: network passes, or evaluations if the file lacks the passes."""
+        known = all(row.network_passes is not None for row in self.solvers)
+        return "network_passes" if known else "model_evals"
+
+    @property
     def scores(self) -> list[str]:
         """The metrics of which more is better."""
         return [metric for metric in self.metrics if metric not in NEUTRAL]
@@ -128,10 +149,8 @@ class Column:
 
     @property
     def costs(self) -> str:
-        """The solver's parallel NFE and evaluations, or "" before the evaluation is written."""
-        if self.row is None:
-            return ""
-        return f"parallel NFE {self.row.parallel_nfe} · {counted(self.row.model_evals, 'evaluation')}"
+        """What the solver's pictures cost, or "" before the evaluation is written."""
+        return " · ".join(self.row.costs) if self.row else ""
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -7,10 +7,20 @@ from itertools import product
 from epd_ray.drawing.sampler import EPD
 from epd_ray.evaluation.records import Evaluation, SolverRow
 from epd_ray.evaluation.statistics import Interval
-from epd_ray.evaluation.wording import LABEL, WIDTH, decimals, difference, duration, listed, mean, named, plain, wrapped
+from epd_ray.evaluation.wording import (
+    LABEL,
+    NOTHING,
+    WIDTH,
+    decimals,
+    difference,
+    duration,
+    listed,
+    mean,
+    named,
+    plain,
+    wrapped,
+)
 from epd_ray.telemetry.progress import counted
-
-COSTS = ("parallel_nfe", "model_evals")
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Verdict:
 
     Attributes:
         ours: the learned solver.
-        against: the reference, and the best rival with as many evaluations, as far as they were compared.
+        against: the reference, and the best rival with as many network passes, as far as they were compared.
         sentence: all of this for people.
     """
 
@@ -90,8 +100,8 @@ def _verdict(evaluation: Evaluation, ours: SolverRow, timing: Timing) -> Verdict
     others: dict[str, tuple[SolverRow, str]] = {}
     if reference := evaluation.solver(evaluation.reference or ""):
         others[reference.key] = reference, f"{reference.intervals} steps of {reference.label}"
-    if equal := rivals_at(evaluation, ours, "model_evals"):
-        best, count = equal[0], counted(equal[0].model_evals, "evaluation")
+    if equal := rivals_at(evaluation, ours, evaluation.equal_cost):
+        best, count = equal[0], equal[0].costs[-1]
         which = f"the best of {len(equal)} rivals with {count}, {best.label}," if len(equal) > 1 else ""
         others.setdefault(best.key, (best, which or f"{best.label} with {count}"))
     against = []
@@ -122,7 +132,8 @@ def rivals_at(evaluation: Evaluation, ours: SolverRow, cost: str) -> list[Solver
     Args:
         evaluation: the results.
         ours: the learned solver.
-        cost: "parallel_nfe" or "model_evals". Where no solver costs the same, those with the next larger cost count.
+        cost: "parallel_nfe", "model_evals" or, if it is known of all, "network_passes". Where no solver costs the same,
+            those with the next larger cost count.
     """
     least = getattr(ours, cost)
     rivals = [row for row in evaluation.solvers if row.kind != EPD and getattr(row, cost) >= least]
@@ -139,7 +150,7 @@ def principal(evaluation: Evaluation) -> list[SolverRow]:
     rows = [*ours, *(row for row in evaluation.solvers if row.kind == EPD)]
     rows += [row for row in evaluation.solvers if row.key == evaluation.reference]
     if evaluation.scores:
-        for cost, learned in product(COSTS, ours):
+        for cost, learned in product(("parallel_nfe", evaluation.equal_cost), ours):
             rows += rivals_at(evaluation, learned, cost)[:1]
     return list({row.key: row for row in rows}.values())
 
@@ -158,10 +169,10 @@ def closing(evaluation: Evaluation) -> list[str]:
 def small_table(evaluation: Evaluation) -> list[list[str]]:
     """The principal solvers as rows of text, with the header first."""
     places = {metric: decimals(evaluation, metric) for metric in evaluation.metrics}
-    found = [["solver", "parallel\nNFE", "evals", *map(named, evaluation.metrics), "time per\npicture"]]
+    found = [["solver", "parallel\nNFE", "evals", "passes", *map(named, evaluation.metrics), "time per\npicture"]]
     for row in principal(evaluation):
         scores = (mean(metric, row.metrics.get(metric), places[metric]) for metric in evaluation.metrics)
-        costs = str(row.parallel_nfe), str(row.model_evals)
+        costs = [NOTHING if cost is None else str(cost) for cost in row.numbers]
         found.append([wrapped(row.label, LABEL), *costs, *scores, duration(row.seconds_per_image)])
     return found
 
@@ -172,8 +183,8 @@ def about_table(evaluation: Evaluation) -> str:
     for ours in _ours(evaluation) if evaluation.scores else []:
         if equal := rivals_at(evaluation, ours, "parallel_nfe"):
             groups.append(f"the {len(equal)} at parallel NFE {equal[0].parallel_nfe}")
-        if equal := rivals_at(evaluation, ours, "model_evals"):
-            groups.append(f"the {len(equal)} with {counted(equal[0].model_evals, 'evaluation')}")
+        if equal := rivals_at(evaluation, ours, evaluation.equal_cost):
+            groups.append(f"the {len(equal)} with {equal[0].costs[-1]}")
     if groups:
         said += f" Rivals are the best in {named(evaluation.scores[0])} of {listed(list(dict.fromkeys(groups)))}."
     left_out = len(evaluation.solvers) - len(principal(evaluation))
@@ -183,7 +194,7 @@ def about_table(evaluation: Evaluation) -> str:
 def _sentence(evaluation: Evaluation, ours: SolverRow, against: Sequence[Against]) -> str:
     guidance = "" if evaluation.guidance_scale is None else f" at guidance scale {evaluation.guidance_scale:g}"
     where = f"On {counted(evaluation.prompts, 'prompt')}{guidance},"
-    costs = f"parallel NFE {ours.parallel_nfe}, {counted(ours.model_evals, 'evaluation')}"
+    costs = ", ".join(ours.costs)
     if not against:
         return f"{where} {ours.label} ({costs}) was compared with no other solver."
     said = "; it is ".join(_said(evaluation, one) for one in against)

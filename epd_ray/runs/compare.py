@@ -31,6 +31,7 @@ class Contest:
         at_once: the number of pictures that a sampler draws in its turn, at least 1; a multiple of the batch size.
         reference: the key of the slow sampler; None if there is none.
         guidance_scale: the guidance scale of all pictures; None if it is not known.
+        classifier_free: whether a guidance scale above 1 takes a second pass of the network; None if it is not known.
         sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
     """
 
@@ -38,6 +39,7 @@ class Contest:
     at_once: int
     reference: str | None = None
     guidance_scale: float | None = None
+    classifier_free: bool | None = None
     sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
@@ -54,7 +56,7 @@ def contest(config: RunConfig, run: RunDirectory, algo: RDPO) -> Contest:
     sigmas = algo.work("steps", [(tuple(samplers),)])[0]
     by_key = dict(zip((sampler.key for sampler in samplers), sigmas, strict=True))
     turn = algo.images_at_once // TASKS_AHEAD  # a batch for each actor: many short turns make the median time firm
-    return Contest(samplers, turn, slow.key, algo.facts.guidance_scale, by_key)
+    return Contest(samplers, turn, slow.key, algo.facts.guidance_scale, algo.facts.classifier_free, by_key)
 
 
 def comparison(
@@ -91,6 +93,7 @@ def comparison(
         rows,
         reference=who.reference,
         guidance_scale=who.guidance_scale,
+        classifier_free=who.classifier_free,
         sigmas=who.sigmas,
     )
     save_comparison(run, found, pictures)

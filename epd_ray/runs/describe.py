@@ -1,8 +1,11 @@
 """What a run is going to do, in two lines. This module imports no Ray, so that the lines appear at once."""
 
+import math
+
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import REFERENCE_STEPS
 from epd_ray.prompts.splits import SHAPES
+from epd_ray.solvers.costs import passes_per_eval
 from epd_ray.solvers.table import SolverTable, uniform_table
 from epd_ray.telemetry.progress import counted
 
@@ -31,7 +34,7 @@ def describe(config: RunConfig) -> tuple[str, str]:
 
 
 def _passes(config: RunConfig, table: SolverTable) -> int:
-    """The network passes of all stages together; a guided evaluation takes two."""
+    """The network passes of all stages together, for the embedded model, whose own guidance scale is above 1."""
     s, r, e, d = config.solver, config.rdpo, config.evaluation, config.distill
     cost = table.cost(s.afs)
     evals, depth = cost.model_evals, cost.parallel_nfe
@@ -42,4 +45,5 @@ def _passes(config: RunConfig, table: SolverTable) -> int:
         total += d.prompts * s.intervals * (2 * d.teacher_steps + d.grid + 2)
         if d.method == "gradient":  # the forward and backward passes of a step cost about four passes a point
             total += (4 * d.steps * d.batch + 2 * d.prompts) * s.points * s.intervals
-    return total * (2 if (config.backbone.guidance_scale or 0) > 1 else 1)
+    scale = config.backbone.guidance_scale
+    return total * passes_per_eval(math.inf if scale is None else scale, classifier_free=True)

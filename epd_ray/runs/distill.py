@@ -60,7 +60,8 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         distances = _distances(algo, teacher, [ours, *others], held_out, seeds, observer)
         lines = []
         for sampler, distance in zip([ours, *others], distances, strict=True):
-            cost = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations"
+            passes = sampler.cost.network_passes(algo.facts.guidance_scale, algo.facts.classifier_free)
+            cost = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations, {passes:>2} passes"
             lines.append(f"{sampler.label:<18} {cost}  distance from the teacher's pictures {distance.mean():.4f}")
     return [*lines, f"solver: {out}"]
 

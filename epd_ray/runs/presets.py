@@ -10,16 +10,17 @@ from epd_ray.solvers.presets import NAMES, read_preset
 
 def list_presets() -> Table:
     """What comes with the package, one row each."""
-    table = Table("name", "backbone", "N", "K", "parallel NFE", "evaluations", "resolution", "guidance", box=None)
+    table = Table("name", "backbone", "N", "K", "parallel NFE", "evals", "passes", "resolution", "guidance", box=None)
     table.pad_edge, table.collapse_padding = False, True  # so that 80 columns are enough
     table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for name in NAMES:
         preset = read_preset(name)
-        counts = (preset.intervals, preset.points, preset.cost.parallel_nfe, preset.cost.model_evals)
+        cost = preset.cost
+        costs = (cost.parallel_nfe, cost.model_evals, cost.passes_by(preset.meta))
         meta = [as_text(preset.meta.get(key)) for key in ("backbone", "resolution", "guidance_scale")]
-        table.add_row(name, meta[0], *map(str, counts), *meta[1:])
+        table.add_row(name, meta[0], *map(as_text, (preset.intervals, preset.points, *costs)), *meta[1:])
     return table
 
 

@@ -137,7 +137,7 @@ def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
     if missing := [key for key in columns if not (files.samples / key).is_dir()]:
         raise RunDirectoryError(f"{files.samples} has no folder {shown(missing[0])}")
     known = read_evaluation(files.evaluation) if files.evaluation.is_file() else None
-    side, gap, caption, head = 192, 12, 264, 92
+    side, gap, caption, head = 192, 12, 264, 110
     width, height = caption + len(columns) * (side + gap) + gap, head + len(prompts) * (side + gap) + gap
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -145,8 +145,9 @@ def contact_sheet(run: Path, columns: list[str], rows: int) -> Image.Image:
     for index, column in enumerate(Column(key, known.solver(key) if known else None) for key in columns):
         x = caption + gap + index * (side + gap)
         label = "\n".join(textwrap.wrap(column.label, 20, max_lines=2))
-        draw.multiline_text((x, head - 34), label, ACCENT if column.key == OURS else INK, label_font, anchor="ld")
-        draw.text((x, head - 14), column.costs, MUTED, small_font, anchor="ls")
+        draw.multiline_text((x, head - 50), label, ACCENT if column.key == OURS else INK, label_font, anchor="ld")
+        costs = "\n".join(column.costs.rsplit(" · ", 1))
+        draw.multiline_text((x, head - 10), costs, MUTED, small_font, anchor="ld")
         for row in range(len(prompts)):
             if picture := open_picture(files.samples / column.key / f"{row:03d}.png"):
                 sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, head + row * (side + gap)))

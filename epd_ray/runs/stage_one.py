@@ -123,6 +123,7 @@ def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta:
         "model_id": facts.model_id,
         **facts.more,
         "guidance_scale": facts.guidance_scale,
+        "classifier_free": facts.classifier_free,
         "registry": config.backbone.family,
         "options": config.backbone.portable,
         **meta,

@@ -44,7 +44,9 @@ def show_solver(source: str | os.PathLike[str]) -> Group:
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("parallel NFE", f"{solver.parallel_nfe} evaluations that wait for each other")
-    facts.add_row("evaluations", f"{solver.model_evals} per image; with guidance each takes two network passes")
+    facts.add_row("evaluations", f"{solver.model_evals} per image")
+    unknown, passes = "unknown: two an evaluation with guidance", solver.network_passes
+    facts.add_row("network passes", unknown if passes is None else f"{passes} per image")
     facts.add_row("form", as_text(solver.form))
     if solver.afs:
         facts.add_row("first step", "analytical")

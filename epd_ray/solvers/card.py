@@ -46,13 +46,13 @@ def model_card(
     steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(map(_decimals, row))} |\n" for (a, b), *row in rows)
     return _CARD.format(
         task="text-to-image" if prompted else "unconditional-image-generation",
-        twice=" (twice as many network passes under classifier-free guidance)" if prompted else "",
         tags="diffusers, " if has_scheduler else "",
         base_line=f"base_model: {base}\n" if base else "",
         intervals=table.intervals,
         points="one point" if table.points == 1 else f"{table.points} parallel points",
         parallel_nfe=cost.parallel_nfe,
         model_evals=cost.model_evals,
+        passes=_passes(cost, meta),
         pipeline=_pipeline(meta, table.intervals, source, base) if has_scheduler else "",
         source=source,
         about=about,
@@ -61,6 +61,14 @@ def model_card(
         rules="---|" * len(columns),
         steps=steps,
     )
+
+
+def _passes(cost: Cost, meta: Mapping[str, JsonValue]) -> str:
+    """How many network passes an image takes, as far as meta says what the model's guidance is."""
+    passes = cost.passes_by(meta)
+    if passes is None and takes_prompts(meta):
+        return f"{cost.model_evals} network passes, or {2 * cost.model_evals} with classifier-free guidance"
+    return f"{cost.model_evals if passes is None else passes} network passes"
 
 
 def takes_prompts(meta: Mapping[str, JsonValue]) -> bool:
@@ -143,7 +151,7 @@ tags: [{tags}diffusion, ode-solver, epd-solver]
 # A learned diffusion solver
 
 {intervals} intervals with {points} each: parallel NFE {parallel_nfe} (calls that wait for each other),
-{model_evals} evaluations per image in all{twice}.
+{model_evals} evaluations per image in all, {passes}.
 
 {pipeline}On any drift of one's own:
 

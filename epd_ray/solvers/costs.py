@@ -1,7 +1,9 @@
-"""What a picture costs by solver: the one place where evaluations are counted. Torch is not imported here."""
+"""What a picture costs by solver: the one place where evaluations and network passes are counted, without torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 
 @dataclass(frozen=True)
@@ -10,11 +12,45 @@ class Cost:
 
     Attributes:
         parallel_nfe: the longest chain of evaluations that wait for each other.
-        model_evals: all evaluations. With classifier-free guidance each one is two passes of the network.
+        model_evals: all evaluations.
     """
 
     parallel_nfe: int
     model_evals: int
+
+    def network_passes(self, guidance_scale: float | None, classifier_free: bool | None) -> int | None:
+        """The passes of the network that one picture takes.
+
+        Args:
+            guidance_scale: the guidance scale; None if it is not known.
+            classifier_free: see `passes_per_eval`; None if it is not known.
+
+        Returns:
+            The number of passes; None if it depends on what is not known.
+        """
+        if classifier_free is None:
+            unguided = guidance_scale is not None and passes_per_eval(guidance_scale, classifier_free=True) == 1
+            return self.model_evals if unguided else None
+        if guidance_scale is None:
+            return None if classifier_free else self.model_evals
+        return self.model_evals * passes_per_eval(guidance_scale, classifier_free=classifier_free)
+
+    def passes_by(self, meta: Mapping[str, JsonValue]) -> int | None:
+        """The passes of the network by what a solver file says of its model; None if it does not say enough."""
+        scale, free = meta.get("guidance_scale"), meta.get("classifier_free")
+        known = float(scale) if isinstance(scale, (int, float)) else None
+        return self.network_passes(known, free if isinstance(free, bool) else None)
+
+
+def passes_per_eval(guidance_scale: float, *, classifier_free: bool) -> int:
+    """The passes of the network in one evaluation of the drift: 2 with classifier-free guidance, and 1 without.
+
+    Args:
+        guidance_scale: the guidance scale, at least 0; a scale of at most 1 is no guidance.
+        classifier_free: whether the model's guidance asks the network again without the prompt; a network that takes
+            the scale as an input does not.
+    """
+    return 2 if classifier_free and guidance_scale > 1 else 1
 
 
 def has_start_point(first_positions: Iterable[float], first_time_scales: Iterable[float] = ()) -> bool:

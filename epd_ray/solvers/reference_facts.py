@@ -30,6 +30,7 @@ class _Family:
     model_id: str
     resolution: int
     scheduler: dict[str, JsonValue]
+    classifier_free: bool = True
 
 
 _BETA_START, _BETA_END = 0.00085, 0.012
@@ -47,7 +48,7 @@ _FAMILIES = {
         {"prediction_type": "epsilon", "num_train_timesteps": TRAIN_TIMESTEPS, **_SCALED_LINEAR},
     ),
     "sd3": _Family("sd3", "flow", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, FLOW_FACTS),
-    "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, FLOW_FACTS),
+    "flux": _Family("flux", "flow", "black-forest-labs/FLUX.1-dev", 1024, FLOW_FACTS, classifier_free=False),
 }
 
 
@@ -114,6 +115,7 @@ def reference_solver(
         "model_id": config.model_name_or_path or family.model_id,
         "resolution": resolution,
         "guidance_scale": facts.guidance_rate,
+        "classifier_free": family.classifier_free,
         "schedule": schedule,
         "scheduler": dict(family.scheduler),
         "source": source,

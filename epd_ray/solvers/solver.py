@@ -73,8 +73,13 @@ class Solver:
 
     @property
     def model_evals(self) -> int:
-        """All evaluations of the drift; with classifier-free guidance each one is two passes of the network."""
+        """All evaluations of the drift."""
         return self.cost.model_evals
+
+    @property
+    def network_passes(self) -> int | None:
+        """All passes of the network, two an evaluation with classifier-free guidance; None if `meta` lacks a fact."""
+        return self.cost.passes_by(self.meta)
 
     def scheduler_config(self, facts: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue] | None:
         """The arguments of an EPDScheduler that runs this solver; None where it is unknown what the network predicts.

@@ -155,8 +155,9 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, such as "1 minute" or "1,440 pictures"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """A number with its noun, such as "1 minute", "1,440 pictures" or "12 network passes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _listed(numbers: Mapping[str, float]) -> str:

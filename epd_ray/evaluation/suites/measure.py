@@ -118,6 +118,7 @@ def summarise(
     results: ResultsDirectory,
     reference: Gaussian | None,
     guidance_scale: float | None = None,
+    classifier_free: bool | None = None,
 ) -> Summary:
     """Read the rows of a suite's samplers, with one sampler in memory at a time, and sum them up.
 
@@ -127,6 +128,7 @@ def summarise(
         results: the directory that holds the shards.
         reference: the statistics of the reference set; None leaves out the Frechet distance.
         guidance_scale: the guidance scale of all pictures; None if it is not known.
+        classifier_free: whether a guidance scale above 1 takes a second pass of the network; None if it is not known.
     """
     found, distances, times = [], {}, {}
     for sampler in suite.samplers:
@@ -143,7 +145,9 @@ def summarise(
         found.append(Row(sampler, values, median(times[sampler.key])))
     keys = () if suite.name == "paper-fid" else tuple(s.key for s in suite.ours)
     slow = suite.reference.key if suite.reference else None
-    comparison = Comparison(suite.name, pictures.prompts, pictures.seeds, tuple(found), keys, slow, guidance_scale)
+    comparison = Comparison(
+        suite.name, pictures.prompts, pictures.seeds, tuple(found), keys, slow, guidance_scale, classifier_free
+    )
     return Summary(comparison, distances, times)
 
 

@@ -27,6 +27,7 @@ from epd_ray.evaluation.suites.tables import (
     markdown,
     number,
     tabulate,
+    written,
 )
 from epd_ray.evaluation.verdict import Verdict, ordered, verdicts
 from epd_ray.evaluation.wording import NOTHING, WIDTH, duration, plain, wrapped
@@ -62,7 +63,10 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
         RunDirectoryError: a shard is damaged, or the disk refuses.
     """
     suite = subject.suite
-    summary = summarise(suite, subject.pictures, results, features.reference, subject.facts.guidance_scale)
+    facts = subject.facts
+    summary = summarise(
+        suite, subject.pictures, results, features.reference, facts.guidance_scale, facts.classifier_free
+    )
     heads = {name: head.head for name, head in subject.config.rewards.items()}
     table = tabulate(suite, summary, heads, features.is_fid)
     found = verdicts(summary.comparison.evaluation, timing(summary.times))
@@ -159,6 +163,7 @@ class PageRow:
     schedule: str
     parallel_nfe: int
     model_evals: str
+    network_passes: str
     time: str
     cells: Mapping[str, Cell]
     ours: bool
@@ -247,7 +252,8 @@ def _row(row: TableRow, ours: set[str]) -> PageRow:
         steps=NOTHING if line.steps is None else str(line.steps),
         schedule=f"{line.schedule or 'its own'} schedule",
         parallel_nfe=line.parallel_nfe,
-        model_evals=NOTHING if sampler is None else str(sampler.model_evals),
+        model_evals=written(None if sampler is None else sampler.model_evals),
+        network_passes=written(row.network_passes),
         time=duration(row.seconds),
         cells=row.cells,
         ours=sampler is not None and sampler.key in ours,

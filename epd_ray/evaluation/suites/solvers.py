@@ -60,7 +60,8 @@ def foresee(backbone: BackboneConfig) -> BackboneFacts | None:
         return None  # opening it raises an error that lists the classes that can be driven
     family = cast("type[Family]", FAMILIES.get(name))
     scale = family.default_guidance if backbone.guidance_scale is None else backbone.guidance_scale
-    return BackboneFacts(family.name, backbone.model, family.form, (), scale, {"resolution": backbone.resolution})
+    more: dict[str, JsonValue] = {"resolution": backbone.resolution}
+    return BackboneFacts(family.name, backbone.model, family.form, (), scale, family.classifier_free, more)
 
 
 def foresee_suite(request: Request, sources: Sources, rivals: Sequence[str], backbone: BackboneConfig) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.records import SCENE_ACCURACY, SHARPNESS
 from epd_ray.evaluation.statistics import Interval
 from epd_ray.evaluation.suites.definition import FID_METRIC, Line, Suite
@@ -46,11 +45,13 @@ class TableRow:
 
     Attributes:
         line: which sampler, and what the paper says of it.
+        network_passes: the passes of the network for a picture; None if nothing was drawn, or if they are not known.
         seconds: the time of a picture in seconds; None if nothing was drawn.
         cells: metric -> its value.
     """
 
     line: Line
+    network_passes: int | None
     seconds: float | None
     cells: Mapping[str, Cell]
 
@@ -96,6 +97,7 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
     means = dict(summary.comparison.means)
     for key, distance in summary.distances.items():
         means[key] = {FID_METRIC: Interval(distance, math.nan, math.nan), **means[key]}
+    passes = {row.key: row.network_passes for row in summary.comparison.evaluation.solvers}
     seconds = {row.sampler.key: row.seconds_per_image for row in summary.comparison.rows}
     column_of = {head: metric for metric, head in reversed(list(heads.items()))}
     published = [{column_of.get(name, name): v for name, v in line.published.items()} for line in suite.lines]
@@ -110,7 +112,7 @@ def tabulate(suite: Suite, summary: Summary, heads: Mapping[str, str], is_fid: b
     for line, values in zip(suite.lines, published, strict=True):
         key = line.sampler.key if line.sampler else ""
         cells = {m: Cell(means.get(key, {}).get(m), values.get(m), as_published or m != FID_METRIC) for m in metrics}
-        rows.append(TableRow(line, seconds.get(key), cells))
+        rows.append(TableRow(line, passes.get(key), seconds.get(key), cells))
     return Table(suite, metrics, tuple(rows), means, is_fid, drawn)
 
 
@@ -121,11 +123,11 @@ def grid(table: Table) -> list[list[str]]:
     """The table as rows of text: the header, then for each line our values, the paper's, and the difference."""
     if table.suite.name == "paper-fid":
         return _fid_grid(table)
-    first = ["method", "steps", "schedule", "parallel NFE", "evaluations", "s/image"]
+    first = ["method", "steps", "schedule", "parallel NFE", "evaluations", "network passes", "s/image"]
     found = [[*first, *table.metrics.values()]]
     for row in table.rows:
         line = row.line
-        costs = [str(line.steps), line.schedule or "its own", *_costs(line.sampler, line.parallel_nfe)]
+        costs = [str(line.steps), line.schedule or "its own", *_costs(row)]
         time = NOTHING if row.seconds is None else f"{row.seconds:.3g}"
         found.append([line.method, *costs, time, *(_text(m, cell.ours) for m, cell in row.cells.items())])
         if line.published:
@@ -135,8 +137,15 @@ def grid(table: Table) -> list[list[str]]:
     return found
 
 
-def _costs(sampler: Sampler | None, parallel_nfe: int) -> list[str]:
-    return [str(parallel_nfe), NOTHING if sampler is None else str(sampler.model_evals)]
+def _costs(row: TableRow) -> list[str]:
+    """Parallel NFE, evaluations and network passes, as text."""
+    evals = None if row.line.sampler is None else row.line.sampler.model_evals
+    return [written(cost) for cost in (row.line.parallel_nfe, evals, row.network_passes)]
+
+
+def written(cost: int | None) -> str:
+    """A cost as text, and a dash for one that is not known."""
+    return NOTHING if cost is None else str(cost)
 
 
 def fid_lines(table: Table) -> dict[str, dict[int, TableRow]]:
@@ -154,8 +163,8 @@ def _fid_grid(table: Table) -> list[list[str]]:
     for method, rows in lines.items():
         cells = [rows[nfe].cells[FID_METRIC] for nfe in nfes]
         found.append([method, *(_text(FID_METRIC, cell.ours) for cell in cells)])
-        evals = [_costs(rows[nfe].line.sampler, nfe)[1] for nfe in nfes]
-        found.append(["  evaluations", *evals])
+        _, evals, passes = zip(*(_costs(rows[nfe]) for nfe in nfes), strict=True)
+        found += [["  evaluations", *evals], ["  network passes", *passes]]
         found.append(["  paper", *(_published(FID_METRIC, cell) for cell in cells)])
         found.append(["  ours minus paper", *(_text(FID_METRIC, cell.difference, True) for cell in cells)])
     return found
@@ -210,13 +219,13 @@ def as_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["method", "sampler", "steps", "schedule", "parallel_nfe", "model_evals", "seconds_per_image", "metric", "mean",
-         "low", "high", "published", "difference", "difference_low", "difference_high"]
+        ["method", "sampler", "steps", "schedule", "parallel_nfe", "model_evals", "network_passes", "seconds_per_image",
+         "metric", "mean", "low", "high", "published", "difference", "difference_low", "difference_high"]
     )  # fmt: skip
     for row in table.rows:
         line, sampler = row.line, row.line.sampler
         key, evals = (None, None) if sampler is None else (sampler.key, sampler.model_evals)
-        about = [line.method, key, line.steps, line.schedule, line.parallel_nfe, evals, row.seconds]
+        about = [line.method, key, line.steps, line.schedule, line.parallel_nfe, evals, row.network_passes, row.seconds]
         for metric, cell in row.cells.items():
             if cell.ours is None and cell.published is None:
                 continue
