@@ -241,9 +241,12 @@ def other(name: str) -> Callable[[Path], None]:
     return lambda directory: torch.save({"weight": torch.ones(2)}, directory / name)
 
 
-def shrink_med(directory: Path) -> None:
-    med = json.loads((directory / "med_config.json").read_text())
-    (directory / "med_config.json").write_text(json.dumps({**med, "hidden_size": 32}))
+def set_med(**values: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        med = json.loads((directory / "med_config.json").read_text())
+        (directory / "med_config.json").write_text(json.dumps({**med, **values}))
+
+    return change
 
 
 HPS, IR = "HPS_v2.1_compressed.pt", "ImageReward.pt"
@@ -266,8 +269,16 @@ AESTHETIC, MPS = "sac+logos+ava1-l14-linearMSE.pth", "MPS_overall_checkpoint.saf
         ("hpsv2.1", save_hpsv2, shutil.rmtree, "is no directory"),
         ("imagereward", save_imagereward, drop(IR, "blip.visual_encoder.norm.bias"), "lacks post_layernorm.bias"),
         ("imagereward", save_imagereward, drop(IR, "mlp.layers.2.bias"), "cannot be opened"),
-        ("imagereward", save_imagereward, shrink_med, "or has them in another shape"),
-        ("imagereward", save_imagereward, lambda d: (d / "med_config.json").write_text("{}"), "lacks hidden_size"),
+        ("imagereward", save_imagereward, set_med(hidden_size=32), "or has them in another shape"),
+        ("imagereward", save_imagereward, lambda d: (d / "med_config.json").write_text("{}"), "hidden_size: Field req"),
+        ("imagereward", save_imagereward, set_med(hidden_act=["gelu"]), "hidden_act: .*fetch the published file"),
+        ("imagereward", save_imagereward, set_med(num_hidden_layers="2"), "num_hidden_layers: .*given: '2'"),
+        (
+            "imagereward",
+            save_imagereward,
+            lambda d: (d / "med_config.json").write_text("[" * 5000),
+            "nested too deeply",
+        ),
         ("imagereward", save_imagereward, lambda d: (d / "med_config.json").unlink(), "without med_config.json"),
         ("aesthetic", save_aesthetic, other(AESTHETIC), "no layers layers"),
         ("aesthetic", save_aesthetic, lambda d: (d / "model.safetensors").unlink(), "CLIP model"),

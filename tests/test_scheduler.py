@@ -681,6 +681,31 @@ def test_refuses_broken_configs(change: dict[str, Any], error: type[Exception], 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not valid JSON"),
+        ("[" * 5000, "it is nested too deeply"),
+        ("5", "is 5, expected an object"),  # which diffusers would seek on the hub
+        ('{"sigmas": [], "sigmas": []}', "stands there twice"),
+        ({"sigmas": "x"}, r"scheduler\.sigmas: .*given: 'x'"),
+        ({"sigmas": [1.0, [0.5]]}, r"scheduler\.sigmas\.1"),
+        ({"positions": {}}, r"scheduler\.positions"),
+        ({"afs": "x"}, r"scheduler\.afs"),
+        ({"replaced": 5}, r"scheduler\.replaced"),
+        ({"replaced": {"_use_default_values": 5}}, r"_use_default_values is 5, expected a list of names"),
+        ({"weights": [[0.5, 0.4]] * 3}, r"weights\[0\] sums to 0.9"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, text: str | dict[str, Any], said: str) -> None:
+    make_solver(FAMILIES["sd"]).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
+    with pytest.raises(TableError, match=said) as caught:
+        EPDScheduler.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_trained_betas_are_betas_enough() -> None:
     solver = make_solver(FAMILIES["sd"])
     betas = (torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2).tolist()

@@ -29,6 +29,7 @@ from epd_ray.score.inputs import read_index
 from epd_ray.score.output import SUMMARY, ScoreDirectory, score_schema
 from epd_ray.score.pipeline import ScoreRequest, TooManyErrors, score, scored
 from epd_ray.score.rows import PIXELS, score_rows
+from epd_ray.storage.parquet import write_table
 from epd_ray.storage.pictures import FORMATS
 from tests.fakes import Quiet
 from tests.test_score_input import folder_of, parquet_of, png
@@ -167,6 +168,37 @@ def test_directories_that_are_not_ours_are_refused(tmp_path):
     parquet_of(tmp_path / "mine" / "part-000007.parquet", {"id": ["a"]})
     with pytest.raises(RunDirectoryError, match="holds no scores of this command"):
         ScoreDirectory(tmp_path / "mine", SIM)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.replace_schema_metadata({"heads": "[" * 5000}), "it is nested too deeply"),
+        (lambda t: t.replace_schema_metadata({"heads": "5"}), "holds no scores of this command"),
+        (lambda t: t.replace_schema_metadata({"heads": '{"sim": 5}'}), "holds no scores of this command"),
+        (lambda t: t.drop_columns("error"), "whose columns are others"),
+        (lambda t: t.set_column(0, "id", pa.array(range(len(t)))), "whose columns are others"),
+    ],
+)
+def test_damaged_scores_are_one_line(tmp_path, change, said):
+    ScoreDirectory(tmp_path, SIM).add([scored_rows(a=None)], {})
+    [part] = tmp_path.iterdir()
+    write_table(part, change(pq.read_table(part)))
+    with pytest.raises(RunDirectoryError, match=rf"part-000001\.parquet.*{said}.*name another --out") as caught:
+        ScoreDirectory(tmp_path, SIM)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_page_of_scores_is_found(tmp_path):
+    out = ScoreDirectory(tmp_path / "seed=3", SIM)  # which is no column of a partitioned table
+    out.add([scored_rows(some_picture=None)], {})
+    assert out.totals().rows == 1 and len(out.missing(index_of("some_picture"))) == 0
+    [part] = out.path.iterdir()
+    data = bytearray(part.read_bytes())
+    data[4 + 40] ^= 1  # within the first page
+    part.write_bytes(data)
+    with pytest.raises(RunDirectoryError, match=r"part-000001\.parquet cannot be read: .*scored again"):
+        out.missing(index_of("some_picture"))
 
 
 def test_two_writers_do_not_overwrite_each_other(tmp_path):

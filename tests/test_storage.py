@@ -618,9 +618,10 @@ def test_a_lease_that_is_half_written_is_one(root, clock):
         pass
 
 
-def test_a_lease_that_is_none_is_taken_over(root):
+@pytest.mark.parametrize("text", ["hello", "[" * 10**5, "5", json.dumps(asdict(holder(renewed="now")))])
+def test_a_lease_that_is_none_is_taken_over(root, text):
     with root.open_output_stream(LEASE) as stream:
-        stream.write(b"hello")
+        stream.write(text.encode())
     with Lease(root, "x").held():
         pass
 

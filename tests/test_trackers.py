@@ -8,7 +8,7 @@ import pytest
 
 from epd_ray.config.loading import load_config
 from epd_ray.config.services import MlflowConfig, TrackingConfig, WandbConfig
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, RunDirectoryError
 from epd_ray.runs import trackers as module
 from epd_ray.runs.trackers import require_trackers, trackers, tune_callbacks
 from epd_ray.runs.train import train
@@ -225,3 +225,11 @@ def test_sweeps_get_rays_own_callbacks(mlflow, monkeypatch):
     assert isinstance(wandb, WandbLoggerCallback) and (wandb.project, wandb.group) == ("solvers", "a")
     assert isinstance(flow, MLflowLoggerCallback) and flow.experiment_name == "solvers"
     assert tune_callbacks(TrackingConfig()) == []
+
+
+@pytest.mark.parametrize("saved", ["[" * 5000, "5", '{"mlflow": 5}', '{"mlflow": "a", "mlflow": "b"}', "\udcff"])
+def test_damaged_ids_are_one_line_before_a_run_begins_there(run, mlflow, saved):
+    (run.path / module.TRACKING).write_bytes(saved.encode(errors="surrogateescape"))
+    with pytest.raises(RunDirectoryError, match=r"tracking\.json .*delete it") as caught, trackers(mlflow, run, CONFIG):
+        pass
+    assert "\n" not in str(caught.value)

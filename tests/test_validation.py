@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,6 +18,7 @@ from epd_ray.runs.report import write_report
 from epd_ray.runs.train import resume, train
 from epd_ray.solvers import Solver
 from epd_ray.storage.checkpoint import load_newest
+from epd_ray.storage.parquet import write_table
 from epd_ray.storage.run_directory import read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
@@ -100,9 +102,28 @@ def test_a_curve_goes_on_and_is_read_as_it_was(tmp_path):
     read = read_curve(tmp_path / "v.parquet")
     assert read.metrics() == whole.metrics() and (read.prompts, read.seeds) == (whole.prompts, whole.seeds)
     assert read.watched == ("bad",) and read_curve(tmp_path / "none.parquet") is None
-    (tmp_path / "v.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunDirectoryError, match=r"v\.parquet cannot be read: "):
-        read_curve(tmp_path / "v.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.replace_schema_metadata({"trained": "[" * 5000}), "cannot be read: it is nested too deeply"),
+        (lambda t: t.replace_schema_metadata({"trained": '{"clip": 1}'}), "is {'clip': 1}, expected a list of heads"),
+        (lambda t: t.replace_schema_metadata(None), "trained in .* is not valid JSON"),
+        (lambda t: t.drop_columns("prompt"), "column 'prompt' is not as expected"),
+        (lambda t: t.drop_columns("reward"), "column 'reward' is not as expected"),
+        (lambda t: t.append_column("bad2", pa.array(["x"] * len(t))), "column 'bad2' is not as expected"),
+        (lambda t: t.append_column("bad2", pa.nulls(len(t), pa.float32())), "column 'bad2' is not as expected"),
+        (lambda t: t.slice(0, 0), "it has no rows"),
+        (lambda t: t.slice(1), "its validations have different numbers of prompts"),
+    ],
+)
+def test_a_damaged_curve_is_one_line(tmp_path, change, said):
+    path = tmp_path / "v.parquet"
+    write_table(path, change(curve([0.0, 0.02], bad=[0.0, 0.01]).table()))
+    with pytest.raises(RunDirectoryError, match=said) as caught:
+        read_curve(path)
+    assert str(path) in str(caught.value) and "move it away" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_page_says_it():

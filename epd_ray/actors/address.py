@@ -1,6 +1,5 @@
 """Checks whether a Ray cluster can be joined, because ray.init itself would wait for minutes or abort the process."""
 
-import json
 import os
 from platform import python_version
 
@@ -19,6 +18,7 @@ from ray.exceptions import AuthenticationError, RpcError
 
 from epd_ray.actors.beforehand import named_cluster
 from epd_ray.errors import ClusterError
+from epd_ray.storage.documents import parse_json
 
 CONNECT_SECONDS = 15.0
 AUTO = "auto"
@@ -116,7 +116,7 @@ def _require_same_versions(address: str, where: str) -> None:
     except AuthenticationError:
         sent = "got another one" if get_authentication_mode() == AuthenticationMode.TOKEN else "got none"
         raise ClusterError(f"{where} asks for its token and {sent}: {TOKEN_HELP}") from None
-    theirs = json.loads(stored or b"{}")
+    theirs = parse_json(stored or b"{}", f"what {where} says of itself", ClusterError, "restart the Ray head")
     ours = {"ray_version": ray.__version__, "python_version": python_version()}
     for key, name in (("ray_version", "Ray"), ("python_version", "Python")):
         if theirs.get(key, ours[key]) != ours[key]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from epd_ray.errors import EpdRayError, UnknownNameError
 from epd_ray.registry import did_you_mean
+from epd_ray.storage.documents import read_json
 
 NAMES = ("imagereward", "hpsv2", "fid")
 HEADS = {
@@ -177,8 +178,8 @@ def _problem(name: str) -> str | None:
     if not record.is_file():
         return "is not built"
     try:
-        built = json.loads(record.read_text())
-    except ValueError:
+        built = read_json(record, EnvironmentFailure, "build it again")
+    except EnvironmentFailure:
         built = None
     if not isinstance(built, dict):
         return f"has a damaged {record.name}"

@@ -14,15 +14,25 @@ from torch import Tensor
 
 from epd_ray.backbones.doors import door_of
 from epd_ray.deploy.window import LayerWindow
-from epd_ray.errors import TableError, shown
+from epd_ray.errors import ScheduleError, TableError, shown
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.network import Network, check_same
-from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, TRAIN_TIMESTEPS, facts_of, parse_facts
+from epd_ray.solvers.scheduler_config import (
+    SCHEDULER_FILE,
+    TRAIN_TIMESTEPS,
+    UNSET,
+    SolverValues,
+    check_values,
+    facts_of,
+    parse_facts,
+)
 from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
 from epd_ray.solvers.table import Rows
+from epd_ray.storage.documents import read_json
 from epd_ray.types import Form
 from epd_ray.weights.hub import explain
 
+DAMAGED = "save the solver again"
 log = logging.getLogger(__name__)
 
 
@@ -91,6 +101,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 "no sigmas, positions or weights: EPDScheduler is made from a solver, not from another scheduler's "
                 "config (use EPDScheduler.from_pretrained with a solver's directory)"
             )
+        kinds = {name: self.config[name] for name in SolverValues.model_fields}
+        check_values(kinds)
         facts = {
             "prediction_type": prediction_type, "num_train_timesteps": num_train_timesteps, "beta_start": beta_start,
             "beta_end": beta_end, "beta_schedule": beta_schedule, "trained_betas": trained_betas,
@@ -171,6 +183,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             kept = {} if like is None else {"replaced": _replaced(like.config)}
             try:
                 read = super().from_pretrained(source, subfolder, return_unused_kwargs, **kept, **kwargs)
+            except (TableError, ScheduleError) as error:
+                raise TableError(f"{shown(str(folder))} cannot be opened: {error}") from error
             except OSError as error:
                 if local or subfolder is not None:
                     raise TableError(f"{shown(source)} cannot be opened: {explain(error)}") from error
@@ -181,6 +195,14 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         solver = Solver.from_pretrained(folder if local else source, revision=revision)
         made: EPDScheduler = cls.from_solver(solver, like=like)
         return (made, kwargs) if return_unused_kwargs else made
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
+        """Read a configuration, as diffusers does, which would take a lone text in the file for the name of a model."""
+        found = read_json(Path(json_file), TableError, DAMAGED)
+        if not isinstance(found, dict):
+            raise TableError(f"{json_file} is {shown(found)}, expected an object ({DAMAGED})")
+        return found
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -391,10 +413,8 @@ def _beside(own: dict[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, 
     if theirs is None:
         return own
     ours = {name for name in own if name not in theirs or name in _OF_OURS}
-    hidden = {name for name in ours if name not in theirs or theirs[name] != own[name]} | {
-        *theirs.get("_use_default_values", ())
-    }
-    return {**own, **{k: v for k, v in theirs.items() if k not in ours}, "_use_default_values": sorted(hidden)}
+    hidden = {name for name in ours if name not in theirs or theirs[name] != own[name]} | {*theirs.get(UNSET, ())}
+    return {**own, **{k: v for k, v in theirs.items() if k not in ours}, UNSET: sorted(hidden)}
 
 
 _OF_OURS = frozenset({"use_flow_sigmas"})  # pipelines read it to know how this scheduler behaves

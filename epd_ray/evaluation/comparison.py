@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from epd_ray.drawing.sampler import Sampler, nearest_baseline, reference
@@ -17,6 +16,7 @@ from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
 from epd_ray.evaluation.records import OURS, SCENE_ACCURACY, Difference, Evaluation, SolverRow
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.storage.parquet import write_table
 from epd_ray.storage.run_directory import RunDirectory, whole, write_text
 from epd_ray.telemetry.progress import Observer, counted
 from epd_ray.types import FloatArray, ImageArray, OnImages, Sampled
@@ -271,8 +271,7 @@ def save_comparison(run: RunDirectory, comparison: Comparison, pictures: int) ->
         comparison: the results.
         pictures: the number of prompts whose pictures were kept, from the first.
     """
-    with whole(run.evaluation_rows) as partial:
-        pq.write_table(comparison.table(), partial)
+    write_table(run.evaluation_rows, comparison.table())
     run.samples.mkdir(parents=True, exist_ok=True)
     write_text(run.samples / "prompts.json", json.dumps(comparison.prompts[:pictures], indent=2))
     write_text(run.evaluation, json.dumps(comparison.summary(), indent=2))

@@ -5,24 +5,27 @@ of the uncertainty of a mean score comes from the choice of prompts, and the dif
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from epd_ray.errors import RunDirectoryError
+from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 from epd_ray.solvers import SolverTable
 from epd_ray.solvers.table import COLUMN_NAMES
-from epd_ray.storage.run_directory import whole
+from epd_ray.storage.documents import parse_json
+from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.types import FloatArray
 
 SCHEMA_VERSION = 1
+ROWS = pa.schema([("iteration", pa.int32()), ("prompt", pa.string()), ("noise_seed", pa.int64())])
+"""The columns of a file of validations beside its floats, which are the reward and a column for each head."""
+FIX = "move it away: a resumed run writes it again"
 ALARM_CONFIDENCE = 0.99  # higher than 95 %, because many heads are tested at many validations
 STOPPED = {
     "patience": "the held-out reward has stopped getting better",
@@ -236,8 +239,7 @@ def write_curve(path: Path, curve: Curve) -> None:
     Raises:
         RunDirectoryError: the disk refuses.
     """
-    with whole(path) as partial:
-        pq.write_table(curve.table(), partial, compression="zstd")
+    write_table(path, curve.table())
 
 
 def read_curve(path: Path) -> Curve | None:
@@ -248,18 +250,24 @@ def read_curve(path: Path) -> Curve | None:
     """
     if not path.is_file():
         return None
-    try:
-        table = pq.read_table(path)
-        trained: Sequence[str] = json.loads((table.schema.metadata or {})[b"trained"])
-        iterations = np.asarray(table["iteration"])
-        heads = [name for name in table.column_names if name not in ("iteration", "prompt", "noise_seed", "reward")]
-        arrays = {name: np.asarray(table[name], np.float32) for name in ("reward", *heads)}
-        prompts, seeds = np.asarray(table["prompt"]), np.asarray(table["noise_seed"])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not len(iterations):
-        raise RunDirectoryError(f"{path} cannot be read: it has no rows")
+    table = read_table(path, FIX, expected=ROWS)
+    trained = parse_json(
+        (table.schema.metadata or {}).get(b"trained", b""), f"trained in {path}", RunDirectoryError, FIX
+    )
+    if not isinstance(trained, list) or not all(isinstance(head, str) for head in trained):
+        raise RunDirectoryError(f"trained in {path} is {shown(trained)}, expected a list of heads ({FIX})")
+    heads = [name for name in table.column_names if name not in (*ROWS.names, "reward")]
+    floats = ("reward", *heads)
+    wrong = [name for name in floats if name not in table.column_names or not pa.types.is_floating(table[name].type)]
+    wrong += [name for name in table.column_names if table[name].null_count]
+    if wrong or not len(table):
+        problem = f"column {shown(wrong[0])} is not as expected" if wrong else "it has no rows"
+        raise RunDirectoryError(f"{path} cannot be read: {problem} ({FIX})")
+    arrays = {name: np.asarray(table[name], np.float32) for name in floats}
+    iterations, prompts, seeds = (np.asarray(table[name]) for name in ROWS.names)
     first = iterations == iterations[0]
+    if any((iterations == iteration).sum() != first.sum() for iteration in set(iterations.tolist())):
+        raise RunDirectoryError(f"{path} cannot be read: its validations have different numbers of prompts ({FIX})")
     curve = Curve(tuple(prompts[first].tolist()), tuple(seeds[first].tolist()), tuple(trained))
     for iteration in dict.fromkeys(iterations.tolist()):
         rows = iterations == iteration

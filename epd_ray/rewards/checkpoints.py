@@ -181,12 +181,12 @@ def convert_module(source: Path, target: Path) -> int:
         ConfigError: the target cannot be written.
     """
     if target.suffix != ".safetensors":
-        raise ConfigError(f"target {shown(str(target))} does not end in .safetensors: give it that ending")
+        raise ConfigError([f"target {shown(str(target))} does not end in .safetensors: give it that ending"])
     if os.path.lexists(target):
-        raise ConfigError(f"target {shown(str(target))} already exists: remove it, or give another name")
+        raise ConfigError([f"target {shown(str(target))} already exists: remove it, or give another name"])
     if not target.parent.is_dir():
         raise ConfigError(
-            f"target {shown(str(target))} is in no existing directory: create {shown(str(target.parent))} first"
+            [f"target {shown(str(target))} is in no existing directory: create {shown(str(target.parent))} first"]
         )
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
@@ -203,7 +203,7 @@ def convert_module(source: Path, target: Path) -> int:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             target.unlink()  # it may be half written
-        raise ConfigError(f"target {shown(str(target))} cannot be written: {_first_sentence(error)}") from error
+        raise ConfigError([f"target {shown(str(target))} cannot be written: {_first_sentence(error)}"]) from error
     return len(tensors)
 
 

@@ -1,11 +1,12 @@
 """ImageReward v1.0 (Xu et al. 2023): a BLIP model whose text encoder attends to the picture as it reads the prompt."""
 
-import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from epd_ray.errors import ModelError, shown
@@ -23,6 +24,7 @@ from epd_ray.rewards.checkpoints import (
 )
 from epd_ray.rewards.preprocess import pil_pixels
 from epd_ray.rewards.text import PromptTokenizer, open_tokenizer
+from epd_ray.storage.documents import parse_record
 from epd_ray.weights.hub import opening
 
 CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
@@ -39,10 +41,21 @@ VISION_NAMES = {
     "norm.bias": "post_layernorm.bias",
 }
 VISION_PARTS = {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm": "layer_norm"}
-MED_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-    "layer_norm_eps", "hidden_act", "vocab_size",
-)  # fmt: skip
+
+
+class TextSizes(BaseModel):
+    """The fields of med_config.json that say how BLIP's text encoder is built."""
+
+    model_config = ConfigDict(strict=True)
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    max_position_embeddings: PositiveInt
+    layer_norm_eps: PositiveFloat
+    hidden_act: Literal["gelu", "gelu_new", "relu", "silu"]
+    vocab_size: PositiveInt
 
 
 class ImageRewardHead:
@@ -77,7 +90,7 @@ class ImageRewardHead:
         self._device, self._dtype = place(device, dtype)
         tokenizer_source = companion(model, tokenizer, "google-bert/bert-base-uncased", TOKENIZER_FILES)
         with opening(model, "ImageReward model"):
-            med = json.loads(find_file(model, ["med_config.json"], revision).read_text())
+            med = read_sizes(find_file(model, ["med_config.json"], revision), model)
             tensors = read_tensors(find_file(model, CHECKPOINTS, revision))
             vision = build_vision(part(tensors, "blip.visual_encoder."), model)
             text = build_text(part(tensors, "blip.text_encoder."), med, vision.config.hidden_size, model)
@@ -166,23 +179,27 @@ def vision_name(key: str) -> str:
     return key
 
 
-def build_text(tensors: Tensors, med: dict[str, Any], image_width: int, model: str) -> Any:
+def read_sizes(path: Path, model: str) -> TextSizes:
+    """Read a med_config.json.
+
+    Raises:
+        ModelError: the file is damaged, or lacks a field.
+    """
+    what = f"ImageReward model {shown(model)}: med_config.json"
+    return parse_record(TextSizes, path.read_bytes(), what, ModelError, "fetch the published file again")
+
+
+def build_text(tensors: Tensors, med: TextSizes, image_width: int, model: str) -> Any:
     """BLIP's text encoder in float32, with cross-attention to the image patches; med_config.json gives its sizes.
 
     Raises:
-        ModelError: weights or fields of med_config.json are missing.
+        ModelError: weights are missing.
     """
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    missing = [field for field in MED_FIELDS if field not in med]
-    if missing:
-        raise ModelError(
-            f"ImageReward model {shown(model)}: med_config.json lacks {', '.join(missing)}: fetch "
-            "the published file again"
-        )
     config = BlipTextConfig(
-        **{field: med[field] for field in MED_FIELDS}, encoder_hidden_size=image_width, is_decoder=True,
+        **med.model_dump(), encoder_hidden_size=image_width, is_decoder=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=0, sep_token_id=None,
     )  # fmt: skip
     network, report = BlipTextModel.from_pretrained(

@@ -23,7 +23,7 @@ from epd_ray.report.page import data_uri, open_picture, page_template
 from epd_ray.runs.held_out import early_end, held_out
 from epd_ray.runs.origin import read_origin
 from epd_ray.solvers import Solver
-from epd_ray.storage.run_directory import RunDirectory, read_metrics, write_text
+from epd_ray.storage.run_directory import RunDirectory, read_metrics, unreadable, write_text
 from epd_ray.telemetry.progress import counted
 
 BASE = "distilled"
@@ -163,6 +163,8 @@ def _load(kind: Any, path: Path) -> Any:
         return None
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise unreadable(path, error) from error
     except ValidationError as error:
         raise RunDirectoryError(f"{path} cannot be read: {first_problem(error)}") from error
 

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from epd_ray.config.services import MlflowConfig, TrackingConfig, WandbConfig
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, RunDirectoryError, shown
+from epd_ray.storage.documents import read_json
 from epd_ray.storage.run_directory import RunDirectory, write_text
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def trackers(tracking: TrackingConfig, run: RunDirectory, config: Mapping[str, A
 
     Raises:
         ConfigError: a package or a key is missing, or a server refuses the run.
+        RunDirectoryError: the stored ids cannot be read.
     """
     require_trackers(tracking)
     with ExitStack() as stack:
@@ -84,7 +86,12 @@ def tune_callbacks(tracking: TrackingConfig) -> list[Any]:
 
 def _known(run: RunDirectory) -> dict[str, str]:
     path = run.path / TRACKING
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    fix = "delete it, and the trackers begin a new run"
+    found = read_json(path, RunDirectoryError, fix)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise RunDirectoryError(f"{path} is {shown(found)}, expected the id of the run at each tracker ({fix})")
     return found
 
 

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from epd_ray.errors import RunDirectoryError, shown
+from epd_ray.errors import RunDirectoryError, importing, shown
+from epd_ray.prompts.tables import listed
 from epd_ray.score.rows import score_column
-from epd_ray.storage.parquet import write_table
+from epd_ray.storage.documents import parse_json
+from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.storage.run_directory import write_text
 
 SUMMARY = "_summary.json"  # pandas and Arrow skip names with an underscore when they open the directory as a table
+DAMAGED = "delete it, and its pictures are scored again"
 PART = re.compile(r"part-(\d{6})\.parquet")
 UNFINISHED = re.compile(r"\.(part-\d{6}\.parquet|_summary\.json)\.tmp")
 
@@ -80,30 +83,33 @@ class ScoreDirectory:
             self._require_same_heads(part)
 
     def _require_same_heads(self, part: Path) -> None:
-        metadata = self._open(part).metadata or {}
-        try:
-            held = json.loads(metadata[b"heads"])
-        except (KeyError, ValueError) as error:
-            raise RunDirectoryError(f"{part} holds no scores of this command: name another --out") from error
+        schema = self._open(part)
+        fix = "name another --out"
+        found = (schema.metadata or {}).get(b"heads", b"null")
+        held = parse_json(found, f"heads in {part}", RunDirectoryError, fix)
+        if not isinstance(held, dict) or not all(isinstance(facts, dict) for facts in held.values()):
+            raise RunDirectoryError(f"{part} holds no scores of this command: {fix}")
+        if not schema.equals(score_schema(held)):
+            raise RunDirectoryError(f"{part} holds no scores of this command, whose columns are others: {fix}")
         if list(held) != list(self.heads):
             raise RunDirectoryError(
-                f"{self.path} holds scores by {', '.join(held)}, not by {', '.join(self.heads)}: name another --out"
+                f"{self.path} holds scores by {listed([*held])}, not by {listed([*self.heads])}: {fix}"
             )
         for name, facts in self.heads.items():
             if differs := [key for key, value in facts.items() if held[name].get(key) != value]:
                 key = differs[0]
                 raise RunDirectoryError(
-                    f"{self.path} holds scores of {shown(name)} with {key} {held[name].get(key)}, now it "
-                    f"is {facts[key]}: "
-                    "name another --out"
+                    f"{self.path} holds scores of {shown(name)} with {key} {shown(held[name].get(key))}, "
+                    f"now it is {shown(facts[key])}: {fix}"
                 )
 
     @staticmethod
     def _open(part: Path) -> pa.Schema:
         try:
-            return pq.read_schema(part)
-        except (pa.ArrowException, OSError) as error:
-            raise RunDirectoryError(f"{part} is damaged ({str(error).splitlines()[0]}): delete it") from error
+            with importing(RunDirectoryError, part):
+                return pq.read_schema(part)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RunDirectoryError(f"{part} is damaged ({shown(str(error))[1:-1]}): delete it") from error
 
     def missing(self, index: pa.Table) -> pa.Table:
         """The rows of a source's index that have no complete scores here for their prompt.
@@ -132,7 +138,7 @@ class ScoreDirectory:
                 file.unlink()
         ids = rows["id"].combine_chunks()
         for part in list(self.parts):
-            table = pq.read_table(part)
+            table = read_table(part, DAMAGED)
             kept = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
             if not len(kept):
                 part.unlink()
@@ -143,7 +149,8 @@ class ScoreDirectory:
     @staticmethod
     def _scored(part: Path) -> pa.Table:
         """Id and prompt of the rows without an error."""
-        return pq.read_table(part, columns=["id", "prompt"], filters=pc.field("error").is_null())
+        table = read_table(part, DAMAGED, ["id", "prompt", "error"])
+        return table.filter(pc.is_null(table["error"])).select(["id", "prompt"])
 
     def add(self, tables: Sequence[pa.Table], models: Mapping[str, str]) -> None:
         """Write scored rows as the next part.
@@ -172,7 +179,7 @@ class ScoreDirectory:
         """Counts and statistics over all parts, with one part in memory at a time."""
         found, sums = Totals(), {head: np.zeros(3) for head in self.heads}  # count, sum, sum of squares
         for part in self.parts:
-            table = pq.read_table(part, columns=["scores", "error"])
+            table = read_table(part, DAMAGED, ["scores", "error"])
             found.rows += len(table)
             found.errors += len(table) - table["error"].null_count
             for head, values in zip(self.heads, table["scores"].combine_chunks().flatten(), strict=True):

@@ -7,12 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from epd_ray.errors import TableError, first_problem, shown
-from epd_ray.solvers.table import SolverTable
+from epd_ray.solvers.table import Rows, SolverTable
 from epd_ray.types import Form
 
 SCHEDULER_FILE = "scheduler_config.json"
 TRAIN_TIMESTEPS = 1000
 """Timesteps of a network's training, unless its scheduler says otherwise; a flow's timestep is sigma times this."""
+
+UNSET = "_use_default_values"
+"""Where diffusers keeps the names of a configuration's keys that other schedulers pass over."""
 
 FLOW_FACTS: dict[str, JsonValue] = {"prediction_type": "flow_prediction", "num_train_timesteps": TRAIN_TIMESTEPS}
 
@@ -75,6 +78,37 @@ def parse_facts(values: object, form: str | None) -> SchedulerFacts:
     if form == "ve" and not facts.has_betas:
         raise TableError("beta_start, beta_end or beta_schedule is absent (give all three, or trained_betas)")
     return facts
+
+
+class SolverValues(BaseModel):
+    """The other values in the configuration of an EPDScheduler, of which only the kinds are checked here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    sigmas: list[float]
+    positions: Rows
+    weights: Rows
+    scale_dir: Rows | None
+    scale_time: Rows | None
+    afs: bool
+    multistep_order: int
+    backbone: str | None
+    replaced: dict[str, JsonValue] | None
+
+
+def check_values(values: Mapping[str, object]) -> None:
+    """Refuse values of the wrong kind in the configuration of an EPDScheduler.
+
+    Raises:
+        TableError: the message names the first one.
+    """
+    try:
+        found = SolverValues.model_validate(values)
+    except ValidationError as error:
+        raise TableError(f"scheduler.{first_problem(error)}") from error
+    unset = (found.replaced or {}).get(UNSET, [])
+    if not isinstance(unset, list) or not all(isinstance(name, str) for name in unset):
+        raise TableError(f"scheduler.replaced.{UNSET} is {shown(unset)}, expected a list of names")
 
 
 def facts_of(config: Mapping[str, JsonValue], form: str | None) -> dict[str, JsonValue]:

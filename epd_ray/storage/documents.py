@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, what: object, kind: Kind, fix: str, *, finite:
         EpdRayError: of this kind; it is not JSON, has a key twice, a number that no float64 holds, more than
             MOST_LEVELS containers in each other, or text that UTF-8 cannot hold.
     """
-    with importing(kind, what):
+    with importing(lambda said: kind(f"{said} ({fix})"), what):
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         try:
             found = json.loads(

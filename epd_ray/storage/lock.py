@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pyarrow import fs
+from pydantic import TypeAdapter
 
 from epd_ray.errors import RunDirectoryError, is_own_bug
 from epd_ray.storage.run_directory import unwritable
@@ -150,6 +151,9 @@ class Holder:
         return False
 
 
+_HOLDER = TypeAdapter(Holder)
+
+
 class Lease:
     """The exclusive right to write to a remote run, kept as a file in the run that its holder renews.
 
@@ -252,10 +256,10 @@ class Lease:
                 return None
             try:
                 with self._root.open_input_stream(LEASE) as stream:
-                    return Holder(**json.loads(stream.read()))
+                    return _HOLDER.validate_json(stream.read(), strict=True)
             except FileNotFoundError:  # deleted since get_file_info
                 return None
-            except (ValueError, TypeError):
+            except ValueError:
                 time.sleep(pause)
         return None
 

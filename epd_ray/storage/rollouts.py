@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from epd_ray.errors import RewardError, RunDirectoryError, shown
-from epd_ray.storage.parquet import write_table
-from epd_ray.storage.run_directory import numbered, unreadable
+from epd_ray.storage.parquet import read_table, write_table
+from epd_ray.storage.run_directory import numbered
 from epd_ray.types import ImageArray
 
 SCHEMA_VERSION = 2
 SUFFIX = ".parquet"
+FIX = "move it away, or put it back from a copy"
 NUMBERS = pa.list_(pa.float32())
 
 
@@ -153,18 +153,10 @@ def read_rollouts(path: Path, pictures: bool = True) -> pa.Table:
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds no rollouts of one iteration.
     """
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        names = [name for name in file.schema_arrow.names if pictures or name != "image"]
-        table = file.read(names)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise unreadable(path, error) from error
-    columns = {field.name: field.type for field in file.schema_arrow}
-    wrong = [field.name for field in ROLLOUT_SCHEMA if columns.get(field.name) != field.type]
-    if wrong or not pa.types.is_struct(columns.get("rewards", pa.null())):
-        raise RunDirectoryError(
-            f"{path} holds no rollouts: its column {(wrong or ['rewards'])[0]!r} is not as expected"
-        )
+    names = [name for name in ROLLOUT_SCHEMA.names if pictures or name != "image"]
+    table = read_table(path, FIX, [*names, "rewards"], ROLLOUT_SCHEMA)
+    if not pa.types.is_struct(table.schema.field("rewards").type):
+        raise RunDirectoryError(f"{path} holds no rollouts: its column 'rewards' is not as expected ({FIX})")
     if len(table["iteration"].unique()) != 1:
         raise RunDirectoryError(f"{path} holds no rollouts of one iteration: it has {table.num_rows} rows")
     return table

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.storage.documents import read_json
-from epd_ray.storage.parquet import write_table
+from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.storage.run_directory import unwritable, write_text
 
 LOCK, CACHE = ".lock", "features"
@@ -161,9 +160,4 @@ class ResultsDirectory:
     def parts(self, sampler: str, shards: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Read a sampler's rows as `read` does, one shard at a time."""
         for shard in shards:
-            path = self._shard(sampler, shard)
-            try:
-                yield pq.ParquetFile(path).read(columns)
-            except (pa.ArrowException, OSError) as error:
-                problem = str(error).splitlines()[0]
-                raise RunDirectoryError(f"{path} is damaged ({problem}): delete it, and evaluate again") from error
+            yield read_table(self._shard(sampler, shard), "delete it, and evaluate again", columns)
