@@ -46,6 +46,10 @@ class ModelError(EpdRayError):
     """A model is missing, damaged, or of an unsupported kind."""
 
 
+class HubError(ModelError):
+    """A model is not in the local cache, and the hub that has it cannot be reached."""
+
+
 class PromptError(EpdRayError):
     """A prompt file cannot be used, or holds fewer prompts than needed."""
 

@@ -78,6 +78,17 @@ def test_all_that_is_missing_is_named_with_its_node(cluster: Cluster, models: Pa
 
 
 @pytest.mark.slow
+def test_a_node_that_cannot_reach_the_hub_is_asked_once(cluster: Cluster) -> None:
+    heads = "rewards={a: {head: clip, options: {model: owner/a}}, b: {head: clip, options: {model: owner/b}}}"
+    with pytest.raises(FetchError) as raised:
+        fetch(load_config(None, [heads, "backbone.model=owner/name"]), Quiet())
+    reasons, left = sorted(str(raised.value).splitlines())[::2], sorted(str(raised.value).splitlines())[1::2]
+    assert len(reasons) == len(left) == 2
+    assert all("model owner/name: model 'owner/name' cannot be opened: not in the local cache" in r for r in reasons)
+    assert all(line.endswith("not tried without the hub: reward a, reward b") for line in left)
+
+
+@pytest.mark.slow
 def test_an_environment_that_is_not_on_a_node_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = module.RewardSpec(head="simulated", python="/nowhere/bin/python")
     items = [module.Item("reward p", module.fetch_head, ("p", spec))]

@@ -20,9 +20,11 @@ import transformers
 from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, httpx
 
+from epd_ray.actors.beforehand import require_models
 from epd_ray.backbones.auto import open_backbone
 from epd_ray.backbones.index import FAMILIES
-from epd_ray.errors import ModelError, TableError
+from epd_ray.config.loading import load_config
+from epd_ray.errors import HubError, ModelError, TableError
 from epd_ray.solvers import Solver
 from epd_ray.weights import hub
 from epd_ray.weights.hub import opening
@@ -312,6 +314,32 @@ def test_a_hub_that_gives_no_answer_is_asked_for_seconds_alone(asking: pytest.Mo
             Solver.from_pretrained("owner/other")
         assert time.monotonic() - start < 15
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # for the processes that this one starts
+
+
+HEADS = "rewards={a: {head: pickscore}, b: {head: clip, options: {model: owner/clip}}}"
+
+
+def test_the_weights_of_all_heads_are_missed_in_one_line_at_one_attempt(asking: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    asking.setattr(hub, "_answers", lambda endpoint: bool(asked.append(endpoint)))
+    asking.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(HubError) as caught:
+        require_models(load_config(None, [HEADS]))
+    assert str(caught.value) == (
+        "rewards.a: yuvalkirstain/PickScore_v1, rewards.b: owner/clip: not in the local cache, and the hub cannot be "
+        f"reached at {asked[0]}: it does not answer, or HF_HUB_OFFLINE is set (run epd-ray fetch where it can be)"
+    )
+    assert len(asked) == 1
+
+
+def test_weights_in_the_cache_need_no_hub(asking: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("yuvalkirstain--PickScore_v1", "owner--clip"):
+        (tmp_path / f"models--{name}" / "snapshots" / COMMIT).mkdir(parents=True)
+    asking.setattr(hub, "_answers", lambda endpoint: pytest.fail("the hub was asked"))
+    asking.delenv("RAY_ADDRESS", raising=False)
+    require_models(load_config(None, [HEADS]))
+    asking.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the cluster's nodes have caches of their own
+    require_models(load_config(None, ["rewards={a: {head: imagereward}}"]))
 
 
 def test_a_hub_that_answers_anything_is_there(asking: pytest.MonkeyPatch) -> None:

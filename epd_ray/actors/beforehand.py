@@ -1,5 +1,6 @@
 """What is known of a run before torch and Ray are imported, which takes seconds: its Ray, and whether models exist."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 from epd_ray.backbones.index import supported_index
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import ModelError, RewardError
+from epd_ray.config.services import RewardConfig
+from epd_ray.embedded.models import EMBEDDED
+from epd_ray.errors import HubError, ModelError, RewardError
 from epd_ray.rewards import HEADS
+from epd_ray.weights.hub import lacking, no_hub
 
 SETTING, VARIABLE = "cluster.address", "RAY_ADDRESS"
 
@@ -26,12 +30,13 @@ def named_cluster(address: str | None) -> tuple[str | None, str]:
 
 
 def require_models(config: RunConfig) -> None:
-    """Check that the model of a run exists and that its reward servers answer, which actors take a minute to find out.
+    """Check that the models of a run exist and that its reward servers answer, which actors take a minute to find out.
 
     Nothing is checked for a run that joins a cluster, whose nodes may have files and networks that this machine lacks.
 
     Raises:
         ModelError: the model does not exist, is no pipeline, or is of a family that is not supported.
+        HubError: a model of the backbone or of a reward head is not in the local cache, and the hub does not answer.
         RewardError: a reward server does not answer, or not as it should.
         ConfigError: an option of a reward server is wrong.
     """
@@ -43,6 +48,22 @@ def require_models(config: RunConfig) -> None:
     for name, reward in config.rewards.items():
         if reward.head == "http":
             _require_answer(name, reward.options)
+    wanted = {f"rewards.{name}": _hub_ids(r.head, r.options) for name, r in config.rewards.items() if _loads(r)}
+    absent = lacking(model for models in wanted.values() for model in models)
+    if absent:
+        named = (f"{key}: {model}" for key, models in wanted.items() for model in models if model in absent)
+        raise HubError(f"{', '.join(named)}: not in the local cache, and {no_hub()}")
+
+
+def _loads(reward: RewardConfig) -> bool:
+    """Whether a head loads its model in this package's own code, which tells where it comes from."""
+    return reward.backend == "native" and reward.head in HEADS.names() and reward.options.get("model") not in EMBEDDED
+
+
+def _hub_ids(head: str, options: Mapping[str, Any]) -> list[str]:
+    """The models that a head opens, by its options and their defaults."""
+    defaults = {name: p.default for name, p in inspect.signature(HEADS.get(head)).parameters.items()}
+    return [value for value in (defaults | dict(options)).values() if isinstance(value, str)]
 
 
 def require_model(model: str, revision: str | None, name: str) -> None:
@@ -59,7 +80,7 @@ def require_model(model: str, revision: str | None, name: str) -> None:
     try:
         supported_index(model, revision)
     except ModelError as error:
-        raise ModelError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _require_answer(name: str, options: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from epd_ray.cli.common import (
     ConfigOption,
     OverridesArgument,
     RunArgument,
+    checked,
     ending,
     load_checked,
     local_path,
@@ -215,7 +216,10 @@ def distill(
 ) -> None:
     """Fit a solver to a finer one without any reward (stage 1 alone). Unconditional models work too."""
     with ending():
-        settings = load_checked(config, overrides or [])
+        from epd_ray.config.loading import load_config
+
+        settings = load_config(config, overrides or [])
+        checked(settings.model_copy(update={"rewards": {}}))  # which stage 1 does without
         from epd_ray.runs.distill import distill as fit
 
         path = out or Path("solvers", f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name}")

@@ -13,7 +13,7 @@ from epd_ray.actors.configured import run_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
-from epd_ray.errors import EpdRayError, ModelError, shown
+from epd_ray.errors import EpdRayError, HubError, ModelError, shown
 from epd_ray.telemetry.progress import Observer
 from epd_ray.weights.hub import opening
 
@@ -70,16 +70,21 @@ def fetch(config: RunConfig, observer: Observer) -> list[str]:
         nodes = [Node(n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]]
         observer.stage("fetching", len(nodes) * len(items))
         placed: dict[Node, list[str]] = {node: [] for node in nodes}
-        problems = []
-        for (
-            item
-        ) in items:  # one after the other, because two heads that are open at once may need more memory than a node has
-            for node, seconds, problem in _on_all(item, nodes):
+        problems: list[str] = []
+        cut_off: dict[Node, list[str]] = {}  # the nodes that cannot reach the hub -> what is not tried there
+        for item in items:  # one by one, because two heads that are open at once may need more memory than a node has
+            for left in cut_off.values():
+                left.append(item.what)
                 observer.advance()
-                if problem is None:
+            for node, seconds, error in _on_all(item, [node for node in nodes if node not in cut_off]):
+                observer.advance()
+                if error is None:
                     placed[node].append(f"{item.what} in {seconds:.1f} s")
-                else:
-                    problems.append(f"{node}: {item.what}: {problem}")
+                    continue
+                problems.append(f"{node}: {item.what}: {_line(error)}")
+                if isinstance(error, HubError):
+                    cut_off[node] = []
+    problems += [f"{node}: not tried without the hub: {', '.join(left)}" for node, left in cut_off.items() if left]
     if problems:
         raise FetchError("\n".join(problems))
     return [f"{node}: {', '.join(done)}" for node, done in placed.items()]
@@ -95,13 +100,13 @@ def _items(config: RunConfig) -> list[Item]:
     return [*(model if backbone.family == AUTO else []), *heads]
 
 
-def _on_all(item: Item, nodes: Sequence[Node]) -> Iterator[tuple[Node, float, str | None]]:
-    """Place an item on all nodes; yields each node with the seconds and the problem, if any, as soon as it is done."""
+def _on_all(item: Item, nodes: Sequence[Node]) -> Iterator[tuple[Node, float, BaseException | None]]:
+    """Place an item on all nodes; yields each node with the seconds and the error, if any, as soon as it is done."""
     start, task = time.monotonic(), ray.remote(item.place)
     waiting = {task.options(max_retries=0, **_there(node.node_id)).remote(*item.arguments): node for node in nodes}
     while waiting:
         for reference in ray.wait(list(waiting), timeout=POLL_SECONDS)[0]:
-            yield waiting.pop(reference), time.monotonic() - start, _problem(reference)
+            yield waiting.pop(reference), time.monotonic() - start, _error(reference)
 
 
 def _there(node_id: str) -> dict[str, Any]:
@@ -113,16 +118,19 @@ def _there(node_id: str) -> dict[str, Any]:
     }
 
 
-def _problem(reference: "ray.ObjectRef[Any]") -> str | None:
+def _error(reference: "ray.ObjectRef[Any]") -> BaseException | None:
     try:
         ray.get(reference)
     except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:  # the latter where the node is lost
-        cause = unwrap(error) if isinstance(error, ray.exceptions.RayTaskError) else error
-        if isinstance(cause, EpdRayError):
-            return str(cause)
-        first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
-        return f"{type(cause).__name__}: {first}"
+        return unwrap(error) if isinstance(error, ray.exceptions.RayTaskError) else error
     return None
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, EpdRayError):
+        return str(error)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"
 
 
 def fetch_model(model: str, revision: str | None) -> None:

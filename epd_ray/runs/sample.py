@@ -133,4 +133,4 @@ def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
         return BACKBONES.build(registry, arguments)
     except ModelError as error:
         named = "--model" if options.model else f"solver {name}, whose model another --model would replace"
-        raise ModelError(f"{named}: {error}") from error
+        raise type(error)(f"{named}: {error}") from error

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client that the hub's library uses
 from safetensors import SafetensorError
 
 from epd_ray.embedded.models import EMBEDDED
-from epd_ray.errors import ModelError, is_own_bug, shown
+from epd_ray.errors import HubError, ModelError, is_own_bug, shown
 
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, EOFError, httpx.HTTPError,
@@ -35,6 +36,9 @@ TOKEN = "set HF_TOKEN to a read token of that account (named in cluster.env for 
 HUB_FAILURES = (OSError, HFValidationError, httpx.HTTPError)
 """Exceptions that the hub's client raises for invalid names, missing access rights, lost connections and files."""
 
+UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+"""Those of a file that is not in the local cache while the hub cannot be reached."""
+
 PROBES, PROBE_SECONDS, PAUSE_SECONDS = 2, 4.0, 1.0  # how often, and how long each time, the hub is asked for a sign
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -44,6 +48,23 @@ _STATUS = re.compile(r"\d{3} Client Error|\(Request ID")
 def of_hub(model: str) -> bool:
     """Whether a model is neither embedded nor on this machine, and could be a hub id."""
     return model not in EMBEDDED and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def lacking(models: Iterable[str]) -> list[str]:
+    """The hub ids of which nothing is in the local cache although the hub does not answer; it is asked only for these.
+
+    Args:
+        models: directories and hub ids "owner/name".
+    """
+    absent = [model for model in models if "/" in model and of_hub(model) and not _cached(model)]
+    if absent:
+        seek_hub()
+    return absent if constants.HF_HUB_OFFLINE else []
+
+
+def _cached(repo_id: str) -> bool:
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def seek_hub() -> None:
@@ -79,7 +100,8 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         kind: what it is called in the message, such as "CLIP model".
 
     Raises:
-        ModelError: the message names the model, what is wrong, and the fix for a gated, private or unreachable model.
+        ModelError: the message names the model, what is wrong, and the fix for a gated or private model.
+        HubError: the model is not in the local cache, and the hub cannot be reached.
     """
     if of_hub(model):
         seek_hub()
@@ -91,7 +113,8 @@ def opening(model: str, kind: str = "model") -> Iterator[None]:
         chain = list(_causes(error))
         if is_own_bug(error) or (not _is_pickle(chain) and not any(isinstance(e, UNREADABLE) for e in chain)):
             raise
-        raise ModelError(f"{kind} {shown(model)} cannot be opened: {explain(error)}") from error
+        failure = HubError if any(isinstance(e, UNREACHED) for e in chain) else ModelError
+        raise failure(f"{kind} {shown(model)} cannot be opened: {explain(error)}") from error
 
 
 def explain(error: BaseException) -> str:
@@ -116,18 +139,20 @@ def explain(error: BaseException) -> str:
             return f"{problem} ({TOKEN})"
         if isinstance(cause, RemoteEntryNotFoundError):
             return f"{problem} (the repository has no such file: give one in its library's own layout)"
-        if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        if isinstance(cause, UNREACHED):
             offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
-            why = "it does not answer, or HF_HUB_OFFLINE is set" if offline else first_line(chain[-1])
-            return (
-                f"not in the local cache, and the hub cannot be reached at {constants.ENDPOINT}: {why} "
-                "(run epd-ray fetch where it can be)"
-            )
+            return f"not in the local cache, and {no_hub(None if offline else first_line(chain[-1]))}"
         if isinstance(cause, HFValidationError):
             return f"{problem} (give a directory or a hub id 'owner/name')"
         if isinstance(cause, SafetensorError):
             return f"damaged weight file: {first}"
     return first
+
+
+def no_hub(why: str | None = None) -> str:
+    """The words for a hub that cannot be reached, and what to do; `why` is by default that it does not answer."""
+    why = why or "it does not answer, or HF_HUB_OFFLINE is set"
+    return f"the hub cannot be reached at {constants.ENDPOINT}: {why} (run epd-ray fetch where it can be)"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
