@@ -97,6 +97,20 @@ def test_euler_is_the_pipelines_own_output(
     assert theirs.std() > 0.05 and (theirs[0] - theirs[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_an_empty_prompt_is_a_text_of_its_own(guidance_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL embeds no negative prompt as zeros, but the prompt "" by its text encoders."""
+    monkeypatch.setattr("tests.test_backbones.PROMPTS", ["", PROMPTS[1]])
+    backbone = backbones("sdxl")
+    assert backbone.pipeline.config.force_zeros_for_empty_prompt
+    conditioning = backbone.encode(["", PROMPTS[1]], guidance_scale)
+    assert conditioning.tensors[0][-2:].abs().amax((1, 2)).min() > 0
+    assert guidance_scale == 1.0 or conditioning.tensors[0][:2].abs().max() == 0
+    images = backbone.decode(baseline("euler@model", 3).run(backbone, conditioning, noises(backbone, SEEDS)))
+    theirs = pipeline_images("sdxl", folder("sdxl"), 3, guidance_scale)
+    assert (images - theirs).abs().max() < TOLERANCE["sdxl"]
+
+
 def test_latents_are_decoded_as_the_vqvae_does() -> None:
     backbone = backbones("ldm")
     vqvae, latents = backbone.pipeline.vqvae, noises(backbone, SEEDS)

@@ -83,7 +83,7 @@ def test_embeddings_are_the_backbones_own(small_ray, model):
     options = {"model": str(model), "dtype": "float32"}
     torch.set_num_threads(1)
     whole, actor = BACKBONES.build("auto", options), EncoderActor("auto", options, EncoderSpec())
-    for prompt in ("a red circle", ""):
+    for prompt in ("a red circle", "", None):
         ours, theirs = actor.embed(prompt), whole.embeddings([prompt])[0]
         assert len(ours) == len(theirs) == 2 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert all(t.device.type == "cpu" for t in ours)

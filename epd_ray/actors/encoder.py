@@ -13,6 +13,7 @@ from epd_ray.actors.cluster import Resources, end_if_broken, resources
 from epd_ray.actors.reward_pool import ATTEMPTS, insist
 from epd_ray.actors.waiting import FIRST
 from epd_ray.backbones import BACKBONES
+from epd_ray.backbones.cache import Prompt
 from epd_ray.telemetry.memory import Memory, peak_memory
 
 ENCODERS = "the text encoders"
@@ -69,8 +70,8 @@ class EncoderActor:
                 torch.set_num_threads(self._threads)
             self._encoders = BACKBONES.build(self._family, self._options)
 
-    def embed(self, prompt: str) -> tuple[Tensor, ...]:
-        """The embedding of a prompt, as tensors on the CPU; the backbone decides how the empty prompt is embedded."""
+    def embed(self, prompt: Prompt) -> tuple[Tensor, ...]:
+        """The embedding of a prompt, as tensors on the CPU; the backbone decides how no prompt is embedded."""
         with end_if_broken():
             self.ready()
             return tuple(tensor.cpu() for tensor in self._encoders.embeddings([prompt])[0])
@@ -107,7 +108,7 @@ def wait_for_encoder(actor: "ActorHandle[EncoderActor]", timeout_s: float | None
     insist(actor, ENCODERS, "loading", actor.ready.remote, None if timeout_s is None else FIRST * timeout_s)
 
 
-def embed_with(name: str, timeout_s: float | None = None) -> Callable[[str], tuple[Tensor, ...]]:
+def embed_with(name: str, timeout_s: float | None = None) -> Callable[[Prompt], tuple[Tensor, ...]]:
     """A function that lets an encoder actor embed a prompt, for PipelineBackbone.encode_with.
 
     Args:
@@ -117,8 +118,8 @@ def embed_with(name: str, timeout_s: float | None = None) -> Callable[[str], tup
     """
     actor, limit = ray.get_actor(name), None if timeout_s is None else timeout_s / (ATTEMPTS + 1)
 
-    def embed(prompt: str) -> tuple[Tensor, ...]:
-        doing = f"embedding {prompt[:40]!r}"
+    def embed(prompt: Prompt) -> tuple[Tensor, ...]:
+        doing = f"embedding {(prompt or '')[:40]!r}"
         tensors: tuple[Tensor, ...] = insist(actor, ENCODERS, doing, lambda: actor.embed.remote(prompt), limit)
         return tensors
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from epd_ray.actors.cluster import end_if_broken, keep
 from epd_ray.actors.encoder import embed_with
 from epd_ray.backbones import BACKBONES
+from epd_ray.backbones.cache import Prompt
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.policy.dirichlet import TableSpace
@@ -50,7 +51,7 @@ class BackboneSpec:
 
 
 class _Textless(Protocol):
-    def encode_with(self, embed: Callable[[str], tuple[Tensor, ...]]) -> None: ...
+    def encode_with(self, embed: Callable[[Prompt], tuple[Tensor, ...]]) -> None: ...
 
 
 @dataclass(frozen=True)

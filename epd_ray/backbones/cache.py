@@ -7,6 +7,9 @@ from torch import Tensor
 
 Embedding = tuple[Tensor, ...]
 
+Prompt = str | None
+"""A prompt; None stands for no prompt, which classifier-free guidance needs and models may embed unlike the text ""."""
+
 
 class EmbeddingCache:
     """A least-recently-used cache with a bound in bytes.
@@ -19,12 +22,12 @@ class EmbeddingCache:
         max_bytes: bound on the size of all kept tensors together.
     """
 
-    def __init__(self, encode: Callable[[str], Embedding], max_bytes: int) -> None:
+    def __init__(self, encode: Callable[[Prompt], Embedding], max_bytes: int) -> None:
         self._encode, self.max_bytes = encode, max_bytes
-        self._kept: OrderedDict[str, Embedding] = OrderedDict()
+        self._kept: OrderedDict[Prompt, Embedding] = OrderedDict()
         self.num_bytes = 0
 
-    def __call__(self, prompts: Sequence[str]) -> list[Embedding]:
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         """The embeddings of the prompts, in order."""
         return [self._one(prompt) for prompt in prompts]
 
@@ -33,7 +36,7 @@ class EmbeddingCache:
         self._kept.clear()
         self.num_bytes = 0
 
-    def _one(self, prompt: str) -> Embedding:
+    def _one(self, prompt: Prompt) -> Embedding:
         if prompt in self._kept:
             self._kept.move_to_end(prompt)
             return self._kept[prompt]

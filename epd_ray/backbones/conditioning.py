@@ -12,7 +12,7 @@ Network = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """B encoded prompts; with classifier-free guidance, each tensor has B rows of the empty prompt before them.
+    """B encoded prompts; with classifier-free guidance, each tensor has B rows for no prompt before them.
 
     Attributes:
         tensors: the network's inputs beside the latents, each with B rows, or 2B with classifier-free guidance.

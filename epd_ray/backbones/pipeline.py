@@ -9,7 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from epd_ray.backbones.cache import Embedding, EmbeddingCache
+from epd_ray.backbones.cache import Embedding, EmbeddingCache, Prompt
 from epd_ray.backbones.conditioning import TextConditioning, guided_drift
 from epd_ray.backbones.grids import published_grid, scheduler_grid
 from epd_ray.backbones.loading import PipelineOptions
@@ -66,7 +66,7 @@ class Family(Protocol):
         ...
 
     def embed_nothing(self, device: torch.device) -> Embedding:
-        """The tensors of the empty prompt for classifier-free guidance."""
+        """The tensors for no prompt, as the pipeline makes them for classifier-free guidance."""
         ...
 
     def sigmas(
@@ -137,24 +137,24 @@ class PipelineBackbone:
         }
         self.embeddings = EmbeddingCache(self._embed, options.embedding_cache_mib << 20)
 
-    def encode_with(self, embed: Callable[[str], Embedding]) -> None:
+    def encode_with(self, embed: Callable[[Prompt], Embedding]) -> None:
         """Embed prompts by another function, for example one that asks an actor with the text encoders."""
         self.embeddings = EmbeddingCache(embed, self.options.embedding_cache_mib << 20)
 
     @torch.no_grad()  # not inference_mode, because embeddings are part of a graph when a table is fitted by gradient
-    def _embed(self, prompt: str) -> Embedding:
+    def _embed(self, prompt: Prompt) -> Embedding:
         if self.options.parts == "image" and self._family.text_limits:
             raise ModelError(
                 f"model {shown(self.model_id)} has no text encoders (parts='image'): call encode_with first"
             )
         with _quiet(self.pipeline):
-            if self._family.classifier_free and not prompt:
+            if prompt is None:
                 return self._family.embed_nothing(self.device)
             return self._family.embed(prompt, self.device)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> TextConditioning:
         guided = passes_per_eval(guidance_scale, classifier_free=self.classifier_free) == 2
-        rows = self.embeddings([*([""] * len(prompts) if guided else []), *prompts])
+        rows = self.embeddings([*([None] * len(prompts) if guided else []), *prompts])
         stacked = (torch.stack(column).to(self.device) for column in zip(*rows, strict=True))
         tensors = tuple(
             t.to(self._dtype) if t.is_floating_point() else t for t in stacked

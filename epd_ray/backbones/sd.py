@@ -115,7 +115,7 @@ class SDFamily:
 
 class SDXLFamily(SDFamily):
     """A StableDiffusionXLPipeline as a family: it has a second text encoder, the picture's size is an input of the
-    network, and the empty prompt is embedded as zeros if the model's configuration says so."""
+    network, and no prompt (but not the prompt "") is embedded as zeros if the model's configuration says so."""
 
     name = "sdxl"
     default_guidance = 5.0

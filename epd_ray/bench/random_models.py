@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.backbones.architectures import ARCHITECTURES, SMALL_RESOLUTION, SMALL_VAE, VAE, Architecture
-from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.cache import Embedding, Prompt
 from epd_ray.backbones.index import FAMILIES
 from epd_ray.backbones.loading import PipelineOptions, lay_out, speed_up
 from epd_ray.backbones.pipeline import PipelineBackbone
@@ -81,8 +81,8 @@ def _embedding_shapes(architecture: Architecture, config: Any) -> list[tuple[int
     return [tokens] if pooled is None else [tokens, (pooled,)]
 
 
-def _embedding(prompt: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Embedding:
-    seed = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest())
+def _embedding(prompt: Prompt, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Embedding:
+    seed = int.from_bytes(hashlib.blake2b((prompt or "").encode(), digest_size=7).digest())
     generator = torch_generator(seed)
     made: list[Tensor] = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     return tuple(made)
