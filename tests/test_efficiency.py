@@ -15,6 +15,7 @@ from epd_ray.bench.kept import kept
 from epd_ray.config.loading import load_config
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import RunDirectoryError
+from epd_ray.evaluation.statistics import paired_difference
 from epd_ray.policy.search import CmaSearch
 from epd_ray.solvers import SolverTable
 from tests.conftest import SIMULATED
@@ -166,7 +167,9 @@ def test_search_gives_each_method_the_same_images(tmp_path, monkeypatch, small_r
         assert record[f"n2/{name}/last_check"] == pytest.approx(found["validation"][-1])
     difference = np.mean(measured["rdpo"]["test"]) - np.mean(measured["cma"]["test"])
     assert record["n2/cma/rdpo_minus_this/mean"] == pytest.approx(difference, abs=1e-6)
-    assert record["n2/cma/rdpo_minus_this/low"] is None  # one seed says nothing about others
+    assert record["interval_over"] == "prompts"  # one seed says nothing about others
+    over_prompts = paired_difference(measured["rdpo"]["test"], measured["cma"]["test"])
+    assert record["n2/cma/rdpo_minus_this/low"] == pytest.approx(over_prompts.low)
 
 
 def test_what_a_search_found_is_of_its_start(tmp_path, monkeypatch):
@@ -186,7 +189,10 @@ def test_what_a_search_found_is_of_its_start(tmp_path, monkeypatch):
 
 
 def test_seeds_are_the_units_of_a_search():
-    found = search._compared({"rdpo": [0.5, 0.7, 0.9], "cma": [0.4, 0.6, 0.6]})
+    spread = np.array([-0.1, 0.0, 0.1])  # over the prompts of a seed
+    found = search._compared({name: np.add.outer(means, spread) for name, means in (
+        ("rdpo", [0.5, 0.7, 0.9]), ("cma", [0.4, 0.6, 0.6])
+    )})  # fmt: skip
     interval = stats.ttest_rel([0.5, 0.7, 0.9], [0.4, 0.6, 0.6]).confidence_interval()
     assert found["cma/rdpo_minus_this/mean"] == pytest.approx(1 / 6)
     assert found["cma/rdpo_minus_this/low"] == pytest.approx(interval.low)

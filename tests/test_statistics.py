@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from epd_ray.evaluation.statistics import Interval, bootstrap_mean, median_interval, paired_difference, student_mean
+from epd_ray.evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    interval_over,
+    mean_over_seeds,
+    median_interval,
+    paired_difference,
+    student_mean,
+)
 
 
 def test_interval_matches_the_normal_one_on_a_large_sample() -> None:
@@ -30,6 +38,48 @@ def test_a_mean_of_few_runs_has_students_interval() -> None:
     assert student_mean([0.5]) == Interval(0.5, -math.inf, math.inf)
     with pytest.raises(ValueError, match="values are empty"):
         student_mean([])
+
+
+SHARES = [(1.0, 1.0, 1.0), (1.0, 0.0, 0.1), (0.1, 1.0, 0.3), (0.0, 1.0, 0.3), (0.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize("same_prompts", [True, False])
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_an_interval_over_seeds_covers_whatever_varies(seeds: int, same_prompts: bool) -> None:
+    """The spreads of seeds, prompts and the rest are known; few seeds and alike ones are the hard cases."""
+    rng, count, prompts = np.random.default_rng(0), 120, 32
+    for of_seeds, of_prompts, of_rest in SHARES:
+        shape = (count, 1 if same_prompts else seeds, prompts)
+        values = of_seeds * rng.normal(size=(count, seeds, 1)) + of_prompts * rng.normal(size=shape)
+        values = values + of_rest * rng.normal(size=(count, seeds, prompts)) + 3
+        found = [mean_over_seeds(table, same_prompts=same_prompts) for table in values]
+        covered = sum(interval.low <= 3 <= interval.high for interval in found) / count
+        assert 0.9 <= covered <= 0.995, (of_seeds, of_prompts, of_rest)
+
+
+def test_an_interval_over_seeds_is_wider_than_that_over_prompts() -> None:
+    prompts = np.random.default_rng(4).normal(size=64)
+    alike, apart = np.tile(prompts, (5, 1)), np.add.outer([-0.4, -0.2, 0.0, 0.2, 0.4], prompts)
+    one, five, far = bootstrap_mean(prompts), *(mean_over_seeds(v, same_prompts=True) for v in (alike, apart))
+    student = stats.ttest_1samp(prompts, 0.0).confidence_interval()
+    assert (five.mean, five.low, five.high) == pytest.approx((prompts.mean(), student.low, student.high))
+    assert far.mean == pytest.approx(five.mean) and far.high - far.low > 1.4 * (one.high - one.low)
+
+
+def test_an_interval_over_seeds_has_the_known_values_at_its_ends() -> None:
+    values = np.random.default_rng(5).normal(size=(4, 16))
+    assert mean_over_seeds(values[:1], same_prompts=True) == bootstrap_mean(values[0])
+    assert [interval_over(n) for n in (1, 2)] == ["prompts", "seeds and prompts"]
+    assert mean_over_seeds(values, same_prompts=False) == student_mean(values.mean(1))
+    constant = np.repeat(values[:, :1], 16, 1)  # only the seeds differ
+    by_seed = student_mean(values[:, 0])
+    for found in (mean_over_seeds(constant, same_prompts=True), mean_over_seeds(values[:, :1], same_prompts=True)):
+        assert (found.mean, found.low, found.high) == pytest.approx((by_seed.mean, by_seed.low, by_seed.high))
+    assert mean_over_seeds(np.full((3, 5), 0.25), same_prompts=True) == Interval(0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match=r"shape \[4\], expected \[seeds, prompts\]"):
+        mean_over_seeds(values[:, 0], same_prompts=True)
+    with pytest.raises(ValueError, match="1 that are not finite"):
+        mean_over_seeds([[1.0, math.nan], [1.0, 1.0]], same_prompts=False)
 
 
 def test_pairs_are_narrower_than_samples() -> None:

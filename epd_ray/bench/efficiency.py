@@ -95,7 +95,8 @@ def efficiency(
         budget: number of images of an arm at most.
 
     Returns:
-        Images per seed, arm and rule, None where the target is not reached, and their medians with intervals.
+        Images per seed, arm and rule, None where the target is not reached, and their medians with intervals over the
+        seeds, which are over prompts too, because each seed has held-out prompts of its own.
         `<arm>/<rule>/ours_times_fewer` is the median over the seeds of an arm's images over ours, and
         `budget/ours_times_fewer` the budget over the median of ours.
 
@@ -115,7 +116,7 @@ def efficiency(
             values[f"seed_{seed}/{arm}/{rule}"] = _number(images)
     values |= _compared(found)
     values["budget/ours_times_fewer"] = _number(_times(budget, median_interval(found["ours/first"]).median))
-    return Record("efficiency", {"budget": budget}, values)
+    return Record("efficiency", {"budget": budget, "interval_over": "seeds, each with its own prompts"}, values)
 
 
 def _curves(seed: int, folder: Path, overrides: Sequence[str], budget: int) -> dict[str, Curve]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from epd_ray.bench.settings import DEFAULTS
 from epd_ray.config.loading import load_config
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.evaluation.statistics import student_mean
+from epd_ray.evaluation.statistics import interval_over, mean_over_seeds
 from epd_ray.policy.search import CmaSearch, RandomSearch, Search
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds, request_seeds, stream
@@ -155,15 +154,16 @@ def search(
 
     Returns:
         The mean over the test prompts per method and seed. Over the seeds: the mean of each method and RDPO's paired
-        difference to it, each with Student's interval, which is None with one seed, and `last_check`, the held-out
-        reward at the last check, which a method has where nothing chooses among its tables.
+        difference to it, each with an interval, and `last_check`, the held-out reward at the last check, which a method
+        has where nothing chooses among its tables. `interval_over` says whether the intervals are over seeds and
+        prompts or, with a single seed, over prompts alone.
 
     Raises:
         RunDirectoryError: the folder holds results of other settings.
     """
     values: dict[str, Value] = {}
     for problem in problems:
-        tests: dict[str, list[float]] = {}  # a mean over the test prompts for each seed
+        tests: dict[str, list[list[float]]] = {}  # method -> [S, P], the score of each test prompt of each seed
         last: dict[str, list[float]] = {}
         for seed in seeds:
             config = load_config(None, (f"seed={seed}", *PROBLEMS[problem], *overrides))
@@ -173,23 +173,22 @@ def search(
                 measure = partial(_found, name, config, budget, first)
                 found = kept(folder / f"search-{problem}-{name}-seed{seed}.json", config, rules, Found, measure)
                 first = first or found
-                tests.setdefault(name, []).append(float(np.mean(found.test)))
+                tests.setdefault(name, []).append(found.test)
                 last.setdefault(name, []).append(found.validation[-1])
-                values[f"{problem}/seed_{seed}/{name}"] = tests[name][-1]
+                values[f"{problem}/seed_{seed}/{name}"] = float(np.mean(found.test))
         values |= under(problem, _compared(tests))
         values |= {f"{problem}/{name}/last_check": float(np.mean(rewards)) for name, rewards in last.items()}
-    return Record("search", {"budget": budget}, values)
+    return Record("search", {"budget": budget, "interval_over": interval_over(len(seeds))}, values)
 
 
-def _compared(tests: Mapping[str, Sequence[float]]) -> dict[str, Value]:
-    """Means over the seeds, whose tables are the independent units, and RDPO's differences to the other methods."""
+def _compared(tests: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Value]:
+    """Means over seeds and prompts, and RDPO's differences to the other methods; a seed has prompts of its own."""
     values: dict[str, Value] = {}
-    for name, means in tests.items():
-        pairs = {name: student_mean(means)}
+    for name, scores in tests.items():
+        values |= under(name, asdict(mean_over_seeds(np.array(scores), same_prompts=False)))
         if name != "rdpo":
-            pairs[f"{name}/rdpo_minus_this"] = student_mean(np.subtract(tests["rdpo"], means))
-        for row, interval in pairs.items():
-            values |= under(row, {key: v if math.isfinite(v) else None for key, v in asdict(interval).items()})
+            gain = mean_over_seeds(np.subtract(tests["rdpo"], scores), same_prompts=False)
+            values |= under(f"{name}/rdpo_minus_this", asdict(gain))
     return values
 
 

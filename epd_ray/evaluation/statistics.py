@@ -97,6 +97,56 @@ def student_mean(values: Values, *, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def mean_over_seeds(values: Values, *, same_prompts: bool, confidence: float = 0.95) -> Interval:
+    """Compute the mean of a few runs with an interval for other seeds and other prompts together.
+
+    Seeds and prompts are random effects: a value is a mean, plus what its seed adds, plus what its prompt adds, plus
+    the rest. Their variances add up to that of the mean, and Student's distribution has the degrees of freedom of
+    this sum. A bootstrap that draws seeds and then prompts is not used: with 3 seeds of unlike means its interval of
+    95 % covers less than 80 %, and with 10 seeds of like means nearly everything, because it counts the rest again.
+
+    Args:
+        values: [S, P], finite, P >= 1: a row for each seed.
+        same_prompts: whether all rows have the same prompts in the same order; False where each has its own.
+        confidence: the confidence level of the interval, above 0 and below 1.
+
+    Returns:
+        The mean and its interval. A single seed says nothing about others: the interval is then `bootstrap_mean` over
+        the prompts, which `interval_over` says.
+
+    Raises:
+        ValueError: the values have another shape, or one of them is not finite.
+
+    Source: Satterthwaite, Biometrics Bulletin 2 (1946); for random effects Searle et al., Variance Components (1992).
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"values has shape {list(table.shape)}, expected [seeds, prompts] with at least one of each")
+    if not np.isfinite(table).all():
+        raise ValueError(f"values has {np.count_nonzero(~np.isfinite(table))} that are not finite, expected none")
+    seeds, prompts = table.shape
+    if seeds == 1:
+        return bootstrap_mean(table[0], confidence=confidence)
+    by_seed = table.mean(1)
+    if not same_prompts or prompts == 1:  # what a seed's mean says of its own prompts is in the spread of the means
+        return student_mean(by_seed, confidence=confidence)
+    mean, by_prompt = table.mean(), table.mean(0)
+    rest = table - by_seed[:, None] - by_prompt + mean
+    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+    squares = np.array([prompts * by_seed.var(ddof=1), seeds * by_prompt.var(ddof=1), (rest**2).sum() / freedom[2]])
+    total = max(squares[0] + squares[1] - squares[2], *squares[:2])  # the expected value of the first, whatever drawn
+    if total == 0:
+        return Interval(*[float(mean)] * 3)
+    half = stats.t.ppf((1 + confidence) / 2, total**2 / (squares**2 / freedom).sum())
+    half *= math.sqrt(total / table.size)
+    return Interval(float(mean), float(mean - half), float(mean + half))
+
+
+def interval_over(seeds: int) -> str:
+    """What the interval of `mean_over_seeds` is over, for people."""
+    return "prompts" if seeds == 1 else "seeds and prompts"
+
+
 def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float = 0.95) -> Interval:
     """Compute the mean of a - b over pairs with its bootstrap interval.
 
