@@ -11,11 +11,7 @@ runs data-parallel over `--processes` with one torch thread each; on a GPU one p
 
 import itertools
 import json
-import math
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,157 +20,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from epd_ray.embedded import scenes as world
 from epd_ray.embedded.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
 from epd_ray.embedded.release import release
+from epd_ray.embedded.training import Stage, autocast, batch_rng, device, launch
 
 MAX_LATENTS = 100_000  # pictures that are encoded once, before the transformer is trained
-CHECKPOINT_SECONDS = 60.0
-COOLDOWN = 0.3  # share of a stage's time, at its end, in which the learning rate falls to 0
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="Working folder for checkpoints and encoded scenes.")]
-
-
-# -- one loop for the three stages ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Stage:
-    """A network and how it is trained.
-
-    Attributes:
-        name: name of the stage, and of its checkpoint.
-        module: the network.
-        optimizers: the optimizers, each with the learning rate of its middle part.
-        loss: the loss of a step; it draws its own batch from (seed, step, rank).
-        ema_decay: decay of the moving average of the parameters after the first steps.
-        warmup: number of steps in which the learning rate rises.
-        ema: the moving average of the parameters, by name.
-        step: number of steps so far.
-        elapsed: seconds of training so far, earlier processes included.
-        mean_loss: moving average of the loss, not a number before the first step.
-    """
-
-    name: str
-    module: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    loss: Callable[[int], Tensor]
-    ema_decay: float = 0.998
-    warmup: int = 200
-    ema: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0
-    elapsed: float = 0.0
-    mean_loss: float = math.nan
-
-
-def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: int) -> None:
-    """Train until the stage has had its minutes, earlier processes included, and save every minute and at the end."""
-    end = 60 * minutes
-    parameters = dict(stage.module.named_parameters())
-    stage.ema = {k: p.detach().clone() for k, p in parameters.items()}
-    rates = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]  # before a checkpoint brings scheduled ones
-    restore(stage, out / f"{stage.name}.pt")
-    bar = tqdm(total=int(end), initial=int(stage.elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5)
-    last_save = time.monotonic()
-    while stage.elapsed < end:
-        start = time.monotonic()
-        set_learning_rates(stage, rates, end)
-        loss = stage.loss(stage.step)
-        learn(stage, loss, parameters, world_size)
-        value = float(loss.detach())
-        stage.mean_loss = value if math.isnan(stage.mean_loss) else 0.98 * stage.mean_loss + 0.02 * value
-        stage.elapsed += shared(time.monotonic() - start, world_size)
-        bar.update(min(int(stage.elapsed), bar.total) - bar.n)
-        bar.set_postfix(step=stage.step, loss=f"{stage.mean_loss:.4f}", refresh=False)
-        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or stage.elapsed >= end):
-            save(stage, out, world_size)
-            last_save = time.monotonic()
-    bar.close()
-
-
-def restore(stage: Stage, path: Path) -> None:
-    """Take over a stage's checkpoint, if there is one."""
-    if not path.exists():
-        return
-    saved = torch.load(path, weights_only=True)
-    stage.module.load_state_dict(saved["model"])
-    stage.ema = saved["ema"]
-    for optimizer, state in zip(stage.optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    stage.step, stage.elapsed = saved["step"], saved["seconds"]
-
-
-def save(stage: Stage, out: Path, world_size: int) -> None:
-    """Write a stage's checkpoint, and a summary of it as JSON."""
-    path = out / f"{stage.name}.pt"
-    state = {
-        "model": stage.module.state_dict(),
-        "ema": stage.ema,
-        "optimizers": [o.state_dict() for o in stage.optimizers],
-        "step": stage.step,
-        "seconds": stage.elapsed,
-    }
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-    summary = {"step": stage.step, "seconds": round(stage.elapsed), "loss": stage.mean_loss, "processes": world_size}
-    (out / f"{stage.name}.json").write_text(json.dumps(summary))
-
-
-def set_learning_rates(stage: Stage, rates: list[list[float]], end: float) -> None:
-    """Set the learning rates of a step: they rise over the first steps, and fall to 0 in the last part of the time."""
-    share = min(1.0, (stage.step + 1) / stage.warmup, (1 - stage.elapsed / end) / COOLDOWN)
-    for optimizer, own in zip(stage.optimizers, rates, strict=True):
-        for group, rate in zip(optimizer.param_groups, own, strict=True):
-            group["lr"] = rate * share
-
-
-def learn(stage: Stage, loss: Tensor, parameters: dict[str, nn.Parameter], world_size: int) -> None:
-    """Take a gradient step, and move the average of the parameters."""
-    for optimizer in stage.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if world_size > 1:
-        average_gradients(list(parameters.values()), world_size)
-    torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-    for optimizer in stage.optimizers:
-        optimizer.step()
-    stage.step += 1
-    decay = min(stage.ema_decay, (1 + stage.step) / (10 + stage.step))
-    torch._foreach_lerp_(list(stage.ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
-
-
-def shared(seconds: float, world_size: int) -> float:
-    """The seconds of the first process, because every process must leave the loop at the same step."""
-    if world_size == 1:
-        return seconds
-    value = torch.tensor([seconds])
-    dist.broadcast(value, 0)
-    return float(value)
-
-
-def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """Average the gradients over the processes, in one all-reduce."""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([g.flatten() for g in grads]) / world_size
-    dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast(device().type, dtype=torch.bfloat16)
-
-
-def batch_rng(seed: int, step: int, rank: int) -> np.random.Generator:
-    return np.random.default_rng([seed, step, rank])
 
 
 def draw(rng: np.random.Generator, count: int) -> list[world.Scene]:
@@ -184,7 +41,7 @@ def draw(rng: np.random.Generator, count: int) -> list[world.Scene]:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def vae_stage(rank: int, seed: int, batch: int) -> Stage:
+def vae_stage(rank: int, world_size: int, *, seed: int, batch: int) -> Stage:
     torch.manual_seed(seed)
     vae = make_vae().to(device(), memory_format=torch.channels_last)
 
@@ -207,9 +64,9 @@ def vae_stage(rank: int, seed: int, batch: int) -> Stage:
     return Stage("vae", vae, [adam], loss)
 
 
-def clip_stage(rank: int, seed: int, batch: int) -> Stage:
+def clip_stage(rank: int, world_size: int, *, seed: int, batch: int) -> Stage:
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world.WORDS)
     clip = make_clip(tokenizer).to(device())
     clip.vision_model.compile(dynamic=False)
     clip.text_model.compile(dynamic=False)
@@ -254,7 +111,7 @@ def encoded_scenes(out: Path, rank: int, world_size: int, seed: int) -> tuple[Te
         torch.save({"latents": normalised, "captions": captions}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     saved = torch.load(path, weights_only=True)
-    return saved["latents"], tokenize(make_tokenizer(), saved["captions"])
+    return saved["latents"], tokenize(make_tokenizer(world.WORDS), saved["captions"])
 
 
 def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) -> tuple[float, float]:
@@ -268,10 +125,10 @@ def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) ->
     return shift, scale
 
 
-def transformer_stage(out: Path, rank: int, world_size: int, seed: int, batch: int) -> Stage:
+def transformer_stage(rank: int, world_size: int, *, out: Path, seed: int, batch: int) -> Stage:
     latents, tokens = encoded_scenes(out, rank, world_size, seed)
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world.WORDS)
     denoiser = Denoiser(tokenizer).to(device())
     denoiser.transformer.compile(dynamic=False)  # twice as fast on a CPU; one graph per number of empty tokens
     blank = tokenize(tokenizer, [""])[0]
@@ -300,47 +157,22 @@ def transformer_stage(out: Path, rank: int, world_size: int, seed: int, batch: i
     return Stage("transformer", denoiser, [muon, adam], loss, ema_decay=0.999)
 
 
-def _worker(rank: int, name: str, out: Path, minutes: float, batch: int, seed: int, world_size: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "gloo", init_method=f"file://{out.resolve()}/{name}.rendezvous", rank=rank, world_size=world_size
-        )
-    if name == "transformer":
-        stage = transformer_stage(out, rank, world_size, seed, batch)
-    else:
-        stage = {"vae": vae_stage, "clip": clip_stage}[name](rank, seed, batch)
-    run_stage(stage, out, minutes, rank, world_size)
-    if world_size > 1:
-        dist.destroy_process_group()
-
-
-def launch(name: str, out: Path, minutes: float, batch: int, seed: int, processes: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.rendezvous").unlink(missing_ok=True)
-    if processes == 1:
-        _worker(0, name, out, minutes, batch, seed, 1)
-    else:
-        torch.multiprocessing.spawn(_worker, (name, out, minutes, batch, seed, processes), nprocs=processes)
-
-
 @app.command()
 def vae(out: OutOption, minutes: float = 15, batch: int = 32, seed: int = 0, processes: int = 1) -> None:
     """Train the autoencoder."""
-    launch("vae", out, minutes, batch, seed, processes)
+    launch(partial(vae_stage, seed=seed, batch=batch), "vae", out, minutes, processes)
 
 
 @app.command()
 def clip(out: OutOption, minutes: float = 10, batch: int = 192, seed: int = 0, processes: int = 1) -> None:
     """Train shapes-clip, with the other captions of a batch and altered captions as negatives."""
-    launch("clip", out, minutes, batch, seed, processes)
+    launch(partial(clip_stage, seed=seed, batch=batch), "clip", out, minutes, processes)
 
 
 @app.command()
 def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
     """Train the denoiser; `batch` is the number of pictures of each process."""
-    launch("transformer", out, minutes, batch, seed, processes)
+    launch(partial(transformer_stage, out=out, seed=seed, batch=batch), "transformer", out, minutes, processes)
 
 
 @app.command()

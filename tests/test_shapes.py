@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from epd_ray.embedded import training
 from epd_ray.embedded.judge import look, scene_accuracy
 from epd_ray.embedded.scenes import (
     CANVAS,
@@ -25,7 +26,6 @@ from epd_ray.embedded.scenes import (
     render,
 )
 from epd_ray.errors import PromptError
-from jobs import build_shapes
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RED, BLUE = Thing("small", "red", "circle"), Thing("large", "blue", "star")
@@ -162,14 +162,14 @@ def test_a_stage_of_the_build_goes_on_from_its_checkpoint(tmp_path):
         torch.manual_seed(0)
         linear = torch.nn.Linear(2, 1)
         adam = torch.optim.AdamW(linear.parameters(), lr=0.1)
-        return build_shapes.Stage("one", linear, [adam], lambda step: linear(torch.ones(4, 2)).square().mean())
+        return training.Stage("one", linear, [adam], lambda step: linear(torch.ones(4, 2)).square().mean())
 
     first, second, restored = stage(), stage(), stage()
-    build_shapes.run_stage(first, tmp_path, 0.001, rank=0, world_size=1)
-    build_shapes.restore(restored, tmp_path / "one.pt")
+    training.run_stage(first, tmp_path, 0.001, rank=0, world_size=1)
+    training.restore(restored, tmp_path / "one.pt")
     assert restored.step == first.step > 0 and restored.elapsed == first.elapsed >= 0.06
     assert torch.equal(restored.module.weight, first.module.weight)
-    build_shapes.run_stage(second, tmp_path, 0.002, rank=0, world_size=1)
+    training.run_stage(second, tmp_path, 0.002, rank=0, world_size=1)
     assert second.step > first.step and second.elapsed >= 0.12
     assert json.loads((tmp_path / "one.json").read_text())["step"] == second.step
     assert 0 <= second.optimizers[0].param_groups[0]["lr"] < 0.1

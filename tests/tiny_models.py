@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from epd_ray.embedded.networks import make_tokenizer, text_config
+from epd_ray.embedded.scenes import WORDS
 
 TOKENS = 20
 WIDTH = 32
@@ -51,7 +52,7 @@ def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
 
 def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
     """An SD3 pipeline for 16 px images: latents [4, 8, 8], joint attention over 64 channels."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = SD3Transformer2DModel(
@@ -95,7 +96,7 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 def save_sd(directory: Path, *, prediction_type: str = "epsilon", **network: object) -> Path:
     """A Stable Diffusion 1.5 or (with v prediction) 2.1 pipeline for 16 px images: latents [4, 8, 8]."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         unet = tiny_unet(WIDTH, **network)
@@ -111,7 +112,7 @@ def save_sd(directory: Path, *, prediction_type: str = "epsilon", **network: obj
 
 def save_sdxl(directory: Path, **network: object) -> Path:
     """An SDXL pipeline for 16 px images: two text encoders, sizes embedded, zeros for the empty prompt."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         unet = tiny_unet(
@@ -130,7 +131,7 @@ def save_sdxl(directory: Path, **network: object) -> Path:
 
 def save_flux(directory: Path, *, guidance_embeds: bool = True) -> Path:
     """A FLUX.1-dev pipeline for 16 px images: latents [4, 8, 8] packed to 16 tokens of 16 channels."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(4)
         transformer = FluxTransformer2DModel(
@@ -187,7 +188,7 @@ def save_ldm(directory: Path) -> Path:
 
 def save_clip(directory: Path, size: int = 32) -> Path:
     """A CLIPModel for images of `size` pixels, with its tokenizer and image processor."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS)
     vision = CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=64, projection_dim=WIDTH, num_hidden_layers=2, num_attention_heads=2,
         image_size=size, patch_size=8,

@@ -1,6 +1,7 @@
 """The networks of the embedded models, as small instances of the usual diffusers and transformers classes."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,17 +20,13 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from epd_ray.embedded import scenes as world
-
 Network = TypeVar("Network", bound=nn.Module)
 
-TOKENS = 20  # the longest caption has 15 words, which are 17 tokens with start and end
+TOKENS = 20  # the longest caption has 18 words, which are 20 tokens with start and end
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE tokenizer with one token for each word of the captions; other text is split into bytes."""
-    things = [*world.SIZES, *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.PLACES, *world.RELATIONS]
-    words = sorted({w for t in things for w in t.split()} | {"a", "an", "on", "and", "background", "with", "the"})
+def make_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE tokenizer with one token for each of the words; other text is split into bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -38,7 +35,7 @@ def make_tokenizer() -> CLIPTokenizer:
         vocab_size=10_000, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False,
         special_tokens=[*endings, "<|startoftext|>", "<|endoftext|>"],
     )  # fmt: skip
-    bpe.train_from_iterator(words, trainer)
+    bpe.train_from_iterator(sorted(words), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS)
@@ -76,6 +73,19 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         image_size=64, patch_size=8,
     )  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+
+
+def make_features() -> CLIPModel:
+    """A CLIPModel of which only the image tower is trained, and used: its text tower is as small as can be."""
+    text = CLIPTextConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, projection_dim=64, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=384, projection_dim=64, num_hidden_layers=4, num_attention_heads=4,
+        image_size=64, patch_size=8,
+    )  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
 
 
 class Denoiser(nn.Module):

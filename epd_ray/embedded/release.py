@@ -32,7 +32,7 @@ def release(out: Path, assets: Path, prompts: int, steps: int) -> dict[str, floa
     Returns:
         The measured shares, in [0, 1], by name.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world.WORDS)
     export_pipeline(out, assets / "shapes", tokenizer)
     export_clip(out, assets / "shapes-clip", tokenizer)
     figures = measure_pipeline(assets / "shapes", SCENES, steps) | measure_clip(assets / "shapes-clip", prompts)

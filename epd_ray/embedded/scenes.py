@@ -57,6 +57,11 @@ ONE_THING: dict[Split, int] = {"train": 1292, "validation": 155, "test": 173}
 TWO_THINGS: dict[Split, int] = {"train": 16961, "validation": 2155, "test": 2124}
 """Number of different scenes with one and with two objects."""
 
+WORDS = {word for text in (*SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *PLACES, *RELATIONS) for word in text.split()} | {
+    *("a", "an", "on", "and", "background", "with", "the"),
+}
+"""The words that the embedded models' tokenizer knows."""
+
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
