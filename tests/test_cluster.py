@@ -21,6 +21,7 @@ from epd_ray.actors import cluster
 from epd_ray.actors.address import reachable
 from epd_ray.actors.cluster import BrokenGpuError, start_ray
 from epd_ray.actors.configured import run_session
+from epd_ray.actors.quiet import silent_start
 from epd_ray.config.loading import load_config
 from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ClusterError, ConfigError, ModelError
@@ -52,6 +53,22 @@ def reach(address: str, **env: str) -> str:
     (line,) = done.stdout.splitlines()
     assert TOKEN not in done.stdout + done.stderr and OTHER not in done.stdout + done.stderr
     return line
+
+
+def test_ray_starts_without_its_line_about_the_log_level(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def connect(*said: str) -> int:
+        os.write(2, "".join(f"{line}\n" for line in said).encode())
+        return 7
+
+    monkeypatch.setattr(ray._raylet, "CoreWorker", connect)
+    line = "[2026-11-30 I 1 1] logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3"
+    with silent_start():
+        assert ray._raylet.CoreWorker("before", line, "after") == 7
+        os.write(2, b"meanwhile\n")
+    assert ray._raylet.CoreWorker is connect
+    assert capfd.readouterr().err == "before\nafter\nmeanwhile\n"
 
 
 # -- no cluster there -------------------------------------------------------------------------------------------------

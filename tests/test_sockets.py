@@ -118,5 +118,6 @@ def test_it_listens_on_loopback_alone(command: Callable[[Path], list[str]], tmp_
             for left in processes_of(process.pid):
                 left.kill()
     (tmp_path / "sockets").write_text("".join(f"{' '.join(each)}\n" for each in sorted(found)))  # kept if it fails
+    assert "logging.cc" not in (tmp_path / "log").read_text()  # no line of Ray's C++ code
     assert found
     assert not [each for each in found if not is_loopback(each[2])]

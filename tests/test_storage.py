@@ -1,6 +1,7 @@
 """Runs on other filesystems, their copies, and who may write to them."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -23,14 +24,15 @@ from pyarrow import fs
 from epd_ray.config.loading import load_config, to_yaml
 from epd_ray.errors import EpdRayError, ModelError, RunDirectoryError
 from epd_ray.runs.evaluate import evaluate
+from epd_ray.runs.lost import lost_iterations
 from epd_ray.runs.report import write_report
 from epd_ray.runs.train import resume, train
 from epd_ray.storage import lock, mirror
 from epd_ray.storage.lock import LEASE, Holder, Lease, held
 from epd_ray.storage.mirror import Mirror, StorageError, open_filesystem
-from epd_ray.storage.places import RemotePlace, inside, is_uri, place_of
+from epd_ray.storage.places import LocalPlace, RemotePlace, inside, is_uri, place_of
 from epd_ray.storage.rollouts import TIMINGS
-from epd_ray.storage.run_directory import write_text
+from epd_ray.storage.run_directory import RunDirectory, write_text
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
@@ -259,6 +261,20 @@ def test_what_others_have_written_is_seen():
 def remote(tmp_path: Path) -> tuple[Fallible, RemotePlace]:
     handler = Fallible(tmp_path)
     return handler, RemotePlace("fire://bucket/mine", fs.PyFileSystem(handler), "mine")
+
+
+def test_a_remote_place_knows_whose_rollouts_it_holds(tmp_path):
+    _, place = remote(tmp_path)
+    assert place.rollouts_elsewhere() == set() and LocalPlace(tmp_path).rollouts_elsewhere() is None
+    folder = tmp_path / "mine" / "rollouts"
+    folder.mkdir(parents=True)
+    for name, text in (("1", "x"), ("2", ""), ("3", "x")):  # an empty file holds no rollouts
+        (folder / f"iteration-00000{name}.parquet").write_text(text)
+    (folder / "iteration-4.parquet").write_text("x")
+    assert place.rollouts_elsewhere() == {1, 3}
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text("".join(f'{{"iteration": {i}}}\n' for i in range(4)))
+    assert lost_iterations(run, 3, place.rollouts_elsewhere()) == [2] and lost_iterations(run, 3) == [1, 2, 3]
 
 
 def test_a_failed_save_is_made_good_by_the_next(tmp_path, caplog, temporary):
@@ -693,7 +709,7 @@ def test_a_run_by_uri_is_the_same_as_a_local_one(finished, tmp_path, temporary):
 
 
 @pytest.mark.slow
-def test_a_run_in_fsspecs_memory(finished, temporary):
+def test_a_run_in_fsspecs_memory(finished, temporary, caplog):
     uri = f"memory://bucket-{time.time_ns()}/runs/mine"
     train(load_config(None, TINY), uri, Quiet())
     memory = fsspec.filesystem("memory")
@@ -706,6 +722,13 @@ def test_a_run_in_fsspecs_memory(finished, temporary):
     resume(uri, Quiet())
     assert json.loads(memory.cat(f"{path}/solver/solver.json")) == json.loads(good)
     assert len(memory.cat(newest)) > 99 and list(temporary.iterdir()) == []
+    lost = f"{path}/rollouts/iteration-000006.parquet"
+    rows, _ = memory.cat(lost), memory.rm(lost)
+    memory.rm(f"{path}/stages.json")
+    resume(uri, Quiet())
+    assert "rollouts of iteration 6 are missing or damaged: they are made again" in caplog.text
+    again, before = (pq.read_table(io.BytesIO(data)).drop_columns(TIMINGS) for data in (memory.cat(lost), rows))
+    assert again == before
 
 
 @pytest.mark.slow

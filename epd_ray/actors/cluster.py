@@ -18,6 +18,7 @@ from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 
+from epd_ray.actors.quiet import silent_start
 from epd_ray.actors.watch import watched
 from epd_ray.errors import ClusterError, ConfigError, EpdRayError, PlacementError
 from epd_ray.types import ImageArray
@@ -80,7 +81,8 @@ def start_ray(
     cluster = reachable(address)
     if cluster is not None:
         own = _handed_over(_variables(env)) | _sent(modules)
-        ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | own, **quiet)
+        with silent_start():
+            ray.init(address=cluster, runtime_env={"env_vars": _hiding()} | own, **quiet)
         return
     os.environ.update(ONE_MACHINE)
     # Actors import the package from the same folder as the driver, also where it is not installed.
@@ -93,16 +95,17 @@ def start_ray(
     for name in before:
         setattr(ray_constants, name, False)
     try:
-        started = ray.init(
-            address="local",  # otherwise Ray would join one that another user has started on this machine
-            num_cpus=max(os.cpu_count() or 1, 2),
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=_short_folder(),
-            runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
-            **quiet,
-        )
+        with silent_start():
+            started = ray.init(
+                address="local",  # otherwise Ray would join one that another user has started on this machine
+                num_cpus=max(os.cpu_count() or 1, 2),
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=_short_folder(),
+                runtime_env={"env_vars": {"PYTHONPATH": paths, **HIDE_GPUS}},
+                **quiet,
+            )
     except Exception as error:  # Ray has no class for this error
         if "timed out during startup" not in str(error):
             raise

@@ -5,28 +5,31 @@ the run goes on from there, the same to the bit; what is older stays lost, and n
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from epd_ray.errors import RunDirectoryError
 from epd_ray.runs.state import require_state
 from epd_ray.storage.checkpoint import State, load_earlier
-from epd_ray.storage.rollouts import SUFFIX, read_rollouts
-from epd_ray.storage.run_directory import RunDirectory, numbered, read_metrics
+from epd_ray.storage.rollouts import read_rollouts
+from epd_ray.storage.run_directory import ROLLOUT_SUFFIX, RunDirectory, numbered, read_metrics
 
 log = logging.getLogger(__name__)
 
 
-def lost_iterations(run: RunDirectory, until: int, rollouts: bool = True) -> list[int]:
+def lost_iterations(run: RunDirectory, until: int, elsewhere: Collection[int] | None = None) -> list[int]:
     """The iterations up to `until` whose row of metrics or whose rollouts are missing or damaged.
 
     Args:
         run: the directory of the run.
         until: the number of finished iterations.
-        rollouts: whether the directory should hold the rollouts; a copy of a remote run does not.
+        elsewhere: the iterations of which a remote place holds rollouts, whose content is not read; None where they
+            are in the directory.
     """
     lost = set(range(until + 1)) - {int(row["iteration"]) for row in read_metrics(run.metrics)}
-    if rollouts:
-        files = numbered(run.rollouts, SUFFIX)
+    if elsewhere is not None:
+        lost |= set(range(1, until + 1)) - set(elsewhere)
+    else:
+        files = numbered(run.rollouts, ROLLOUT_SUFFIX)
         lost |= set(range(1, until + 1)) - files.keys()
         for iteration, path in files.items():
             if iteration <= until:
@@ -37,16 +40,16 @@ def lost_iterations(run: RunDirectory, until: int, rollouts: bool = True) -> lis
     return sorted(lost)
 
 
-def restoring(name: str, run: RunDirectory, newest: State, rollouts: bool) -> State:
+def restoring(name: str, run: RunDirectory, newest: State, elsewhere: Collection[int] | None) -> State:
     """The newest checkpoint, or an earlier one from which iterations that are lost are made again; says which.
 
     Args:
         name: the run, for messages.
         run: its directory.
         newest: the newest checkpoint.
-        rollouts: whether the directory should hold the rollouts.
+        elsewhere: see `lost_iterations`.
     """
-    lost = lost_iterations(run, newest["iteration"], rollouts)
+    lost = lost_iterations(run, newest["iteration"], elsewhere)
     if not lost:
         return newest
     earlier = load_earlier(run.checkpoints, newest["iteration"], require_state)

@@ -1,7 +1,7 @@
 """Where a run stands when it is resumed: finished, or at a checkpoint whose settings are those that are asked for."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,11 @@ class Standing:
 
 
 def standing(
-    name: str, run: RunDirectory, config: RunConfig, accept: Collection[str], rollouts: bool = True
+    name: str,
+    run: RunDirectory,
+    config: RunConfig,
+    accept: Collection[str],
+    elsewhere: Callable[[], Collection[int] | None] = lambda: None,
 ) -> Standing:
     """Find where a run stands, and check that nothing that decides its results has changed without consent.
 
@@ -48,7 +52,7 @@ def standing(
         run: its directory.
         config: the configuration to go on with.
         accept: keys that may have another value than the run had so far.
-        rollouts: whether the directory should hold the rollouts; a copy of a remote run does not.
+        elsewhere: asks for the iterations of which a remote place holds rollouts; see `lost_iterations`.
 
     Raises:
         RunDirectoryError: a key has changed, or a file that the run needs cannot be read.
@@ -67,7 +71,7 @@ def standing(
         _warn_of_other_versions(name, checkpoint["versions"])
         begun, now, iteration = ORIGIN.validate_python(checkpoint["origin"]), started(now, run), checkpoint["iteration"]
         if begun.settings == now.settings:  # with others, an earlier iteration would not be the same again
-            checkpoint = restoring(name, run, checkpoint, rollouts)
+            checkpoint = restoring(name, run, checkpoint, elsewhere())
     elif held is not None:
         settings = {key: value for key, value in held.settings.items() if key != START}  # stage 1 runs again
         begun, iteration = Origin(settings, held.accepted), 0

@@ -104,7 +104,7 @@ def _continue(
 ) -> list[str]:
     """Go on with a configuration, which config.yaml holds from now on in place of the one that is written there."""
     with reading(place, run.path):
-        found = standing(place.name, run, config, accept, place.whole)
+        found = standing(place.name, run, config, accept, place.rollouts_elsewhere)
     if found.results is not None:
         observer.note(f"{place.name} is finished: these are its results")
         return found.results

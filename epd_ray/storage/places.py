@@ -19,11 +19,12 @@ from pyarrow import fs
 from epd_ray.errors import EpdRayError, RunDirectoryError
 from epd_ray.storage.lock import LEASE, Lease, held, is_at
 from epd_ray.storage.mirror import Mirror, StorageError, one_line, open_filesystem
-from epd_ray.storage.run_directory import RunDirectory, make_folder, refuse_others
+from epd_ray.storage.run_directory import ROLLOUT_SUFFIX, RunDirectory, iteration_of, make_folder, refuse_others
 
 log = logging.getLogger(__name__)
 
-NOT_TO_RESUME = ("rollouts", "tensorboard")
+ROLLOUTS = "rollouts"
+NOT_TO_RESUME = (ROLLOUTS, "tensorboard")
 NOT_TO_LOOK = (*NOT_TO_RESUME, "checkpoints")
 
 
@@ -32,11 +33,9 @@ class Place(Protocol):
 
     Attributes:
         name: the path or URI, as the user gave it.
-        whole: whether `claimed` gives all files of the run, and not only those that it needs to continue.
     """
 
     name: str
-    whole: bool
 
     def begun(self) -> bool:
         """Whether the place holds a run."""
@@ -57,6 +56,14 @@ class Place(Protocol):
 
         Raises:
             RunDirectoryError: another run holds the place.
+        """
+        ...
+
+    def rollouts_elsewhere(self) -> Collection[int] | None:
+        """The iterations whose rollouts the place holds, where `claimed` gives a folder without them; otherwise None.
+
+        Raises:
+            StorageError: the place cannot be read.
         """
         ...
 
@@ -106,8 +113,6 @@ def reading(place: Place, folder: Path) -> Iterator[None]:
 class LocalPlace:
     """A run in a local directory."""
 
-    whole = True
-
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
@@ -135,6 +140,9 @@ class LocalPlace:
                         for folder in made:
                             folder.rmdir()
 
+    def rollouts_elsewhere(self) -> None:
+        return None
+
     @contextmanager
     def visited(self) -> Iterator[Path]:
         yield self.path
@@ -152,8 +160,6 @@ class RemotePlace:
         path: path of the folder in the filesystem.
     """
 
-    whole = False
-
     def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
         self.name, self._root = uri, fs.SubTreeFileSystem(path, filesystem)
         self._filesystem, self._path = filesystem, path
@@ -170,11 +176,18 @@ class RemotePlace:
             raise RunDirectoryError(f"{self.name} is not a run directory: config.yaml missing")
 
     def _names(self) -> list[str]:
+        return [name for info in self._listed("") if (name := PurePosixPath(info.path).name) != LEASE]
+
+    def _listed(self, folder: str) -> list[fs.FileInfo]:
         try:
-            found = self._root.get_file_info(fs.FileSelector("", allow_not_found=True))
+            found: list[fs.FileInfo] = self._root.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         except Exception as error:
             raise StorageError(f"cannot read {self.name}: {one_line(error)}") from error
-        return [name for info in found if (name := PurePosixPath(info.path).name) != LEASE]
+        return found
+
+    def rollouts_elsewhere(self) -> Collection[int]:
+        names = (PurePosixPath(info.path).name for info in self._listed(ROLLOUTS) if info.size)
+        return {number for name in names if (number := iteration_of(name, ROLLOUT_SUFFIX)) is not None}
 
     @contextmanager
     def claimed(self) -> Iterator[Path]:

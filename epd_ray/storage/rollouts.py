@@ -17,11 +17,10 @@ from PIL import Image
 
 from epd_ray.errors import RewardError, RunDirectoryError, shown
 from epd_ray.storage.parquet import read_table, write_table
-from epd_ray.storage.run_directory import numbered
+from epd_ray.storage.run_directory import ROLLOUT_SUFFIX, numbered
 from epd_ray.types import ImageArray
 
 SCHEMA_VERSION = 2
-SUFFIX = ".parquet"
 FIX = "move it away, or put it back from a copy"
 NUMBERS = pa.list_(pa.float32())
 
@@ -138,7 +137,7 @@ def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:
     """
     if (found := table["iteration"].unique().to_pylist()) != [iteration]:
         raise ValueError(f"rows of iterations {found}, expected {iteration} alone")
-    path = folder / f"iteration-{iteration:06d}{SUFFIX}"
+    path = folder / f"iteration-{iteration:06d}{ROLLOUT_SUFFIX}"
     write_table(path, table)
     return path
 
@@ -164,6 +163,6 @@ def read_rollouts(path: Path, pictures: bool = True) -> pa.Table:
 
 def drop_rollouts(folder: Path, after: int) -> None:
     """Remove the files of all iterations after `after`, which a resumed run writes again."""
-    for iteration, path in numbered(folder, SUFFIX).items():
+    for iteration, path in numbered(folder, ROLLOUT_SUFFIX).items():
         if iteration > after:
             path.unlink()

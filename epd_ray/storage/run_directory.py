@@ -29,6 +29,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a full disk, an ex
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "numpy", "epd_ray")
 
 HELD = ".lock"
+ROLLOUT_SUFFIX = ".parquet"
 UNFINISHED = {HELD, "versions.json", "prompts.json", "origin.json"}
 """Files that may be left when a run was killed while it created its directory; config.yaml is written after them."""
 
@@ -82,9 +83,14 @@ def make_folder(folder: Path) -> None:
 
 def numbered(folder: Path, suffix: str) -> dict[int, Path]:
     """The files of iterations, such as iteration-000001.parquet, by their numbers, in order; strangers are left out."""
-    form = re.compile(rf"iteration-(\d{{6,15}}){re.escape(suffix)}", re.ASCII)
-    named = [(form.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
-    return dict(sorted((int(match[1]), path) for match, path in named if match))
+    named = [(iteration_of(path.name, suffix), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return dict(sorted((number, path) for number, path in named if number is not None))
+
+
+def iteration_of(name: str, suffix: str) -> int | None:
+    """The number in the name of an iteration's file, such as iteration-000001.parquet; None in any other name."""
+    match = re.fullmatch(rf"iteration-(\d{{6,15}}){re.escape(suffix)}", name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 @contextmanager
