@@ -2,12 +2,14 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from epd_ray.backbones.simulated import SimulatedBackbone
+from epd_ray.errors import ModelError
 from epd_ray.rewards.simulated import SimulatedHead
 
 HANGS = 600.0  # seconds, longer than any test
@@ -116,3 +118,24 @@ class BreakingExtractor:
     def features(self, images):  # type: ignore[no-untyped-def]
         break_gpu(*self.broken)
         return np.ones((len(images), 1), np.float32)
+
+
+class Broken:
+    """A head that fails as its options say."""
+
+    model_id = "broken"
+
+    def __init__(self, *, how: str, mark: str = "") -> None:
+        self.how, self.mark = how, Path(mark)
+        if how == "build":
+            raise ModelError("weights\nare missing")
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        if self.how == "raise":
+            raise RuntimeError("out of\nmemory")
+        if self.how == "die once" and not self.mark.exists():
+            self.mark.touch()
+            os._exit(1)
+        while self.how == "wait" and not self.mark.exists():
+            time.sleep(0.02)
+        return torch.full((len(images) + (self.how == "count"),), float("nan") if self.how == "nan" else 1.0)

@@ -18,26 +18,9 @@ from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ModelError
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import rdpo_config
+from tests.light_actors import Worker
 
 SIM = "rewards={sim: {head: simulated, replicas: 1, max_replicas: 3, options: {latency: 0.4}}}"
-
-
-class Worker:
-    """Sleeps and answers; a late one cannot load."""
-
-    def __init__(self, number: int, refuse: bool = False) -> None:
-        self.number, self.refuse = number, refuse
-
-    def ready(self) -> None:
-        if self.refuse:
-            raise ModelError("no weights on this node")
-
-    def work(self, seconds: float) -> int:
-        time.sleep(seconds)
-        return self.number
-
-    def pid(self) -> int:
-        return os.getpid()
 
 
 class Factory:

@@ -1,12 +1,11 @@
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import httpx2
 import pytest
 import ray
 import torch
-from torch import Tensor
 
 from epd_ray.actors import cluster
 from epd_ray.actors.serving import TOKEN, WAITING, ServedHead, served
@@ -23,27 +21,6 @@ from epd_ray.rewards.http import HttpHead
 from epd_ray.rewards.requests import BadRequestError, Limits
 from epd_ray.rewards.simulated import SimulatedHead
 from tests.test_requests import PIXELS, body
-
-
-class Broken:
-    """A head that fails as its options say."""
-
-    model_id = "broken"
-
-    def __init__(self, *, how: str, mark: str = "") -> None:
-        self.how, self.mark = how, Path(mark)
-        if how == "build":
-            raise ModelError("weights\nare missing")
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if self.how == "raise":
-            raise RuntimeError("out of\nmemory")
-        if self.how == "die once" and not self.mark.exists():
-            self.mark.touch()
-            os._exit(1)
-        while self.how == "wait" and not self.mark.exists():
-            time.sleep(0.02)
-        return torch.full((len(images) + (self.how == "count"),), float("nan") if self.how == "nan" else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -56,17 +33,17 @@ class Broken:
 )
 def test_a_failing_head_gives_no_score(how: str, problem: str) -> None:
     with pytest.raises(RewardError, match=problem):
-        ServedHead("tests.test_serve:Broken", {"how": how}, Limits()).answer(body())
+        ServedHead("tests.frail:Broken", {"how": how}, Limits()).answer(body())
 
 
 def test_a_wrong_request_does_not_reach_the_head() -> None:
     with pytest.raises(BadRequestError, match="format is neither png nor npy"):
-        ServedHead("tests.test_serve:Broken", {"how": "raise"}, Limits()).answer(body(format="gif"))
+        ServedHead("tests.frail:Broken", {"how": "raise"}, Limits()).answer(body(format="gif"))
 
 
 def test_a_head_that_cannot_be_built_gives_its_own_error() -> None:
     with pytest.raises(ModelError, match="weights\nare missing"):
-        ServedHead("tests.test_serve:Broken", {"how": "build"}, Limits()).ready()
+        ServedHead("tests.frail:Broken", {"how": "build"}, Limits()).ready()
     with pytest.raises(ConfigError, match="options given: wrong"):
         ServedHead("simulated", {"wrong": 1}, Limits()).ready()
 
@@ -133,7 +110,7 @@ def test_its_error_comes_through_and_nothing_stays(small_ray: None) -> None:
     for _ in range(2):  # the second one finds the port free
         with (
             pytest.raises(ModelError, match="weights\nare missing"),
-            served("tests.test_serve:Broken", {"how": "build"}, port=port),
+            served("tests.frail:Broken", {"how": "build"}, port=port),
         ):
             pass
     assert threading.active_count() == before
@@ -141,7 +118,7 @@ def test_its_error_comes_through_and_nothing_stays(small_ray: None) -> None:
 
 @pytest.mark.parametrize(("how", "problem"), [("raise", "RuntimeError: out of memory"), ("nan", "not finite")])
 def test_a_failing_head_is_a_500(small_ray: None, how: str, problem: str) -> None:
-    with served("tests.test_serve:Broken", {"how": how}, port=0) as serving:
+    with served("tests.frail:Broken", {"how": how}, port=0) as serving:
         answer = httpx2.post(serving.url, content=body())
     error = answer.json()["error"]
     assert answer.status_code == 500 and problem in error and "\n" not in error and "Broken" in error
@@ -149,7 +126,7 @@ def test_a_failing_head_is_a_500(small_ray: None, how: str, problem: str) -> Non
 
 def test_a_head_whose_process_dies_is_a_503_and_then_scores_again(small_ray: None, tmp_path: Path) -> None:
     options = {"how": "die once", "mark": str(tmp_path / "died")}
-    with served("tests.test_serve:Broken", options, port=0) as serving:
+    with served("tests.frail:Broken", options, port=0) as serving:
         lost = httpx2.post(serving.url, content=body(), timeout=60)
         assert lost.status_code == 503 and "was lost" in lost.json()["error"]
         assert HttpHead(url=serving.url, timeout=60).score(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [1.0, 1.0]
@@ -161,7 +138,7 @@ def test_a_queue_has_an_end(small_ray: None, tmp_path: Path) -> None:
     def post(url: str) -> None:
         statuses.append(httpx2.post(url, content=body(), timeout=60).status_code)
 
-    with served("tests.test_serve:Broken", {"how": "wait", "mark": str(gate)}, port=0) as serving:
+    with served("tests.frail:Broken", {"how": "wait", "mark": str(gate)}, port=0) as serving:
         threads = [threading.Thread(target=post, args=(serving.url,)) for _ in range(WAITING + 6)]
         for thread in threads:
             thread.start()
@@ -214,7 +191,7 @@ def test_gpus_that_a_server_does_not_ask_for_are_mentioned(
 
     monkeypatch.setattr("epd_ray.actors.serving.require_room", full)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
-    for head, num_gpus in (("tests.test_serve:Broken", 0.0), ("tests.test_serve:Broken", 0.5), ("simulated", 0.0)):
+    for head, num_gpus in (("tests.frail:Broken", 0.0), ("tests.frail:Broken", 0.5), ("simulated", 0.0)):
         with pytest.raises(PlacementError), served(head, {}, port=0, num_gpus=num_gpus):
             pass
     assert caplog.messages == ["the cluster has 2 GPUs, but actors that ask for none run on CPU cores: set --num-gpus"]
