@@ -86,12 +86,19 @@ def test_every_key_of_the_schema_is_classified() -> None:
     assert {key for key, change in changed.items() if change.obstacle} == REFUSED
 
 
-@pytest.fixture
-def stopped(small_ray, tmp_path: Path) -> Path:
-    """A run of 6 iterations that was stopped after 3."""
+@pytest.fixture(scope="module")
+def kept_stop(small_ray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 iterations that was stopped after 3; not to be changed."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(load_config(None, TINY), tmp_path / "run", Quiet(interrupt_after=3))
-    return tmp_path / "run"
+        train(load_config(None, TINY), out, Quiet(interrupt_after=3))
+    return out
+
+
+@pytest.fixture
+def stopped(kept_stop: Path, tmp_path: Path) -> Path:
+    """A copy of it, for a test that changes it."""
+    return Path(shutil.copytree(kept_stop, tmp_path / "run"))
 
 
 def files_of(run: Path) -> dict[Path, bytes]:
