@@ -20,6 +20,7 @@ from epd_ray.actors.encoder import EncoderSpec, embed_with, start_encoder
 from epd_ray.actors.reward_pool import RewardPool, RewardSpec
 from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ConfigError, ModelError, PlacementError, TaskError
+from epd_ray.evaluation.suites import feature_pool
 from epd_ray.evaluation.suites.feature_pool import FeaturePool, FeatureSpec
 from epd_ray.score.inputs import read_index
 from epd_ray.score.pipeline import scored
@@ -45,7 +46,7 @@ def test_a_head_that_dies_while_loading_is_named(small_ray: None, monkeypatch: p
 @pytest.mark.timeout(120)
 def test_of_several_heads_that_cannot_be_built_one_is_said(small_ray: None, caplog: pytest.LogCaptureFixture) -> None:
     gc.collect(), caplog.clear()  # errors of earlier modules on the same Ray
-    specs = {name: RewardSpec(head="simulated", options={"no": "such"}) for name in ("one", "two", "three")}
+    specs = {name: RewardSpec(head="simulated", options={"no": "such"}) for name in ("one", "two")}
     pool = RewardPool(specs, f"t{time.monotonic_ns()}")
     with pytest.raises(ConfigError, match=r"reward head 'simulated': .*'no'"):
         pool.wait_ready()
@@ -139,11 +140,14 @@ def test_encoders_that_hang_are_named(small_ray: None, impatient: None) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_an_extractor_that_hangs_is_named(small_ray: None, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_extractor_that_hangs_is_named(
+    small_ray: None, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feature_pool, "RETRIES", 1)
     spec = FeatureSpec("tests.frail:HangingExtractor", num_cpus=0.25)
     with FeaturePool(spec, ClusterConfig(task_timeout_s=30.0)) as pool:
         pool._timeout_s = 0.3  # once it is loaded
-        with pytest.raises(ModelError, match=r"HangingExtractor.*gave no answer in time 3 times over batch 1 of 1"):
+        with pytest.raises(ModelError, match=r"HangingExtractor.*gave no answer in time 2 times over batch 1 of 1"):
             pool.features(np.zeros((2, 3, 1, 1), np.uint8))
     assert "HangingExtractor' (batch 1 of 1)" in caplog.text
 

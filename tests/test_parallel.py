@@ -15,20 +15,21 @@ from epd_ray.deploy.parallelize import _move, _replica, parallelize, restore
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, TableError
 from epd_ray.solvers import Solver
-from tests.test_scheduler import FAMILIES, PROMPTS, by_hand, call, difference, folders, load, make_solver
+from tests.test_scheduler import (
+    CASES,
+    FAMILIES,
+    PROMPTS,
+    VARIANTS,
+    by_hand,
+    call,
+    difference,
+    folders,
+    load,
+    make_solver,
+)
 from tests.tiny_models import save_ddpm
 
 __all__ = ["folders", "load"]  # fixtures
-
-VARIANTS = {
-    "two-points": {},
-    "afs": {"afs": True},
-    "three-points-order-three": {"points": 3, "order": 3},
-    "one-point-afs-order-two": {"points": 1, "afs": True, "order": 2, "scales": False},
-    "start-point-order-two": {"points": 3, "order": 2, "start_point": True},
-    "start-point-afs": {"points": 2, "afs": True, "start_point": True},
-    "start-point-alone": {"points": 1, "start_point": True},
-}
 
 
 def network_of(pipe: Any) -> nn.Module:
@@ -55,8 +56,7 @@ def sequential(pipe: Any, name: str, solver: Solver, **options: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "variant"), CASES)
 @torch.no_grad()
 def test_equals_one_call_for_each_point(load: Any, name: str, variant: str) -> None:
     pipe, family = load(name), FAMILIES[name]

@@ -208,10 +208,16 @@ VARIANTS = {
     "start-point-afs": {"points": 2, "afs": True, "start_point": True},
     "start-point-alone": {"points": 1, "start_point": True},
 }
+# Each variant on a model of each form, since nothing but the form changes how a solver steps; and each model on two.
+CASES = [
+    (name, variant)
+    for name in FAMILIES
+    for variant in VARIANTS
+    if name in ("sd", "sd3") or variant in ("two-points", "start-point-afs")
+]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "variant"), CASES)
 @torch.no_grad()
 def test_equals_the_solvers_own_loop(load: Any, name: str, variant: str) -> None:
     pipe, family = load(name), FAMILIES[name]
