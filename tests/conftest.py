@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; those about it pretend, or start one
-os.environ["OMP_NUM_THREADS"] = "1"  # two processes test at once; the actors compute with one thread anyway
+os.environ["OMP_NUM_THREADS"] = "1"  # several processes test at once; the actors compute with one thread anyway
 
 import pytest
 import ray
@@ -49,6 +49,21 @@ TINY = [
     "cluster.rollout_actors=0",
     "cluster.learner_actors=0",
 ]
+
+
+@pytest.hookimpl(trylast=True)  # once others have taken out what is not asked for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with many long tests come first, so that the processes, which take one after the other, end together."""
+    of_module: dict[Path, list[bool]] = {}
+    for item in items:
+        of_module.setdefault(item.path, []).append(is_long(item))
+    items.sort(key=lambda item: (-sum(of_module[item.path]), -len(of_module[item.path])))
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether a test is marked slow or uses Ray."""
+    names = getattr(item, "fixturenames", ())
+    return item.get_closest_marker("slow") is not None or "small_ray" in names or "no_ray" in names
 
 
 @pytest.fixture(scope="session")
