@@ -171,7 +171,7 @@ def test_page_has_every_section(full: RunDirectory) -> None:
         "passes) is worse than 50 steps",
         "it is better than Euler with 18 network passes in clip (+0.0190 [+0.0148, +0.0232])",
         "It is better than the table that it began with in clip (+0.0090 [+0.0048, +0.0132])",
-        "evaluations for a picture",
+        "network passes",
         "noise level sigma",
         "iPNDM",
         "seconds",
@@ -321,16 +321,34 @@ def texts_of(figure: Any) -> list[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure).draw()
-    axes = figure.axes[0]
-    ticks = [label for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
-    shown = [text for text in (*axes.texts, *ticks) if text.get_visible() and text.get_text()]
+    ticks = [label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
+    texts = [text for axes in figure.axes for text in (*axes.texts, axes.xaxis.label)]
+    shown = [text for text in (*texts, *ticks) if text.get_visible() and text.get_text()]
     return [text.get_window_extent() for text in shown]
+
+
+def costs(nfe: int) -> dict[str, int]:
+    return {"network passes": 2 * nfe, "evaluations": nfe, "parallel NFE": nfe}
+
+
+def test_each_cost_has_a_panel_in_which_a_band_follows_its_line() -> None:
+    points = [Measured(costs(nfe), 0.1 * nfe, 0.1 * nfe - 0.05, 0.1 * nfe + 0.02) for nfe in (6, 4, 8)]
+    with rc_context(STYLE):
+        panels = cost_curve({"Euler": points, "ours": points[:1]}, {"ours"}, "clip").axes
+    assert [axes.get_xlabel() for axes in panels] == ["network passes", "evaluations", "parallel NFE"]
+    for axes, factor in zip(panels, (2, 1, 1), strict=True):
+        (line, alone), (band, bar) = axes.lines, axes.collections
+        assert line.get_xdata().tolist() == [4 * factor, 6 * factor, 8 * factor]
+        assert line.get_ydata() == pytest.approx([0.4, 0.6, 0.8])
+        assert band.get_datalim(axes.transData).extents == pytest.approx([4 * factor, 0.35, 8 * factor, 0.82])
+        assert alone.get_xdata().tolist() == [6 * factor] and alone.get_color() == "#c2410c"
+        assert np.array(bar.get_segments()) == pytest.approx(np.array([[[6 * factor, 0.55], [6 * factor, 0.62]]]))
 
 
 def test_numbers_in_drawings_do_not_overlap(full: RunDirectory) -> None:
     close = SolverTable(torch.tensor([[0.0, 0.02, 0.05], [0.0, 0.5, 0.54]]), torch.tensor([[0.2, 0.3, 0.5]] * 2))
     tables = {key: Solver(close, torch.tensor([1.0, 0.5, 0.01]), "flow") for key in ("rdpo", "distilled")}
-    points = [Measured(cost, 0.5, 0.4, 0.6) for cost in (4, 5, 6, 7, 8, 9, 10, 50)]
+    points = [Measured(costs(nfe), 0.5, 0.4, 0.6) for nfe in (4, 5, 6, 7, 8, 9, 10, 50)]
     names = {"a solver with quite a long name": points, "ours": points[:1]}
     sigmas = {name: [1.0, 0.9, 0.1, 0.0] for name in names}
     with rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""The drawings of a comparison: each metric against the number of evaluations, and the solvers' noise levels."""
+"""The drawings of a comparison: each metric against what a picture costs, and the solvers' noise levels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from epd_ray.telemetry.progress import counted
 
 
 def cost_curves(evaluation: Evaluation, folder: Path | None) -> dict[str, Markup]:
-    """Draw each metric of which more is better against the number of evaluations.
+    """Draw each metric of which more is better against network passes, with evaluations and parallel NFE beside.
 
     Args:
         evaluation: the results.
@@ -30,12 +30,19 @@ def cost_curves(evaluation: Evaluation, folder: Path | None) -> dict[str, Markup
         for row in ordered(evaluation):
             if metric in row.metrics:
                 value = row.metrics[metric]
-                point = Measured(row.model_evals, value.mean, value.low, value.high)
+                point = Measured(_costs(evaluation, row), value.mean, value.low, value.high)
                 methods.setdefault(row.label, []).append(point)
         if methods:
             figure = cost_curve(methods, ours, named(metric))
             found[named(metric)] = publish(figure, f"cost_{metric.replace('/', '-')}", folder)
     return found
+
+
+def _costs(evaluation: Evaluation, row: SolverRow) -> dict[str, int]:
+    """A solver's costs by their name for people; passes come first, but only if they are known of all solvers."""
+    passes = row.network_passes if evaluation.equal_cost == "network_passes" else None
+    found = {} if passes is None else {"network passes": passes}
+    return {**found, "evaluations": row.model_evals, "parallel NFE": row.parallel_nfe}
 
 
 def noise_levels(evaluation: Evaluation, tables: Mapping[str, Solver], folder: Path) -> Markup | None:

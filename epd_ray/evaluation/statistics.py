@@ -93,7 +93,7 @@ def student_mean(values: Values, *, confidence: float = 0.95) -> Interval:
     mean = float(sample.mean())
     if sample.size == 1:
         return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf((1 + confidence) / 2, sample.size - 1) * stats.sem(sample))
+    half = float(stats.t.ppf((1 + confidence) / 2, sample.size - 1) * sample.std(ddof=1) / math.sqrt(sample.size))
     return Interval(mean, mean - half, mean + half)
 
 

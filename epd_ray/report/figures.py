@@ -111,8 +111,9 @@ def _draw_gain(axes: Axes, gains: Sequence[Mapping[str, float]]) -> None:
     _plain(axes, "gain over the start")
 
 
-def _plain(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label, labelpad=12)
+def _plain(axes: Axes, label: str = "") -> None:
+    if label:
+        axes.set_ylabel(label, labelpad=12)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", color=RULE, lw=0.6)
     axes.tick_params(length=0)
@@ -173,16 +174,16 @@ def _write_weights(axes: Axes, line: int, at: Sequence[float], weights: Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """A value with its interval at a cost.
+    """A value with its interval, and what it costs.
 
     Attributes:
-        cost: the number of evaluations, at least 1.
+        costs: each cost by its name for people, at least 1, in the order of the panels; all points have the same names.
         mean: the value.
         low: the lower end of its interval.
         high: the upper end of its interval.
     """
 
-    cost: int
+    costs: Mapping[str, int]
     mean: float
     low: float
     high: float
@@ -190,10 +191,11 @@ class Measured:
 
 LOOKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (1, 1))), ("P", (0, (6, 2))))
 """The marker and line of each method in turn, so that they can be told apart without colour."""
+FIRST_PANEL = 1.8  # its width as a multiple of the others', because solvers are compared at this cost
 
 
 def cost_curve(methods: Mapping[str, Sequence[Measured]], ours: Collection[str], metric: str) -> Figure:
-    """Draw a metric against the number of evaluations, with a line for each method that has several costs.
+    """Draw a metric against each cost, in panels side by side, with a line and a band of intervals for each method.
 
     Args:
         methods: the name of each method -> its values. Beyond as many as there are LOOKS they are drawn faintly, and
@@ -201,45 +203,55 @@ def cost_curve(methods: Mapping[str, Sequence[Measured]], ours: Collection[str],
         ours: the names of the methods that are drawn in colour.
         metric: the metric's name for people.
     """
+    costs = list(next(point for points in methods.values() for point in points).costs)
     told_apart = min(len(methods), len(LOOKS))
-    figure = Figure(figsize=(5.4, 3.3 + 0.2 * told_apart), layout="constrained")
-    axes = figure.subplots()
-    costs = sorted({point.cost for points in methods.values() for point in points})
-    for index, (name, points) in enumerate(methods.items()):
-        found = sorted(points, key=lambda point: point.cost)
-        at, mean = [point.cost for point in found], [point.mean for point in found]
-        if index >= len(LOOKS):
-            label = "other methods" if index == len(LOOKS) else None
-            axes.plot(at, mean, color=MUTED, alpha=0.45, lw=0.8, marker=".", ms=3, zorder=1, label=label)
-            continue
-        apart = 1 + 0.035 * (index - (told_apart - 1) / 2)  # so that intervals at one cost do not cover each other
-        ends = [[p.mean - p.low for p in found], [p.high - p.mean for p in found]]
-        _draw_method(axes, [cost * apart for cost in at], mean, ends, name, index, name in ours)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(_apart(costs)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("evaluations for a picture")
-    axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
-    _plain(axes, metric)
-    figure.legend(loc="outside upper left", ncols=1, borderpad=0, handlelength=2.4)
+    figure = Figure(figsize=(7.2, 2.9 + 0.2 * math.ceil(told_apart / 2)), layout="constrained")
+    ratios = (FIRST_PANEL, *[1] * (len(costs) - 1))
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    for axes, cost, ratio in zip(panels, costs, ratios, strict=True):
+        for index, (name, points) in enumerate(methods.items()):
+            _draw_method(axes, sorted(points, key=lambda point: point.costs[cost]), cost, name, index, name in ours)
+        _cost_axis(axes, cost, sorted({p.costs[cost] for points in methods.values() for p in points}), round(6 * ratio))
+    _plain(panels[0], metric)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, borderpad=0, handlelength=2.4, columnspacing=1.6)
     return figure
 
 
-def _draw_method(
-    axes: Axes, at: Sequence[float], mean: Sequence[float], ends: Any, name: str, index: int, mine: bool
-) -> None:
+def _draw_method(axes: Axes, found: Sequence[Measured], cost: str, name: str, index: int, mine: bool) -> None:
+    """Draw a method's line with its band, or a single point with its bar; those beyond LOOKS faintly and alone."""
+    at, mean = [point.costs[cost] for point in found], [point.mean for point in found]
+    if index >= len(LOOKS):
+        label = "other methods" if index == len(LOOKS) else None
+        axes.plot(at, mean, color=MUTED, alpha=0.45, lw=0.8, marker=".", ms=3, zorder=1, label=label)
+        return
     marker, line = LOOKS[index]
-    look: dict[str, Any] = {"color": ACCENT if mine else MUTED, "marker": marker, "ls": line if len(at) > 1 else ""}
-    look |= {"ms": 8 if mine else 5.5, "lw": 1.3, "elinewidth": 1.3, "zorder": 3 if mine else 2}
-    axes.errorbar(at, mean, ends, label=name, mfc=ACCENT if mine else PAPER, mew=1.3, **look)
+    colour, layer = (ACCENT, 3) if mine else (MUTED, 2)
+    low, high = [point.low for point in found], [point.high for point in found]
+    if len(found) > 1:
+        axes.fill_between(at, low, high, color=colour, alpha=0.13, lw=0, zorder=layer - 2)
+    else:
+        axes.vlines(at, low, high, color=colour, lw=1.3, zorder=layer)
+    look: dict[str, Any] = {"color": colour, "marker": marker, "ls": line if len(at) > 1 else "", "zorder": layer}
+    axes.plot(at, mean, label=name, lw=1.3, ms=8 if mine else 5.5, mfc=ACCENT if mine else PAPER, mew=1.3, **look)
 
 
-def _apart(costs: Sequence[int]) -> list[int]:
-    """The costs that have room for their number on a logarithmic axis, from the smallest."""
+def _cost_axis(axes: Axes, cost: str, costs: Sequence[int], numbers: int) -> None:
+    """A logarithmic axis with at most about this many numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(_apart(costs, numbers)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(cost)
+    axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+    _plain(axes)
+
+
+def _apart(costs: Sequence[int], numbers: int) -> list[int]:
+    """The costs that have room for their number on a logarithmic axis for so many numbers, from the smallest."""
     least, most = costs[0], costs[-1]
-    gap, kept = max(1.12, (most / least) ** (1 / 14)), [least]
+    gap, kept = max(1.12, (most / least) ** (1 / numbers)), [least]
     for cost in costs[1:]:
         if cost >= kept[-1] * gap:
             kept.append(cost)
