@@ -8,7 +8,7 @@ from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.evaluation.comparison import Comparison, Row, opponents
 from epd_ray.evaluation.records import Evaluation
 from epd_ray.evaluation.verdict import closing, principal, rivals_at, small_table, verdicts
-from epd_ray.evaluation.wording import plain, wrapped
+from epd_ray.evaluation.wording import duration, plain, wrapped
 from epd_ray.solvers.table import uniform_table
 
 
@@ -159,3 +159,8 @@ def test_columns_align():
 def test_the_reference_is_drawn_once():
     found = opponents(["euler", "heun"], baseline("euler", 50), equal_evals=True)
     assert [sampler.key for sampler in found] == ["euler-50", "heun-50"]
+
+
+def test_the_time_of_a_picture_is_written_at_its_size() -> None:
+    written = [duration(s) for s in (None, 0.01234, 0.9994, 0.9996, 1.234, 100.4, 999.4, 1000.2, 7300.0)]
+    assert written == ["-", "12.3 ms", "999 ms", "1 s", "1.23 s", "100 s", "999 s", "16 min 40 s", "2 h 1 min"]

@@ -71,6 +71,7 @@ def test_suites_are_asked_for_what_there_is(command, monkeypatch):
     monkeypatch.setattr(
         "epd_ray.evaluation.suites.evaluate.evaluate_suite", lambda *request: asked.append(request) or []
     )
+    monkeypatch.setattr("epd_ray.actors.beforehand.require_models", lambda settings: None)  # which are only examples
     monkeypatch.chdir(ROOT)
     typer.main.get_command(app)(command[1:], standalone_mode=False)
     assert len(asked) == 1  # the options go together, and every KEY=VALUE is a setting

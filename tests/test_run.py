@@ -602,7 +602,14 @@ def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
 
 def test_describe_says_what_and_how_long():
     what, how_long = describe(load_config(None))
-    assert "45 iterations, 1,440 images" in what and how_long.endswith("minutes with 2 rollout actors on CPU cores.")
+    assert "45 iterations, 1,440 images" in what
+    assert how_long == "It takes 47,232 network passes, about 3 minutes with 2 rollout actors on CPU cores."
+    for settings, said in (
+        (["rdpo.iterations=0", "distill.enabled=false", "prompts.test=8"], "about 1 minute with"),
+        (["rdpo.iterations=4000"], "about 85 minutes with"),
+        (["rdpo.iterations=9000"], "about 3 hours with"),
+    ):
+        assert said in describe(load_config(None, settings))[1]
     assert describe(load_config(None, ["cluster.rollout_gpus=0.5"])) == (
         what,
         "The progress line of the first iteration will show how long the run takes.",

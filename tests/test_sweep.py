@@ -237,6 +237,34 @@ def test_a_sweep_that_was_stopped_before_its_first_trial_can_be_resumed(tmp_path
     assert (again.exit_code, again.stderr) == (begun.exit_code, begun.stderr)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("lr: 0.001", "lr: 0.002", "rdpo.lr was 0.001, now 0.002"),
+        ("trials: 3", "trials: 4", "sweep.trials was 3, now 4"),
+        ("prompts_per_iteration: 4", "prompts_per_iteration: 8", "rdpo.prompts_per_iteration was 4, now 8"),
+    ],
+)
+def test_a_sweep_goes_on_with_the_settings_that_it_began_with(tmp_path, stopped_early, before, now, said):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sweep(plan(tmp_path), out, Quiet())
+    text = (out / "sweep.yaml").read_text()
+    assert text.count(before) == 1
+    (out / "sweep.yaml").write_text(text.replace(before, now))
+    with pytest.raises(RunDirectoryError) as refused:
+        resume(out, Quiet())
+    assert str(refused.value) == f"{out} began with other settings: {said}. Put them back, or begin a new sweep"
+    free = text.replace("rollout_actors: 1", "rollout_actors: 2").replace("concurrent: 2", "concurrent: 1")
+    (out / "sweep.yaml").write_text(free)
+    with pytest.raises(KeyboardInterrupt):
+        resume(out, Quiet())
+    texts = json.loads((out / "prompts.json").read_text())
+    (out / "prompts.json").write_text(json.dumps(texts | {"train": texts["train"][::-1]}))
+    with pytest.raises(RunDirectoryError, match=r"prompts\.json:train was .* prompts"):
+        resume(out, Quiet())
+
+
 def test_what_a_killed_creation_leaves_is_written_again(tmp_path, stopped_early):
     out = tmp_path / "out"
     out.mkdir()

@@ -27,6 +27,7 @@ TOKEN_HELP = (
     "export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token, or into the file that "
     "RAY_AUTH_TOKEN_PATH names (`ray get-auth-token --generate` makes one where the cluster is started)"
 )
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"  # without it Ray takes 127.0.0.1 for the address in the network
 START_HELP = "ray get-auth-token --generate; RAY_AUTH_MODE=token ray start --head --node-ip-address=ADDRESS"
 """Starts a head that asks for a token. Without one, everybody who reaches its ports can run code on every node."""
 
@@ -85,7 +86,7 @@ def _require_listener(address: str, where: str, source: str) -> None:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
-            tried = "" if address in where else f", tried {address}"
+            tried = "" if address in where else f", tried {address} (for a Ray on loopback set {LOOPBACK})"
             raise ClusterError(
                 f"no Ray answers at {where}{tried} within {CONNECT_SECONDS:.0f} s: start one there ({START_HELP}), "
                 f"or {_instead(source)} to start Ray for this run alone"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from epd_ray.evaluation.records import SCENE_ACCURACY, Evaluation
 from epd_ray.evaluation.statistics import Interval
 from epd_ray.report.page import digits
+from epd_ray.telemetry import progress
 
 NOTHING = "-"
 WIDTH = 100  # characters of a line on the terminal
@@ -40,9 +41,11 @@ def difference(metric: str, value: Interval, places: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Write the time of a picture as "12.3 ms" or "1.23 s"."""
+    """Write the time of a picture as "12.3 ms", "1.23 s" or "16 min 40 s"."""
     if seconds is None:
         return NOTHING
+    if seconds >= 999.5:
+        return progress.duration(seconds)
     return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 

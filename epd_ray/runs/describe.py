@@ -10,7 +10,7 @@ from epd_ray.solvers.table import SolverTable, uniform_table
 from epd_ray.telemetry.progress import counted
 
 SECONDS_PER_PASS = 0.005  # of the embedded model, for one picture on one CPU core
-SECONDS_TO_START = 30.0
+SECONDS_AROUND = 60.0  # for the start of Ray and its actors, the learner's updates, and the report
 
 
 def describe(config: RunConfig) -> tuple[str, str]:
@@ -28,9 +28,15 @@ def describe(config: RunConfig) -> tuple[str, str]:
     if model != SHAPES or config.cluster.rollout_gpus:
         return what, "The progress line of the first iteration will show how long the run takes."
     passes, actors = _passes(config, table), config.cluster.rollout_actors
-    minutes = max(1, round((SECONDS_TO_START + passes * SECONDS_PER_PASS / max(1, actors)) / 60))
+    seconds = SECONDS_AROUND + passes * SECONDS_PER_PASS / max(1, actors)
     workers = f"{counted(actors, 'rollout actor')} on CPU cores" if actors else "the driver on one CPU core"
-    return what, f"It takes {passes:,} network passes, about {counted(minutes, 'minute')} with {workers}."
+    return what, f"It takes {passes:,} network passes, about {_rounded(seconds)} with {workers}."
+
+
+def _rounded(seconds: float) -> str:
+    """Such as "1 minute", "40 minutes" or "3 hours"."""
+    minutes = max(1, round(seconds / 60))
+    return counted(minutes, "minute") if minutes < 100 else counted(round(minutes / 60), "hour")
 
 
 def _passes(config: RunConfig, table: SolverTable) -> int:

@@ -144,14 +144,14 @@ def carried_on(
     open_ = [change for change in found if change.key not in accept and change not in known]
     if stuck:
         raise RunDirectoryError(
-            f"{name} began with other settings: {_named(found)}. {stuck[0].key} cannot change in a run that has begun "
-            f"({stuck[0].obstacle}): put it back, or begin a new run"
+            f"{name} began with other settings: {listed_changes(found)}. {stuck[0].key} cannot change in a run that "
+            f"has begun ({stuck[0].obstacle}): put it back, or begin a new run"
         )
     if open_:
         options = " ".join(f"--accept {change.key}" for change in open_[:SHOWN])
         raise RunDirectoryError(
-            f"{name} began with other settings: {_named(open_)}. Put them back, or accept what changes from here on: "
-            f"{options}"
+            f"{name} began with other settings: {listed_changes(open_)}. Put them back, or accept what changes from "
+            f"here on: {options}"
         )
     taken = tuple(Accepted(iteration, change.key, change.before, change.now) for change in found)
     for change in taken:
@@ -159,6 +159,7 @@ def carried_on(
     return Origin(now, (*begun.accepted, *taken))
 
 
-def _named(found: Sequence[Change]) -> str:
+def listed_changes(found: Sequence[Change]) -> str:
+    """The first SHOWN changes in a line, with the number of the others."""
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return "; ".join(map(str, found[:SHOWN])) + more

@@ -33,7 +33,8 @@ from epd_ray.runs.stage_one import given_solver
 from epd_ray.runs.trackers import require_trackers, tune_callbacks
 from epd_ray.solvers import Solver
 from epd_ray.storage.places import LocalPlace
-from epd_ray.storage.run_directory import write_text
+from epd_ray.storage.run_directory import RunDirectory, write_text
+from epd_ray.sweep.begun import begun_with, require_as_begun
 from epd_ray.sweep.space import CONCURRENT, MUTABLE, Distribution, Plan, load_plan
 from epd_ray.sweep.table import Result, Status, as_csv, as_lines, ranking
 from epd_ray.sweep.trial import IMAGES, OBJECTIVE, PLAN, PROMPTS, SOLVER, SweepTrial
@@ -86,15 +87,16 @@ def resume(path: Path, observer: Observer, callbacks: Sequence[Callback] = ()) -
         As `sweep` does.
 
     Raises:
-        RunDirectoryError: the directory holds no sweep, or its prompts cannot be read.
+        RunDirectoryError: the directory holds no sweep, its prompts cannot be read, or what decides has changed.
         EpdRayError: as for `sweep`.
         KeyboardInterrupt: as for `sweep`.
     """
     if not (path / PLAN_FILE).is_file():
         raise RunDirectoryError(f"{path} is no sweep: it has no {PLAN_FILE} (epd-ray sweep makes one)")
-    prompts = read_splits(path / PROMPTS_FILE)
+    prompts, plan = read_splits(path / PROMPTS_FILE), load_plan(path / PLAN_FILE)
     with LocalPlace(path).claimed():
-        return _go_on(load_plan(path / PLAN_FILE), prompts, path, observer, callbacks)
+        require_as_begun(path, plan, prompts)
+        return _go_on(plan, prompts, path, observer, callbacks)
 
 
 def _require_new(out: Path) -> None:
@@ -111,6 +113,7 @@ def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
     """
     _require_new(out)
     write_text(out / PROMPTS_FILE, json.dumps(asdict(prompts), indent=1, ensure_ascii=False))
+    write_text(RunDirectory(out).origin, begun_with(plan, prompts).text())
     varied = plan.sweep.model_dump(mode="json", exclude_none=True)
     write_text(out / PLAN_FILE, to_yaml(plan.config) + dump_yaml({"sweep": varied}))  # last: its presence marks a sweep
 
