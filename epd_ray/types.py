@@ -179,10 +179,14 @@ class Pipelined(Protocol):
 
     Attributes:
         shift: the factor by which the pipeline shifts the noise levels of a flow; None in VE form.
+        published: whether a paper publishes noise levels for the model.
     """
 
     @property
     def shift(self) -> float | None: ...
+
+    @property
+    def published(self) -> bool: ...
 
     def scheduler_grid(
         self, scheduler: str, num_intervals: int, *, final_zero: bool, changes: Mapping[str, Any]

@@ -45,6 +45,7 @@ TINY = [
     "distill.prompts=8",
     "rdpo.iterations=6",
     "evaluation.every=2",
+    "evaluation.tune=false",
     "checkpoint.every=2",
     "cluster.rollout_actors=0",
     "cluster.learner_actors=0",

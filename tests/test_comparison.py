@@ -27,8 +27,9 @@ def test_what_is_written_reads_back(comparison):
     assert list(written) == [
         *("split", "prompts", "metrics", "solvers", "differences", "ours", "reference", "guidance_scale")
     ]
+    more = ["guidance_scale", "tuned"]
     costs = ["intervals", "parallel_nfe", "model_evals", "network_passes", "seconds_per_image"]
-    assert list(written["solvers"][0]) == ["key", "label", "kind", "schedule", *costs, "metrics", "sigmas"]
+    assert list(written["solvers"][0]) == ["key", "label", "kind", "schedule", *costs, "metrics", "sigmas", *more]
     assert written["solvers"][0]["sigmas"] == [1.0, 0.5] and written["solvers"][1]["sigmas"] == []
     assert list(written["solvers"][0]["metrics"]["clip"]) == ["mean", "low", "high"]
     assert list(written["differences"][0]) == ["metric", "solver", "against", "mean", "low", "high"]

@@ -25,6 +25,7 @@ PARTS = (
     "prompts.validation=10",
     "prompts.test=16",
     "evaluation.baselines=[euler, heun, dpm2, ipndm]",
+    "evaluation.tune=false",
 )
 BATCH = 3 * 2 * DRIFT  # N intervals of two calls
 
@@ -81,6 +82,15 @@ def test_baselines_cost_their_evaluations():
     # Ours 12 evaluations; 50 Euler steps; heun with 6 at the same parallel NFE, and with 12.
     found = estimated(config, score={"sim": 0.0, "watched": 0.0})
     assert found.stages["comparing"] == pytest.approx(2 * (3 + 3 + 12.5 + 1.5 + 3))
+
+
+def test_tuning_counts_its_pictures_and_the_rivals_twice():
+    tuned = ("evaluation.tune=true", "evaluation.tune_images=32", "evaluation.baselines=[heun]")
+    config = config_of("cluster.rollout_actors=1", "solver.points=3", *tuned)
+    found = estimated(config, score={"sim": 0.0, "watched": 0.0})
+    # Batches of 8: 4 for a rival and 2 for the reference; ours has 12 evaluations, the rivals 6 and 12.
+    assert found.stages["tuning rivals"] == pytest.approx(4 * (1.5 + 3) + 2 * 12.5)
+    assert found.stages["comparing"] == pytest.approx(2 * (3 + 3 + 12.5 + 2 * (1.5 + 3)))
 
 
 def test_distilling_counts_teacher_grid_and_student():

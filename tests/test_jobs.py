@@ -29,11 +29,12 @@ SIMULATED += ["cluster.rollout_actors=1", "cluster.learner_actors=0", "prompts.v
 SIMULATED += [
     "evaluation.pictures=2",
     "evaluation.baselines=[euler]",
+    "evaluation.tune=false",
     "rdpo.prompts_per_iteration=2",
     "rdpo.minibatch_size=8",
 ]
 EMBEDDED = ["distill.prompts=4", "distill.grid=3", "distill.teacher_steps=2", "prompts.validation=2"]
-EMBEDDED += ["cluster.rollout_actors=1", "evaluation.baselines=[euler]"]
+EMBEDDED += ["cluster.rollout_actors=1", "evaluation.baselines=[euler]", "evaluation.tune=false"]
 
 
 @pytest.mark.parametrize("name", JOBS)

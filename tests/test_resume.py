@@ -36,7 +36,7 @@ ACCEPTED = {
     *("rdpo.lr", "rdpo.lr_schedule", "rdpo.weight_decay", "rdpo.clip", "rdpo.num_epochs", "rdpo.minibatch_size"),
     *("rdpo.grad_clip", "rdpo.kl_coeff", "rdpo.entropy_coeff"),
     *("evaluation.every", "evaluation.patience", "evaluation.stop_on_alarm", "evaluation.baselines"),
-    "evaluation.equal_evals",
+    *("evaluation.equal_evals", "evaluation.tune", "evaluation.tune_images"),
 }
 REFUSED = {
     *("seed", "backbone.family", "backbone.model", "backbone.revision", "backbone.guidance_scale"),

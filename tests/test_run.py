@@ -23,15 +23,18 @@ from typer import Exit
 from epd_ray.cli.common import ending
 from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, EpdRayError, ModelError, PromptError, RewardError, RunDirectoryError, TableError
+from epd_ray.prompts.splits import PromptSplits
 from epd_ray.rdpo import session
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.policy_window import PolicyWindow
 from epd_ray.runs import evaluate as evaluate_module
+from epd_ray.runs import train as train_module
 from epd_ray.runs import trainer
 from epd_ray.runs.describe import describe
 from epd_ray.runs.evaluate import evaluate
 from epd_ray.runs.report import write_report
 from epd_ray.runs.sample import SampleOptions, sample
+from epd_ray.runs.saved import saved_prompts
 from epd_ray.runs.stage_one import given_solver
 from epd_ray.runs.train import resume, train
 from epd_ray.solvers import Solver, SolverTable
@@ -427,6 +430,36 @@ def test_files_that_outgrow_the_disk_are_refused_whole(tmp_path):
         path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size and "events" not in path.name
     ]
     assert left == []
+
+
+def test_evaluate_tunes_the_rivals_on_the_validation_prompts(own_run, tmp_path):
+    text = (own_run / "config.yaml").read_text()
+    changed = text.replace("tune: false", "tune: true").replace("tune_images: 128", "tune_images: 24")
+    assert changed != text
+    (own_run / "config.yaml").write_text(changed)
+    quiet = Quiet()
+    evaluate(own_run, 3, None, "test", quiet)
+    assert quiet.stages[:2] == ["starting actors", "tuning rivals"]
+    record = json.loads((own_run / "evaluations" / "test-3" / "evaluation.json").read_text())
+    tuned = [row for row in record["solvers"] if row["tuned"]]
+    assert {row["kind"] for row in tuned} == {"euler", "euler_no_zero", "dpmpp2m"}
+    assert all(0 < row["tuned"]["images"] <= 24 for row in tuned) and record["reference"] in {r["key"] for r in tuned}
+    assert {"euler_no_zero-6", "dpmpp2m-6"} <= {row["key"] for row in record["solvers"]}  # as they come, beside
+    assert all(row["guidance_scale"] is not None and row["network_passes"] for row in record["solvers"])
+    overlap = tmp_path / "overlap.txt"
+    overlap.write_text("\n".join([*saved_prompts(RunDirectory(own_run)).validation[:2], "another"]))
+    with pytest.raises(ConfigError, match="2 validation prompts are test prompts too"):
+        evaluate(own_run, None, overlap, "test", Quiet())
+    quiet = Quiet()
+    evaluate(own_run, 3, None, "validation", quiet)
+    assert "tuning rivals" not in quiet.stages
+
+
+def test_overlapping_splits_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_prompts", lambda *_: PromptSplits(["a"], ["b", "c"], ["c"]))
+    with pytest.raises(ConfigError, match=r"1 validation prompts are test prompts too, such as 'c'"):
+        train(load_config(None, [*TINY, "evaluation.tune=true"]), tmp_path / "run", Quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_on_other_prompts(own_run, tmp_path):

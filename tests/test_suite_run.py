@@ -44,6 +44,7 @@ SIMULATED = [
     "rewards={sim: {head: simulated, replicas: 0, options: {target: 0.4}}}",
     "evaluation.baselines=[euler, dpm2]",
     "evaluation.pictures=3",
+    "evaluation.tune=false",
 ]
 
 
@@ -392,9 +393,37 @@ def test_the_fid_table_for_an_unconditional_model(small_ray, tmp_path):
     assert any(line.startswith("Only the paper's values are shown") and "ParaDiGMS" in line for line in lines)
 
 
+ONE_RIVAL = ["rewards.clip.replicas=0", "evaluation.baselines=[euler]", "evaluation.tune=false"]
+
+
+def test_a_suite_tunes_its_rivals_once(small_ray, request_of):
+    tuned = [
+        "evaluation.tune=true",
+        "evaluation.tune_images=24",
+        "evaluation.baselines=[euler]",
+        "prompts.validation=6",
+    ]
+    quiet = Quiet()
+    lines = " ".join(measured(request_of, *tuned, observer=quiet))
+    assert quiet.stages.count("tuning rivals") == 1
+    record = json.loads((request_of.out / "results.json").read_text())
+    rows = {row["key"]: row for row in record["solvers"]}
+    kept = json.loads((request_of.out / "tuned.json").read_text())["tuned"]
+    assert set(kept) == {"euler-6", "euler-9", "euler-50"} and all(0 < one["images"] <= 24 for one in kept.values())
+    for key, one in kept.items():
+        row = rows.get(f"{key}-tuned", rows.get(key))
+        assert row["tuned"] == one and ("tuned" not in row["key"]) == (one["chosen"] == "euler")
+    assert record["reference"] in rows and rows[record["reference"]]["intervals"] == 50
+    before = scores(request_of.out)
+    again = Quiet()
+    measured(request_of, *tuned, observer=again)
+    assert "tuning rivals" not in again.stages and scores(request_of.out) == before
+    assert "validation pictures each" in lines and "DDIM / Euler" in lines
+
+
 def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
     solver = save_solver(tmp_path / "mine", 2, family="sd3")
-    config = load_settings("embedded", None, [*IN_DRIVER, "rewards.clip.replicas=0", "evaluation.baselines=[euler]"])
+    config = load_settings("embedded", None, [*IN_DRIVER, *ONE_RIVAL])
     request = Request("embedded", tmp_path / "out", (solver,), count=4, images_per_prompt=2)
     said = " ".join(evaluate_suite(config, request, Quiet()))
     assert all(part in said for part in ("50 steps", "clip (", "scene accuracy (", " points ["))

@@ -173,6 +173,10 @@ class PipelineBackbone:
     def shift(self) -> float | None:
         return self._family.shift(self.resolution)
 
+    @property
+    def published(self) -> bool:
+        return self._family.published is not None
+
     def scheduler_grid(
         self, scheduler: str, num_intervals: int, *, final_zero: bool, changes: Mapping[str, Any]
     ) -> Grid:

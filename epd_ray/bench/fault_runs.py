@@ -31,6 +31,7 @@ SETTINGS = (
     "rdpo.iterations=8",
     "evaluation.every=3",
     "evaluation.baselines=[euler]",
+    "evaluation.tune=false",
     "checkpoint.every=2",
     "cluster.rollout_actors=1",
     "cluster.rollout_cpus=0.25",

@@ -400,6 +400,17 @@ class EvaluationConfig(Section):
         description="Whether to compare at the same total number of evaluations too, which at one guidance scale means "
         "equally many passes of the network.",
     )
+    tune: bool = Field(
+        default=True,
+        description="Whether the guidance, schedule and options of every rival are chosen on the validation prompts by "
+        "the reward. The rivals as they come stand beside those that were tuned.",
+    )
+    tune_images: int = Field(
+        default=128,
+        ge=24,
+        description="The number of pictures that are drawn at most to tune a rival, at least 24, the same for each; "
+        "the many steps of the reference get half of them, for their guidance alone.",
+    )
     pictures: int = Field(
         default=8, ge=0, description="The number of prompts whose pictures are kept for the report, at least 0."
     )

@@ -223,8 +223,13 @@ def rival_sampler(rival: Rival, parallel_nfe: int, *, afs: bool = False) -> Samp
 
 def nearest_baseline(name: str, parallel_nfe: int) -> Sampler:
     """A method of the zoo at the smallest parallel NFE, at least `parallel_nfe`, that it can have; see `baseline`."""
-    method = zoo.find(name)
-    return baseline(name, method.parallel_nfe(method.intervals(parallel_nfe)))
+    return nearest_sampler(Rival.parse(name), parallel_nfe)
+
+
+def nearest_sampler(rival: Rival, parallel_nfe: int) -> Sampler:
+    """A rival at the smallest parallel NFE, at least `parallel_nfe`, that it can have; see `rival_sampler`."""
+    method = zoo.find(rival.method)
+    return rival_sampler(rival, method.parallel_nfe(method.intervals(parallel_nfe)))
 
 
 def reference() -> Sampler:

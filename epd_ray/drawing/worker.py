@@ -13,7 +13,7 @@ from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
 from epd_ray.stage_one.least_squares import NormalEquations, normal_equations
 from epd_ray.stage_one.shard import Points, Shard, ShardStates
-from epd_ray.types import Backbone, Form, ImageArray, Rollout, RolloutJob
+from epd_ray.types import Backbone, Form, ImageArray, Pipelined, Rollout, RolloutJob
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class BackboneFacts:
         guidance_scale: the guidance scale of all pictures.
         classifier_free: whether a guidance scale above 1 takes a second pass of the network, without the prompt.
         more: the backbone's further facts, such as resolution, revision and scheduler, as JSON values.
+        shift: the factor by which the model's pipeline shifts a flow's noise levels; None where there is none.
+        published: whether a paper publishes noise levels for the model.
     """
 
     family: str
@@ -37,6 +39,8 @@ class BackboneFacts:
     guidance_scale: float
     classifier_free: bool
     more: Mapping[str, JsonValue]
+    shift: float | None = None
+    published: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,15 @@ class RolloutWorker:
         b = self.backbone
         sigmas = tuple(b.sigmas(num_intervals).tolist())
         return BackboneFacts(
-            b.family, b.model_id, b.form, sigmas, self.guidance_scale, b.classifier_free, dict(b.facts)
+            b.family,
+            b.model_id,
+            b.form,
+            sigmas,
+            self.guidance_scale,
+            b.classifier_free,
+            dict(b.facts),
+            b.shift if isinstance(b, Pipelined) else None,
+            isinstance(b, Pipelined) and b.published,
         )
 
     def steps(self, samplers: Sequence[Sampler]) -> list[tuple[float, ...]]:

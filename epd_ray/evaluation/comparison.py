@@ -11,16 +11,20 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from epd_ray.drawing.sampler import Sampler, nearest_baseline, reference
+from epd_ray.drawing.sampler import REFERENCE_STEPS, Sampler
 from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
-from epd_ray.evaluation.records import OURS, SCENE_ACCURACY, Difference, Evaluation, SolverRow
+from epd_ray.evaluation.records import OURS, SCENE_ACCURACY, Difference, Evaluation, SolverRow, Tuned
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.evaluation.tuning import Place
+from epd_ray.solvers.rival import Rival
 from epd_ray.storage.parquet import write_table
 from epd_ray.storage.run_directory import RunDirectory, whole, write_text
 from epd_ray.telemetry.progress import Observer, counted
 from epd_ray.types import FloatArray, ImageArray, OnImages, Sampled
 
+REFERENCE = Place(Rival("euler"), REFERENCE_STEPS, REFERENCE_STEPS)
+"""The place of the slow sampler that shows what many steps give."""
 Draw = Callable[[Sampler, Sequence[str], Sequence[int], OnImages | None], Sampled]
 
 
@@ -51,9 +55,10 @@ class Comparison:
         ours: the keys of the learned samplers that the comparison is about. A difference is taken between each of them
             and every sampler that is not listed before it.
         reference: the key of the slow sampler that shows what many steps give; None if there is none.
-        guidance_scale: the guidance scale of all pictures; None if it is not known.
+        guidance_scale: the guidance scale of every sampler that has none of its own; None if it is not known.
         classifier_free: whether a guidance scale above 1 takes a second pass of the network; None if it is not known.
         sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
+        tuned: the key of a sampler that was tuned -> how it came to its settings.
     """
 
     split: str
@@ -65,6 +70,7 @@ class Comparison:
     guidance_scale: float | None = None
     classifier_free: bool | None = None
     sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     @cached_property
     def means(self) -> dict[str, dict[str, Interval]]:
@@ -96,10 +102,12 @@ class Comparison:
                 intervals=row.sampler.intervals,
                 parallel_nfe=row.sampler.parallel_nfe,
                 model_evals=row.sampler.model_evals,
-                network_passes=row.sampler.cost.network_passes(self.guidance_scale, self.classifier_free),
+                network_passes=row.sampler.cost.network_passes(self._scale(row.sampler), self.classifier_free),
                 seconds_per_image=row.seconds_per_image,
                 metrics=self.means[row.sampler.key],
                 sigmas=list(self.sigmas.get(row.sampler.key, ())),
+                guidance_scale=self._scale(row.sampler),
+                tuned=self.tuned.get(row.sampler.key),
             )
             for row in self.rows
         ]
@@ -113,6 +121,9 @@ class Comparison:
             reference=self.reference,
             guidance_scale=self.guidance_scale,
         )
+
+    def _scale(self, sampler: Sampler) -> float | None:
+        return self.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
 
     def summary(self) -> dict[str, object]:
         """The same as `evaluation`, as nested dictionaries and lists that are ready for JSON."""
@@ -130,8 +141,8 @@ class Comparison:
         return pa.table(columns)
 
 
-def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
-    """Choose the samplers that a learned one is compared with at equal cost.
+def places(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Place]:
+    """Choose the methods that a learned sampler is compared with, and what their pictures may cost.
 
     Args:
         names: the methods, as epd_ray.solvers.zoo names them.
@@ -139,23 +150,30 @@ def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampl
         equal_evals: whether each method is also drawn with as many evaluations as `ours` has in total.
 
     Returns:
-        Distinct samplers. A method that cannot have exactly this cost gets the next larger cost that it can have.
+        Distinct places. A method that cannot have exactly this cost gets the next larger cost that it can have. At an
+        equal number of evaluations, which stands for one of network passes, a rival without guidance gets twice as
+        many.
     """
-    costs = [ours.parallel_nfe, *([ours.model_evals] if equal_evals else [])]
-    found: dict[str, Sampler] = {}
-    for cost, name in product(costs, names):
-        sampler = nearest_baseline(name, cost)
-        found.setdefault(sampler.key, sampler)
+    costs = {ours.parallel_nfe: 1} | ({ours.model_evals: 2} if equal_evals else {})
+    found: dict[str, Place] = {}
+    for (cost, unguided), name in product(costs.items(), names):
+        place = Place(Rival.parse(name), cost, cost * unguided)
+        found.setdefault(place.as_it_comes.key, place)
     return list(found.values())
+
+
+def rivals(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
+    """The samplers of the same methods as they come, see `places`."""
+    return [place.as_it_comes for place in places(names, ours, equal_evals)]
 
 
 def opponents(names: Sequence[str], ours: Sampler, equal_evals: bool) -> list[Sampler]:
     """Choose what a learned sampler is compared with: 50 Euler steps, and then other methods at equal cost.
 
     Args:
-        names: see `rivals`, and so for the other arguments.
+        names: see `places`, and so for the other arguments.
     """
-    found = [reference(), *rivals(names, ours, equal_evals)]
+    found = [REFERENCE.as_it_comes, *rivals(names, ours, equal_evals)]
     return list({sampler.key: sampler for sampler in found}.values())
 
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 from epd_ray.errors import RunDirectoryError
 from epd_ray.evaluation.statistics import Interval
+from epd_ray.solvers.rival import Rival, told
+from epd_ray.solvers.schedule_names import OWN
 from epd_ray.storage.documents import parse_record
 from epd_ray.telemetry.progress import counted
 
@@ -18,6 +20,27 @@ NEUTRAL = (SHARPNESS, DIVERSITY)
 """The metrics of which more is not better."""
 OURS = "rdpo"
 """The key of a run's solver."""
+
+
+class Tuned(BaseModel):
+    """How a rival came to its settings.
+
+    Attributes:
+        chosen: the text form of the rival that was chosen, see `epd_ray.solvers.rival.Rival`.
+        images: the number of pictures that were drawn for the choice.
+        candidates: the number of settings that were tried.
+    """
+
+    chosen: str
+    images: int
+    candidates: int
+
+    @property
+    def settings(self) -> str:
+        """What was chosen for people, such as "guidance scale 2, shift 3"; empty if the rival stays as it comes."""
+        rival = Rival.parse(self.chosen)
+        schedule = [] if rival.schedule == OWN else [f"schedule {rival.schedule}"]
+        return ", ".join([*schedule, *(told(name, value) for name, value in rival.chosen.items())])
 
 
 class SolverRow(BaseModel):
@@ -36,6 +59,8 @@ class SolverRow(BaseModel):
         seconds_per_image: the time of a picture in seconds; None if it was not measured.
         metrics: the mean of each metric over the prompts, with its 95 % interval.
         sigmas: the noise levels between the intervals, [N+1], decreasing; empty if they are not known.
+        guidance_scale: the guidance scale of the solver's pictures; None if it is not known.
+        tuned: how the solver came to its settings; None for one that was not tuned.
     """
 
     key: str
@@ -49,6 +74,8 @@ class SolverRow(BaseModel):
     seconds_per_image: float | None = None
     metrics: dict[str, Interval]
     sigmas: list[float] = []
+    guidance_scale: float | None = None
+    tuned: Tuned | None = None
 
     @property
     def numbers(self) -> tuple[int, int, int | None]:
@@ -98,7 +125,7 @@ class Evaluation(BaseModel):
         differences: each of `ours` minus each of the other solvers, metric by metric.
         ours: the keys of the learned solvers that the evaluation is about.
         reference: the key of the slow solver that shows what many steps give; None if there is none.
-        guidance_scale: the guidance scale of all pictures; None if it is not known.
+        guidance_scale: the guidance scale of the pictures of every solver that has no other; None if it is not known.
     """
 
     split: str

@@ -187,8 +187,20 @@ def about_table(evaluation: Evaluation) -> str:
             groups.append(f"the {len(equal)} with {equal[0].costs[-1]}")
     if groups:
         said += f" Rivals are the best in {named(evaluation.scores[0])} of {listed(list(dict.fromkeys(groups)))}."
+    if settings := tuned_settings(evaluation):
+        said += f" {settings}"
     left_out = len(evaluation.solvers) - len(principal(evaluation))
     return said + (f" The report also has {counted(left_out, 'other solver')}." if left_out else "")
+
+
+def tuned_settings(evaluation: Evaluation) -> str:
+    """A sentence about how the solvers to show first came to their settings; empty if none was tuned."""
+    tuned = [(row, row.tuned) for row in principal(evaluation) if row.tuned is not None]
+    if not tuned:
+        return ""
+    most = max(found.images for _, found in tuned)
+    settings = [f"{row.label} ({row.costs[1]}): {found.settings or 'as it comes'}" for row, found in tuned]
+    return f"Settings were chosen on at most {most} validation pictures each. {'; '.join(settings)}."
 
 
 def _sentence(evaluation: Evaluation, ours: SolverRow, against: Sequence[Against]) -> str:

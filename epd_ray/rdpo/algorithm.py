@@ -335,6 +335,17 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
         """
         return self._side.sample_scored(sampler, prompts, noise_seeds, on_images)
 
+    def sample_each(self, drawings: Sequence[tuple[Sampler, Sequence[str], Sequence[int]]]) -> list[Sampled]:
+        """The same as `sample_scored` for several samplers at a time, so that few pictures of each keep actors busy.
+
+        Args:
+            drawings: samplers, each with its prompts and one noise seed per prompt.
+
+        Returns:
+            What each one drew, in order.
+        """
+        return self._side.sample_each(drawings)
+
     @property
     def images_at_once(self) -> int:
         """The largest number of pictures that are drawn, scored or on their way to the driver at a time."""

@@ -36,26 +36,45 @@ class SideWork:
         self, sampler: Sampler, prompts: Sequence[str], noise_seeds: Sequence[int], on_images: OnImages | None
     ) -> Sampled:
         """See RDPO.sample_scored."""
-        self._calls += 1
-        firsts = {f"sample-{self._calls}-{i}": i for i in range(0, len(prompts), self._size)}
+        return self._sampled([(sampler, prompts, noise_seeds)], on_images)[0]
 
-        def task(name: str, first: int) -> Task:
+    def sample_each(self, drawings: Sequence[tuple[Sampler, Sequence[str], Sequence[int]]]) -> list[Sampled]:
+        """See RDPO.sample_each."""
+        return self._sampled(drawings, None)
+
+    def _sampled(
+        self, drawings: Sequence[tuple[Sampler, Sequence[str], Sequence[int]]], on_images: OnImages | None
+    ) -> list[Sampled]:
+        self._calls += 1
+        places = {
+            f"sample-{self._calls}-{number}-{first}": (number, first)
+            for number, (_, prompts, _) in enumerate(drawings)
+            for first in range(0, len(prompts), self._size)
+        }
+
+        def task(name: str, number: int, first: int) -> Task:
+            sampler, prompts, noise_seeds = drawings[number]
             end = min(first + self._size, len(prompts))
             part, seeds = tuple(prompts[first:end]), tuple(noise_seeds[first:end])
             ids = tuple(f"{sampler.key}:{j}" for j in range(first, end))
             asked = (sampler.rows(first, end), part, seeds)
             return Task(name, "sample", asked, part, ids, bool(self._heads), on_images is not None)
 
-        found: dict[int, Outcome] = {}
-        for done, outcome in self._pipeline.stream(task(name, first) for name, first in firsts.items()):
-            first = firsts[done.task_id]
+        found: dict[tuple[int, int], Outcome] = {}
+        for done, outcome in self._pipeline.stream(task(name, *place) for name, place in places.items()):
+            place = places[done.task_id]
             if on_images is not None:
                 assert outcome.images is not None
-                on_images(first, outcome.images)
-            found[first] = replace(outcome, images=None)
-        parts = [found[first] for first in firsts.values()]
+                on_images(place[1], outcome.images)
+            found[place] = replace(outcome, images=None)
+        return [
+            self._joined([found[place] for place in places.values() if place[0] == number], len(prompts))
+            for number, (_, prompts, _) in enumerate(drawings)
+        ]
+
+    def _joined(self, parts: Sequence[Outcome], count: int) -> Sampled:
         scores = {head: np.concatenate([part.scores[head] for part in parts]) for head in self._heads}
-        reward = self._mixer.held_out(scores) if scores else np.full(len(prompts), np.nan, np.float32)
+        reward = self._mixer.held_out(scores) if scores else np.full(count, np.nan, np.float32)
         return Sampled(scores, reward, sum(part.generate_seconds for part in parts))
 
     def work(self, method: Method, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

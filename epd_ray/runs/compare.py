@@ -11,10 +11,12 @@ from epd_ray.evaluation.comparison import (
     Draw,
     compare,
     opponents,
+    places,
     save_comparison,
     save_pictures,
 )
-from epd_ray.evaluation.records import OURS
+from epd_ray.evaluation.records import OURS, Tuned
+from epd_ray.evaluation.suites.tune import Tuning
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.solvers import Solver
 from epd_ray.storage.run_directory import RunDirectory
@@ -33,6 +35,7 @@ class Contest:
         guidance_scale: the guidance scale of all pictures; None if it is not known.
         classifier_free: whether a guidance scale above 1 takes a second pass of the network; None if it is not known.
         sigmas: a sampler's key -> its noise levels [N+1], as far as they are known.
+        tuned: the key of a sampler that was tuned -> how it came to its settings.
     """
 
     samplers: Sequence[Sampler]
@@ -41,22 +44,30 @@ class Contest:
     guidance_scale: float | None = None
     classifier_free: bool | None = None
     sigmas: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
 
-def contest(config: RunConfig, run: RunDirectory, algo: RDPO) -> Contest:
+def contest(config: RunConfig, run: RunDirectory, algo: RDPO, tuned: Tuning | None) -> Contest:
     """What a run compares: its solver, the table that it started from, 50 Euler steps, and the baselines.
+
+    With tuning, the baselines as they come stand beside the tuned ones, and the 50 steps have the best guidance.
 
     The start table draws first, because the time of whoever draws a prompt first includes its encoding, and no other
     time is compared with that of the start table.
     """
     ours = learned(Solver.from_pretrained(run.solver), OURS, "EPD + RDPO")
     start = learned(Solver.from_pretrained(run.distilled), "distilled", "EPD distilled")
-    slow, *others = opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+    names, equal = config.evaluation.baselines, config.evaluation.equal_evals
+    chosen: Mapping[str, Tuned] = {}
+    if tuned is None:
+        slow, *others = opponents(names, ours, equal)
+    else:
+        slow, others, chosen = tuned.opponents(places(names, ours, equal))
     samplers = [start, ours, slow, *others]
     sigmas = algo.work("steps", [(tuple(samplers),)])[0]
     by_key = dict(zip((sampler.key for sampler in samplers), sigmas, strict=True))
     turn = algo.images_at_once // TASKS_AHEAD  # a batch for each actor: many short turns make the median time firm
-    return Contest(samplers, turn, slow.key, algo.facts.guidance_scale, algo.facts.classifier_free, by_key)
+    return Contest(samplers, turn, slow.key, algo.facts.guidance_scale, algo.facts.classifier_free, by_key, chosen)
 
 
 def comparison(
@@ -95,6 +106,7 @@ def comparison(
         guidance_scale=who.guidance_scale,
         classifier_free=who.classifier_free,
         sigmas=who.sigmas,
+        tuned=who.tuned,
     )
     save_comparison(run, found, pictures)
     return found

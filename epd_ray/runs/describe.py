@@ -44,9 +44,12 @@ def _passes(config: RunConfig, table: SolverTable) -> int:
     s, r, e, d = config.solver, config.rdpo, config.evaluation, config.distill
     cost = table.cost(s.afs)
     evals, depth = cost.model_evals, cost.parallel_nfe
-    compared = REFERENCE_STEPS + evals * 2 + (depth + evals * e.equal_evals) * len(e.baselines)
+    rivals = (depth + evals * e.equal_evals) * len(e.baselines)
+    compared = REFERENCE_STEPS + evals * 2 + rivals * (2 if e.tune else 1)
     total = r.iterations * r.prompts_per_iteration * r.group_size * evals
     total += (1 + r.iterations // e.every) * config.prompts.validation * evals + config.prompts.test * compared
+    if e.tune:
+        total += e.tune_images * rivals + e.tune_images // 2 * REFERENCE_STEPS
     if d.enabled and d.table is None:
         total += d.prompts * s.intervals * (2 * d.teacher_steps + d.grid + 2)
         if d.method == "gradient":  # the forward and backward passes of a step cost about four passes a point

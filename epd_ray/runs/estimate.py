@@ -78,6 +78,7 @@ def estimate(config: RunConfig, prompts: PromptSplits, costs: Costs) -> Estimate
         "distilling": _distilling(config, prompts, costs),
         "fine-tuning": iteration * config.rdpo.iterations,
         "validating": _seconds(config, costs, held_out) * validations(config),
+        **({"tuning rivals": _tuning(config, costs)} if config.evaluation.tune else {}),
         "comparing": sum(seconds_compared),
     }
     return Estimate(stages, {name: seconds / iteration for name, seconds in busy.items()})
@@ -90,9 +91,23 @@ def validations(config: RunConfig) -> int:
 
 
 def compared(config: RunConfig) -> list[Sampler]:
-    """The samplers of the comparison: the run's solver, its start table, the reference, and the baselines."""
+    """The samplers of the comparison: the run's solver, its start table, the reference, and the rivals.
+
+    With tuning, each rival is drawn as it comes and as it was tuned.
+    """
     ours = _ours(config)
-    return [ours, ours, *opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)]
+    slow, *rivals = opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+    return [ours, ours, slow, *(rivals * 2 if config.evaluation.tune else rivals)]
+
+
+def _tuning(config: RunConfig, costs: Costs) -> float:
+    """Seconds to tune the rivals, where each draws all of its pictures."""
+    ours, images = _ours(config), config.evaluation.tune_images
+    found = opponents(config.evaluation.baselines, ours, config.evaluation.equal_evals)
+    pictures = {sampler.key: images for sampler in found} | {found[0].key: images // 2}
+    return sum(
+        _seconds(config, costs, _batches(config, pictures[s.key]), s.model_evals / ours.model_evals) for s in found
+    )
 
 
 def _seconds(config: RunConfig, costs: Costs, batches: int, share: float = 1.0) -> float:

@@ -9,6 +9,8 @@ from pathlib import Path
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import PromptError, RunDirectoryError
 from epd_ray.evaluation.comparison import Comparison
+from epd_ray.evaluation.suites.tune import Tuning
+from epd_ray.evaluation.tuning import require_apart
 from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.files import read_prompts
 from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
@@ -47,6 +49,7 @@ def evaluate(
     Raises:
         RunDirectoryError: no run with a solver is there, or it cannot be read.
         PromptError: the prompts cannot be read, or are fewer than `count`.
+        ConfigError: the prompts of the file are among the validation prompts, on which rivals are tuned.
     """
     place = place_of(where)
     with place.visited() as folder:
@@ -60,8 +63,9 @@ def evaluate(
         final = run.path / "evaluations" / name
         final.parent.mkdir(exist_ok=True)
         with held(final.with_name(f".{name}.lock"), str(final)):
+            held_out = _tuned_on(config, run, prompts, prompts_file, split)
             with draft(run, final) as target:
-                found = _compared(config, run, target, prompts, seeds, observer)
+                found = _compared(config, run, target, prompts, seeds, held_out, observer)
             report = write_report(final)  # outside of the draft: the results stay where the report fails
         observer.done()
         return [*closing(found.evaluation), f"report: {inside(where, Path('evaluations', name, report.name))}"]
@@ -82,6 +86,17 @@ def _prompts(
     return held_out[:count]
 
 
+def _tuned_on(
+    config: RunConfig, run: RunDirectory, prompts: list[str], prompts_file: Path | None, split: str
+) -> list[str] | None:
+    """The validation prompts on which the rivals are tuned; None where they are not, or are the prompts themselves."""
+    if not config.evaluation.tune or (split == "validation" and prompts_file is None):
+        return None
+    held_out = saved_prompts(run).validation
+    require_apart(held_out, prompts)
+    return held_out
+
+
 def _file_name(path: Path, prompts: list[str]) -> str:
     """A name that depends on the prompts too, and that no split has."""
     return f"file-{path.stem.lstrip('.')}-{zlib.crc32(chr(10).join(prompts).encode()):08x}"
@@ -93,6 +108,7 @@ def _compared(
     target: RunDirectory,
     prompts: list[str],
     seeds: list[int],
+    held_out: list[str] | None,
     observer: Observer,
 ) -> Comparison:
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
@@ -100,7 +116,12 @@ def _compared(
     with algorithm(local, prompts, None) as algo:
         observer.advance()
         warn_of_long_prompts(algo, prompts)
-        who, keep = contest(config, run, algo), config.evaluation.pictures
+        if held_out is None and config.evaluation.tune:
+            observer.note(
+                "the rivals are as they come: the prompts on which they are tuned are those of this comparison"
+            )
+        tuning = None if held_out is None else Tuning(config, algo, held_out, observer)
+        who, keep = contest(config, run, algo, tuning), config.evaluation.pictures
         return comparison(algo.sample_scored, who, prompts, seeds, target.path.name, target, keep, observer)
 
 

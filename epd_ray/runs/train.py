@@ -13,6 +13,7 @@ from epd_ray.config.loading import to_yaml
 from epd_ray.config.problems import flat
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import EpdRayError
+from epd_ray.evaluation.tuning import require_apart
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.runs.origin import origin_of, require_known
@@ -55,6 +56,8 @@ def train(
         return _again(config, place, observer, accept)
     place.require_new()
     prompts = load_prompts(config.prompts, config.seed)
+    if config.evaluation.tune:
+        require_apart(prompts.validation, prompts.test)
     origin = origin_of(config, prompts)
     require_known(accept, origin.settings)
     given_solver(config)  # before anything is written

@@ -13,6 +13,7 @@ from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import RunDirectoryError, is_own_bug, shown
 from epd_ray.evaluation.comparison import SceneJudge, scenes_of
+from epd_ray.evaluation.suites.tune import Tuning
 from epd_ray.evaluation.validation import STOPPED, Best, Curve, Validation, write_curve
 from epd_ray.evaluation.verdict import closing
 from epd_ray.prompts.splits import PromptSplits
@@ -252,7 +253,10 @@ class Trainer:
         Returns:
             The results in a few lines.
         """
-        who, prompts = contest(self.config, self.run, self.algo), self.prompts.test
+        prompts, tuning = self.prompts.test, None
+        if self.config.evaluation.tune:
+            tuning = Tuning(self.config, self.algo, self.prompts.validation, self.observer)
+        who = contest(self.config, self.run, self.algo, tuning)
         seeds = noise_seeds(Purpose.TEST, self.config.seed, len(prompts))
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
         found = comparison(draw, who, prompts, seeds, "test", self.run, keep, self.observer)

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 from epd_ray.backbones.index import takes_prompts
 from epd_ray.config.sections import AUTO, BackboneConfig
-from epd_ray.drawing.sampler import Sampler, baseline, reference
+from epd_ray.drawing.sampler import Sampler, baseline
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError
-from epd_ray.evaluation.comparison import rivals
+from epd_ray.evaluation.comparison import REFERENCE, places
+from epd_ray.evaluation.records import Tuned
 from epd_ray.evaluation.suites.paper import FID_NFES, REWARD_TABLES, fid_table, reward_table
 from epd_ray.evaluation.suites.settings import SuiteName
+from epd_ray.evaluation.tuning import Place, TunedPlace
 from epd_ray.solvers import Solver
 from epd_ray.solvers.schedule_names import OWN
 from epd_ray.solvers.zoo import find
@@ -60,6 +62,7 @@ class Suite:
         lines: the lines in the order of the table.
         ours: the learned samplers.
         reference: the slow sampler that the headline compares the learned ones with; None for a suite without one.
+        tuned: the key of a sampler that was tuned -> how it came to its settings.
     """
 
     name: SuiteName
@@ -67,6 +70,7 @@ class Suite:
     lines: tuple[Line, ...]
     ours: tuple[Sampler, ...]
     reference: Sampler | None
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     @property
     def samplers(self) -> list[Sampler]:
@@ -166,22 +170,39 @@ def fid_suite(table: str, ours: Sequence[Sampler]) -> Suite:
     return Suite("paper-fid", table, tuple(lines), tuple(ours), None)
 
 
-def comparison_suite(name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampler]) -> Suite:
+def comparison_suite(
+    name: SuiteName, kinds: Sequence[str], ours: Sequence[Sampler], tuned: Sequence[TunedPlace] = ()
+) -> Suite:
     """Make a suite that compares learned samplers with other methods at equal cost, and with 50 Euler steps.
 
     Args:
         name: "embedded" or "prompts".
         kinds: the names of the methods; each is drawn at the learned sampler's parallel NFE and at its evaluations.
         ours: the learned samplers, at least one.
+        tuned: the places of `places_of` after tuning; each tuned sampler stands behind the one as it comes.
     """
-    slow = reference()
-    found = [*ours, *(rival for s in ours for rival in rivals(kinds, s, equal_evals=True)), slow]
+    beside = {one.place.as_it_comes.key: one for one in tuned}
+    slow = REFERENCE.as_it_comes
+    found = list(ours)
+    for place in places_of(kinds, ours):
+        plain = place.as_it_comes
+        found += [plain, *([beside[plain.key].sampler] if plain.key in beside else [])]
     distinct = {sampler.key: sampler for sampler in found}
     lines = [
         Line(s.label, s.parallel_nfe, s, s.intervals, None if s.schedule == OWN else s.schedule)
         for s in distinct.values()
     ]
-    return Suite(name, None, tuple(lines), tuple(ours), slow)
+    best = beside[slow.key].sampler if slow.key in beside else slow
+    records = {one.sampler.key: one.found for one in tuned}
+    return Suite(name, None, tuple(lines), tuple(ours), best, records)
+
+
+def places_of(kinds: Sequence[str], ours: Sequence[Sampler]) -> list[Place]:
+    """The places of all rivals of a comparison suite, each once; the last is that of the 50 Euler steps."""
+    every = [place for s in ours for place in places(kinds, s, equal_evals=True)]
+    slow = REFERENCE.as_it_comes.key
+    distinct = {place.as_it_comes.key: place for place in every if place.as_it_comes.key != slow}
+    return [*distinct.values(), REFERENCE]
 
 
 def _fid_baseline(method: str, parallel_nfe: int) -> Sampler | None:

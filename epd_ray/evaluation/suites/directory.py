@@ -13,8 +13,8 @@ from epd_ray.storage.documents import read_json
 from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.storage.run_directory import unwritable, write_text
 
-LOCK, CACHE = ".lock", "features"
-OWN = {LOCK, CACHE}
+LOCK, CACHE, TUNED = ".lock", "features", "tuned.json"
+OWN = {LOCK, CACHE, TUNED}
 """Names of files and folders that may be in the directory before the manifest is."""
 FORMAT = 1
 Facts = Mapping[str, JsonValue]

@@ -2,9 +2,11 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from epd_ray.actors.cluster import stop_signals
 from epd_ray.actors.configured import run_session
@@ -14,7 +16,7 @@ from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.evaluation.comparison import save_pictures
 from epd_ray.evaluation.suites.definition import require_fit
-from epd_ray.evaluation.suites.directory import CACHE, LOCK, ResultsDirectory
+from epd_ray.evaluation.suites.directory import CACHE, LOCK, TUNED, ResultsDirectory
 from epd_ray.evaluation.suites.features import foresee_features, open_features
 from epd_ray.evaluation.suites.measure import rows
 from epd_ray.evaluation.suites.output import write_results
@@ -27,7 +29,9 @@ from epd_ray.evaluation.suites.solvers import (
     sources_of,
     warn_of_misfits,
 )
-from epd_ray.evaluation.suites.subject import Pictures, Subject, pictures_of, source_of
+from epd_ray.evaluation.suites.subject import Pictures, Subject, model_facts, pictures_of, source_of, validation_of
+from epd_ray.evaluation.suites.tune import Kept, Tuning
+from epd_ray.evaluation.tuning import Place, TunedPlace
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.storage.lock import held
@@ -57,6 +61,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     results = ResultsDirectory(request.out)
     require_fit(request.suite, config.backbone)
     pictures = pictures_of(config, request)
+    held_out = validation_of(config, request, pictures)
     rivals, sources = config.evaluation.baselines, sources_of(request.solvers, results.solvers)
     foresee_suite(request, sources, rivals, config.backbone)
     spec = foresee_features(request, config, len(pictures))
@@ -75,7 +80,8 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         local = config.model_copy(update={"cluster": cluster})
         algo = stack.enter_context(algorithm(local, list(pictures.prompts)))
         observer.advance()
-        suite = build_suite(request, sources, rivals, algo.facts)
+        tune = _no_tuning if held_out is None else _tuning(config, algo, pictures, held_out, results, observer)
+        suite = build_suite(request, sources, rivals, algo.facts, tune)
         subject = Subject(config, algo.facts, suite, pictures, source_of(config, request))
         results.claim(subject.manifest(features.extractor))
         sources = or_published(sources, suite.table)
@@ -89,6 +95,34 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
     sign(results.path)
     observer.done()
     return lines
+
+
+Tune = Callable[[Sequence[Place]], Sequence[TunedPlace]]
+
+
+def _no_tuning(places: Sequence[Place]) -> Sequence[TunedPlace]:
+    return ()
+
+
+def _tuning(
+    config: RunConfig,
+    algo: RDPO,
+    pictures: Pictures,
+    held_out: Sequence[str],
+    results: ResultsDirectory,
+    observer: Observer,
+) -> Tune:
+    """Tunes rivals, each once for a directory of results, so that an interrupted suite goes on with the same ones."""
+    tuning = Tuning(config, algo, held_out, observer)
+    settings: dict[str, JsonValue] = {
+        "model": model_facts(config, algo.facts),
+        "heads": {name: head.model_dump(mode="json") for name, head in config.rewards.items()},
+        "prompts": list(held_out),
+        "seed": config.seed,
+        "images": config.evaluation.tune_images,
+    }
+    kept = Kept(results.path / TUNED, settings)
+    return lambda places: tuning.tuned(places, kept.read(), kept.add)
 
 
 @dataclass(frozen=True)

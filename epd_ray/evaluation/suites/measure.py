@@ -146,7 +146,15 @@ def summarise(
     keys = () if suite.name == "paper-fid" else tuple(s.key for s in suite.ours)
     slow = suite.reference.key if suite.reference else None
     comparison = Comparison(
-        suite.name, pictures.prompts, pictures.seeds, tuple(found), keys, slow, guidance_scale, classifier_free
+        suite.name,
+        pictures.prompts,
+        pictures.seeds,
+        tuple(found),
+        keys,
+        slow,
+        guidance_scale,
+        classifier_free,
+        tuned=suite.tuned,
     )
     return Summary(comparison, distances, times)
 

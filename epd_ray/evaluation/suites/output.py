@@ -29,7 +29,7 @@ from epd_ray.evaluation.suites.tables import (
     tabulate,
     written,
 )
-from epd_ray.evaluation.verdict import Verdict, ordered, verdicts
+from epd_ray.evaluation.verdict import Verdict, ordered, tuned_settings, verdicts
 from epd_ray.evaluation.wording import NOTHING, WIDTH, duration, plain, wrapped
 from epd_ray.report.figures import STYLE
 from epd_ray.report.page import data_uri, page_template
@@ -70,7 +70,8 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
     heads = {name: head.head for name, head in subject.config.rewards.items()}
     table = tabulate(suite, summary, heads, features.is_fid)
     found = verdicts(summary.comparison.evaluation, timing(summary.times))
-    said = [subject.sentence, TIMES, *notes(table)]
+    settings = tuned_settings(summary.comparison.evaluation)
+    said = [subject.sentence, TIMES, *([settings] if settings else []), *notes(table)]
     _write_rows(results, suite, subject.pictures)
     if results.pictures.is_dir():
         write_text(results.pictures / PROMPTS, json.dumps(subject.pictures.prompts, indent=2))

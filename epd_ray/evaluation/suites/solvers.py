@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import cast
@@ -16,9 +16,18 @@ from epd_ray.config.sections import AUTO, BackboneConfig
 from epd_ray.drawing.sampler import Sampler, learned
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError
-from epd_ray.evaluation.suites.definition import LEARNED, Suite, comparison_suite, fid_suite, paper_suite, pick_table
+from epd_ray.evaluation.suites.definition import (
+    LEARNED,
+    Suite,
+    comparison_suite,
+    fid_suite,
+    paper_suite,
+    pick_table,
+    places_of,
+)
 from epd_ray.evaluation.suites.paper import REWARD_TABLES
 from epd_ray.evaluation.suites.settings import Request
+from epd_ray.evaluation.tuning import Place, TunedPlace
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.solvers.presets import PRESETS
 from epd_ray.solvers.rival import require_rivals
@@ -96,7 +105,13 @@ def _require_table(family: str) -> None:
         raise ConfigError([f"the paper has no table for {family}, only for {there}: choose one with --table: {tables}"])
 
 
-def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts: BackboneFacts) -> Suite:
+def build_suite(
+    request: Request,
+    sources: Sources,
+    rivals: Sequence[str],
+    facts: BackboneFacts,
+    tune: Callable[[Sequence[Place]], Sequence[TunedPlace]] = lambda places: (),
+) -> Suite:
     """Build the suite that is asked for.
 
     Args:
@@ -104,6 +119,7 @@ def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts
         sources: its learned solvers; suite paper without any takes the published solver of the table.
         rivals: the methods that these are compared with, in suites without a paper's table.
         facts: what is known of the model.
+        tune: tunes the rivals of a suite without a paper's table; without it they are as they come.
 
     Raises:
         ConfigError: the paper has no table for this model, the table has no place for a solver, or a rival is for
@@ -118,7 +134,7 @@ def build_suite(request: Request, sources: Sources, rivals: Sequence[str], facts
         assert request.table is not None
         return fid_suite(request.table, ours)
     require_rivals(rivals, facts.form)
-    return comparison_suite(request.suite, rivals, ours)
+    return comparison_suite(request.suite, rivals, ours, tune(places_of(rivals, ours)))
 
 
 def or_published(sources: Sources, table: str | None) -> Sources:

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from epd_ray.backbones.index import fingerprint
 from epd_ray.config.run_config import RunConfig
+from epd_ray.config.sections import AUTO
 from epd_ray.config.services import RewardConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
@@ -20,6 +21,7 @@ from epd_ray.evaluation.suites.definition import Suite
 from epd_ray.evaluation.suites.directory import Facts, Manifest
 from epd_ray.evaluation.suites.settings import FID_PICTURES, Request
 from epd_ray.evaluation.suites.solvers import digest
+from epd_ray.evaluation.tuning import require_apart
 from epd_ray.prompts.files import read_prompts
 from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
@@ -120,7 +122,7 @@ class Subject:
         """
         sections: dict[str, Facts] = {
             "suite": {"name": self.suite.name, "table": self.suite.table},
-            "model": self._model(),
+            "model": model_facts(self.config, self.facts),
             "prompts": self.pictures.facts | {"source": self.source, "seed": self.config.seed},
             "heads": {
                 name: {"head": head.head, "options": head.options, "backend": head.backend}
@@ -134,14 +136,16 @@ class Subject:
             sections["features"] = {"model": extractor.model_id, "revision": extractor.revision}
         return Manifest(sections, {sampler.key: _sampler(sampler) for sampler in self.suite.samplers})
 
-    def _model(self) -> dict[str, JsonValue]:
-        return {
-            "model": self.facts.model_id,
-            "family": self.facts.family,
-            **{name: self.facts.more.get(name) for name in ("revision", "fingerprint", "dtype", "resolution")},
-            "guidance_scale": self.facts.guidance_scale,
-            "options": self.config.backbone.portable,
-        }
+
+def model_facts(config: RunConfig, facts: BackboneFacts) -> dict[str, JsonValue]:
+    """What decides the pictures of a model, for the manifest."""
+    return {
+        "model": facts.model_id,
+        "family": facts.family,
+        **{name: facts.more.get(name) for name in ("revision", "fingerprint", "dtype", "resolution")},
+        "guidance_scale": facts.guidance_scale,
+        "options": config.backbone.portable,
+    }
 
 
 def _local_model(head: RewardConfig) -> Path | None:
@@ -176,6 +180,26 @@ def pictures_of(config: RunConfig, request: Request) -> Pictures:
             ["--suite embedded judges scenes, and some prompt does not describe one of the embedded model: leave out "
              "--prompts, or use --suite prompts FILE"]
         )  # fmt: skip
+    return found
+
+
+def validation_of(config: RunConfig, request: Request, pictures: Pictures) -> list[str] | None:
+    """The prompts on which a suite tunes its rivals; None where they are not tuned.
+
+    A paper's suites are not tuned, because they follow the paper's settings.
+
+    Raises:
+        PromptError: there are fewer prompts than are asked for, or their file cannot be used.
+        ConfigError: a prompt is among those that are measured.
+    """
+    if not config.evaluation.tune or request.suite not in ("embedded", "prompts") or not config.rewards:
+        return None
+    other = config.backbone.family != AUTO or config.backbone.model != SHAPES
+    source = {"train": SHAPES} if request.suite == "embedded" else {"train": BUILTIN}
+    foreign = other and config.prompts.train == SHAPES  # captions of the embedded model's scenes
+    update = source if request.suite == "embedded" or foreign else {}
+    found = load_prompts(config.prompts.model_copy(update=update), config.seed).validation
+    require_apart(found, pictures.prompts)
     return found
 
 
