@@ -48,12 +48,14 @@ def test_weights_have_torchs_usual_spread() -> None:
         assert float(values.detach().abs().max()) <= 128**-0.5
 
 
-def test_an_update_at_the_driver_touches_no_device(build, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_update_at_the_driver_touches_no_device_and_scores_what_an_actor_drew(build, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     algo = build("cluster.rollout_actors=1", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1")
-    network = algo._policies._network
+    calm, network = build(), algo._policies._network
     with untouched(monkeypatch):
         for _ in range(2):
             algo.training_step()
     assert algo._policies._network is network and all(p.device.type == "cpu" for p in network.parameters())
     assert np.array_equal(algo._policies.parameters(2), network.parameters_array())
     assert not np.array_equal(algo._policies.parameters(2), algo._policies.parameters(1))
+    calm.train(), calm.train()
+    assert algo._rewards.actors == [] and algo.checksum() == calm.checksum()
