@@ -52,6 +52,7 @@ def test_help_imports_nothing_heavy_and_is_quick():
     script = (
         "import sys\nfrom epd_ray.cli import main\ntry:\n    main()\nfinally:\n"
         "    print({'torch', 'ray', 'numpy', 'pydantic', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+        "\n    from tqdm import tqdm\n    list(tqdm([1]))"
     )
     root, seconds = Path(cli.__file__).parents[1], []
     for _ in range(3):
@@ -60,7 +61,7 @@ def test_help_imports_nothing_heavy_and_is_quick():
             [sys.executable, "-c", script, "--help"], cwd=root, capture_output=True, text=True, check=True
         )
         seconds.append(time.perf_counter() - start)
-    assert shown.stdout.endswith("set()\n")
+    assert shown.stdout.endswith("set()\n") and shown.stderr == ""  # no bar of the libraries either
     assert min(seconds) < 1.5
     for command in ("train", "sample", "evaluate", "report", "doctor"):
         assert command in shown.stdout

@@ -57,6 +57,7 @@ def main(*command: str) -> None:
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
     )  # otherwise it warns that torchvision is missing, which is not needed
+    os.environ.setdefault("TQDM_DISABLE", "1")  # otherwise diffusers and transformers show bars while they load files
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise notices of Ray break the progress display
     sys.argv[1:1] = command  # results name the command that made them
     if "--debug" in sys.argv[1:]:  # users add it at the end of the command that failed

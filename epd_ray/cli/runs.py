@@ -157,14 +157,9 @@ def sample(command: SampleCommand) -> None:
             from epd_ray.actors.beforehand import require_model
 
             require_model(command.model, None, "--model")
-        from diffusers.utils.logging import disable_progress_bar
-        from transformers.utils.logging import disable_progress_bar as disable_too
-
         from epd_ray.runs.sample import SampleOptions
         from epd_ray.runs.sample import sample as draw
 
-        disable_progress_bar()
-        disable_too()
         c = command
         options = SampleOptions(c.model, c.guidance_scale, c.resolution, c.device, c.dtype, c.family)
         draw(c.solver, c.prompt, c.seed, c.out, options)

@@ -37,7 +37,7 @@ class ScoreCommand:
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="The reward heads, separated by commas, such as clip,hpsv2 (see epd-ray rewards list).",
+            help="The reward heads, separated by commas, such as clip,hpsv2.1 (see epd-ray rewards list).",
         ),
     ] = None
     config: ConfigOption = None
