@@ -634,7 +634,7 @@ def test_wrong_reward_stops_the_run_and_leaves_it_readable(small_ray, tmp_path):
 
 
 def test_describe_says_what_and_how_long():
-    what, how_long = describe(load_config(None))
+    what, how_long = describe(load_config(None, ["evaluation.tune=false"]))
     assert "45 iterations, 1,440 images" in what
     assert how_long == "It takes 47,232 network passes, about 3 minutes with 2 rollout actors on CPU cores."
     for settings, said in (
@@ -642,7 +642,7 @@ def test_describe_says_what_and_how_long():
         (["rdpo.iterations=4000"], "about 85 minutes with"),
         (["rdpo.iterations=9000"], "about 3 hours with"),
     ):
-        assert said in describe(load_config(None, settings))[1]
+        assert said in describe(load_config(None, ["evaluation.tune=false", *settings]))[1]
     assert describe(load_config(None, ["cluster.rollout_gpus=0.5"])) == (
         what,
         "The progress line of the first iteration will show how long the run takes.",
