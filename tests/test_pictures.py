@@ -180,6 +180,16 @@ def frames(name: str) -> bytes:
     return encoded(pages[0], name, save_all=True, append_images=pages[1:])
 
 
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4)])
+def test_of_colours_with_16_bits_the_upper_8_count(kind: int, channels: int) -> None:
+    values = np.array([[[0x0000, 0x00FF, 0x80FE, 0xFFFF], [0xFF00, 0x0100, 0x7F80, 0x0000]]], ">u2")[..., :channels]
+    header = struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + values.tobytes())), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    found = pixels(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    assert found.tolist() == [[[0x00, 0x00, 0x80], [0xFF, 0x01, 0x7F]]]
+
+
 @pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_of_several_frames_none_is_chosen(name: str) -> None:
     with pytest.raises(PictureError, match="animated"):

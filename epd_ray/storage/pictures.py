@@ -57,8 +57,8 @@ TURNS = {
 def decode_picture(file: Path | bytes) -> Image.Image:
     """Decode a picture as RGB of 8 bits a channel, turned as its EXIF orientation says.
 
-    Transparency is left out: the colour that is stored beneath it counts. Damaged metadata (EXIF, XMP, colour profile,
-    texts) does not matter.
+    Transparency is left out: the colour that is stored beneath it counts. Of colours with 16 bits a channel, Pillow
+    takes the upper 8. Damaged metadata (EXIF, XMP, colour profile, texts) does not matter.
 
     Args:
         file: a file, or its content.
