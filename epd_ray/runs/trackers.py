@@ -84,7 +84,12 @@ def tune_callbacks(tracking: TrackingConfig) -> list[Any]:
     return callbacks
 
 
-def _known(run: RunDirectory) -> dict[str, str]:
+def known_runs(run: RunDirectory) -> dict[str, str]:
+    """The id of the run at each tracker, by the tracker's name; empty where none is stored.
+
+    Raises:
+        RunDirectoryError: the file cannot be read, or holds something else.
+    """
     path = run.path / TRACKING
     if not path.exists():
         return {}
@@ -96,7 +101,7 @@ def _known(run: RunDirectory) -> dict[str, str]:
 
 
 def _remember(run: RunDirectory, tracker: str, name: str) -> None:
-    write_text(run.path / TRACKING, json.dumps(_known(run) | {tracker: name}))
+    write_text(run.path / TRACKING, json.dumps(known_runs(run) | {tracker: name}))
 
 
 class WandbSink:
@@ -119,7 +124,7 @@ def _wandb(section: WandbConfig, run: RunDirectory, config: Mapping[str, Any]) -
     import wandb
     from ray.air.integrations.wandb import setup_wandb
 
-    name = _known(run).get("wandb") or uuid.uuid4().hex[:12]
+    name = known_runs(run).get("wandb") or uuid.uuid4().hex[:12]
     place = {"project": section.project, "group": section.group, "dir": str(run.path)}
     quiet = wandb.Settings(silent=True, console="off")  # the display of the run needs the terminal
     try:
@@ -161,7 +166,7 @@ def _mlflow(section: MlflowConfig, run: RunDirectory, config: Mapping[str, Any])
     import mlflow
     from ray.air.integrations.mlflow import setup_mlflow
 
-    name = _known(run).get("mlflow")
+    name = known_runs(run).get("mlflow")
     try:
         if name is None:
             setup_mlflow(
