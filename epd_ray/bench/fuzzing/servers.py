@@ -87,7 +87,8 @@ class Server:
             except (ConnectionResetError, BrokenPipeError):  # closed before all was read, maybe after an answer
                 pass
         head, _, body = found.partition(b"\r\n\r\n")
-        return head, body
+        length = LENGTH.search(head)
+        return head, body[: int(length[1]) if length else None]  # without the answer to what followed the request
 
 
 def _is_whole(message: bytes) -> bool:
