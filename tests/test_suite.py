@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy import stats
 
+from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError, RunDirectoryError, TableError
-from epd_ray.evaluation.statistics import Interval
+from epd_ray.evaluation.statistics import Interval, mean_over_seeds
 from epd_ray.evaluation.suites.definition import (
     FID_METRIC,
     Line,
@@ -36,13 +39,15 @@ from epd_ray.evaluation.suites.measure import (
 )
 from epd_ray.evaluation.suites.output import notes
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, fid_table, reward_table
+from epd_ray.evaluation.suites.seeds import over_seeds, seeds_grid
 from epd_ray.evaluation.suites.settings import Request, load_settings
-from epd_ray.evaluation.suites.solvers import keep_solvers, open_solvers, sources_of
+from epd_ray.evaluation.suites.solvers import keep_solvers, open_solvers, runs_of, sources_of
 from epd_ray.evaluation.suites.subject import Pictures
 from epd_ray.evaluation.suites.tables import as_csv, differences, grid, markdown, tabulate
 from epd_ray.evaluation.verdict import verdicts
 from epd_ray.rdpo.config import placement
 from epd_ray.rdpo.session import rdpo_config
+from epd_ray.runs.stage_one import made_by
 from epd_ray.solvers import Solver, SolverTable
 
 SCENES = (
@@ -443,6 +448,47 @@ def test_differences_name_both(measured):
     header, row = differences(summarise(suite, PICTURES, results, None))
     assert row[0] == "EPD-Solver (parallel NFE 6) minus DDIM / Euler (parallel NFE 50)"
     assert row[header.index("clip")].startswith("+1.0000")
+
+
+@pytest.fixture
+def of_three_seeds(tmp_path):
+    """A suite with three solvers of one run's settings, and their shards."""
+    results, keys = ResultsDirectory(tmp_path), ["epd-a", "epd-b", "epd-c"]
+    suite = comparison_suite("prompts", [], [learned(3, key=key) for key in keys])
+    for key, off in zip(keys, (-0.5, 0.0, 0.5), strict=True):
+        drawn(results, key, [value + off for value in (1.0, 3.0, 5.0, 5.0, 0.0, 2.0)], 0.1)
+    drawn(results, "euler-50", [1.0, 1.0, 4.0, 4.0, 0.0, 0.0], 0.5)
+    return suite, results, keys
+
+
+def test_runs_that_differ_in_their_seed_are_summed_up_over_seeds_and_prompts(of_three_seeds):
+    suite, results, keys = of_three_seeds
+    comparison = summarise(suite, PICTURES, results, None, 4.5, True).comparison
+    (group,) = over_seeds([keys, ["epd-alone"]], comparison)
+    by_prompt = np.array([2.0, 5.0, 1.0]) + np.array([[-0.5], [0.0], [0.5]])
+    assert group.means["clip"] == mean_over_seeds(by_prompt, same_prompts=True)
+    gain = group.differences["euler-50"]["clip"]
+    half = stats.t.ppf(0.975, 2) * 0.5 / math.sqrt(3)  # 1 on each prompt: only the seeds differ
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((1.0, 1.0 - half, 1.0 + half))
+    header, mean, difference = seeds_grid([group], comparison)
+    assert mean[0] == "3 seeds of EPD-Solver" and difference[0] == "  minus DDIM / Euler (100 network passes)"
+    assert difference[header.index("clip")] == f"+1.0000 [{1 - half:+.4f}, {1 + half:+.4f}]"
+    assert over_seeds([["epd-a"]], comparison) == [] and group.over == "seeds and prompts"
+
+
+def test_solver_files_say_which_runs_differ_in_their_seed_alone(tmp_path):
+    def save(folder, position, stage, **settings):
+        config = RunConfig(**settings)
+        table = SolverTable(torch.tensor([[position, 0.9]] * 2), torch.full((2, 2), 0.5))
+        known = BackboneFacts("sd", "a/sd", "ve", (1.0, 0.5, 0.1), 7.5, True, {})
+        made_by(config, known, table, stage=stage).save_pretrained(tmp_path / folder)
+        return str(tmp_path / folder)
+
+    first, second = save("0", 0.1, "rdpo", seed=0), save("1", 0.2, "rdpo", seed=1, name="elsewhere")
+    other, start = save("2", 0.3, "rdpo", seed=2, rdpo={"lr": 0.5}), save("3", 0.4, "distilled", seed=0)
+    groups = runs_of({source: source for source in (first, second, other, start)})
+    assert [len(group) for group in groups] == [2, 1, 1]
+    assert groups[0] == [sampler.key for sampler in open_solvers({first: "0", second: "1"}, None)]
 
 
 def test_frechet_distance_is_to_the_reference(measured):

@@ -3,6 +3,8 @@
 Every key decides unless FREE lists it, so that a new key is never changed without a word.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +80,12 @@ def deciding(config: RunConfig) -> Settings:
     """The keys of a configuration that decide the results of its run, with their values."""
     values = flat(config.model_dump(mode="json"))
     return {key: value for key, value in values.items() if value != {} and not _listed(key, FREE)}
+
+
+def digest_without_seed(config: RunConfig) -> str:
+    """Sixteen hexadecimal digits that runs have in common if nothing but the seed can make their results differ."""
+    settings = {key: value for key, value in deciding(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changes(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue]) -> list[Change]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from epd_ray.config.deciding import digest_without_seed
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import TableError
@@ -116,7 +117,7 @@ def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta:
         config: the configuration of the run.
         facts: what the rollout actors report about the model.
         table: the table, [N, K].
-        **meta: further entries of the solver's metadata, beside those that name the model.
+        **meta: further entries of the solver's metadata, beside those that name the model and the run's seed.
     """
     about = {
         "backbone": facts.family,
@@ -126,6 +127,7 @@ def made_by(config: RunConfig, facts: BackboneFacts, table: SolverTable, **meta:
         "classifier_free": facts.classifier_free,
         "registry": config.backbone.family,
         "options": config.backbone.portable,
+        "run": {"seed": config.seed, "settings": digest_without_seed(config)},
         **meta,
     }
     sigmas = torch.tensor(facts.sigmas, dtype=torch.float64)

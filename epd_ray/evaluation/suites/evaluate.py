@@ -26,6 +26,7 @@ from epd_ray.evaluation.suites.solvers import (
     foresee_suite,
     keep_solvers,
     or_published,
+    runs_of,
     sources_of,
     warn_of_misfits,
 )
@@ -89,7 +90,7 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         warn_of_long_prompts(algo, pictures.prompts)
         keeper = Keeper(results, pictures, config.evaluation.pictures, features.extractor)
         keeper.do(algo, jobs(pictures, suite.samplers, scored=bool(config.rewards)), observer)
-    lines = write_results(results, subject, features)
+    lines = write_results(results, subject, features, runs_of(sources))
     with named_when_full(results.path):
         keep_solvers(sources, results.solvers)
     sign(results.path)

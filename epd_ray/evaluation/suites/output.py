@@ -13,6 +13,7 @@ from epd_ray.evaluation.records import SHEET_COLUMNS, Column
 from epd_ray.evaluation.suites.definition import FID_METRIC, Suite
 from epd_ray.evaluation.suites.directory import ResultsDirectory
 from epd_ray.evaluation.suites.measure import FEATURES, Features, Summary, summarise, timing
+from epd_ray.evaluation.suites.seeds import OverSeeds, Runs, over_seeds, seeds_grid
 from epd_ray.evaluation.suites.settings import FID_PICTURES
 from epd_ray.evaluation.suites.subject import Pictures, Subject
 from epd_ray.evaluation.suites.tables import (
@@ -45,16 +46,24 @@ SOURCES = {
 }
 """Suite -> where the paper's values come from, and what to keep in mind when comparing."""
 TIMES = "A time is the median over batches, which the solvers drew in turns."
+INTERVALS = {
+    False: "Intervals are over the prompts alone: each solver comes from one run, and a run with another seed differs "
+    "further.",
+    True: "Where several seeds of one run are summed up, intervals are over seeds and prompts together; all others are "
+    "over the prompts alone.",
+}
+"""Whether several seeds are summed up -> what the intervals are over."""
 PROMPTS = "prompts.json"  # the file in which `epd-ray ab make` looks for the prompts of two folders of pictures
 
 
-def write_results(results: ResultsDirectory, subject: Subject, features: Features) -> list[str]:
+def write_results(results: ResultsDirectory, subject: Subject, features: Features, runs: Runs = ()) -> list[str]:
     """Write results.parquet, results.csv, results.md, results.json and report.html from the finished shards.
 
     Args:
         results: the directory, which has all shards of all samplers.
         subject: what was measured.
         features: the features of the reference set, if there is one.
+        runs: which of the learned solvers differ in nothing but the seed of their run.
 
     Returns:
         The verdicts, the table and the place of the page, as lines for the terminal.
@@ -71,16 +80,21 @@ def write_results(results: ResultsDirectory, subject: Subject, features: Feature
     table = tabulate(suite, summary, heads, features.is_fid)
     found = verdicts(summary.comparison.evaluation, timing(summary.times))
     settings = tuned_settings(summary.comparison.evaluation)
-    said = [subject.sentence, TIMES, *([settings] if settings else []), *notes(table)]
+    prompted = suite.name != "paper-fid"
+    seeds = over_seeds(runs, summary.comparison) if prompted else []
+    about = [*([settings] if settings else []), *([INTERVALS[bool(seeds)]] if prompted else [])]
+    said = [subject.sentence, TIMES, *about, *notes(table)]
     _write_rows(results, suite, subject.pictures)
     if results.pictures.is_dir():
         write_text(results.pictures / PROMPTS, json.dumps(subject.pictures.prompts, indent=2))
     write_text(results.path / "results.csv", as_csv(table))
-    write_text(results.path / "results.md", "\n".join(_markdown(table, summary, found, said)) + "\n")
-    write_text(results.path / "results.json", json.dumps(_record(summary, found), indent=2, ensure_ascii=False) + "\n")
-    write_page(results, table, summary, found, said)
+    write_text(results.path / "results.md", "\n".join(_markdown(table, summary, found, said, seeds)) + "\n")
+    record = json.dumps(_record(summary, found, seeds), indent=2, ensure_ascii=False)
+    write_text(results.path / "results.json", record + "\n")
+    write_page(results, table, summary, found, said, seeds)
     first = [line for verdict in found for line in (*wrapped(verdict.sentence, WIDTH).split("\n"), "")]
-    return [*first, *plain(grid(table)), "", *said, f"report: {results.report}"]
+    together = [*plain(seeds_grid(seeds, summary.comparison)), ""] if seeds else []
+    return [*first, *plain(grid(table)), "", *together, *said, f"report: {results.report}"]
 
 
 def _write_rows(results: ResultsDirectory, suite: Suite, pictures: Pictures) -> None:
@@ -126,16 +140,20 @@ def notes(table: Table) -> list[str]:
     return found
 
 
-def _markdown(table: Table, summary: Summary, found: Sequence[Verdict], said: Sequence[str]) -> list[str]:
+def _markdown(
+    table: Table, summary: Summary, found: Sequence[Verdict], said: Sequence[str], seeds: Sequence[OverSeeds]
+) -> list[str]:
     lines = [f"# Suite {table.suite.name}", "", *(line for v in found for line in (f"**{v.sentence}**", ""))]
     lines += [" ".join(said), "", *markdown(grid(table)), ""]
+    if seeds:
+        lines += [*markdown(seeds_grid(seeds, summary.comparison)), ""]
     if summary.comparison.differences:
         lines += ["Paired differences, prompt by prompt, with their 95 % intervals:", "",
                   *markdown(differences(summary))]  # fmt: skip
     return lines
 
 
-def _record(summary: Summary, found: Sequence[Verdict]) -> dict[str, object]:
+def _record(summary: Summary, found: Sequence[Verdict], seeds: Sequence[OverSeeds]) -> dict[str, object]:
     said = [
         {
             "solver": v.ours.key,
@@ -152,6 +170,7 @@ def _record(summary: Summary, found: Sequence[Verdict]) -> dict[str, object]:
         for v in found
     ]
     whole_record = summary.comparison.summary() | {"distances": dict(summary.distances)}
+    whole_record |= {"over_seeds": [{**asdict(group), "over": group.over} for group in seeds]}
     return {"verdicts": said, **whole_record, "versions": package_versions()}
 
 
@@ -171,7 +190,12 @@ class PageRow:
 
 
 def write_page(
-    results: ResultsDirectory, table: Table, summary: Summary, found: Sequence[Verdict], said: Sequence[str]
+    results: ResultsDirectory,
+    table: Table,
+    summary: Summary,
+    found: Sequence[Verdict],
+    said: Sequence[str],
+    seeds: Sequence[OverSeeds] = (),
 ) -> None:
     """Write report.html, one file with all of its pictures, in the look of a run's report.
 
@@ -181,6 +205,7 @@ def write_page(
         summary: the figures behind the table.
         found: the verdicts.
         said: sentences that a reader of the table has to know.
+        seeds: the runs that differ in their seed alone, summed up.
 
     Raises:
         RunDirectoryError: a picture is damaged, or the disk refuses.
@@ -208,6 +233,7 @@ def write_page(
         nfes=sorted({nfe for rows in fid.values() for nfe in rows}),
         rows=[_row(row, ours) for row in table.rows],
         metrics=table.metrics,
+        seeds=seeds_grid(seeds, summary.comparison) if seeds else [],
         number=_number,
         distance=FID_METRIC,
         evaluation=evaluation,

@@ -142,6 +142,22 @@ def or_published(sources: Sources, table: str | None) -> Sources:
     return sources or {preset: preset for name, preset in REWARD_TABLES.items() if name == table}
 
 
+def runs_of(sources: Sources) -> list[list[str]]:
+    """The keys of the learned samplers in groups, each of runs that differ in nothing but their seed.
+
+    Raises:
+        TableError: a solver cannot be read.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for source in sources:
+        solver = Solver.from_pretrained(source)
+        run = solver.meta.get("run")
+        if isinstance(run, dict):
+            settings = json.dumps([run.get("settings"), solver.meta.get("stage")])
+            found.setdefault(settings, {}).setdefault(json.dumps(run.get("seed")), _key(solver))
+    return [list(dict.fromkeys(by_seed.values())) for by_seed in found.values()]
+
+
 def open_solvers(sources: Sources, facts: BackboneFacts | None) -> list[Sampler]:
     """Open the learned samplers; two files with the same table make one sampler.
 

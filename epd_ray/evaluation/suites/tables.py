@@ -129,11 +129,13 @@ def grid(table: Table) -> list[list[str]]:
         line = row.line
         costs = [str(line.steps), line.schedule or "its own", *_costs(row)]
         time = NOTHING if row.seconds is None else f"{row.seconds:.3g}"
-        found.append([line.method, *costs, time, *(_text(m, cell.ours) for m, cell in row.cells.items())])
+        found.append([line.method, *costs, time, *(spelled(m, cell.ours) for m, cell in row.cells.items())])
         if line.published:
             blank = [""] * (len(first) - 1)
             found.append(["  paper", *blank, *(_published(m, cell) for m, cell in row.cells.items())])
-            found.append(["  ours minus paper", *blank, *(_text(m, c.difference, True) for m, c in row.cells.items())])
+            found.append(
+                ["  ours minus paper", *blank, *(spelled(m, c.difference, True) for m, c in row.cells.items())]
+            )
     return found
 
 
@@ -162,11 +164,11 @@ def _fid_grid(table: Table) -> list[list[str]]:
     found = [["method", *(f"parallel NFE {nfe}" for nfe in nfes)]]
     for method, rows in lines.items():
         cells = [rows[nfe].cells[FID_METRIC] for nfe in nfes]
-        found.append([method, *(_text(FID_METRIC, cell.ours) for cell in cells)])
+        found.append([method, *(spelled(FID_METRIC, cell.ours) for cell in cells)])
         _, evals, passes = zip(*(_costs(rows[nfe]) for nfe in nfes), strict=True)
         found += [["  evaluations", *evals], ["  network passes", *passes]]
         found.append(["  paper", *(_published(FID_METRIC, cell) for cell in cells)])
-        found.append(["  ours minus paper", *(_text(FID_METRIC, cell.difference, True) for cell in cells)])
+        found.append(["  ours minus paper", *(spelled(FID_METRIC, cell.difference, True) for cell in cells)])
     return found
 
 
@@ -181,7 +183,8 @@ def number(metric: str, value: float, signed: bool = False) -> str:
     return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
 
 
-def _text(metric: str, value: Interval | None, signed: bool = False) -> str:
+def spelled(metric: str, value: Interval | None, signed: bool = False) -> str:
+    """Write a mean or a difference with its interval, if that is known and has a width."""
     if value is None:
         return NOTHING
     if not value.known or value.low == value.high:
@@ -208,7 +211,7 @@ def differences(summary: Summary) -> list[list[str]]:
     }
     found: dict[tuple[str, str], dict[str, str]] = {}
     for d in summary.comparison.differences:
-        found.setdefault((d.solver, d.against), {})[d.metric] = _text(d.metric, d.interval, True)
+        found.setdefault((d.solver, d.against), {})[d.metric] = spelled(d.metric, d.interval, True)
     metrics = list(summary.comparison.rows[0].values)
     rows = [[f"{labels[a]} minus {labels[b]}", *(by.get(m, NOTHING) for m in metrics)] for (a, b), by in found.items()]
     return [["paired difference", *(m.replace("_", " ") for m in metrics)], *rows]
