@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from epd_ray.actors.environments import runtime_env
 from epd_ray.backbones import index as indices
 from epd_ray.backbones.loading import UNUSED
 from epd_ray.config.loading import load_config
-from epd_ray.errors import ModelError
+from epd_ray.errors import HubError, ModelError
 from epd_ray.runs import fetch as module
 from epd_ray.runs.fetch import NOT_OPENED, FetchError, fetch, fetch_model
 from epd_ray.runs.train import train
@@ -77,15 +78,25 @@ def test_all_that_is_missing_is_named_with_its_node(cluster: Cluster, models: Pa
         fetch_model(str(tmp_path / "empty"), None)
 
 
-@pytest.mark.slow
-def test_a_node_that_cannot_reach_the_hub_is_asked_once(cluster: Cluster) -> None:
-    heads = "rewards={a: {head: clip, options: {model: owner/a}}, b: {head: clip, options: {model: owner/b}}}"
+def test_a_node_that_cannot_reach_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, asked = [{"NodeID": f"{i}" * 8, "NodeManagerAddress": f"10.0.0.{i}", "Alive": True} for i in (1, 2)], []
+
+    def on_all(
+        item: module.Item, there: Sequence[module.Node]
+    ) -> Iterator[tuple[module.Node, float, Exception | None]]:
+        for node in there:
+            asked.append((item.what, node.address))
+            yield node, 1.0, HubError("no hub") if node.address == "10.0.0.1" else None
+
+    monkeypatch.setattr(module, "_items", lambda config: [module.Item(name, fetch_model, ()) for name in "abc"])
+    monkeypatch.setattr(module, "_on_all", on_all)
+    monkeypatch.setattr(module, "run_session", lambda config: nullcontext())
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     with pytest.raises(FetchError) as raised:
-        fetch(load_config(None, [heads, "backbone.model=owner/name"]), Quiet())
-    reasons, left = sorted(str(raised.value).splitlines())[::2], sorted(str(raised.value).splitlines())[1::2]
-    assert len(reasons) == len(left) == 2
-    assert all("model owner/name: model 'owner/name' cannot be opened: not in the local cache" in r for r in reasons)
-    assert all(line.endswith("not tried without the hub: reward a, reward b") for line in left)
+        fetch(load_config(None), Quiet())
+    first = "node 10.0.0.1 (11111111)"
+    assert str(raised.value).splitlines() == [f"{first}: a: no hub", f"{first}: not tried without the hub: b, c"]
+    assert asked == [("a", "10.0.0.1"), ("a", "10.0.0.2"), ("b", "10.0.0.2"), ("c", "10.0.0.2")]
 
 
 @pytest.mark.slow
