@@ -369,7 +369,9 @@ def test_the_papers_table_for_a_model_of_the_family(small_ray, tmp_path):
     text = "\n".join(lines)
     assert text.count("ours minus paper") == text.count("  paper  ") == 13
     assert "No reward head of the configuration computes HPSv2.1, PickScore, ImageReward, Aesthetic" in text
-    assert "EPD-Solver (parallel NFE 20, 30 evaluations) against 50 steps of DDIM / Euler (uniform)" in text
+    said = " ".join(text.split())
+    assert "EPD-Solver (parallel NFE 20, 30 evaluations, 60 network passes) is" in said
+    assert "50 steps of DDIM / Euler (uniform)" in said and "Intervals are over the prompts alone" in said
     page = (tmp_path / "out" / "report.html").read_text()
     assert "paper 0.2695" in page and "paper 0.2482" in page
     assert (tmp_path / "out" / "results.csv").read_text().count(",diversity,0.") == 13
