@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -14,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several processes test at once; the actor
 
 import pytest
 import ray
+from matplotlib.figure import Figure
 from ray.tune.utils.util import UtilMonitor
 
 from epd_ray.actors.cluster import start_ray
@@ -120,6 +122,19 @@ def kept_run(_last: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     _start()
     out = tmp_path_factory.mktemp("runs") / "run"
     return out, train(load_config(None, TINY), out, Quiet())
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a page stay empty: drawing them takes longer than a run of TINY. Those of kept_run are drawn."""
+
+    def save(figure: Figure, file: Path | StringIO, **options: object) -> None:
+        if isinstance(file, StringIO):
+            file.write("<svg></svg>")
+        else:
+            file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from epd_ray.storage.run_directory import read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Every key of the schema, by what a change of it does to a run that has begun. A new key has to be put into one of
 # them here; until the code says otherwise, it decides and can be accepted.
 ACCEPTED = {

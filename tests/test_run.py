@@ -45,6 +45,8 @@ from epd_ray.storage.run_directory import RunDirectory, package_versions, read_m
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def table(path: Path) -> list[list[float]]:
     return Solver.from_pretrained(path).table.positions.tolist()
@@ -206,7 +208,7 @@ def test_damaged_checkpoint_falls_back(checkpoints, caplog, damage):
 def test_every_flipped_bit_is_seen(checkpoints):
     path = checkpoints / "iteration-000006.pt"
     data, good = path.read_bytes(), pickle_free(load_newest(checkpoints))
-    for place in range(0, len(data), max(1, len(data) // 150)):
+    for place in range(0, len(data), max(1, len(data) // 75)):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)

@@ -423,10 +423,11 @@ def test_a_suite_tunes_its_rivals_once(small_ray, request_of):
     assert "validation pictures each" in lines and "DDIM / Euler" in lines
 
 
+@pytest.mark.slow
 def test_the_embedded_suite_prints_what_a_user_gets(small_ray, tmp_path):
     solver = save_solver(tmp_path / "mine", 2, family="sd3")
     config = load_settings("embedded", None, [*IN_DRIVER, *ONE_RIVAL])
-    request = Request("embedded", tmp_path / "out", (solver,), count=4, images_per_prompt=2)
+    request = Request("embedded", tmp_path / "out", (solver,), count=2, images_per_prompt=2)
     said = " ".join(evaluate_suite(config, request, Quiet()))
     assert all(part in said for part in ("50 steps", "clip (", "scene accuracy (", " points ["))
     table = pq.read_table(tmp_path / "out" / "results.parquet")

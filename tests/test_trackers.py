@@ -16,6 +16,8 @@ from epd_ray.storage.run_directory import RunDirectory, read_metrics
 from tests.conftest import TINY
 from tests.fakes import Quiet
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIG = {"seed": 3, "rdpo": {"lr": 0.002}}
 ROWS = [{"iteration": i, "images": 32, "reward/clip": 0.5 + i / 10} for i in range(4)]
 

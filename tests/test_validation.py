@@ -24,6 +24,8 @@ from tests.conftest import TINY
 from tests.fakes import Quiet
 from tests.test_run import rollouts, table
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PROMPTS = 40
 SPREAD = np.random.default_rng(0).normal(0, 1, PROMPTS)  # of the prompts: far more than what a table changes
 
