@@ -639,6 +639,7 @@ def test_describe_says_what_and_how_long():
     what, how_long = describe(load_config(None, ["evaluation.tune=false"]))
     assert "45 iterations, 1,440 images" in what
     assert how_long == "It takes 47,232 network passes, about 3 minutes with 2 rollout actors on CPU cores."
+    assert describe(load_config(None))[1].startswith("It takes 63,872 network passes, about 4 minutes")
     for settings, said in (
         (["rdpo.iterations=0", "distill.enabled=false", "prompts.test=8"], "about 1 minute with"),
         (["rdpo.iterations=4000"], "about 85 minutes with"),

@@ -9,6 +9,7 @@ from epd_ray.bench.batching import batching
 from epd_ray.bench.distilling import distill
 from epd_ray.bench.efficiency import efficiency
 from epd_ray.bench.faults import faults
+from epd_ray.bench.headroom import headroom
 from epd_ray.bench.iterations import overhead, overlap
 from epd_ray.bench.kept import FOLDER
 from epd_ray.bench.latency import latency
@@ -26,6 +27,7 @@ CASES: dict[str, Callable[..., Record]] = {
     "overlap": overlap,
     "efficiency": efficiency,
     "search": search,
+    "headroom": headroom,
     "distill": distill,
     "batching": batching,
     "latency": latency,
@@ -38,6 +40,8 @@ CASES: dict[str, Callable[..., Record]] = {
 }
 SEEDED = ("efficiency", "search")
 """Cases that take seeds, and a folder in which they keep their measurements."""
+HEADROOM = "headroom"
+"""The case that takes the settings of a run, any model among them."""
 OF_MODELS = ("batching", "latency", "step", "throughput")
 """Cases that take a model; batching takes several."""
 
@@ -51,7 +55,12 @@ class Options:
         size: size of a random model; None means full on a GPU and small on a CPU.
         compile: whether the network of a random model is compiled; None means no.
         seeds: number of seeds, at least 1; None means the number that the case has by default.
-        folder: folder in which the cases in SEEDED keep their measurements.
+        folder: folder in which the cases in SEEDED, and headroom, keep their measurements.
+        config: a YAML file of a run's settings; for headroom.
+        overrides: changes of these settings; for headroom.
+        evals: numbers of evaluations; None means the usual ones; for headroom.
+        reference: what the Frechet distance is measured to; for headroom.
+        features: the network whose features it compares; for headroom.
     """
 
     model: str | None = None
@@ -59,6 +68,19 @@ class Options:
     compile: bool | None = None
     seeds: int | None = None
     folder: Path = FOLDER
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    evals: tuple[int, ...] | None = None
+    reference: Path | None = None
+    features: str | None = None
+
+    @property
+    def of_headroom(self) -> dict[str, Any]:
+        """What headroom takes, as far as it is given."""
+        model = () if self.model is None else (f"backbone.model={self.model}",)
+        given: dict[str, Any] = {"config": self.config, "overrides": (*model, *self.overrides), "evals": self.evals}
+        given |= {"reference": self.reference, "features": self.features}
+        return {name: value for name, value in given.items() if value}
 
     def subjects(self, models: Sequence[str]) -> list[Subject]:
         """The chosen model, or all of these where none is chosen.
@@ -73,7 +95,9 @@ class Options:
 def measured(case: str, options: Options) -> Record:
     """Measure one case, a key of CASES."""
     given: dict[str, Any] = {}
-    if case in SEEDED:
+    if case == HEADROOM:
+        given = {"folder": options.folder, **options.of_headroom}
+    elif case in SEEDED:
         given = {"folder": options.folder}
         if options.seeds is not None:
             given["seeds"] = range(options.seeds)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from epd_ray.bench.cases import CASES, OF_MODELS, SEEDED, Options, measured
+from epd_ray.bench.cases import CASES, HEADROOM, OF_MODELS, SEEDED, Options, measured
 from epd_ray.bench.models import RANDOM
 from epd_ray.bench.record import Record, keep, show
 from epd_ray.errors import ConfigError
@@ -27,7 +27,8 @@ def run(names: Sequence[str], options: Options | None = None, out: Path | None =
     chosen = list(names) or list(OF_MODELS if of_model else CASES)
     if problems := _problems(chosen, options, out):
         raise ConfigError(problems)
-    options.subjects(())  # refuses an unknown model before anything is measured
+    if chosen != [HEADROOM]:  # which takes any model
+        options.subjects(())  # refuses an unknown model before anything is measured
     records: list[Record] = []
     for name in chosen:
         records.append(measured(name, options))
@@ -42,10 +43,12 @@ def _problems(chosen: Sequence[str], options: Options, out: Path | None) -> list
     of_random = [f"--{name}" for name, value in (("size", options.size), ("compile", options.compile)) if value]
     if options.model is not None or of_random:
         takes = ", ".join(OF_MODELS)
-        others = [name for name in chosen if name in CASES and name not in OF_MODELS]
+        others = [name for name in chosen if name in CASES and name not in (*OF_MODELS, HEADROOM)]
         problems += [f"case {name} takes no --model, --size or --compile: give them to {takes}" for name in others]
     if options.model is None and list(chosen) != ["batching"]:  # which measures every random model without --model
         problems += [f"{option} needs --model, a random one, such as sd3{RANDOM}" for option in of_random]
+    if HEADROOM not in chosen and (given := [n for n in options.of_headroom if n != "overrides" or options.overrides]):
+        problems.append(f"{', '.join(given)} given, but only {HEADROOM} takes them: name that case")
     if options.seeds is not None and not set(chosen) & set(SEEDED):
         problems.append(f"none of {', '.join(chosen)} takes --seeds: give them to {', '.join(SEEDED)}")
     if out is not None and not out.parent.is_dir():

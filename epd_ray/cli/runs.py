@@ -1,7 +1,7 @@
 """The commands that make runs and solvers, and those that examine or measure the machine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +20,7 @@ from epd_ray.cli.common import (
     say,
 )
 from epd_ray.cli.options import taking
-from epd_ray.errors import ConfigError
+from epd_ray.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from epd_ray.config.run_config import RunConfig
@@ -248,8 +248,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="CASE",
-            help="The benchmarks: overhead, overlap, efficiency, search, distill, batching, latency, step, throughput, "
-            "scale, flat, faults and scoring.",
+            help="The benchmarks: overhead, overlap, efficiency, search, headroom, distill, batching, latency, step, "
+            "throughput, scale, flat, faults and scoring. headroom also takes settings KEY=VALUE here.",
             show_default="all benchmarks, which takes hours; with --model, those that take a model",
         ),
     ] = None,
@@ -280,9 +280,32 @@ def bench(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The directory in which efficiency and search keep their results, to continue after a stop.",
+            help="The directory in which efficiency, search and headroom keep their results, to continue after a stop.",
             show_default="bench",
             parser=local_path,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    evals: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="The numbers of evaluations of headroom.", show_default="1,2,3,4,6,8,12,20,50"
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Pictures, or an .npz file of their statistics, from which headroom measures the Frechet distance.",
+            show_default="no Frechet distance",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The network whose features the Frechet distance of headroom compares: inception or a CLIP model.",
+            show_default="the model of the clip head",
         ),
     ] = None,
 ) -> None:
@@ -292,4 +315,17 @@ def bench(
         from epd_ray.bench.kept import FOLDER
         from epd_ray.bench.runner import run
 
-        run(cases or [], Options(model, size, compile, seeds, keep or FOLDER), out)
+        given = cases or []
+        numbers = None if evals is None else _numbers(evals)
+        options = Options(model, size, compile, seeds, keep or FOLDER, config, evals=numbers)
+        settings = tuple(text for text in given if "=" in text)
+        options = replace(options, overrides=settings, reference=reference, features=features)
+        run([text for text in given if "=" not in text], options, out)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError([f"--evals is {shown(text)}, expected whole numbers such as 4,8,50"]) from None

@@ -191,6 +191,11 @@ class Race:
                 break
         return ranked[0]
 
+    def complete(self, rivals: Sequence[Rival]) -> None:
+        """Draw all prompts with rivals that are known to give finite pictures."""
+        heats = [(r, slice(len(self.rewards.get(r, ())), self._prompts)) for r in dict.fromkeys(rivals)]
+        self._run([(rival, part) for rival, part in heats if part.start < part.stop], rivals[0])
+
     def _measured(self, rivals: Sequence[Rival], size: int, budget: int, needed: Rival) -> list[Rival]:
         """Draw what is missing while there is room; returns the rivals that can be compared on `size` prompts."""
         heats: list[Heat] = []
