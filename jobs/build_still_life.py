@@ -1,10 +1,10 @@
 """Build the embedded models from nothing: draw their data, train the five networks, and write their folders.
 
     python jobs/build_still_life.py vae --out build/still-life          # AutoencoderKL on random crops
+    python jobs/build_still_life.py features --out build/still-life     # an image tower that knows such pictures
     python jobs/build_still_life.py transformer --out build/still-life  # SD3 transformer and its two text encoders
     python jobs/build_still_life.py clip --out build/still-life         # does a picture fit its caption?
     python jobs/build_still_life.py preference --out build/still-life   # which of two pictures is better?
-    python jobs/build_still_life.py features --out build/still-life     # the image tower for the Frechet distance
     python jobs/build_still_life.py export --out build/still-life       # epd_ray/embedded/still-life*, with cards
 
 Every stage resumes from its checkpoint, because a batch is a function of seed and step. A stage shows its progress, and
@@ -26,7 +26,16 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from epd_ray.embedded.networks import Denoiser, load_ema, make_clip, make_features, make_tokenizer, make_vae, tokenize
+from epd_ray.embedded.networks import (
+    Denoiser,
+    load_ema,
+    load_part,
+    make_clip,
+    make_features,
+    make_tokenizer,
+    make_vae,
+    tokenize,
+)
 from epd_ray.embedded.still_life import scenes as world
 from epd_ray.embedded.still_life.damage import damaged
 from epd_ray.embedded.still_life.drafts import Drafts
@@ -35,6 +44,7 @@ from epd_ray.embedded.still_life.drawing import draw as render_pictures
 from epd_ray.embedded.still_life.release import release
 from epd_ray.embedded.training import Stage, autocast, batch_rng, device, launch
 
+READ_BLOCK, READ_WEIGHT = 2, 0.5  # the block whose tokens are read, and the weight of that loss
 PAIRS = 6_400  # pairs of pictures that have passed through the autoencoder, for the preference model
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -98,13 +108,31 @@ def clip_stage(rank: int, world_size: int, *, seed: int, batch: int) -> Stage:
     return Stage("clip", clip, [adam], loss, warmup=100)
 
 
-def encoded_scenes(out: Path, rank: int, world_size: int, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Normalised latents [n, 8, 16, 16], float16, and token ids [n, 20] of this process's share, encoded once."""
+@dataclass(frozen=True)
+class Encoded:
+    """One process's share of the pictures that the transformer is trained on.
+
+    Attributes:
+        latents: normalised latents [n, 8, 16, 16], float16.
+        seen: what the image tower of still-life-features makes of each 8 x 8 pixels, [n, 64, 96], float16.
+        captions: the n captions.
+    """
+
+    latents: Tensor
+    seen: Tensor
+    captions: list[str]
+
+
+def encoded_scenes(out: Path, rank: int, world_size: int, seed: int, count: int) -> Encoded:
+    """Draw and encode `count` pictures once, among all processes; a process takes its own share."""
     path = out / f"scenes-{rank}-of-{world_size}.pt"
-    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
+    newest = max((out / f"{name}.pt").stat().st_mtime for name in ("vae", "features"))
+    if not path.exists() or path.stat().st_mtime < newest:
         vae = load_ema(make_vae(), out / "vae.pt").to(device(), memory_format=torch.channels_last)
         vae.encoder.compile(dynamic=False)
+        tower = load_part("clip", make_features(), out / "features.pt").vision_model.to(device())
         latents: list[Tensor] = []
+        seen: list[Tensor] = []
         captions: list[str] = []
         rng = batch_rng(seed + 2, 0, rank)
         for _ in tqdm(range(0, count // world_size, 100), desc="encode", disable=rank > 0, mininterval=5):
@@ -112,14 +140,15 @@ def encoded_scenes(out: Path, rank: int, world_size: int, seed: int, count: int)
             x = torch.from_numpy(2 * render(chunk, rng) - 1).to(device(), memory_format=torch.channels_last)
             with torch.inference_mode(), autocast():
                 latents.append(vae.encode(x).latent_dist.mean.half().cpu())
+                seen.append(tower(x).last_hidden_state[:, 1:].half().cpu())  # without the token of the whole picture
             captions += [s.caption for s in chunk]
         stacked = torch.cat(latents)
         shift, scale = latent_statistics(out, stacked, rank, world_size)
         normalised = ((stacked.float() - shift) * scale).half().contiguous()
-        torch.save({"latents": normalised, "captions": captions}, path.with_suffix(".tmp"))
+        saved = {"latents": normalised, "seen": torch.cat(seen), "captions": captions}
+        torch.save(saved, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
-    saved = torch.load(path, weights_only=True)
-    return saved["latents"], tokenize(make_tokenizer(world.WORDS), saved["captions"])
+    return Encoded(**torch.load(path, weights_only=True))
 
 
 def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) -> tuple[float, float]:
@@ -134,17 +163,26 @@ def latent_statistics(out: Path, latents: Tensor, rank: int, world_size: int) ->
 
 
 def transformer_stage(rank: int, world_size: int, *, out: Path, seed: int, batch: int, pictures: int) -> Stage:
-    latents, tokens = encoded_scenes(out, rank, world_size, seed, pictures)
+    """Train the transformer and its text encoders to tell the velocity.
+
+    A middle block's image tokens are trained to tell what a network that knows such pictures makes of the clean one,
+    because that is learned sooner than the velocity, and helps to learn it (REPA, Yu et al. 2025).
+    """
+    encoded = encoded_scenes(out, rank, world_size, seed, pictures)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(world.WORDS)
+    tokens = tokenize(tokenizer, encoded.captions)
     denoiser = Denoiser(tokenizer).to(device())
+    reader = nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, encoded.seen.shape[-1])).to(device())
+    middle: list[Tensor] = []
+    denoiser.transformer.transformer_blocks[READ_BLOCK].register_forward_hook(lambda *call: middle.append(call[2][1]))
     denoiser.transformer.compile(dynamic=False)  # twice as fast on a CPU; one graph per number of empty tokens
     blank = tokenize(tokenizer, [""])[0]
 
     def loss(step: int) -> Tensor:
         rng = batch_rng(seed + 3, step, rank)
-        rows = rng.integers(0, len(latents), batch)
-        x = latents[rows].float().to(device())
+        rows = rng.integers(0, len(encoded.latents), batch)
+        x = encoded.latents[rows].float().to(device())
         words = tokens[rows].clone()
         words[rng.random(batch) < 0.1] = blank  # the empty prompt, which guidance subtracts
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device())
@@ -155,14 +193,17 @@ def transformer_stage(rank: int, world_size: int, *, out: Path, seed: int, batch
         mixed = torch.lerp(x, noise, sigma[:, None, None, None])
         with autocast():
             velocity = denoiser(mixed, sigma, words.to(device()), empty)
-        return F.mse_loss(velocity.float(), noise - x)
+            told = reader(middle.pop())
+        agreement = F.cosine_similarity(told.float(), encoded.seen[rows].float().to(device()), dim=-1).mean()
+        return F.mse_loss(velocity.float(), noise - x) + READ_WEIGHT * (1 - agreement)
 
     hidden = [p for n, p in denoiser.transformer.named_parameters() if p.ndim == 2 and (".attn." in n or ".ff" in n)]
     chosen = {id(p) for p in hidden}
-    others = [p for p in denoiser.parameters() if id(p) not in chosen]
+    module = nn.ModuleDict({"denoiser": denoiser, "reader": reader})
+    others = [p for p in module.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(hidden, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    return Stage("transformer", denoiser, [muon, adam], loss, ema_decay=0.999)
+    return Stage("transformer", module, [muon, adam], loss, ema_decay=0.999)
 
 
 def preference_stage(rank: int, world_size: int, *, out: Path, seed: int, batch: int) -> Stage:

@@ -63,8 +63,8 @@ def drawn_by_hand(colour: tuple[float, float, float], left: int, top: int, width
         (Scene((Thing("", "red"),), others=0), "a red thing alone"),
         (Scene((RED, BLUE), "left of", 1), "a small red circle left of a large blue star and one other thing"),
         (
-            Scene((RED, BLUE), "and", 2, "checked"),
-            "a small red circle and a large blue star and two other things on a checked background",
+            Scene((RED, BLUE), "left of", 1, "checked"),
+            "a small red circle left of a large blue star and one other thing on a checked background",
         ),
     ],
 )
@@ -139,18 +139,18 @@ def test_pictures_show_what_is_told_and_vary_in_the_rest(drawn: tuple[list[Scene
         assert scene.others is None or len(things) == len(scene.things) + scene.others
         for told, thing in zip(scene.things, things[len(things) - len(scene.things) :], strict=True):
             assert told.colour in ("", thing.told.colour) and told.shape in ("", thing.told.shape)
-            low, high = SIZES.get(told.size, (6.5, 13.5))
+            low, high = SIZES.get(told.size, (7.0, 14.0))
             assert low <= thing.radius <= high
         assert all(t.radius <= t.x <= CANVAS - t.radius and t.radius <= t.y <= CANVAS - t.radius for t in things)
     assert {picture.ground for picture in pictures} == set(GROUNDS)
-    assert {len(picture.things) for picture in pictures} == {1, 2, 3, 4}
+    assert {len(picture.things) for picture in pictures} == {1, 2, 3}
     same = [compose(scenes[0], np.random.default_rng(seed)) for seed in range(2)]
     assert not np.array_equal(same[0].shades, same[1].shades)
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_relations_hold_for_the_largest_things(relation: str) -> None:
-    scene = Scene((Thing("large", "red", "star"), Thing("large", "blue", "square")), relation, 2)
+    scene = Scene((Thing("large", "red", "star"), Thing("large", "blue", "square")), relation, 1)
     rng = np.random.default_rng(0)
     right = RELATIONS[relation]
     for picture in (compose(scene, rng) for _ in range(20)):
@@ -181,7 +181,7 @@ def test_outlines(shape: str, inside: list[tuple[int, int]], outside: list[tuple
 
 def test_facts_tell_pictures_apart(drawn: tuple[list[Scene], list[Picture], Array]) -> None:
     _, pictures, _ = drawn
-    thing = Drawn(RED, 16.0, 48.0, 13.5, 0.0, 0.0)
+    thing = Drawn(RED, 16.0, 48.0, 14.0, 0.0, 0.0)
     table = facts(replace(pictures[0], things=(thing,)))[: len(COLOURS) * (4 + len(SHAPES))].reshape(len(COLOURS), -1)
     assert table[0].tolist() == [1, -0.25, 0.25, 1, 1, 0, 0, 0, 0, 0] and not table[1:].any()
     rows = {facts(picture).tobytes() for picture in pictures}

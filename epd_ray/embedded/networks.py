@@ -133,8 +133,18 @@ def load_ema(module: Network, path: Path) -> Network:
 
     Raises:
         FileNotFoundError: the stage has not run.
+        ValueError: the checkpoint lacks a parameter of the module.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run the {path.stem} stage of jobs/build_shapes.py first")
-    module.load_state_dict(torch.load(path, weights_only=True)["ema"], strict=False)
+    average = torch.load(path, weights_only=True)["ema"]
+    if missing := {name for name, _ in module.named_parameters()} - average.keys():
+        raise ValueError(f"{path} lacks {min(missing)} and {len(missing) - 1} more: is it another stage's checkpoint?")
+    module.load_state_dict(average, strict=False)  # which has no buffers
     return module.eval()
+
+
+def load_part(name: str, module: Network, path: Path) -> Network:
+    """The same for one of the parts of a stage that trains several, such as a network and a layer that reads it."""
+    load_ema(nn.ModuleDict({name: module}), path)
+    return module

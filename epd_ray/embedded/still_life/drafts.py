@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epd_ray.embedded.networks import Denoiser, load_ema, make_tokenizer, make_vae, tokenize
+from epd_ray.embedded.networks import Denoiser, load_ema, load_part, make_tokenizer, make_vae, tokenize
 from epd_ray.embedded.still_life import scenes as world
 from epd_ray.embedded.still_life.scenes import Array
 
@@ -24,7 +24,7 @@ class Drafts:
 
     def __init__(self, out: Path, device: torch.device) -> None:
         self._tokenizer, self._device = make_tokenizer(world.WORDS), device
-        self._denoiser = load_ema(Denoiser(self._tokenizer), out / "transformer.pt").to(device)
+        self._denoiser = load_part("denoiser", Denoiser(self._tokenizer), out / "transformer.pt").to(device)
         self._vae = load_ema(make_vae(), out / "vae.pt").to(device, memory_format=torch.channels_last)
         latents = json.loads((out / "latents.json").read_text())
         self._shift, self._scale = latents["shift"], latents["scale"]

@@ -25,7 +25,7 @@ from epd_ray.embedded.still_life.scenes import (
 )
 
 HUE_SPREAD = 9.0  # largest difference in degrees between a thing's hue and the one that its colour names
-OTHERS = (0.35, 0.35, 0.3)  # the shares of pictures with 0, 1 and 2 more things where their number is not told
+OTHERS = (0.4, 0.4, 0.2)  # the shares of pictures with 0, 1 and 2 more things where their number is not told
 LAYOUTS = 40  # how many random layouts are tried before things may become smaller, within their sizes
 
 

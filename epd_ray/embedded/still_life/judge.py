@@ -19,7 +19,7 @@ from epd_ray.embedded.still_life.scenes import CANVAS, COLOURS, RELATIONS, SHAPE
 SATURATION, BRIGHTNESS = 0.5, 0.15  # least of a pixel that belongs to a thing; grounds have at most 0.22 of saturation
 SPECK = 20  # blobs with fewer pixels are no thing; the smallest thing, a ring with an outline, has about 45
 MIN_OVERLAP = 0.7  # smallest intersection over union with the best fitting ideal shape
-SIZE_BORDER = 9.5  # radius in pixels between "small" (at most 8) and "large" (at least 11)
+SIZE_BORDER = 10.0  # radius in pixels between "small" (at most 8.5) and "large" (at least 11.5)
 SYMMETRY = {"circle": 1, "ring": 1, "square": 4, "cross": 4, "triangle": 3, "star": 5}
 ANGLE_STEP = math.radians(7.5)
 PATCH = 18  # half the side in pixels of the square in which a blob is compared with a shape

@@ -15,6 +15,7 @@ from epd_ray.embedded.networks import (
     TOKENS,
     Denoiser,
     load_ema,
+    load_part,
     make_clip,
     make_features,
     make_tokenizer,
@@ -50,7 +51,7 @@ def release(out: Path, assets: Path, prompts: int, steps: int) -> dict[str, floa
     export_pipeline(out, assets / "still-life", tokenizer)
     for name in ("clip", "preference"):
         export_clip(load_ema(make_clip(tokenizer), out / f"{name}.pt"), assets / f"still-life-{name}", tokenizer)
-    export_clip(load_features(out), assets / "still-life-features", tokenizer)
+    export_clip(load_part("clip", make_features(), out / "features.pt"), assets / "still-life-features", tokenizer)
     figures = measure_pipeline(assets / "still-life", SCENES, steps) | measure_clip(assets / "still-life-clip", prompts)
     told_apart = measure_preference(assets / "still-life-preference", PAIRS)
     figures["told_apart"] = float(np.mean(list(told_apart.values())))
@@ -66,7 +67,7 @@ def release(out: Path, assets: Path, prompts: int, steps: int) -> dict[str, floa
 def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
     """Save a StableDiffusion3Pipeline in the diffusers layout, with float16 weights."""
     denoiser = Denoiser(tokenizer)
-    load_ema(denoiser, out / "transformer.pt")
+    load_part("denoiser", denoiser, out / "transformer.pt")
     latents = json.loads((out / "latents.json").read_text())
     vae = load_ema(make_vae(), out / "vae.pt")
     vae.register_to_config(scaling_factor=latents["scale"], shift_factor=latents["shift"])
@@ -76,12 +77,6 @@ def export_pipeline(out: Path, folder: Path, tokenizer: CLIPTokenizer) -> None:
         text_encoder_2=denoiser.text_encoder_2, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-
-
-def load_features(out: Path) -> CLIPModel:
-    """The CLIPModel of the stage features, without the layer that read its features in training."""
-    module = torch.nn.ModuleDict({"clip": make_features()})
-    return load_ema(module, out / "features.pt")["clip"]
 
 
 def export_clip(clip: CLIPModel, folder: Path, tokenizer: CLIPTokenizer) -> None:
@@ -177,7 +172,7 @@ pipeline_tag: text-to-image
 # still-life
 
 A real, tiny text-to-image model in the layout of Stable Diffusion 3: an SD3 transformer of 3.5 M parameters (6 layers,
-4 heads of 32), an AutoencoderKL (64 px to 8 x 16 x 16) and two CLIP text encoders. It draws one to four things on a
+4 heads of 32), an AutoencoderKL (64 px to 8 x 16 x 16) and two CLIP text encoders. It draws one to three things on a
 plain, striped, spotted or checked ground at 64 x 64 px. Its captions leave most of a picture open, so that it needs
 many steps, or a good sampler.
 

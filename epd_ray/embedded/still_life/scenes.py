@@ -1,6 +1,6 @@
 """The scenes of the embedded models: what a caption tells of a picture, and which captions are held out.
 
-A picture shows one to four things on a ground. Its caption names one or two of them, or only how many there are, and it
+A picture shows one to three things on a ground. Its caption names one or two of them, or only how many there are, and it
 may leave out any attribute. Everything that it leaves open is drawn at random (`drawing.py`), so that one caption has
 many different pictures, and a sampler has to decide between them.
 """
@@ -21,8 +21,8 @@ CANVAS = 64
 Split = Literal["train", "validation", "test"]
 Array = npt.NDArray[np.float32]
 
-SIZES: dict[str, tuple[float, float]] = {"small": (6.5, 8.0), "large": (11.0, 13.5)}  # range of the radius in pixels
-ANY_SIZE = (6.5, 13.5)  # range of the radius of a thing whose size is not told, in pixels
+SIZES: dict[str, tuple[float, float]] = {"small": (7.0, 8.5), "large": (11.5, 14.0)}  # range of the radius in pixels
+ANY_SIZE = (7.0, 14.0)  # range of the radius of a thing whose size is not told, in pixels
 COLOURS: dict[str, float] = {"red": 0.0, "orange": 28.0, "yellow": 54.0, "green": 125.0, "blue": 225.0, "purple": 285.0}
 """The hue of each colour in degrees."""
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -34,8 +34,8 @@ RELATIONS: dict[str, tuple[int, int]] = {  # direction from the second thing to 
     "below": (0, 1),
 }
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
-NUMBERS = ("no", "one", "two", "three", "four")
-MOST_THINGS = 4
+NUMBERS = ("no", "one", "two", "three")
+MOST_THINGS = 3
 
 WORDS = {
     *("a", "and", "on", "background", "thing", "things", "other", "alone"),
