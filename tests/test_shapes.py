@@ -8,6 +8,7 @@ import torch
 
 from epd_ray.embedded import training
 from epd_ray.embedded.judge import look, scene_accuracy
+from epd_ray.embedded.networks import load_part
 from epd_ray.embedded.scenes import (
     CANVAS,
     COLOURS,
@@ -179,3 +180,14 @@ def test_a_stage_of_the_build_goes_on_from_its_checkpoint(tmp_path):
 def test_more_scenes_than_there_are_is_an_error(two_things, there):
     with pytest.raises(PromptError, match=rf"{there + 1} validation scenes asked, {there} exist"):
         distinct_scenes("validation", there + 1, 0, two_things)
+
+
+def test_a_part_of_a_checkpoint_is_loaded_whole_or_not_at_all(tmp_path):
+    whole = torch.nn.ModuleDict({"net": torch.nn.Linear(2, 1), "reader": torch.nn.Linear(1, 1)})
+    torch.save({"ema": {name: torch.full_like(p, 3.0) for name, p in whole.named_parameters()}}, tmp_path / "one.pt")
+    part = load_part("net", torch.nn.Linear(2, 1), tmp_path / "one.pt")
+    assert part.weight.unique().item() == part.bias.unique().item() == 3.0
+    with pytest.raises(ValueError, match=r"one.pt lacks other.bias and 1 more"):
+        load_part("other", torch.nn.Linear(2, 1), tmp_path / "one.pt")
+    with pytest.raises(FileNotFoundError, match="run the two stage"):
+        load_part("net", torch.nn.Linear(2, 1), tmp_path / "two.pt")

@@ -136,7 +136,7 @@ def load_ema(module: Network, path: Path) -> Network:
         ValueError: the checkpoint lacks a parameter of the module.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run the {path.stem} stage of jobs/build_shapes.py first")
+        raise FileNotFoundError(f"{path} is missing: run the {path.stem} stage of its script in jobs/ first")
     average = torch.load(path, weights_only=True)["ema"]
     if missing := {name for name, _ in module.named_parameters()} - average.keys():
         raise ValueError(f"{path} lacks {min(missing)} and {len(missing) - 1} more: is it another stage's checkpoint?")
