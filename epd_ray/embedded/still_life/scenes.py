@@ -1,8 +1,8 @@
 """The scenes of the embedded models: what a caption tells of a picture, and which captions are held out.
 
-A picture shows one to three things on a ground. Its caption names one or two of them, or only how many there are, and it
-may leave out any attribute. Everything that it leaves open is drawn at random (`drawing.py`), so that one caption has
-many different pictures, and a sampler has to decide between them.
+A picture shows one to three things on a ground. Its caption names one or two of them, or only how many there are, and
+it may leave out any attribute. Everything that it leaves open is drawn at random (`drawing.py`), so that one caption
+has many different pictures, and a sampler has to decide between them.
 """
 
 import re
