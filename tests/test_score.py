@@ -297,7 +297,9 @@ def test_a_source_with_bad_rows_is_scored_and_only_what_failed_again(small_ray, 
     out = tmp_path / "scores"
     request = ScoreRequest(str(source), out, batch_size=4, max_errors=0.5)
     lines = score(request, config_of("rewards.sim.head=simulated"), Quiet())
-    assert "4 of 8 have scores, 4 have errors" in lines[0]
+    assert lines[0].startswith("scored 8 rows in ") and lines[0].endswith(
+        " images/s): 4 of 8 pictures scored, 4 failed"
+    )
     rows = rows_of(out)
     assert {name: row["error"] for name, row in rows.items() if row["error"]} == {
         "1.png": "moody: failed with ValueError: no mood",
@@ -424,7 +426,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(tmp_path, numbe
         [*command, slow.replace("0.5", "0.5 ")], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert f"scored {rows - kept} rows" in done.stdout
+    assert f"scored {rows - kept:,} rows" in done.stdout
     assert len(rows_of(out)) == rows
 
 

@@ -25,7 +25,7 @@ from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
 from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
 from epd_ray.score.stage import HeadStage, model_column
-from epd_ray.telemetry.progress import Observer
+from epd_ray.telemetry.progress import Observer, counted, duration
 
 PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has so many rows, or after so many seconds
 STORE_BYTES = 512 << 20  # bytes of the object store for each reward actor, and for reading
@@ -240,9 +240,12 @@ def _summarised(request: ScoreRequest, index: pa.Table, out: ScoreDirectory, row
         for name, facts in heads.items()
         if facts["mean"] is not None
     ]
-    done = f"scored {rows} rows in {seconds:.0f} s ({speed:.1f} images/s)" if speed else "nothing was missing"
+    done = "nothing was missing"
+    if speed:
+        rate = f"{speed:.2g}" if speed < 10 else f"{speed:,.0f}"
+        done = f"scored {counted(rows, 'row')} in {duration(seconds)} ({rate} images/s)"
     return [
-        f"{done}: {counts['scored']} of {len(index)} have scores, {totals.errors} have errors",
+        f"{done}: {counts['scored']} of {counted(len(index), 'picture')} scored, {totals.errors} failed",
         *lines,
         f"scores: {request.out}",
     ]
