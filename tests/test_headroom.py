@@ -13,11 +13,12 @@ from epd_ray.bench.runner import run
 from epd_ray.config.loading import load_config
 from epd_ray.drawing.worker import BackboneFacts
 from epd_ray.errors import ConfigError, PromptError
+from epd_ray.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from epd_ray.evaluation.suites.measure import Features
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.solvers.rival import Rival
 from epd_ray.types import Sampled
-from tests.fakes import Quiet
+from tests.fakes import Colours, Quiet
 
 SPLITS = PromptSplits(["t"], [f"validation {i}" for i in range(30)], [f"test {i}" for i in range(12)])
 
@@ -29,6 +30,7 @@ class Algo:
 
     def __init__(self) -> None:
         self.tested: list[str] = []
+        self.images = np.random.default_rng(0).integers(1, 256, (12, 3, 4, 4)).astype(np.uint8)
 
     def sample_each(self, drawings):
         return [self.sample_scored(*drawing) for drawing in drawings]
@@ -36,16 +38,18 @@ class Algo:
     def sample_scored(self, sampler, prompts, seeds, on_images=None):
         if on_images is not None:
             self.tested.append(sampler.kind)
+            for first in range(0, len(prompts), 4):
+                on_images(first, self.images[first : first + 4])
         shift = 2.0 if sampler.shift is None else sampler.shift
         value = (sampler.kind == "ipndm") - abs(np.log(sampler.guidance_scale / 3.5)) - 0.3 * abs(shift - 3)
         rewards = np.array([value + len(sampler.kind) / 100 + np.sin(seed) / 10 for seed in seeds], np.float32)
         return Sampled({"clip": rewards, "watched": -rewards}, rewards, 0.0)
 
 
-def searched(evals: int, algo: Algo | None = None) -> Measurement:
+def searched(evals: int, algo: Algo | None = None, features: Features | None = None) -> Measurement:
     config, quiet = load_config(None, []), Quiet()
     quiet.stage("measuring headroom", 1)
-    return Search(config, SPLITS, algo or Algo(), Features(), evals, quiet).measured()
+    return Search(config, SPLITS, algo or Algo(), features or Features(), evals, quiet).measured()
 
 
 def test_the_best_method_and_settings_are_found() -> None:
@@ -57,6 +61,14 @@ def test_the_best_method_and_settings_are_found() -> None:
     assert algo.tested == [Rival.parse(point.rival).method for point in found.points] and len(found.points) == 3
     assert found.points[0].validation == max(point.validation for point in found.points)
     assert found.images < 800 and found.candidates > 40
+
+
+def test_the_frechet_distance_of_the_test_pictures_is_measured() -> None:
+    algo, reference = Algo(), FeatureStatistics.of(np.random.default_rng(1).normal(100, 9, (40, 3))).gaussian()
+    found = searched(6, algo, Features(Colours(), reference))
+    seen = FeatureStatistics.of(Colours().features(algo.images)).gaussian()
+    assert found.best.frechet_distance == pytest.approx(frechet_distance(seen, reference), rel=1e-5)
+    assert searched(6).best.frechet_distance is None
 
 
 def test_methods_have_exactly_the_evaluations_that_are_asked_for() -> None:

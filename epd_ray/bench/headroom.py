@@ -102,7 +102,8 @@ def headroom(
     for one in found:
         best = one.best
         row: dict[str, Value] = {"settings": best.rival, "network_passes": best.network_passes}
-        row |= {"images": one.images, "frechet_distance": best.frechet_distance}
+        row |= {"images": one.images}
+        row |= {} if best.frechet_distance is None else {"frechet_distance": best.frechet_distance}
         for metric, interval in best.means.items():
             row |= {metric: interval.mean, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         values |= under(f"{one.evals} evaluations", row)
