@@ -26,12 +26,16 @@ from tqdm import tqdm
 from epd_ray.embedded import scenes as world
 from epd_ray.embedded.networks import Denoiser, load_ema, make_clip, make_tokenizer, make_vae, tokenize
 from epd_ray.embedded.release import release
-from epd_ray.embedded.training import Stage, autocast, batch_rng, device, launch
+from epd_ray.embedded.training import Stage, autocast, device, launch
 
 MAX_LATENTS = 100_000  # pictures that are encoded once, before the transformer is trained
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="Working folder for checkpoints and encoded scenes.")]
+
+
+def batch_rng(seed: int, step: int, rank: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, rank])
 
 
 def draw(rng: np.random.Generator, count: int) -> list[world.Scene]:

@@ -42,13 +42,17 @@ from epd_ray.embedded.still_life.drafts import Drafts
 from epd_ray.embedded.still_life.drawing import compose, facts, render
 from epd_ray.embedded.still_life.drawing import draw as render_pictures
 from epd_ray.embedded.still_life.release import release
-from epd_ray.embedded.training import Stage, autocast, batch_rng, device, launch
+from epd_ray.embedded.training import Stage, autocast, device, launch
 
 READ_BLOCK, READ_WEIGHT = 2, 0.5  # the block whose tokens are read, and the weight of that loss
 PAIRS = 6_400  # pairs of pictures that have passed through the autoencoder, for the preference model
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 OutOption = Annotated[Path, typer.Option(help="Working folder for checkpoints and encoded scenes.")]
+
+
+def batch_rng(seed: int, step: int, rank: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, rank])
 
 
 def draw(rng: np.random.Generator, count: int) -> list[world.Scene]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -148,10 +147,6 @@ def device() -> torch.device:
 
 def autocast() -> torch.autocast:
     return torch.autocast(device().type, dtype=torch.bfloat16)
-
-
-def batch_rng(seed: int, step: int, rank: int) -> np.random.Generator:
-    return np.random.default_rng([seed, step, rank])
 
 
 def launch(make: Callable[[int, int], Stage], name: str, out: Path, minutes: float, processes: int) -> None:
