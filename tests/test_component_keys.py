@@ -196,7 +196,7 @@ def test_a_change_is_the_pipelines_change(
     theirs, before = (pipeline_images(name, path, 4, 5.0) for path in (model, folder(name)))
     assert bool((theirs - before).abs().max() > 1e-3) == matters
     backbone = load(model)
-    ours = backbone.decode(run(backbone, baseline("euler", 4), 5.0))
+    ours = backbone.decode(run(backbone, baseline("euler@model", 4), 5.0))
     assert (ours - theirs).abs().max() < (1e-4 if name == "ldm" else 2e-5)
 
 
@@ -208,7 +208,7 @@ def test_guidance_that_the_network_embeds(name: str, save: Callable[..., Path], 
     pictures = {}
     for scale in (1.0, 7.5):
         assert not backbone.encode(["red"], scale).guided
-        pictures[scale] = backbone.decode(run(backbone, baseline("euler", 4), scale))
+        pictures[scale] = backbone.decode(run(backbone, baseline("euler@model", 4), scale))
         assert (pictures[scale] - pipeline_images(name, model, 4, scale)).abs().max() < 2e-5
     assert (pictures[1.0] - pictures[7.5]).abs().max() > 1e-3
 
