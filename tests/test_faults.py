@@ -88,7 +88,7 @@ def test_a_task_that_always_fails_ends_the_run_after_it_failed_on_different_acto
     assert len(set(actors.split(", "))) == 2
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(RUN_EVENTS, "driver with its own Ray", "driver of a job"))
+@pytest.mark.parametrize("name", one_of_each_kind(RUN_EVENTS, "driver with its own Ray"))
 def test_a_run_whose_driver_died_is_resumed(runs: RunBench, name: str) -> None:
     assert_unharmed(name, RUN_EVENTS[name](runs))
 

@@ -463,7 +463,7 @@ def wait_for_a_finished_and_an_unfinished_trial(process, out: Path) -> tuple[dic
     "number",
     [
         pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
         pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
     ],
 )
