@@ -119,6 +119,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_a_head_that_never_loads_is_said_and_ends_the_run(
     small_ray: None, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_head_that_never_loads_is_said_and_ends_the_run(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_encoders_that_hang_are_named(small_ray: None, impatient: None) -> None:
     name = f"encoder{time.monotonic_ns()}"
     actor = start_encoder(name, "tests.frail:hanging_encoders", {}, EncoderSpec())

@@ -48,6 +48,7 @@ def test_weights_have_torchs_usual_spread() -> None:
         assert float(values.detach().abs().max()) <= 128**-0.5
 
 
+@pytest.mark.slow
 def test_an_update_at_the_driver_touches_no_device_and_scores_what_an_actor_drew(build, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     algo = build("cluster.rollout_actors=1", "cluster.rollout_cpus=0.25", "cluster.learner_actors=1")
     calm, network = build(), algo._policies._network

@@ -125,6 +125,7 @@ def test_staleness_is_exact_and_logged(build, staleness):
         assert algo.last.metrics["losses/behaviour_kl"] > 0
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_actors_whose_learner_listens_on_loopback_only(build):
     algo = build(*ACTORS)
     assert run(algo, 3) == run(build(), 3)
@@ -407,6 +408,7 @@ def hang(learner):
     learner.before_gradient_based_update = lambda **_: time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_learner_that_hangs_is_replaced_and_changes_nothing(build, caplog):
     calm, hit = build(), build("cluster.learner_actors=1")
     hit.train()
@@ -416,6 +418,7 @@ def test_a_learner_that_hangs_is_replaced_and_changes_nothing(build, caplog):
     assert "the learner (its update) has not answered for 5 s: its process is ended" in caplog.messages
 
 
+@pytest.mark.slow
 def test_a_learner_that_always_hangs_ends_the_run(build, monkeypatch):
     algo = build("cluster.learner_actors=1")
     monkeypatch.setattr(lasting_learner, "ATTEMPTS", 2)

@@ -161,6 +161,7 @@ def test_evaluate_needs_held_out_prompts_and_a_head(started):
         started(simulated().rewards({})).evaluate()
 
 
+@pytest.mark.slow
 def test_the_module_is_a_copy_with_the_newest_weights(started):
     algo = started(simulated().env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25).learners(num_learners=1))
     algo.train()

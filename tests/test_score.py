@@ -287,6 +287,7 @@ def test_pictures_that_exist_are_scored_by_actors(tmp_path):
 # -- the pipeline -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_source_with_bad_rows_is_scored_and_only_what_failed_again(small_ray, tmp_path):
     source = folder_of(tmp_path / "images", [f"{i}.png" for i in range(8)])
     (source / "1.txt").write_text("refuse")

@@ -36,7 +36,7 @@ def all_at_once(algo, prompts, seeds):
     return np.concatenate([o.scores["sim"] for o in outcomes]), np.concatenate([o.images for o in outcomes])
 
 
-@pytest.mark.parametrize("actors", [0, 2])
+@pytest.mark.parametrize("actors", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_driver_holds_a_few_batches_and_scores_are_those_of_all_at_once(build, monkeypatch, actors):
     algo = build(f"cluster.rollout_actors={actors}", "cluster.rollout_cpus=0.25", f"cluster.images_per_job={BATCH}")
     bound = TASKS_AHEAD * max(1, actors) * BATCH
