@@ -498,3 +498,16 @@ def test_what_yaml_allows_is_still_read(tmp_path):
 )
 def test_a_long_override_makes_no_long_message(override):
     assert all(len(line) < 1000 and "\n" not in line for line in lines_of(load_config, None, [override]))
+
+
+def test_a_head_that_is_left_out_is_the_one_that_the_entry_is_called() -> None:
+    found = load_config(None, ["rewards={pickscore: {weight: 2}, mine: {head: clip}}"]).rewards
+    assert {name: (reward.head, reward.weight) for name, reward in found.items()} == {
+        "pickscore": ("pickscore", 2.0),
+        "mine": ("clip", 1.0),
+    }
+    for name, said in {"hpsv2": "did you mean 'hpsv2.1'?", "mine": "known: aesthetic, clip, "}.items():
+        with pytest.raises(
+            ConfigError, match=rf"^rewards.{name}.head: unknown reward head '{name}'; {re.escape(said)}"
+        ):
+            load_config(None, [f"rewards={{{name}: {{weight: 1}}}}"])

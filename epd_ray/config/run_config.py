@@ -1,5 +1,8 @@
 """RunConfig: all sections of a run's configuration, and what must hold between them."""
 
+import re
+from typing import Any
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from epd_ray.config.sections import (
@@ -54,6 +57,17 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     store: StoreConfig = StoreConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _heads_of_their_names(cls, rewards: Any) -> Any:
+        """A head that is not named is the one whose name the entry has; another name is then refused as a head."""
+        if not isinstance(rewards, dict):
+            return rewards
+        return {
+            name: {"head": name, **given} if _is_mapping_without(given, "head") and _is_word(name) else given
+            for name, given in rewards.items()
+        }
 
     @field_validator("rewards")
     @classmethod
@@ -148,3 +162,12 @@ class RunConfig(Section):
 def _runs(distill: DistillConfig) -> bool:
     """Whether stage 1 runs."""
     return distill.enabled and distill.table is None
+
+
+def _is_mapping_without(given: object, key: str) -> bool:
+    return isinstance(given, dict) and key not in given
+
+
+def _is_word(name: object) -> bool:
+    """Whether a name has only the characters that names may have; others are refused for that alone."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None

@@ -30,7 +30,9 @@ class RewardConfig(Section):
     """One reward head, and the actors that score with it."""
 
     head: str = Field(
-        default="clip", description="The model that scores pictures: the registered name of a head, or module:Class."
+        default="clip",
+        description="The model that scores pictures: the registered name of a head, or module:Class. Where it is left "
+        "out, it is the head that <name> names.",
     )
     options: dict[str, JsonValue] = Field(default={}, description="The keyword arguments of the head's constructor.")
     backend: Literal["native", "package"] = Field(
