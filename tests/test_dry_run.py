@@ -119,6 +119,7 @@ def test_the_estimate_is_what_training_takes(build, staleness):
     assert algo.policy_version == 3 and algo.checksum()
 
 
+@pytest.mark.slow
 def test_what_it_says(small_ray, monkeypatch):
     seen = []
     real = module.estimate

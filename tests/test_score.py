@@ -332,6 +332,7 @@ def test_a_source_with_bad_rows_is_scored_and_only_what_failed_again(small_ray, 
     assert (summary["rows"], summary["scored"], summary["last_run"]["rows"]) == (8, 7, 4)
 
 
+@pytest.mark.slow
 def test_too_many_errors_end_it_and_what_was_scored_stays(small_ray, tmp_path):
     prompts = ["fine"] * 5 + ["refuse"] * 2
     file = parquet_of(tmp_path / "a.parquet", {"image": [png(i) for i in range(7)], "prompt": prompts})
