@@ -22,7 +22,7 @@ from epd_ray.config.services import (
     StoreConfig,
     TrackingConfig,
 )
-from epd_ray.config.values import Name, Section
+from epd_ray.config.values import NAME_PATTERN, Name, Section
 from epd_ray.errors import shown
 from epd_ray.stage_one.combinations import too_many_combinations
 
@@ -65,7 +65,7 @@ class RunConfig(Section):
         if not isinstance(rewards, dict):
             return rewards
         return {
-            name: {"head": name, **given} if _is_mapping_without(given, "head") and _is_word(name) else given
+            name: {"head": name, **given} if isinstance(given, dict) and re.match(NAME_PATTERN, str(name)) else given
             for name, given in rewards.items()
         }
 
@@ -162,12 +162,3 @@ class RunConfig(Section):
 def _runs(distill: DistillConfig) -> bool:
     """Whether stage 1 runs."""
     return distill.enabled and distill.table is None
-
-
-def _is_mapping_without(given: object, key: str) -> bool:
-    return isinstance(given, dict) and key not in given
-
-
-def _is_word(name: object) -> bool:
-    """Whether a name has only the characters that names may have; others are refused for that alone."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None

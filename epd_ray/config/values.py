@@ -45,7 +45,8 @@ Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_gpus)]
 CustomResources = Annotated[dict[str, Amount], AfterValidator(_custom)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # safe in paths, columns and metrics
+NAME_PATTERN = r"^[A-Za-z0-9_-]+$"  # safe in paths, columns and metrics
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 SolverName = Annotated[str, AfterValidator(_solver)]
 
 

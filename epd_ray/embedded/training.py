@@ -1,4 +1,7 @@
-"""The training loop of the embedded models' networks, which goes on from its checkpoint to the bit."""
+"""The training loop of the embedded models' networks, which goes on from its last checkpoint.
+
+A stage trains for a time, not for a number of steps: two trainings see the same batches, but differ in their lengths.
+"""
 
 import json
 import math
