@@ -162,21 +162,21 @@ def transformer_stage(rank: int, world_size: int, *, out: Path, seed: int, batch
 
 
 @app.command()
-def vae(out: OutOption, minutes: float = 15, batch: int = 32, seed: int = 0, processes: int = 1) -> None:
+def vae(out: OutOption, steps: int = 1_779, batch: int = 32, seed: int = 0, processes: int = 1) -> None:
     """Train the autoencoder."""
-    launch(partial(vae_stage, seed=seed, batch=batch), "vae", out, minutes, processes)
+    launch(partial(vae_stage, seed=seed, batch=batch), "vae", out, steps, processes)
 
 
 @app.command()
-def clip(out: OutOption, minutes: float = 10, batch: int = 192, seed: int = 0, processes: int = 1) -> None:
+def clip(out: OutOption, steps: int = 678, batch: int = 192, seed: int = 0, processes: int = 1) -> None:
     """Train shapes-clip, with the other captions of a batch and altered captions as negatives."""
-    launch(partial(clip_stage, seed=seed, batch=batch), "clip", out, minutes, processes)
+    launch(partial(clip_stage, seed=seed, batch=batch), "clip", out, steps, processes)
 
 
 @app.command()
-def transformer(out: OutOption, minutes: float = 45, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
+def transformer(out: OutOption, steps: int = 3_386, batch: int = 48, seed: int = 0, processes: int = 2) -> None:
     """Train the denoiser; `batch` is the number of pictures of each process."""
-    launch(partial(transformer_stage, out=out, seed=seed, batch=batch), "transformer", out, minutes, processes)
+    launch(partial(transformer_stage, out=out, seed=seed, batch=batch), "transformer", out, steps, processes)
 
 
 @app.command()

@@ -158,22 +158,33 @@ def test_outlines(shape: str, inside: list[tuple[int, int]], outside: list[tuple
     assert [ink[32 + y, 32 + x] for x, y in outside] == [0.0] * len(outside)
 
 
-def test_a_stage_of_the_build_goes_on_from_its_checkpoint(tmp_path):
-    def stage():
+def test_a_stage_that_is_interrupted_ends_with_the_weights_of_one_that_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    data = torch.randn(20, 4, 2, generator=torch.Generator().manual_seed(0))
+
+    def run(folder, end=None):
         torch.manual_seed(0)
         linear = torch.nn.Linear(2, 1)
         adam = torch.optim.AdamW(linear.parameters(), lr=0.1)
-        return training.Stage("one", linear, [adam], lambda step: linear(torch.ones(4, 2)).square().mean())
 
-    first, second, restored = stage(), stage(), stage()
-    training.run_stage(first, tmp_path, 0.001, rank=0, world_size=1)
-    training.restore(restored, tmp_path / "one.pt")
-    assert restored.step == first.step > 0 and restored.elapsed == first.elapsed >= 0.06
-    assert torch.equal(restored.module.weight, first.module.weight)
-    training.run_stage(second, tmp_path, 0.002, rank=0, world_size=1)
-    assert second.step > first.step and second.elapsed >= 0.12
-    assert json.loads((tmp_path / "one.json").read_text())["step"] == second.step
-    assert 0 <= second.optimizers[0].param_groups[0]["lr"] < 0.1
+        def loss(step):
+            if step == end:
+                raise KeyboardInterrupt
+            return linear(data[step]).square().mean()
+
+        stage = training.Stage("one", linear, [adam], loss, warmup=3)
+        folder.mkdir(exist_ok=True)
+        training.run_stage(stage, folder, 20, rank=0, world_size=1)
+        return stage
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", end=12)
+    assert json.loads((tmp_path / "parts/one.json").read_text())["step"] == 12
+    resumed = run(tmp_path / "parts")
+    assert resumed.step == 20 and 0 < resumed.optimizers[0].param_groups[0]["lr"] < 0.1 / 3
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+    assert torch.equal(resumed.ema["weight"], whole.ema["weight"])
 
 
 @pytest.mark.parametrize(("two_things", "there"), [(0.0, 155), (0.5, 2310), (1.0, 2155)])

@@ -1,6 +1,7 @@
 """The training loop of the embedded models' networks, which goes on from its last checkpoint.
 
-A stage trains for a time, not for a number of steps: two trainings see the same batches, but differ in their lengths.
+A batch is a function of seed, step and process, and a stage ends after a number of steps: two trainings see the same
+batches, and give the same network but for rounding.
 """
 
 import json
@@ -18,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 60.0
-COOLDOWN = 0.3  # share of a stage's time, at its end, in which the learning rate falls to 0
+COOLDOWN = 0.3  # share of a stage's steps, at its end, in which the learning rate falls to 0
 
 
 @dataclass
@@ -50,26 +51,25 @@ class Stage:
     mean_loss: float = math.nan
 
 
-def run_stage(stage: Stage, out: Path, minutes: float, rank: int, world_size: int) -> None:
-    """Train until the stage has had its minutes, earlier processes included, and save every minute and at the end."""
-    end = 60 * minutes
+def run_stage(stage: Stage, out: Path, steps: int, rank: int, world_size: int) -> None:
+    """Train until the stage has had its steps, earlier processes included, and save every minute and at the end."""
     parameters = dict(stage.module.named_parameters())
     stage.ema = {k: p.detach().clone() for k, p in parameters.items()}
     rates = [[g["lr"] for g in o.param_groups] for o in stage.optimizers]  # before a checkpoint brings scheduled ones
     restore(stage, out / f"{stage.name}.pt")
-    bar = tqdm(total=int(end), initial=int(stage.elapsed), unit="s", desc=stage.name, disable=rank > 0, mininterval=5)
+    bar = tqdm(total=steps, initial=stage.step, unit="step", desc=stage.name, disable=rank > 0, mininterval=5)
     last_save = time.monotonic()
-    while stage.elapsed < end:
+    while stage.step < steps:
         start = time.monotonic()
-        set_learning_rates(stage, rates, end)
+        set_learning_rates(stage, rates, steps)
         loss = stage.loss(stage.step)
         learn(stage, loss, parameters, world_size)
         value = float(loss.detach())
         stage.mean_loss = value if math.isnan(stage.mean_loss) else 0.98 * stage.mean_loss + 0.02 * value
-        stage.elapsed += shared(time.monotonic() - start, world_size)
-        bar.update(int(min(stage.elapsed, end)) - bar.n)
-        bar.set_postfix(step=stage.step, loss=f"{stage.mean_loss:.4f}", refresh=False)
-        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or stage.elapsed >= end):
+        stage.elapsed += time.monotonic() - start
+        bar.update()
+        bar.set_postfix(loss=f"{stage.mean_loss:.4f}", refresh=False)
+        if rank == 0 and (time.monotonic() - last_save > CHECKPOINT_SECONDS or stage.step == steps):
             save(stage, out, world_size)
             last_save = time.monotonic()
     bar.close()
@@ -103,9 +103,9 @@ def save(stage: Stage, out: Path, world_size: int) -> None:
     (out / f"{stage.name}.json").write_text(json.dumps(summary))
 
 
-def set_learning_rates(stage: Stage, rates: list[list[float]], end: float) -> None:
-    """Set the learning rates of a step: they rise over the first steps, and fall to 0 in the last part of the time."""
-    share = min(1.0, (stage.step + 1) / stage.warmup, (1 - stage.elapsed / end) / COOLDOWN)
+def set_learning_rates(stage: Stage, rates: list[list[float]], steps: int) -> None:
+    """Set the learning rates of a step: they rise over the first steps, and fall to 0 over the last ones."""
+    share = min(1.0, (stage.step + 1) / stage.warmup, (1 - stage.step / steps) / COOLDOWN)
     for optimizer, own in zip(stage.optimizers, rates, strict=True):
         for group, rate in zip(optimizer.param_groups, own, strict=True):
             group["lr"] = rate * share
@@ -126,15 +126,6 @@ def learn(stage: Stage, loss: Tensor, parameters: dict[str, nn.Parameter], world
     torch._foreach_lerp_(list(stage.ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
 
 
-def shared(seconds: float, world_size: int) -> float:
-    """The seconds of the first process, because every process must leave the loop at the same step."""
-    if world_size == 1:
-        return seconds
-    value = torch.tensor([seconds])
-    dist.broadcast(value, 0)
-    return float(value)
-
-
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
     """Average the gradients over the processes, in one all-reduce."""
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -152,31 +143,31 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, dtype=torch.bfloat16)
 
 
-def launch(make: Callable[[int, int], Stage], name: str, out: Path, minutes: float, processes: int) -> None:
+def launch(make: Callable[[int, int], Stage], name: str, out: Path, steps: int, processes: int) -> None:
     """Train a stage in this process, or data-parallel in several.
 
     Args:
         make: makes the stage, given the rank of its process and the number of processes; it can be pickled.
         name: name of the stage.
         out: folder of the checkpoints.
-        minutes: how long to train, earlier processes included.
+        steps: how many steps to train, earlier processes included.
         processes: number of processes, with one torch thread each.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.rendezvous").unlink(missing_ok=True)
     if processes == 1:
-        _work(0, make, name, out, minutes, 1)
+        _work(0, make, name, out, steps, 1)
     else:
-        spawn(_work, (make, name, out, minutes, processes), nprocs=processes)
+        spawn(_work, (make, name, out, steps, processes), nprocs=processes)
 
 
-def _work(rank: int, make: Callable[[int, int], Stage], name: str, out: Path, minutes: float, world_size: int) -> None:
+def _work(rank: int, make: Callable[[int, int], Stage], name: str, out: Path, steps: int, world_size: int) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "gloo", init_method=f"file://{out.resolve()}/{name}.rendezvous", rank=rank, world_size=world_size
         )
-    run_stage(make(rank, world_size), out, minutes, rank, world_size)
+    run_stage(make(rank, world_size), out, steps, rank, world_size)
     if world_size > 1:
         dist.destroy_process_group()
