@@ -1,6 +1,6 @@
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from epd_ray.embedded.still_life.scenes import (
     GROUNDS,
     MIRRORED,
     MOST_THINGS,
+    ONE_THING,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -123,9 +124,19 @@ def test_the_same_arguments_give_the_same_scenes_and_pictures() -> None:
 @pytest.mark.parametrize("two_things", [0.0, 0.5, 1.0])
 def test_more_scenes_than_there_are_is_an_error(two_things: float) -> None:
     there = count_scenes("validation", two_things)
-    assert there == {0.0: 340, 0.5: 20_340, 1.0: 20_000}[two_things]
+    assert there == {0.0: 343, 0.5: 20_343, 1.0: 20_000}[two_things]
     with pytest.raises(PromptError, match=rf"{there + 1} validation scenes asked, {there} exist"):
         distinct_scenes("validation", there + 1, 0, two_things)
+
+
+def test_as_many_scenes_as_are_said_to_exist_can_be_had() -> None:
+    things = [Thing(*parts) for parts in product(("", *SIZES), ("", *COLOURS), ("", *SHAPES))]
+    grounds = ("", *GROUNDS)
+    scenes = [Scene((t,), "", others, g) for t in things for others in (None, 0, 1, 2) for g in grounds]
+    scenes += [Scene((), others=number, background=g) for number in (1, 2, 3) for g in grounds]
+    assert Counter(scene.split for scene in scenes) == ONE_THING
+    every = distinct_scenes("test", ONE_THING["test"], 0, two_things=0.0)
+    assert set(every) == {scene for scene in scenes if scene.split == "test"}
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

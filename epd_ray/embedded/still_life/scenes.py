@@ -46,10 +46,10 @@ WORDS = {
 TOLD = {"size": 0.25, "colour": 0.85, "shape": 0.9, "relation": 0.6, "others": 0.35, "background": 0.5}
 """The share of random scenes that tell each attribute."""
 ONLY_COUNTED = 0.1  # share of the scenes without a second named thing that name no thing at all
-ONE_THING: dict[Split, int] = {"train": 2400, "validation": 340, "test": 300}
+ONE_THING: dict[Split, int] = {"train": 2_324, "validation": 343, "test": 288}
 TWO_THINGS: dict[Split, int] = {"train": 160_000, "validation": 20_000, "test": 20_000}
-"""How many different scenes that name at most one thing, and two things, can be had. More exist, which are so rare that
-finding them takes minutes."""
+"""How many different scenes there are that name at most one thing, and how many with two named things can be had: about
+four times as many exist, but the rarest would take minutes to find."""
 
 
 @dataclass(frozen=True, order=True)
