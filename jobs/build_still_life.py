@@ -180,8 +180,6 @@ def transformer_stage(rank: int, world_size: int, *, out: Path, seed: int, batch
     reader = nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, encoded.seen.shape[-1])).to(device())
     middle: list[Tensor] = []
     denoiser.transformer.transformer_blocks[READ_BLOCK].register_forward_hook(lambda *call: middle.append(call[2][1]))
-    # On a CPU the gradient of flash attention takes a third of a step; plain matrix products are faster.
-    torch.backends.cuda.enable_flash_sdp(torch.cuda.is_available())
     denoiser.transformer.compile(dynamic=False)  # twice as fast on a CPU; one graph per number of empty tokens
     blank = tokenize(tokenizer, [""])[0]
 
@@ -310,7 +308,7 @@ def clip(out: OutOption, steps: int = 800, batch: int = 192, seed: int = 0, proc
 @app.command()
 def transformer(
     out: OutOption,
-    steps: int = 9_600,
+    steps: int = 8_000,
     batch: int = 48,
     seed: int = 0,
     processes: int = 2,
