@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from epd_ray.backbones import BACKBONES
 from epd_ray.backbones.index import FAMILIES
@@ -16,7 +17,7 @@ from epd_ray.rewards import HEADS
 from epd_ray.solvers.schedule_names import SCHEDULES
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Backbone, RewardHead
-from tests import tiny_heads, tiny_models
+from tests import tiny_heads, tiny_models, tiny_vlms
 from tests.families import edit
 from tests.test_http import Server, decoded, scores, send
 from tests.tiny_models import TOKENS, save_clip
@@ -25,11 +26,21 @@ PROMPTS = ["a small red circle", "a large blue star"]
 MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {  # entries that need files: builder, more options
     "aesthetic": (tiny_heads.save_aesthetic, {"device": "cpu"}),
     "clip": (save_clip, {"device": "cpu"}),
+    "deqa": (tiny_vlms.save_deqa, {"device": "cpu"}),
+    "geneval2": (tiny_vlms.save_geneval2, {"device": "cpu"}),
     "hpsv2.1": (tiny_heads.save_hpsv2, {"device": "cpu"}),
+    "hpsv3": (tiny_vlms.save_hpsv3, {"device": "cpu", "pixels": tiny_vlms.PIXELS}),
     "imagereward": (tiny_heads.save_imagereward, {"device": "cpu"}),
     "mps": (tiny_heads.save_mps, {"device": "cpu"}),
+    "ocr": (tiny_vlms.save_got, {"device": "cpu", "max_new_tokens": 8}),
     "pickscore": (save_clip, {"device": "cpu"}),
+    "unifiedreward": (tiny_vlms.save_unifiedreward, {"device": "cpu", "max_new_tokens": 8}),
+    "vqascore": (tiny_vlms.save_vqascore, {"device": "cpu"}),
 }
+ROWS = [
+    {"vqa_list": [["How many circles are there?", "two"]], "target_text": "Daily"},
+    {"vqa_list": [["Is there a star?", "Yes"]], "target_text": "zz"},
+]
 
 
 def save_ddim(folder: Path) -> Path:
@@ -178,10 +189,16 @@ def test_heads_keep_their_contract(name: str, make_entry: Callable[[Registry[Any
     head: RewardHead = make_entry(HEADS, name)
     images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     before = images.clone()
-    scores = head.score(images, PROMPTS)
+    needs = getattr(head, "needs", ())
+    assert set(needs) <= set(ROWS[0])
+
+    def score(pictures: Tensor, prompts: list[str], rows: list[dict[str, Any]] = ROWS) -> Tensor:
+        return head.score(pictures, prompts, rows=rows) if needs else head.score(pictures, prompts)  # type: ignore[call-arg]
+
+    scores = score(images, PROMPTS)
     assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
     assert torch.equal(images, before) and isinstance(head.model_id, str)
-    assert torch.allclose(head.score(images.flip(0), PROMPTS[::-1]), scores.flip(0), atol=1e-5)
+    assert torch.allclose(score(images.flip(0), PROMPTS[::-1], ROWS[::-1]), scores.flip(0), atol=1e-5)
     assert scores[0] != scores[1]
-    extremes = head.score(torch.stack([torch.zeros(3, 48, 48), torch.ones(3, 48, 48)]), ["", "x " * 500])
+    extremes = score(torch.stack([torch.zeros(3, 48, 48), torch.ones(3, 48, 48)]), ["", "x " * 500])
     assert extremes.isfinite().all()

@@ -15,11 +15,17 @@ HEADS: "Registry[RewardHead]" = Registry(
     {
         "aesthetic": "epd_ray.rewards.aesthetic:AestheticHead",
         "clip": "epd_ray.rewards.clip:ClipHead",
+        "deqa": "epd_ray.rewards.deqa:DeqaHead",
+        "geneval2": "epd_ray.rewards.geneval2:GenEval2Head",
         "hpsv2.1": "epd_ray.rewards.hpsv2:HpsV21Head",
+        "hpsv3": "epd_ray.rewards.hpsv3:HpsV3Head",
         "http": "epd_ray.rewards.http:HttpHead",
         "imagereward": "epd_ray.rewards.imagereward:ImageRewardHead",
         "mps": "epd_ray.rewards.mps:MpsHead",
+        "ocr": "epd_ray.rewards.ocr:OcrHead",
         "pickscore": "epd_ray.rewards.pickscore:PickScoreHead",
         "simulated": "epd_ray.rewards.simulated:SimulatedHead",
+        "unifiedreward": "epd_ray.rewards.unifiedreward:UnifiedRewardHead",
+        "vqascore": "epd_ray.rewards.vqascore:VqaScoreHead",
     },
 )

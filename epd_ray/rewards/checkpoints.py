@@ -1,5 +1,6 @@
 """Reads model weights from files. Only tensors are read; no code in a file is ever executed."""
 
+import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ Tensors = dict[str, Tensor]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
+INDEX = ".index.json"
 CONVERT = "save its state dict as safetensors"
 
 
@@ -107,6 +109,30 @@ def read_tensors(path: Path, convert: str = CONVERT) -> Tensors:
     return dict(found)
 
 
+def read_sharded(model: str, names: Sequence[str], revision: str | None = None) -> Tensors:
+    """Read a state dict from one file, or from the files that an index of transformers names.
+
+    Args:
+        model: directory, hub id, or name of an embedded model.
+        names: file names in the order of preference; one that ends in .index.json says which file has which tensor.
+        revision: branch, tag or commit on the hub; None is the default branch.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the index is not of that form.
+    """
+    path = find_file(model, names, revision)
+    if not path.name.endswith(INDEX):
+        return read_tensors(path)
+    try:
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        named = all(Path(part).name == part for part in parts)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        named = False
+    if not named:
+        raise ModelError(f"{shown(str(path))} names no files of weights: fetch it again")
+    return {name: tensor for part in parts for name, tensor in read_tensors(find_file(model, [part], revision)).items()}
+
+
 def is_torchscript(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(Path(name).name == "constants.pkl" for name in archive.namelist())
@@ -142,7 +168,7 @@ def linear_layers(tensors: Tensors, prefix: str) -> nn.Sequential:
     """The linear layers named prefix<number>.weight, in order; dropout between them is inactive when scoring.
 
     Raises:
-        ModelError: the checkpoint has no such layers.
+        ModelError: the checkpoint has no such layers, or one lacks its weights.
     """
     chain = part(tensors, prefix)
     numbers = sorted({int(key.split(".")[0]) for key in chain})
@@ -150,6 +176,8 @@ def linear_layers(tensors: Tensors, prefix: str) -> nn.Sequential:
         raise ModelError(f"the checkpoint has no layers {prefix}*: is it another model's file?")
     layers = []
     for number in numbers:
+        if f"{number}.weight" not in chain:
+            raise ModelError(f"the checkpoint lacks {prefix}{number}.weight: is it another model's file?")
         weight = chain[f"{number}.weight"]
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict(part(chain, f"{number}."))

@@ -19,13 +19,17 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8).cpu()
 
 
+def as_pictures(images: Tensor) -> list[Image.Image]:
+    """Images [b, 3, H, W] in [0, 1] as 8-bit pictures."""
+    return [Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).numpy()]
+
+
 def pil_pixels(images: Tensor, size: int) -> Tensor:
     """Pixels [B, 3, size, size] from images [B, 3, H, W] in [0, 1]: resize in 8 bits with PIL, crop, normalise.
 
     Source: the transform of OpenAI's CLIP package, which image-reward and the aesthetic predictor share.
     """
-    pictures = (Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).numpy())
-    resized = [p.resize(short_side(p.size, size), Image.Resampling.BICUBIC) for p in pictures]
+    resized = [p.resize(short_side(p.size, size), Image.Resampling.BICUBIC) for p in as_pictures(images)]
     stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in resized]))
     return normalise(centre_crop(stacked.permute(0, 3, 1, 2), size).float() / 255)
 
