@@ -10,6 +10,9 @@ from epd_ray.registry import Registry
 if TYPE_CHECKING:
     from epd_ray.types import RewardHead
 
+SERVERS = ("http", "judge")
+"""The heads whose model is behind a server, so that they load nothing."""
+
 HEADS: "Registry[RewardHead]" = Registry(
     "reward head",
     {
@@ -18,6 +21,7 @@ HEADS: "Registry[RewardHead]" = Registry(
         "hpsv2.1": "epd_ray.rewards.hpsv2:HpsV21Head",
         "http": "epd_ray.rewards.http:HttpHead",
         "imagereward": "epd_ray.rewards.imagereward:ImageRewardHead",
+        "judge": "epd_ray.rewards.judge:JudgeHead",
         "mps": "epd_ray.rewards.mps:MpsHead",
         "pickscore": "epd_ray.rewards.pickscore:PickScoreHead",
         "simulated": "epd_ray.rewards.simulated:SimulatedHead",
