@@ -15,6 +15,9 @@ Drift = Callable[[Tensor, Tensor], Tensor]
 Form = Literal["ve", "flow"]
 """How noise enters x: "ve" is clean + sigma * noise; "flow" is (1 - sigma) * clean + sigma * noise."""
 
+Metadata = Mapping[str, JsonValue]
+"""The columns of a prompt's row that reward heads read, by name; cells of .csv and .tsv files are text."""
+
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 
@@ -90,8 +93,9 @@ class Sampled:
     """Pictures sampled for evaluation, with their scores.
 
     Attributes:
-        scores: maps each reward head to its raw scores [B], in the order of the prompts.
-        reward: [B], the weighted mean over the heads.
+        scores: maps each reward head to its raw scores [B], in the order of the prompts; NaN where it does not judge a
+            prompt.
+        reward: [B], the weighted mean over the heads that judge the prompt.
         seconds: working time of the rollout actors, summed over actors.
     """
 
@@ -224,6 +228,40 @@ class RewardHead(Protocol):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, 3, H, W], float in [0, 1], against B prompts; returns float32 [B]."""
+        ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """A reward head that also reads columns of the row in which a prompt stands; other heads lack `needs`.
+
+    Attributes:
+        needs: names of the columns that it reads; each is in every row that it is given.
+    """
+
+    needs: tuple[str, ...]
+
+    def score(self, images: Tensor, prompts: Sequence[str], *, rows: Sequence[Metadata] | None = None) -> Tensor:
+        """As RewardHead.score; `rows` holds the columns of B rows, in the order of the prompts."""
+        ...
+
+
+@runtime_checkable
+class Costly(Protocol):
+    """A reward head that counts what its scores cost."""
+
+    @property
+    def costs(self) -> Mapping[str, int]:
+        """What it has cost since it was built by name, such as prompt_tokens."""
+        ...
+
+
+@runtime_checkable
+class NeedsByOptions(Protocol):
+    """The class of a reward head whose options decide which columns it reads."""
+
+    def needs_with(self, options: Mapping[str, JsonValue]) -> tuple[str, ...]:
+        """The names of the columns that the head reads when it is built with these options."""
         ...
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from epd_ray.errors import ConfigError, RewardError
+from epd_ray.rewards.client import Client
 from epd_ray.rewards.http import HttpHead
 from epd_ray.rewards.scoring import Scorer
 
@@ -46,8 +47,8 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    monkeypatch.setattr(HttpHead, "pause", 0.01)
-    monkeypatch.setattr(HttpHead, "longest_pause", 0.05)
+    monkeypatch.setattr(Client, "pause", 0.01)
+    monkeypatch.setattr(Client, "longest_pause", 0.05)
     servers = []
 
     def make(answer: Answer) -> Server:
@@ -114,6 +115,20 @@ def test_scorer_takes_it(serve: Callable[[Answer], Server]) -> None:
     assert values.tolist() == [7000.0]
 
 
+def test_columns_are_sent_where_they_are_asked_for(serve: Callable[[Answer], Server]) -> None:
+    server = serve(lambda handler, asked: send(handler, scores([row["level"] for row in asked["rows"]])))
+    head = HttpHead(url=server.url, columns=["level"], batch_size=2)
+    rows = [{"level": i, "other": "x"} for i in range(5)]
+    found = Scorer("remote", head).score(np.zeros((5, 3, 2, 2), np.uint8), PROMPTS, PROMPTS, rows)
+    assert found.tolist() == [*range(5)]
+    assert sorted(row["level"] for asked in server.asked for row in asked["rows"]) == [*range(5)]
+    assert {name for asked in server.asked for row in asked["rows"] for name in row} == {"level"}
+    head.probe({"level": 3.0})
+    old = serve(by_prompt)  # a head without columns asks as it always did
+    Scorer("remote", HttpHead(url=old.url)).score(np.zeros((1, 3, 2, 2), np.uint8), ["prompt 1"], ["r"], [{"level": 1}])
+    assert set(old.asked[0]) == {"images", "format", "prompts"}
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_one_connection_serves_all_requests_and_is_closed_in_the_end(
     serve: Callable[[Answer], Server], closed: bool
@@ -167,7 +182,7 @@ def test_two_failures_are_got_over(serve: Callable[[Answer], Server], status: in
 def test_retry_after_is_heeded_within_bounds(
     serve: Callable[[Answer], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HttpHead, "longest_pause", 0.4)
+    monkeypatch.setattr(Client, "longest_pause", 0.4)
     server, start = serve(failing(1, 429, {"Retry-After": "3600"})), time.monotonic()
     HttpHead(url=server.url).score(IMAGES, PROMPTS)
     assert 0.4 <= time.monotonic() - start < 5
@@ -249,7 +264,7 @@ def saying(body: bytes, status: int = 200, headers: dict[str, str] | None = None
 def test_what_is_no_score_is_an_error(
     serve: Callable[[Answer], Server], answer: Answer, problem: str, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("epd_ray.rewards.http.MAX_RESPONSE_BYTES", 65536)
+    monkeypatch.setattr("epd_ray.rewards.client.MAX_RESPONSE_BYTES", 65536)
     server = serve(answer)
     timeout = 0.3 if "took longer" in problem else 10.0  # a busy machine takes long to answer at all
     head = HttpHead(url=server.url, retries=1, timeout=timeout)

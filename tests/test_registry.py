@@ -20,6 +20,7 @@ from epd_ray.types import Backbone, RewardHead
 from tests import tiny_heads, tiny_models, tiny_vlms
 from tests.families import edit
 from tests.test_http import Server, decoded, scores, send
+from tests.test_judge import chat, question
 from tests.tiny_models import TOKENS, save_clip
 
 PROMPTS = ["a small red circle", "a large blue star"]
@@ -72,6 +73,10 @@ def make_entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[R
             servers.append(Server(brightness))
             threading.Thread(target=servers[-1].http.serve_forever, daemon=True).start()
             return registry.get(name)(url=servers[-1].url)
+        if name == "judge":
+            servers.append(Server(marks))
+            threading.Thread(target=servers[-1].http.serve_forever, daemon=True).start()
+            return registry.get(name)(url=servers[-1].url, model="vlm")
         if name not in {*MODELS, *PIPELINES}:
             return registry.get(name)()
         save, options = (PIPELINES[name], AUTO) if name in PIPELINES else MODELS[name]
@@ -88,6 +93,12 @@ def make_entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[R
 def brightness(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     """What a scoring server does: the mean of each picture."""
     send(handler, scores([float(image.mean()) for image in decoded(asked)]))
+
+
+def marks(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    """What a judge does: the mean of the picture, as a mark from 0 to 10."""
+    pixels, _ = question(asked)
+    send(handler, chat(f"{10 * pixels.mean() / 255:.6f}"))
 
 
 def shelf() -> Registry[Any]:

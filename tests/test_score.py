@@ -21,6 +21,7 @@ from epd_ray.cli.score import _settings
 from epd_ray.config.loading import load_config
 from epd_ray.config.run_config import RunConfig
 from epd_ray.errors import ConfigError, EpdRayError, PlacementError, RewardError, RunDirectoryError
+from epd_ray.prompts.panel import Panel
 from epd_ray.rewards import HEADS
 from epd_ray.rewards.scoring import Scorer
 from epd_ray.score import output as score_output
@@ -31,7 +32,7 @@ from epd_ray.score.pipeline import ScoreRequest, TooManyErrors, score, scored
 from epd_ray.score.rows import PIXELS, score_rows
 from epd_ray.storage.parquet import write_table
 from epd_ray.storage.pictures import FORMATS
-from tests.fakes import Quiet
+from tests.fakes import LevelHead, Quiet
 from tests.test_score_input import folder_of, parquet_of, png
 
 SIM = {"sim": {"head": "simulated", "backend": "native", "options": {}}}
@@ -104,6 +105,21 @@ def test_only_the_row_that_a_head_refuses_carries_the_error():
     assert twice["error"].to_pylist() == [None, "x: gave nan; y: gave nan", None]
 
 
+def test_a_head_scores_the_rows_that_it_judges_and_reads_their_columns():
+    head = LevelHead()
+    table = pixel_rows(*((p, None, (2, 2)) for p in ("a", "b", "c")))
+    cells = ['{"level": 5}', '{"judges": "other"}', '{"level": "7", "judges": "x"}']
+    table = table.set_column(2, "columns", pa.array(cells))
+    panel = Panel({"x": 1.0, "other": 1.0}, {"x": ("level",)}, "judges")
+    found = score_rows(table, "x", Scorer("x", head).score, panel)
+    assert found["score:x"].to_pylist() == [5.0, None, 7.0] and found["error"].to_pylist() == [None] * 3
+    found = score_rows(
+        table.set_column(2, "columns", pa.array(["{}", *cells[1:]])), "x", Scorer("x", head).score, panel
+    )
+    assert found["score:x"].to_pylist() == [None, None, 7.0]
+    assert found["error"].to_pylist()[0].startswith("x: needs the column 'level'")
+
+
 # -- directories ------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +163,20 @@ def test_a_changed_prompt_is_scored_again_and_a_stranger_is_refused(tmp_path):
     assert out.missing(changed)["id"].to_pylist() == ["b"]
     with pytest.raises(RunDirectoryError, match=r"'b'.*--out"):
         out.missing(index_of("a"))
+
+
+def test_changed_columns_are_scored_again(tmp_path):
+    def rows(**cells):
+        table = scored_rows(**dict.fromkeys(cells))
+        return table.append_column("columns", pa.array(cells.values(), pa.string()))
+
+    out = ScoreDirectory(tmp_path, SIM, with_columns=True)
+    out.add([rows(a='{"level": 1}', b='{"level": 2}')], {})
+    again = ScoreDirectory(tmp_path, SIM, with_columns=True)
+    assert again.missing(rows(a='{"level": 1}', b='{"level": 3}'))["id"].to_pylist() == ["b"]
+    assert rows_of(tmp_path)["a"]["columns"] == '{"level": 1}'
+    with pytest.raises(RunDirectoryError, match="holds no scores of this command, whose columns are others"):
+        ScoreDirectory(tmp_path, SIM)
 
 
 def test_directories_that_are_not_ours_are_refused(tmp_path):

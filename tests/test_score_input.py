@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from epd_ray.errors import EpdRayError
+from epd_ray.errors import EpdRayError, PromptError
 from epd_ray.evaluation.metrics.pictures import picture_files
+from epd_ray.prompts.panel import Panel
 from epd_ray.score.inputs import read_index
 from epd_ray.score.rows import ROWS_PER_TASK, decode, pieces
 from epd_ray.storage.pictures import FORMATS, in_order
@@ -414,3 +415,35 @@ def test_columns_of_parquet_sources(tmp_path):
     ]:
         with pytest.raises(EpdRayError, match=said):
             read_index(str(parquet_of(tmp_path / "b.parquet", columns)))
+
+
+# -- columns for heads ------------------------------------------------------------------------------------------------
+
+PANEL = Panel({"clip": 1.0, "ocr": 1.0}, {"ocr": ("level",)}, "judges")
+
+
+def columns_of(index: pa.Table) -> dict[str, object]:
+    return {row["id"]: row["error"] or json.loads(row["columns"]) for row in index.to_pylist()}
+
+
+def test_every_source_keeps_the_columns_that_heads_read(tmp_path: Path) -> None:
+    lacks = "no column 'level', which the reward head 'ocr' needs: fill it in, or name other heads in 'judges'"
+    folder = folder_of(tmp_path / "images", ["a.png", "b.png", "c.png"], prompts=False)
+    (tmp_path / "a.csv").write_text("file,prompt,level,judges,more\na.png,p,3,,x\nb.png,q,,clip,\nc.png,r,,ocr,\n")
+    assert columns_of(read_index(str(folder), tmp_path / "a.csv", PANEL)) == {
+        **{"a.png": {"level": "3"}, "b.png": {"judges": "clip"}, "c.png": lacks}
+    }
+    records = [{"prompt": "p", "level": 3}, {"caption": "q", "judges": ["clip"]}]
+    members = {f"{i}.json": json.dumps(record).encode() for i, record in enumerate(records)}
+    pictures = {f"{i}.png": png(10 * i) for i in range(3)}
+    tar_of(tmp_path / "a.tar", {**pictures, **members, "0.txt": b"of the text", "2.txt": b"r"})
+    found = read_index(str(tmp_path / "a.tar"), panel=PANEL)
+    assert columns_of(found) == {"a.tar/0": {"level": 3}, "a.tar/1": {"judges": ["clip"]}, "a.tar/2": lacks}
+    assert prompts_of(found)["a.tar/0"] == "of the text"
+    cells = {"level": [3, None, None], "judges": [None, "clip", "ocr"], "image": [png(1)] * 3}
+    parquet_of(tmp_path / "a.parquet", {"prompt": ["p", "q", "r"], **cells})
+    found = columns_of(read_index(str(tmp_path / "a.parquet"), panel=PANEL))
+    assert found == {"a.parquet:0": {"level": 3}, "a.parquet:1": {"judges": "clip"}, "a.parquet:2": lacks}
+    assert "columns" not in read_index(str(tmp_path / "a.parquet")).column_names
+    with pytest.raises(PromptError, match=r"a.tar has no column 'who', which prompts.heads names"):
+        read_index(str(tmp_path / "a.tar"), panel=Panel({"clip": 1.0}, column="who"))

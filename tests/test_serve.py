@@ -48,6 +48,35 @@ def test_a_head_that_cannot_be_built_gives_its_own_error() -> None:
         ServedHead("simulated", {"wrong": 1}, Limits()).ready()
 
 
+def rows_body(rows: object) -> bytes:
+    return json.dumps({**json.loads(body()), "rows": rows}).encode()
+
+
+def test_a_served_head_is_given_the_columns_that_it_reads() -> None:
+    head = ServedHead("tests.fakes:LevelHead", {}, Limits())
+    assert head.answer(rows_body([{"level": i, "other": "x"} for i in range(3)])) == [0.0, 1.0, 2.0]
+    for asked in (body(), rows_body([{"level": 1}, {}, {"level": 2}])):
+        with pytest.raises(BadRequestError, match=r"head needs the column 'level'.* name it in the option columns"):
+            head.answer(asked)
+    assert len(ServedHead("simulated", {}, Limits()).answer(rows_body([{}, {}, {"level": 1}]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{}], "rows is not a list of 3, as many as images"),
+        ({}, "rows is not a list of 3"),
+        ([{}, [], {}], r"rows\[1\] is not an object of columns"),
+        ([{}, {}, {"a": float("inf")}], r"rows\[2\] holds a number that is not finite"),
+        ([{"a": "\ud800"}, {}, {}], r"rows\[0\] holds .* text that is no Unicode"),
+        ([{}, {"a": "x" * 100_000}, {}], r"rows\[1\] has more than 100000 characters"),
+    ],
+)
+def test_wrong_rows_are_named(rows: object, said: str) -> None:
+    with pytest.raises(BadRequestError, match=said):
+        ServedHead("simulated", {}, Limits()).answer(rows_body(rows))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,17 +1,24 @@
-"""What is known of a run before torch and Ray are imported, which takes seconds: its Ray, and whether models exist."""
+"""What is known of a run before torch and Ray are imported, which takes seconds.
+
+That is its Ray, whether its models exist, and what its reward heads read of each prompt's row.
+"""
 
 import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from epd_ray.actors.modules import importable
 from epd_ray.backbones.index import supported_index
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
 from epd_ray.config.services import RewardConfig
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import HubError, ModelError, RewardError
-from epd_ray.rewards import HEADS
+from epd_ray.prompts.panel import Panel
+from epd_ray.rewards import HEADS, SERVERS
+from epd_ray.rewards.needs import needs_of
+from epd_ray.types import Metadata
 from epd_ray.weights.hub import lacking, no_hub
 
 SETTING, VARIABLE = "cluster.address", "RAY_ADDRESS"
@@ -29,10 +36,29 @@ def named_cluster(address: str | None) -> tuple[str | None, str]:
     return (None if not asked or asked == "local" else asked), source
 
 
-def require_models(config: RunConfig) -> None:
+def panel_of(config: RunConfig) -> Panel:
+    """The heads of a configuration as the rows of its prompts see them.
+
+    Raises:
+        ConfigError: a module of `cluster.py_modules`, which may hold a head, is not there.
+    """
+    importable(config.cluster.py_modules)
+    native = {name: reward for name, reward in config.rewards.items() if reward.backend == "native"}
+    return Panel(
+        {name: reward.weight for name, reward in config.rewards.items()},
+        {name: needs_of(reward.head, reward.options) for name, reward in native.items()},
+        config.prompts.heads,
+    )
+
+
+def require_models(config: RunConfig, rows: Mapping[str, Metadata] | None = None) -> None:
     """Check that the models of a run exist and that its reward servers answer, which actors take a minute to find out.
 
     Nothing is checked for a run that joins a cluster, whose nodes may have files and networks that this machine lacks.
+
+    Args:
+        config: the configuration of the run.
+        rows: prompt -> the columns of its row; None where they are not read yet, and servers that need some not tried.
 
     Raises:
         ModelError: the model does not exist, is no pipeline, or is of a family that is not supported.
@@ -46,8 +72,8 @@ def require_models(config: RunConfig) -> None:
     if backbone.family == AUTO:
         require_model(backbone.model, backbone.revision, "backbone.model")
     for name, reward in config.rewards.items():
-        if reward.head == "http":
-            _require_answer(name, reward.options)
+        if reward.head in SERVERS:
+            _require_answer(name, reward, rows or {})
     wanted = {f"rewards.{name}": _hub_ids(r.head, r.options) for name, r in config.rewards.items() if _loads(r)}
     absent = lacking(model for models in wanted.values() for model in models)
     if absent:
@@ -57,6 +83,8 @@ def require_models(config: RunConfig) -> None:
 
 def _loads(reward: RewardConfig) -> bool:
     """Whether a head loads its model in this package's own code, which tells where it comes from."""
+    if reward.head in SERVERS:
+        return False
     return reward.backend == "native" and reward.head in HEADS.names() and reward.options.get("model") not in EMBEDDED
 
 
@@ -83,10 +111,12 @@ def require_model(model: str, revision: str | None, name: str) -> None:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _require_answer(name: str, options: Mapping[str, Any]) -> None:
-    head: Any = HEADS.build("http", options)
+def _require_answer(name: str, reward: RewardConfig, rows: Mapping[str, Metadata]) -> None:
+    head: Any = HEADS.build(reward.head, reward.options)
+    row = next((row for row in rows.values() if all(column in row for column in head.needs)), None)
     try:
-        head.probe()
+        if row is not None or not head.needs:
+            head.probe(row)
     except RewardError as error:
         raise RewardError(name, f"{error.head} {error.problem}") from error
     finally:

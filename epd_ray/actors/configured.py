@@ -1,6 +1,6 @@
 """From the configuration of a run to the specs of its reward actors, and to what they need before they start."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -12,6 +12,7 @@ from epd_ray.actors.modules import importable
 from epd_ray.actors.reward_pool import RewardSpec, wants_gpu
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import RewardConfig
+from epd_ray.types import Metadata
 from epd_ray.weights.hub import seek_hub
 
 
@@ -44,8 +45,12 @@ def head_gpus(config: RunConfig) -> dict[str, float]:
 
 
 @contextmanager
-def run_session(config: RunConfig) -> Iterator[None]:
+def run_session(config: RunConfig, rows: Mapping[str, Metadata] | None = None) -> Iterator[None]:
     """Join the cluster of a configuration, or check its models and start a local Ray; see `ray_session`.
+
+    Args:
+        config: the configuration.
+        rows: prompt -> the columns of its row, with one of which a reward server is tried; None where there are none.
 
     Raises:
         ClusterError: the cluster cannot be joined, or a local Ray does not start.
@@ -55,7 +60,7 @@ def run_session(config: RunConfig) -> Iterator[None]:
     cluster = config.cluster
     modules = importable(cluster.py_modules)
     if not ray.is_initialized():
-        require_models(config)
+        require_models(config, rows)
         if named_cluster(cluster.address)[0] is None and head_gpus(config):  # whose files may come from the hub
             seek_hub()
     with ray_session(cluster.address, cluster.env, cluster.dashboard, modules):

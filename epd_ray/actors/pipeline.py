@@ -90,6 +90,7 @@ class RolloutPipeline:
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
         self._done: dict[str, Outcome] = {}
         self._breaks: Counter[str] = Counter()
+        self._costs: Counter[str] = Counter()
         self._next_tick = 0.0
         self._silent, self._silence = 0.0, Silence()
         self.retries = self.recoveries = 0
@@ -251,6 +252,8 @@ class RolloutPipeline:
             self._requeue(pending, "the images for the heads in the driver were lost")
             return
         self.memory |= {f"reward {head}": found.memory for head, found in pending.scores.items()}
+        for head, found in pending.scores.items():
+            self._count_costs(head, found)
         pending.scoring = self._heads.score(task.task_id, images, task.prompts, task.rollout_ids)
         self._finish_scored(pending)
 
@@ -280,7 +283,11 @@ class RolloutPipeline:
             self._breaks.pop(f"actor {ended.number} of reward head {head!r}", None)
             pending.scores[head] = ended.value
             self.memory[f"reward {head}"] = ended.value.memory
+            self._count_costs(head, ended.value)
             self._finish_scored(pending)
+
+    def _count_costs(self, head: str, found: TimedScores) -> None:
+        self._costs.update({f"cost/{head}/{name}": count for name, count in found.costs.items()})
 
     def _count_break(self, actor: str, error: BrokenGpuError) -> None:
         """Count a CUDA error of an actor, and raise TaskError after MAX_ATTEMPTS of its processes in a row."""
@@ -357,7 +364,10 @@ class RolloutPipeline:
             pool.give_way()
 
     def take_metrics(self) -> dict[str, float]:
-        """The present queues and actors, and the waits and recovery seconds since the last call, as metrics by name."""
+        """The present queues and actors, and the waits and recovery seconds since the last call, as metrics by name.
+
+        So is what the scores cost since the last call, where a head counts that.
+        """
         found = {
             "queue/waiting": self._runners.waiting,
             "queue/generating": self._runners.working,
@@ -372,7 +382,9 @@ class RolloutPipeline:
             "retries": self.retries,
             "recoveries": self.recoveries,
             "time/recover": self._recover_seconds,
+            **self._costs,
         }
+        self._costs = Counter(dict.fromkeys(self._costs, 0))
         for pool in (self._runners, *self._rewards.values()):
             pool.idle_seconds = 0.0
         self._recover_seconds = self._for_rollouts = self._for_rewards = self._for_validation = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 
@@ -15,15 +16,18 @@ from epd_ray.actors.pool import DEAD, Bounds, Call, Pool, last_line
 from epd_ray.actors.waiting import FIRST, Watch
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import EpdRayError, ModelError, is_own_bug
-from epd_ray.rewards import HEADS
+from epd_ray.rewards import HEADS, SERVERS
+from epd_ray.rewards.needs import needs_of
+from epd_ray.rewards.routes import Routes
 from epd_ray.rewards.scoring import Scorer
 from epd_ray.telemetry.memory import Memory, peak_memory
-from epd_ray.types import FloatArray, ImageArray
+from epd_ray.types import FloatArray, ImageArray, Metadata
 from epd_ray.weights.devices import one_thread
 
 RESTART_SECONDS = 300.0  # in which a new process must take the place of one that died
 POLL_SECONDS = 0.2
 ATTEMPTS = 3  # processes of an actor that may die over the same call
+NO_IMAGES = np.empty((0, 3, 0, 0), np.uint8)  # in place of a batch that a head does not judge
 CALLS_PER_ACTOR = 2  # the images of the second call arrive while those of the first are scored
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
 
@@ -59,6 +63,11 @@ class RewardSpec:
     python: str | None = None
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The columns of a prompt's row that the head reads; the published packages read none."""
+        return needs_of(self.head, self.options) if self.target is None else ()
+
+    @property
     def bundle(self) -> Resources:
         """The resources that one actor asks for."""
         return resources(self.num_cpus, self.num_gpus, self.resources)
@@ -66,16 +75,24 @@ class RewardSpec:
 
 def wants_gpu(head: str, options: Mapping[str, Any]) -> bool:
     """Whether a head could use a GPU, because its model is neither embedded nor on another machine."""
-    return head not in ("http", "simulated") and options.get("model") not in EMBEDDED
+    return head not in (*SERVERS, "simulated") and options.get("model") not in EMBEDDED
 
 
 @dataclass(frozen=True)
 class TimedScores:
-    """Raw scores, [B], the seconds that they took, and the peak memory of the process so far."""
+    """The scores of a batch by one head.
+
+    Attributes:
+        values: raw scores, [B]; NaN where the head does not judge the row.
+        seconds: how long they took.
+        memory: the peak memory of the process so far.
+        costs: what they cost by name, such as prompt_tokens, where the head counts that.
+    """
 
     values: FloatArray
     seconds: float
     memory: Memory
+    costs: Mapping[str, int] = field(default_factory=dict)
 
 
 class RewardActor:
@@ -117,13 +134,20 @@ class RewardActor:
                 raise ModelError(f"reward head {self._name!r} cannot be built: {why}") from None
         return self._scorer
 
-    def score(self, images: ImageArray, prompts: Sequence[str], rollout_ids: Sequence[str]) -> TimedScores:
+    def score(
+        self,
+        images: ImageArray,
+        prompts: Sequence[str],
+        rollout_ids: Sequence[str],
+        rows: Sequence[Metadata | None] | None = None,
+    ) -> TimedScores:
         """See Scorer.score."""
         with end_if_broken():
             scorer = self._built()
-            start = time.perf_counter()
-            values = scorer.score(images, prompts, rollout_ids)
-        return TimedScores(values, time.perf_counter() - start, peak_memory())
+            start, before = time.perf_counter(), scorer.costs
+            values = scorer.score(images, prompts, rollout_ids, rows)
+        costs = {name: count - before[name] for name, count in scorer.costs.items()}
+        return TimedScores(values, time.perf_counter() - start, peak_memory(), costs)
 
     def model_id(self) -> str:
         """The name of the head's model."""
@@ -137,9 +161,18 @@ class RewardPool:
         specs: the name of each head in this run -> its spec.
         tag: a text that makes the names of the actors unique on the cluster.
         timeout_s: see Pool.
+        routes: which heads judge each prompt, and which columns of its row they read; None where all judge all of them
+            and read none.
     """
 
-    def __init__(self, specs: Mapping[str, RewardSpec], tag: str, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, RewardSpec],
+        tag: str,
+        timeout_s: float | None = None,
+        routes: Routes | None = None,
+    ) -> None:
+        self._routes = routes
         self.specs, self._tag, self._made, self._timeout_s = dict(specs), tag, 0, timeout_s
         self.pools = {name: self._pool(name, spec) for name, spec in self.specs.items() if spec.replicas}
         self._here = {
@@ -192,7 +225,8 @@ class RewardPool:
             prompts: the prompt of each image.
             rollout_ids: the rollout id of each image, for messages.
         """
-        calls = {name: Call(key, _scores(name, images, prompts, rollout_ids)) for name in self.pools}
+        batch = partial(_Batch, images, tuple(prompts), tuple(rollout_ids))
+        calls = {name: Call(key, _scores(name, batch(self._given(name, prompts)))) for name in self.pools}
         for name, call in calls.items():
             self.pools[name].submit(call)
         return calls
@@ -209,7 +243,13 @@ class RewardPool:
         if not self._here:
             return {}
         opened = ray.get(images)
-        return {name: head.score(opened, prompts, rollout_ids) for name, head in self._here.items()}
+        return {
+            name: head.score(opened, prompts, rollout_ids, self._given(name, prompts))
+            for name, head in self._here.items()
+        }
+
+    def _given(self, name: str, prompts: Sequence[str]) -> list[Metadata | None] | None:
+        return None if self._routes is None else self._routes.given(name, prompts)
 
     @property
     def actors(self) -> list[ActorHandle[RewardActor]]:
@@ -222,10 +262,21 @@ class RewardPool:
             pool.stop()
 
 
-def _scores(
-    name: str, images: "ray.ObjectRef[ImageArray]", prompts: Sequence[str], rollout_ids: Sequence[str]
-) -> "Callable[[ActorHandle[RewardActor]], ray.ObjectRef[TimedScores]]":
-    return lambda actor: actor.score.options(name=f"score {name}").remote(images, prompts, rollout_ids)
+@dataclass(frozen=True)
+class _Batch:
+    """The arguments of RewardActor.score."""
+
+    images: "ray.ObjectRef[ImageArray]"
+    prompts: Sequence[str]
+    rollout_ids: Sequence[str]
+    rows: Sequence[Metadata | None] | None
+
+
+def _scores(name: str, batch: _Batch) -> "Callable[[ActorHandle[RewardActor]], ray.ObjectRef[TimedScores]]":
+    judged = batch.rows is None or any(row is not None for row in batch.rows)
+    images = batch.images if judged else NO_IMAGES  # which need not travel to an actor that does not look at them
+    arguments = (images, batch.prompts, batch.rollout_ids, batch.rows)
+    return lambda actor: actor.score.options(name=f"score {name}").remote(*arguments)
 
 
 def _load(actor: ActorHandle[RewardActor]) -> "ray.ObjectRef[Any]":

@@ -24,7 +24,8 @@ from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import EpdRayError, RewardError
 from epd_ray.report.web import Answer, Asked, Rules, answer_json, answering, bound, problem
 from epd_ray.rewards import HEADS
-from epd_ray.rewards.http import read_token
+from epd_ray.rewards.client import read_token
+from epd_ray.rewards.needs import missing, needed_by
 from epd_ray.rewards.requests import BadRequestError, Limits, read_request
 from epd_ray.rewards.scoring import Scorer
 
@@ -63,7 +64,10 @@ class ServedHead(RewardActor):
         asked = read_request(body, self._limits)
         names = [f"images[{i}]" for i in range(len(asked.prompts))]
         with self._turn, end_if_broken():
-            scores: list[float] = self._built().score_pictures(asked.images, asked.prompts, names).tolist()
+            scorer = self._built()
+            if problem := missing(needed_by(scorer.head), asked.rows, len(names)):
+                raise BadRequestError(f"head {problem}, or name it in the option columns of the head http")
+            scores: list[float] = scorer.score_pictures(asked.images, asked.prompts, names, asked.rows).tolist()
         return scores
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.settings import PUBLISHED_SOLVER
@@ -161,8 +162,8 @@ def _measured(config: RunConfig, budget: int, target: float | None) -> Curve:
         budget: number of images at most.
         target: the held-out reward to reach; None means that the whole budget is spent.
     """
-    prompts = load_prompts(config.prompts, config.seed)
-    with algorithm(config, prompts.train) as algo:
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
+    with algorithm(config, prompts.train, rows=prompts.rows) as algo:
         algo.rebase(as_table(fit_start_table(config, prompts, algo)))
         curve = Curve([], [])
         for images in (0, *[check for check in CHECKS if check <= budget]):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.actors.configured import run_session
 from epd_ray.bench.headroom_report import Measurement, Point, ranked, write_report
 from epd_ray.bench.kept import FOLDER, kept
@@ -120,7 +121,7 @@ def measure(subject: Subject, folder: Path, observer: Observer) -> list[Measurem
         observer: sees one step for each number of evaluations.
     """
     config = subject.config
-    prompts = load_prompts(config.prompts, config.seed)
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
     require_apart(prompts.validation, prompts.test)
     request = Request("paper", folder, features=subject.features, reference=subject.reference)
     spec = foresee_features(request, config, len(prompts.test))
@@ -129,10 +130,10 @@ def measure(subject: Subject, folder: Path, observer: Observer) -> list[Measurem
     found: list[Measurement] = []
     with ExitStack() as stack:
         observer.stage("starting actors", 1)
-        stack.enter_context(run_session(config))
+        stack.enter_context(run_session(config, prompts.rows))
         cache = folder / "features"
         features = stack.enter_context(open_features(spec, subject.reference, len(prompts.test), cache, local.cluster))
-        algo = stack.enter_context(algorithm(local, prompts.train))
+        algo = stack.enter_context(algorithm(local, prompts.train, rows=prompts.rows))
         observer.advance()
         observer.stage("measuring headroom", len(subject.evals))
         for evals in subject.evals:

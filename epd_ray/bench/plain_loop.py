@@ -128,7 +128,7 @@ class PlainLoop:
             for scorer in self._scorers
         }
         self._mixer.observe([scores])
-        return self._mixer.train(scores)
+        return self._mixer.train(scores, [r.prompt for r in requests])
 
     def _update(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.bench.kept import FOLDER, kept
 from epd_ray.bench.record import Record, Value, under
 from epd_ray.bench.settings import DEFAULTS
@@ -201,8 +202,8 @@ def _found(name: str, config: RunConfig, budget: int, first: Found | None) -> Fo
         budget: number of training images.
         first: what distilling found, which is the start of a method; None where distilling itself is asked for.
     """
-    prompts = load_prompts(config.prompts, config.seed)
-    with algorithm(config, prompts.train) as algo:
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
+    with algorithm(config, prompts.train, rows=prompts.rows) as algo:
         if first is None:
             table = as_table(fit_start_table(config, prompts, algo))
         else:

@@ -44,7 +44,7 @@ _POLICY = (
 _MEASURE = (
     *("seed", "solver.afs", "solver.order", "rewards.*.head", "rewards.*.weight", "rdpo.normalisation"),
     *("backbone.family", "backbone.model", "backbone.revision", "backbone.guidance_scale", "backbone.resolution"),
-    *("backbone.max_sequence_length", f"{PROMPTS}:validation"),
+    *("backbone.max_sequence_length", f"{PROMPTS}:validation", f"{PROMPTS}:rows", "prompts.heads"),
 )
 _START = ("distill", START, "prompts.train", "prompts.num_train", "prompts.validation", "prompts.test")
 FIXED = {

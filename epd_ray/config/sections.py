@@ -186,6 +186,12 @@ class PromptsConfig(Section):
         le=1,
         description="The share of shapes captions with two objects, at least 0 and at most 1; the others have one.",
     )
+    heads: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The column of the prompt file that names the reward heads which judge a row, maybe with weights, "
+        "such as clip, ocr:2; null lets every head judge every row.",
+    )
 
     @field_validator("train")
     @classmethod
@@ -194,6 +200,14 @@ class PromptsConfig(Section):
             kinds = ", ".join(SUFFIXES)
             raise ValueError(f"is {shown(train)}, expected {SHAPES!r}, {BUILTIN!r} or the path of a file ({kinds})")
         return train
+
+    @field_validator("heads")
+    @classmethod
+    def _of_a_table(cls, heads: str | None, info: ValidationInfo) -> str | None:
+        train = str(info.data.get("train", SHAPES))
+        if heads is not None and train.lower().endswith(".txt"):
+            raise ValueError(f"is {shown(heads)}, but {shown(train)} has no columns: give a table of prompts, or null")
+        return heads
 
 
 class DistillConfig(Section):

@@ -15,7 +15,7 @@ from epd_ray.drawing.sampler import REFERENCE_STEPS, Sampler
 from epd_ray.embedded.judge import scene_accuracy
 from epd_ray.embedded.scenes import CANVAS, Scene, parse
 from epd_ray.evaluation.records import OURS, SCENE_ACCURACY, Difference, Evaluation, SolverRow, Tuned
-from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.evaluation.statistics import Interval, bootstrap_mean, judged, paired_difference
 from epd_ray.evaluation.tuning import Place
 from epd_ray.solvers.rival import Rival
 from epd_ray.storage.parquet import write_table
@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         sampler: what drew the pictures.
-        values: metric -> its value for each prompt, [B].
+        values: metric -> its value for each prompt, [B]; NaN where a reward head does not judge it.
         seconds_per_image: the time of a picture in seconds.
     """
 
@@ -75,7 +75,7 @@ class Comparison:
     @cached_property
     def means(self) -> dict[str, dict[str, Interval]]:
         """The mean over the prompts with its interval, by sampler's key and metric."""
-        return {row.sampler.key: {m: bootstrap_mean(v) for m, v in row.values.items()} for row in self.rows}
+        return {row.sampler.key: {m: bootstrap_mean(judged(v)) for m, v in row.values.items()} for row in self.rows}
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -130,14 +130,17 @@ class Comparison:
         return self.evaluation.model_dump()
 
     def table(self) -> pa.Table:
-        """A table with one row for each sampler and prompt: solver, prompt, noise_seed, and a column a metric."""
+        """A table with one row for each sampler and prompt: solver, prompt, noise_seed, and a column a metric.
+
+        A metric is null where it does not judge the prompt.
+        """
         columns: dict[str, list[object]] = {"solver": [], "prompt": [], "noise_seed": []}
         for row in self.rows:
             columns["solver"] += [row.sampler.key] * len(self.prompts)
             columns["prompt"] += self.prompts
             columns["noise_seed"] += self.seeds
             for metric, values in row.values.items():
-                columns.setdefault(metric, []).extend(values.tolist())
+                columns.setdefault(metric, []).extend(pa.array(values, from_pandas=True).to_pylist())
         return pa.table(columns)
 
 

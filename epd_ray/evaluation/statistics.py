@@ -74,6 +74,12 @@ def bootstrap_mean(values: Values, *, seed: int = 0, confidence: float = 0.95) -
     return Interval(float(sample.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
+def judged(values: Values) -> npt.NDArray[np.float64]:
+    """The scores of the prompts that a head judges; those of other prompts are NaN."""
+    scores = np.asarray(values, dtype=np.float64)
+    return scores[~np.isnan(scores)]
+
+
 def student_mean(values: Values, *, confidence: float = 0.95) -> Interval:
     """Compute the mean of a few independent runs with Student's interval, because a bootstrap interval is too narrow.
 
@@ -151,8 +157,8 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float 
     """Compute the mean of a - b over pairs with its bootstrap interval.
 
     Args:
-        a: [n], finite.
-        b: [n], finite; b[i] was measured on the same prompt and seed as a[i].
+        a: [n], finite, or NaN where the prompt was not judged.
+        b: [n], the same; b[i] was measured on the same prompt and seed as a[i].
         seed: the seed of the resampling.
         confidence: the confidence level of the interval, above 0 and below 1.
 
@@ -162,7 +168,8 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0, confidence: float 
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a has shape {list(first.shape)} and b {list(second.shape)}, expected pairs")
-    return bootstrap_mean(first - second, seed=seed, confidence=confidence)
+    pairs = ~(np.isnan(first) & np.isnan(second))
+    return bootstrap_mean((first - second)[pairs], seed=seed, confidence=confidence)
 
 
 @dataclass(frozen=True)

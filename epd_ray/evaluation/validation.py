@@ -5,7 +5,7 @@ of the uncertainty of a mean score comes from the choice of prompts, and the dif
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from epd_ray.errors import RunDirectoryError, shown
-from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.evaluation.statistics import Interval, bootstrap_mean, judged, paired_difference
 from epd_ray.solvers import SolverTable
 from epd_ray.solvers.table import COLUMN_NAMES
 from epd_ray.storage.documents import parse_json
@@ -41,7 +41,8 @@ class Validation:
     Attributes:
         iteration: the number of updates before this validation; 0 is the table at the start.
         reward: [B], the reward that is learned from.
-        scores: reward head -> raw scores [B]; "scene_accuracy" too if the prompts describe scenes.
+        scores: reward head -> raw scores [B], NaN where it does not judge a prompt; "scene_accuracy" too if the prompts
+            describe scenes.
     """
 
     iteration: int
@@ -147,7 +148,7 @@ class Curve:
         reward, gain = bootstrap_mean(last.reward), self.gain()
         alarm = {"alarm/reward_hacking": float(bool(self.falls()))} if self.watched else {}
         return {
-            **{f"validation/{head}": float(np.mean(values)) for head, values in last.scores.items()},
+            **{f"validation/{head}": float(judged(values).mean()) for head, values in last.scores.items()},
             "validation/reward": reward.mean,
             "validation/low": reward.low,
             "validation/high": reward.high,
@@ -177,10 +178,15 @@ class Curve:
             "prompt": pa.array(self.prompts * times, pa.string()),
             "noise_seed": pa.array(self.seeds * times, pa.int64()),
             "reward": np.concatenate([v.reward for v in self.validations]),
-            **{head: np.concatenate([v.scores[head] for v in self.validations]) for head in self.heads},
+            **{head: _nullable([v.scores[head] for v in self.validations]) for head in self.heads},
         }
         about = {"schema_version": str(SCHEMA_VERSION), "trained": json.dumps(self.trained)}
         return pa.table(columns).replace_schema_metadata(about)
+
+
+def _nullable(parts: Sequence[FloatArray]) -> pa.Array:
+    """Scores one part after another; null where a head does not judge a prompt."""
+    return pa.array(np.concatenate(parts), from_pandas=True)
 
 
 @dataclass
@@ -259,7 +265,9 @@ def read_curve(path: Path) -> Curve | None:
     heads = [name for name in table.column_names if name not in (*ROWS.names, "reward")]
     floats = ("reward", *heads)
     wrong = [name for name in floats if name not in table.column_names or not pa.types.is_floating(table[name].type)]
-    wrong += [name for name in table.column_names if table[name].null_count]
+    for name in table.column_names:  # a head has nulls where it does not judge a prompt
+        least = len(table) if name in heads else 1
+        wrong += [name] if table[name].null_count >= least > 0 else []
     if wrong or not len(table):
         problem = f"column {shown(wrong[0])} is not as expected" if wrong else "it has no rows"
         raise RunDirectoryError(f"{path} cannot be read: {problem} ({FIX})")
@@ -272,5 +280,9 @@ def read_curve(path: Path) -> Curve | None:
     for iteration in dict.fromkeys(iterations.tolist()):
         rows = iterations == iteration
         scores = {head: arrays[head][rows] for head in heads}
+        for head, values in scores.items():
+            missing = np.isnan(values)
+            if missing.all() or (missing != np.isnan(arrays[head][first])).any():
+                raise RunDirectoryError(f"{path} cannot be read: column {shown(head)} lacks scores ({FIX})")
         curve = curve.extended(Validation(iteration, arrays["reward"][rows], scores))
     return curve

@@ -1,19 +1,22 @@
 """Rows of the tables that people bring: CSV, TSV, JSON lines, JSON and Parquet, read as a stream except for JSON.
 
-Only the columns that are asked for are read, as text: what looks like a number or a date stays what it was, and what
-other columns hold does not matter.
+Only the columns that are asked for are read, and what other columns hold does not matter. Prompts and names of files
+are text: what looks like a number or a date stays what it was. Columns for reward heads are what JSON can say.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from epd_ray.errors import PromptError, importing, shown
+from epd_ray.prompts.cells import Pairs, json_cell
 from epd_ray.prompts.text import decode_text, lines
+from epd_ray.types import Metadata
 
 COLUMNS = ("prompt", "caption", "text", "captions")
 """In a file with columns, the first of these that exists holds the prompts; a single column may have any name."""
@@ -21,23 +24,82 @@ BATCH_ROWS = 1024  # rows of a Parquet file in memory at a time
 
 Choose = Callable[[Sequence[str], str], Sequence[str]]
 """Picks the columns to read, given the names of all columns and the file or line for a message."""
-Row = tuple[str, Sequence[str]]
-"""The place of a row, such as "line 3", and the text of each chosen column; no text at all for a blank line."""
 
 
-def table_rows(path: Path, choose: Choose) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        place: where it stands, such as "line 3".
+        texts: the text of each chosen column; no text at all for a blank line.
+        columns: those of the further columns that have a value in this row.
+    """
+
+    place: str
+    texts: Sequence[str]
+    columns: Metadata = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns to read.
+
+    Attributes:
+        choose: picks the columns of text; in JSON, where each row may have its own, it is called for each row.
+        further: names of columns for reward heads, which a row may lack.
+    """
+
+    choose: Choose
+    further: Sequence[str] = ()
+
+    def found(self, names: Sequence[str], where: str | Path) -> dict[str, str]:
+        """Each further column that is among `names` -> its name there.
+
+        Raises:
+            PromptError: two columns have the same name.
+        """
+        return further_names(names, self.further, where)
+
+
+def table_rows(path: Path, choose: Choose, further: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a table.
 
     Args:
         path: a file with one of TABLE_SUFFIXES.
-        choose: picks the columns; in JSON, where each row may have its own, it is called for each row.
+        choose: see Wanted.
+        further: see Wanted.
 
     Raises:
-        PromptError: the file is damaged, or a chosen column is no text.
+        PromptError: the file is damaged, a chosen column is no text, or a further one nothing that JSON can say.
         OSError: the file cannot be opened.
     """
     with importing(PromptError, path):
-        yield from _READERS[path.suffix.lower()](path, choose)
+        yield from _READERS[path.suffix.lower()](path, Wanted(choose, further))
+
+
+def further_columns(record: Mapping[str, object], further: Sequence[str], where: str) -> Metadata:
+    """Those of some columns that have a value in a record; whatever the case of their names.
+
+    Raises:
+        PromptError: a value is nothing that JSON can say, or two columns have the same name.
+    """
+    return _columns(record, further_names(list(record), further, where), where)
+
+
+def further_names(names: Sequence[str], further: Sequence[str], where: str | Path) -> dict[str, str]:
+    """Each of some columns that is among `names` -> its name there.
+
+    Raises:
+        PromptError: two columns have the same name.
+    """
+    there = {wanted: find_column(names, [wanted], where) for wanted in further}
+    return {wanted: name for wanted, name in there.items() if name is not None}
+
+
+def _columns(record: Mapping[str, object], names: Mapping[str, str], where: str) -> Metadata:
+    cells = {asked: json_cell(record[name], name, where) for asked, name in names.items()}
+    return {asked: cell for asked, cell in cells.items() if cell is not None}
 
 
 def find_column(names: Sequence[str], known: Sequence[str], where: str | Path) -> str | None:
@@ -47,7 +109,7 @@ def find_column(names: Sequence[str], known: Sequence[str], where: str | Path) -
         PromptError: two columns have the same known name.
     """
     for wanted in known:
-        same = [name for name in names if name.strip().lower() == wanted]
+        same = [name for name in names if name.strip().lower() == wanted.strip().lower()]
         if len(same) > 1:
             raise PromptError(f"{where} has the columns {same[0]!r} and {same[1]!r}: keep one of them")
         if same:
@@ -103,8 +165,8 @@ def text_of(value: object, column: str, where: str) -> str:
 # -- CSV and TSV ------------------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, choose: Choose) -> Iterator[Row]:
-    return _with_header(path, choose, _csv_rows(path), "quote prompts with commas")
+def _csv(path: Path, wanted: Wanted) -> Iterator[Row]:
+    return _with_header(path, wanted, _csv_rows(path), "quote prompts with commas")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -119,10 +181,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise PromptError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
 
 
-def _tsv(path: Path, choose: Choose) -> Iterator[Row]:
+def _tsv(path: Path, wanted: Wanted) -> Iterator[Row]:
     cells = ((n, line.rstrip("\r\n")) for n, line in lines(path))
     rows = ((n, [_unquoted(cell) for cell in line.split("\t")] if line else []) for n, line in cells)
-    return _with_header(path, choose, rows, "a prompt can have no tab and no line break")
+    return _with_header(path, wanted, rows, "a prompt can have no tab and no line break")
 
 
 def _unquoted(cell: str) -> str:
@@ -132,7 +194,7 @@ def _unquoted(cell: str) -> str:
     return inner.replace('""', '"') if whole else cell
 
 
-def _with_header(path: Path, choose: Choose, rows: Iterator[tuple[int, list[str]]], fix: str) -> Iterator[Row]:
+def _with_header(path: Path, wanted: Wanted, rows: Iterator[tuple[int, list[str]]], fix: str) -> Iterator[Row]:
     _, header = next(rows, (0, None))
     if header is None:
         return
@@ -141,75 +203,78 @@ def _with_header(path: Path, choose: Choose, rows: Iterator[tuple[int, list[str]
             raise PromptError(f"{path}, line 1: {only[:60]!r} is one column (separate columns with commas)")
         if " " in only:
             raise PromptError(f"{path}, line 1: {only[:60]!r} is no column name (add a header such as {COLUMNS[0]})")
-    indices = [header.index(name) for name in choose(header, str(path))]
+    indices = [header.index(name) for name in wanted.choose(header, str(path))]
+    further = wanted.found(header, path)
     for number, row in rows:
         if row and len(row) != len(header):
             raise PromptError(f"{path}, line {number}: {len(row)} columns, expected {len(header)} ({fix})")
-        yield f"line {number}", [row[index] for index in indices] if row else []
+        place = f"line {number}"
+        if row:
+            cells = dict(zip(header, row, strict=True)) if further else {}
+            yield Row(place, [row[index] for index in indices], _columns(cells, further, f"{path}, {place}"))
+        else:
+            yield Row(place, [])
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(path: Path, choose: Choose) -> Iterator[Row]:
+def _jsonl(path: Path, wanted: Wanted) -> Iterator[Row]:
     for number, line in lines(path):
         place = f"line {number}"
         if line.strip():
-            yield place, _record(_parsed(line, f"{path}, {place}"), choose, f"{path}, {place}")
+            yield _record(_parsed(line, f"{path}, {place}"), wanted, path, place)
         else:
-            yield place, []
+            yield Row(place, [])
 
 
-def _json(path: Path, choose: Choose) -> Iterator[Row]:
+def _json(path: Path, wanted: Wanted) -> Iterator[Row]:
     found = _parsed(decode_text(path.read_bytes(), path), f"{path} (one object a line belongs into a .jsonl file)")
     if isinstance(found, dict) and "annotations" in found:  # the form of COCO's captions
         found = found["annotations"]
     if not isinstance(found, list):
         raise PromptError(f"{path}: {shown(found)}, expected a list of texts or objects, or COCO's annotations")
     for number, record in enumerate(found, start=1):
-        yield f"entry {number}", _record(record, choose, f"{path}, entry {number}")
+        yield _record(record, wanted, path, f"entry {number}")
 
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_Pairs)
+        return json.loads(text, object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise PromptError(f"{where}: not JSON ({str(error).partition(': ')[0]})") from error
 
 
-class _Pairs(dict[str, object]):
-    """A JSON object that knows all of its keys, also those that occur twice."""
-
-    def __init__(self, pairs: Iterable[tuple[str, object]]) -> None:
-        every = list(pairs)
-        super().__init__(every)
-        self.names = [name for name, _ in every]
-
-
-def _record(record: object, choose: Choose, where: str) -> list[str]:
+def _record(record: object, wanted: Wanted, path: Path, place: str) -> Row:
+    where = f"{path}, {place}"
     if isinstance(record, str):
-        record = _Pairs([(COLUMNS[0], record)])
-    if not isinstance(record, _Pairs):
+        record = Pairs([(COLUMNS[0], record)])
+    if not isinstance(record, Pairs):
         raise PromptError(f"{where}: {type(record).__name__}, expected an object with a key {COLUMNS[0]!r}")
-    return [text_of(record[name], name, where) for name in choose(record.names, where)]
+    texts = [text_of(record[name], name, where) for name in wanted.choose(record.names, where)]
+    return Row(place, texts, _columns(record, wanted.found(record.names, where), where))
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, choose: Choose) -> Iterator[Row]:
+def _parquet(path: Path, wanted: Wanted) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = choose(schema.names, str(path))
+            columns = wanted.choose(schema.names, str(path))
             for name in columns:
                 require_text(schema, name, path)
+            further = wanted.found(schema.names, path)
             number = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-                for values in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys([*columns, *further.values()]))):
+                read = {name: batch[name].to_pylist() for name in {*columns, *further.values()}}
+                for i in range(len(batch)):
                     number += 1
                     where = f"{path}, row {number}"
-                    yield f"row {number}", [text_of(v, n, where) for v, n in zip(values, columns, strict=True)]
+                    texts = [text_of(read[name][i], name, where) for name in columns]
+                    cells = {name: read[name][i] for name in further.values()}
+                    yield Row(f"row {number}", texts, _columns(cells, further, where))
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -232,7 +297,7 @@ def require_text(schema: pa.Schema, column: str, where: object) -> None:
         raise PromptError(f"{where}: {column!r} is {kind}, expected text")
 
 
-_READERS: dict[str, Callable[[Path, Choose], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, Wanted], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,

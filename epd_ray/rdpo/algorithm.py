@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -158,7 +159,7 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
     def _start_pipeline(self, tag: str) -> None:
         """Start the reward actors and wait until every actor has its process and every head its model."""
         own: RDPOConfig = self.config
-        rewards = self._rewards = RewardPool(own.reward_specs, tag, own.task_timeout_s)
+        rewards = self._rewards = RewardPool(own.reward_specs, tag, own.task_timeout_s, own.routes)
         self._closing.callback(rewards.stop)
         self._pipeline = RolloutPipeline(
             runner_pool(self.env_runner_group, own.max_env_runners, own.task_timeout_s),
@@ -388,7 +389,8 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
         sampler = Sampler("epd", own.table.intervals, "held-out", "held-out", self.mean_table(), own.afs, own.order)
         found = self.sample_scored(sampler, prompts, noise_seeds(Purpose.VALIDATION, own.seed or 0, len(prompts)))
         drawn = {EPISODE_RETURN_MEAN: float(found.reward.mean()), NUM_ENV_STEPS_SAMPLED: len(prompts)}
-        scores = {f"reward/{head}": float(values.mean()) for head, values in found.scores.items()}
+        judged = {head: values[~np.isnan(values)] for head, values in found.scores.items()}
+        scores = {f"reward/{head}": float(values.mean()) for head, values in judged.items() if len(values)}
         results = about["evaluation_metrics"] = {ENV_RUNNER_RESULTS: drawn, **scores}
         make_callback("on_evaluate_end", self.callbacks, own.callbacks_on_evaluate_end, kwargs=about)
         return results

@@ -74,7 +74,7 @@ class ScoredRollout:
         rollout: the table that it was drawn with, and its log-probability.
         iteration: the number of the iteration, from 1.
         policy_version: the number of updates of the policy that drew the table.
-        rewards: the raw score of each head, by the head's name.
+        rewards: the raw score of each head, by the head's name; None where it does not judge the prompt.
         reward: the mix of the scores that is learned from.
         advantage: the reward in comparison with its group, normalised over the batch.
         generate_seconds: an equal share of the seconds that the rollout actor took for the job.
@@ -86,7 +86,7 @@ class ScoredRollout:
     rollout: Rollout
     iteration: int
     policy_version: int
-    rewards: Mapping[str, float]
+    rewards: Mapping[str, float | None]
     reward: float
     advantage: float
     generate_seconds: float
@@ -132,19 +132,20 @@ def propose(plan: BatchPlan, prompts: Sequence[str], iteration: int) -> list[tup
 def join(
     jobs: Sequence[RolloutJob],
     outcomes: Sequence[Outcome],
-    mix: Callable[[Mapping[str, FloatArray]], FloatArray],
+    mix: Callable[[Mapping[str, FloatArray], Sequence[str]], FloatArray],
 ) -> tuple[list[ScoredRollout], Advantages]:
     """Requests, rollouts and scores joined by rollout id, with rewards and advantages.
 
     Args:
         jobs: the jobs of one iteration.
         outcomes: the outcome of each job, in the same order.
-        mix: turns the raw scores of a job, by head, into its rewards.
+        mix: turns the raw scores of a job, by head, and its prompts into its rewards.
 
     Returns:
         One record for each picture, in the order of the requests, and the advantages of the batch.
     """
-    rewards = [mix(outcome.scores).tolist() for outcome in outcomes]
+    prompts = [[request.prompt for request in job.requests] for job in jobs]
+    rewards = [mix(outcome.scores, texts).tolist() for outcome, texts in zip(outcomes, prompts, strict=True)]
     advantages = leave_one_out(
         torch.tensor([reward for of_job in rewards for reward in of_job]),
         [request.group_id for job in jobs for request in job.requests],
@@ -169,7 +170,9 @@ def _join_job(
             rollout=drawn[request.rollout_id],
             iteration=job.job_id[0] + 1,
             policy_version=job.policy_version,
-            rewards={head: of_head[request.rollout_id] for head, of_head in scores.items()},
+            rewards={
+                head: None if np.isnan(v := of_head[request.rollout_id]) else v for head, of_head in scores.items()
+            },
             reward=reward,
             advantage=advantage,
             generate_seconds=outcome.generate_seconds / len(ids),
@@ -183,8 +186,13 @@ def _join_job(
 def summarise(
     rollouts: Sequence[ScoredRollout], advantages: Advantages, outcomes: Sequence[Outcome]
 ) -> dict[str, float]:
-    """The metrics of a batch: rewards, their spread inside the groups, and the seconds that all actors worked."""
-    raw = {head: [rollout.rewards[head] for rollout in rollouts] for head in rollouts[0].rewards}
+    """The metrics of a batch: rewards, their spread inside the groups, and the seconds that all actors worked.
+
+    A head that judged no picture of the batch has no metrics in it.
+    """
+    given = {head: [rollout.rewards[head] for rollout in rollouts] for head in rollouts[0].rewards}
+    judged = {head: [value for value in values if value is not None] for head, values in given.items()}
+    raw = {head: values for head, values in judged.items() if values}
     return {
         **{f"reward/{head}": float(np.mean(values)) for head, values in raw.items()},
         **{f"reward_std/{head}": float(np.std(values)) for head, values in raw.items()},

@@ -20,6 +20,7 @@ from epd_ray.errors import ConfigError, shown
 from epd_ray.policy.dirichlet import TableSpace, base_parameters
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.policy.network import PolicySpec
+from epd_ray.prompts.panel import Panel
 from epd_ray.randomness import Purpose, plain_seed
 from epd_ray.rdpo.batch import Baseline, BatchPlan, UpdatePlan
 from epd_ray.rdpo.learner import RDPOLearner
@@ -28,7 +29,9 @@ from epd_ray.rdpo.module import SolverTableModule
 from epd_ray.rdpo.runner import SolverEnvRunner
 from epd_ray.rdpo.settings import refused
 from epd_ray.rewards.mixing import Mixer, Mode
+from epd_ray.rewards.routes import Routes
 from epd_ray.solvers.table import SolverTable, uniform_table
+from epd_ray.types import Metadata
 
 EMBEDDED_BACKBONE = BackboneSpec(options={"model": "shapes", "max_sequence_length": 20}, guidance_scale=7.0)
 EMBEDDED_REWARDS = {"clip": RewardSpec(options={"model": "shapes-clip"})}
@@ -87,6 +90,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.keep_images = False
         self.reward_specs: dict[str, RewardSpec] = dict(EMBEDDED_REWARDS)
         self.normalisation: Mode = rdpo.normalisation
+        self.rows: dict[str, Metadata] = {}
+        self.heads_column: str | None = None
 
     def solver(
         self,
@@ -196,10 +201,25 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         given |= {k: tuple(given[k]) for k in ("prompts", "held_out") if given[k] is not NotProvided}
         return self._assign(given)
 
-    def rewards(self, heads: Mapping[str, RewardSpec], *, normalisation: Mode = NotProvided) -> "RDPOConfig":
-        """Set the reward heads and their actors by name, and how raw scores are normalised (see Mixer)."""
+    def rewards(
+        self,
+        heads: Mapping[str, RewardSpec],
+        *,
+        normalisation: Mode = NotProvided,
+        rows: Mapping[str, Metadata] = NotProvided,
+        heads_column: str | None = NotProvided,
+    ) -> "RDPOConfig":
+        """Set the reward heads, and what they know of each prompt.
+
+        Args:
+            heads: the name of each head -> its actors.
+            normalisation: how raw scores are normalised, see Mixer.
+            rows: prompt -> the columns of its row, for heads that read some.
+            heads_column: the column that names the heads which judge a prompt, see Panel; None lets all judge all.
+        """
         self.reward_specs = dict(heads)
-        return self._assign({"normalisation": normalisation})
+        given = {"normalisation": normalisation, "heads_column": heads_column}
+        return self._assign({**given, "rows": rows if rows is NotProvided else dict(rows)})
 
     def training(  # type: ignore[override]
         self,
@@ -238,7 +258,25 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def mixer(self) -> Mixer:
         """A new Mixer of the reward heads."""
         weights = {name: spec.weight for name, spec in self.reward_specs.items()}
-        return Mixer(weights, {name: spec.head for name, spec in self.reward_specs.items()}, self.normalisation)
+        kinds = {name: spec.head for name, spec in self.reward_specs.items()}
+        return Mixer(weights, kinds, self.normalisation, self.routes if self.heads_column is not None else None)
+
+    @property
+    def routes(self) -> Routes:
+        """Which heads judge each prompt, and the columns of its row that they read."""
+        specs = self.reward_specs
+        weights, needs = {n: s.weight for n, s in specs.items()}, {n: s.needs for n, s in specs.items()}
+        return Routes(Panel(weights, needs, self.heads_column), self.rows)
+
+    def _require_rows(self) -> None:
+        """Refuse prompts that a head cannot judge.
+
+        Raises:
+            PromptError: a row lacks a column.
+        """
+        panel = self.routes.panel
+        for prompt in (*self.prompts, *self.held_out) if panel.columns else ():
+            panel.require(self.rows.get(prompt, {}), f"the prompt {shown(prompt)}")
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -317,6 +355,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.create_local_env_runner = self.num_env_runners == 0  # with rollout actors the driver needs no backbone
         self.observation_space, self.action_space = self._spaces()
         super().validate()
+        self._require_rows()
         if self.group_size < 2:
             self._value_error(
                 f"group_size is {self.group_size}: the leave-one-out baseline needs at least 2 images per prompt"

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from epd_ray.actors.cluster import warn_of_idle_gpus
@@ -17,6 +17,7 @@ from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.solvers import SolverTable
 from epd_ray.solvers.table import uniform_table
+from epd_ray.types import Metadata
 
 FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
@@ -29,14 +30,13 @@ Source of "inverse": Robbins and Monro, 1951.
 """
 
 
-def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> RDPOConfig:
-    """The configuration of the algorithm for a run.
-
-    Args:
-        config: the configuration of the run.
-        prompts: the prompts to train on.
-        table: the table to start from, [N, K]; None for evenly spaced points with equal weights.
-    """
+def rdpo_config(
+    config: RunConfig,
+    prompts: list[str],
+    table: SolverTable | None = None,
+    rows: Mapping[str, Metadata] | None = None,
+) -> RDPOConfig:
+    """The configuration of the algorithm for a run; the arguments are those of `algorithm`."""
     rdpo = config.rdpo
     heads = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     built: RDPOConfig = (
@@ -69,7 +69,7 @@ def rdpo_config(config: RunConfig, prompts: list[str], table: SolverTable | None
             staleness=rdpo.staleness,
             keep_images=config.store.images,
         )
-        .rewards(heads, normalisation=rdpo.normalisation)
+        .rewards(heads, normalisation=rdpo.normalisation, rows=rows or {}, heads_column=config.prompts.heads)
         .training(
             lr=learning_rate(rdpo),
             weight_decay=rdpo.weight_decay,
@@ -130,20 +130,26 @@ def _warn_of_idle_gpus(config: RunConfig) -> None:
 
 
 @contextmanager
-def algorithm(config: RunConfig, prompts: list[str], table: SolverTable | None = None) -> Iterator[RDPO]:
+def algorithm(
+    config: RunConfig,
+    prompts: list[str],
+    table: SolverTable | None = None,
+    rows: Mapping[str, Metadata] | None = None,
+) -> Iterator[RDPO]:
     """Start or join Ray and build the algorithm; both end with the block.
 
     Args:
         config: the configuration of the run.
         prompts: the prompts to train on.
         table: the table to start from, [N, K]; None for evenly spaced points with equal weights.
+        rows: prompt -> the columns of its row that reward heads read, of all prompts that are scored; None for none.
 
     Raises:
         EpdRayError: Ray cannot be started or joined, the actors have no room, or a model cannot be used.
     """
-    with run_session(config):
+    with run_session(config, rows):
         _warn_of_idle_gpus(config)
-        algo: RDPO = rdpo_config(config, prompts, table).build_algo()
+        algo: RDPO = rdpo_config(config, prompts, table, rows).build_algo()
         try:
             yield algo
         finally:

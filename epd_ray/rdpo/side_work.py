@@ -68,13 +68,13 @@ class SideWork:
                 on_images(place[1], outcome.images)
             found[place] = replace(outcome, images=None)
         return [
-            self._joined([found[place] for place in places.values() if place[0] == number], len(prompts))
+            self._joined([found[place] for place in places.values() if place[0] == number], prompts)
             for number, (_, prompts, _) in enumerate(drawings)
         ]
 
-    def _joined(self, parts: Sequence[Outcome], count: int) -> Sampled:
+    def _joined(self, parts: Sequence[Outcome], prompts: Sequence[str]) -> Sampled:
         scores = {head: np.concatenate([part.scores[head] for part in parts]) for head in self._heads}
-        reward = self._mixer.held_out(scores) if scores else np.full(count, np.nan, np.float32)
+        reward = self._mixer.held_out(scores, prompts) if scores else np.full(len(prompts), np.nan, np.float32)
         return Sampled(scores, reward, sum(part.generate_seconds for part in parts))
 
     def work(self, method: Method, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

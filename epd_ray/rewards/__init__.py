@@ -10,6 +10,9 @@ from epd_ray.registry import Registry
 if TYPE_CHECKING:
     from epd_ray.types import RewardHead
 
+SERVERS = ("http", "judge")
+"""The heads whose model is behind a server, so that they load nothing."""
+
 HEADS: "Registry[RewardHead]" = Registry(
     "reward head",
     {
@@ -21,6 +24,7 @@ HEADS: "Registry[RewardHead]" = Registry(
         "hpsv3": "epd_ray.rewards.hpsv3:HpsV3Head",
         "http": "epd_ray.rewards.http:HttpHead",
         "imagereward": "epd_ray.rewards.imagereward:ImageRewardHead",
+        "judge": "epd_ray.rewards.judge:JudgeHead",
         "mps": "epd_ray.rewards.mps:MpsHead",
         "ocr": "epd_ray.rewards.ocr:OcrHead",
         "pickscore": "epd_ray.rewards.pickscore:PickScoreHead",

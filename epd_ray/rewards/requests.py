@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from epd_ray.rewards.batches import too_long
-from epd_ray.types import FloatArray
+from epd_ray.types import FloatArray, Metadata
 
 TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # a text of JSON, or one that does not end
 FORMATS = ("png", "npy")
@@ -30,6 +30,7 @@ class Limits:
         side: the pixels of the longer side of an image.
         pixels: the pixels of all images together; 2**25 are 32 images of 1024 x 1024, or 384 MiB as float32.
         prompt_chars: the characters of one prompt.
+        row_chars: the characters of the JSON of one row.
         frame_bytes: the bytes of the JSON outside of its texts: brackets, commas, colons, numbers and spaces.
     """
 
@@ -38,6 +39,7 @@ class Limits:
     side: int = 2048
     pixels: int = 1 << 25
     prompt_chars: int = 10_000
+    row_chars: int = 100_000
     frame_bytes: int = 1 << 14
 
 
@@ -47,10 +49,11 @@ class BadRequestError(Exception):
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Images, [B, 3, H, W], float32 in [0, 1], and one prompt per image."""
+    """Images, [B, 3, H, W], float32 in [0, 1], one prompt per image, and one row of columns per image, or none."""
 
     images: Tensor
     prompts: list[str]
+    rows: list[Metadata] | None = None
 
 
 def read_request(body: bytes, limits: Limits) -> ScoreRequest:
@@ -64,14 +67,15 @@ def read_request(body: bytes, limits: Limits) -> ScoreRequest:
         BadRequestError: the request is not valid; the message names the first problem.
     """
     asked = _parsed(body, limits)
-    if not isinstance(asked, dict) or set(asked) != {"images", "format", "prompts"}:
-        raise BadRequestError("expected an object with exactly images, format and prompts")
+    if not isinstance(asked, dict) or set(asked) - {"rows"} != {"images", "format", "prompts"}:
+        raise BadRequestError("expected an object with exactly images, format and prompts, and maybe rows")
     files, form, prompts = asked["images"], asked["format"], asked["prompts"]
     if form not in FORMATS:
         raise BadRequestError("format is neither png nor npy")
     if not isinstance(files, list) or not 1 <= len(files) <= limits.images:
         raise BadRequestError(f"images is not a list of 1 to {limits.images}")
     _check_prompts(prompts, len(files), limits.prompt_chars)
+    rows = _rows(asked["rows"], len(files), limits.row_chars) if "rows" in asked else None
     read = _read_png if form == "png" else _read_npy
     images: list[FloatArray] = []
     for i, file in enumerate(files):
@@ -83,7 +87,7 @@ def read_request(body: bytes, limits: Limits) -> ScoreRequest:
             raise BadRequestError(f"images[{i}] has shape {images[i].shape}, images[0] {images[0].shape}")
         if sum(image[0].size for image in images) > limits.pixels:
             raise BadRequestError(f"the images have more than {limits.pixels} pixels together")
-    return ScoreRequest(torch.from_numpy(np.stack(images)), prompts)
+    return ScoreRequest(torch.from_numpy(np.stack(images)), prompts, rows)
 
 
 def _parsed(body: bytes, limits: Limits) -> object:
@@ -117,6 +121,22 @@ def _check_prompts(prompts: object, count: int, longest: int) -> None:
             prompt.encode()
         except UnicodeEncodeError:  # JSON can spell half a character, with which no tokenizer can do anything
             raise BadRequestError(f"prompts[{i}] is not valid Unicode") from None
+
+
+def _rows(rows: object, count: int, longest: int) -> list[Metadata]:
+    if not isinstance(rows, list) or len(rows) != count:
+        raise BadRequestError(f"rows is not a list of {count}, as many as images")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise BadRequestError(f"rows[{i}] is not an object of columns")
+        try:
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (ValueError, RecursionError):  # also half a character, and numbers that JSON has not
+            raise BadRequestError(f"rows[{i}] holds a number that is not finite, or text that is no Unicode") from None
+        if len(text) > longest:
+            raise BadRequestError(f"rows[{i}] has more than {longest} characters")
+    return rows
 
 
 def _decode(file: object) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.actors.cluster import Resources, require_room
 from epd_ray.actors.configured import run_session
 from epd_ray.config.run_config import RunConfig
@@ -39,7 +40,7 @@ def dry_run(config: RunConfig, observer: Observer) -> list[str]:
         PlacementError: one actor of each kind does not fit the cluster either. The error contains the placement.
         EpdRayError: the prompts, models or heads cannot be used.
     """
-    prompts = load_prompts(config.prompts, config.seed)
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
     given_solver(config)  # raises where the solver is missing, damaged or of another shape
     with run_session(config):
         lines = _placement(config)
@@ -58,7 +59,7 @@ def _measure(config: RunConfig, prompts: PromptSplits, observer: Observer) -> tu
     small = config.model_copy(update={"rewards": few, "cluster": config.cluster.model_copy(update=one)})
     observer.stage("starting one actor of each kind", 1)
     begin = time.perf_counter()
-    with algorithm(small, prompts.train) as algo:
+    with algorithm(small, prompts.train, rows=prompts.rows) as algo:
         start = time.perf_counter() - begin
         observer.advance()
         observer.stage("measuring a batch", 1)

@@ -4,15 +4,18 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.config.run_config import RunConfig
+from epd_ray.embedded.scenes import Split
 from epd_ray.errors import PromptError, RunDirectoryError
 from epd_ray.evaluation.comparison import Comparison
 from epd_ray.evaluation.suites.tune import Tuning
 from epd_ray.evaluation.tuning import require_apart
 from epd_ray.evaluation.verdict import closing
-from epd_ray.prompts.files import read_prompts
+from epd_ray.prompts.files import Prompts, read_rows
 from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
@@ -28,7 +31,7 @@ HELD_OUT = {"validation": Purpose.VALIDATION, "test": Purpose.TEST}
 
 
 def evaluate(
-    where: str | Path, count: int | None, prompts_file: Path | None, split: str, observer: Observer
+    where: str | Path, count: int | None, prompts_file: Path | None, split: Split, observer: Observer
 ) -> list[str]:
     """Compare a run's solver with the baselines again, on other or more prompts.
 
@@ -57,7 +60,8 @@ def evaluate(
         if not (run.solver / "solver.json").exists():
             raise RunDirectoryError(f"{where} has no solver yet: continue it with epd-ray train --resume {where}")
         with reading(place, folder):
-            prompts = _prompts(config, run, count, prompts_file, split)
+            chosen = _prompts(config, run, count, prompts_file, split)
+        prompts = chosen.texts
         name = f"{_file_name(prompts_file, prompts) if prompts_file else split}-{len(prompts)}"
         seeds = noise_seeds(HELD_OUT["test" if prompts_file else split], config.seed, len(prompts))
         final = run.path / "evaluations" / name
@@ -65,29 +69,34 @@ def evaluate(
         with held(final.with_name(f".{name}.lock"), str(final)):
             held_out = _tuned_on(config, run, prompts, prompts_file, split)
             with draft(run, final) as target:
-                found = _compared(config, run, target, prompts, seeds, held_out, observer)
+                found = _compared(config, run, target, chosen, seeds, held_out, observer)
             report = write_report(final)  # outside of the draft: the results stay where the report fails
         observer.done()
         return [*closing(found.evaluation), f"report: {inside(where, Path('evaluations', name, report.name))}"]
 
 
 def _prompts(
-    config: RunConfig, run: RunDirectory, count: int | None, prompts_file: Path | None, split: str
-) -> list[str]:
+    config: RunConfig, run: RunDirectory, count: int | None, prompts_file: Path | None, split: Split
+) -> Prompts:
+    panel = panel_of(config)
     if prompts_file is not None:
-        held_out = read_prompts(prompts_file)
+        found = read_rows(prompts_file, panel)
     elif config.prompts.train in (SHAPES, BUILTIN) and count is not None:
         prompts = config.prompts.model_copy(update={split: count})
-        held_out = getattr(load_prompts(prompts, config.seed), split)
+        wider = load_prompts(prompts, config.seed, panel)
+        found = Prompts(wider.splits[split], wider.rows)
     else:
-        held_out = getattr(saved_prompts(run), split)
-    if count is not None and count > len(held_out):
-        raise PromptError(f"{count} prompts asked, {len(held_out)} there: lower --count or give more prompts")
-    return held_out[:count]
+        saved = saved_prompts(run)
+        found = Prompts(saved.splits[split], saved.rows)
+    if count is not None and count > len(found.texts):
+        raise PromptError(f"{count} prompts asked, {len(found.texts)} there: lower --count or give more prompts")
+    kept = replace(found, texts=found.texts[:count])
+    panel.require_use((kept.rows.get(prompt, {}) for prompt in kept.texts), str(prompts_file or split))
+    return kept
 
 
 def _tuned_on(
-    config: RunConfig, run: RunDirectory, prompts: list[str], prompts_file: Path | None, split: str
+    config: RunConfig, run: RunDirectory, prompts: list[str], prompts_file: Path | None, split: Split
 ) -> list[str] | None:
     """The validation prompts on which the rivals are tuned; None where they are not, or are the prompts themselves."""
     if not config.evaluation.tune or (split == "validation" and prompts_file is None):
@@ -106,14 +115,15 @@ def _compared(
     config: RunConfig,
     run: RunDirectory,
     target: RunDirectory,
-    prompts: list[str],
+    chosen: Prompts,
     seeds: list[int],
     held_out: list[str] | None,
     observer: Observer,
 ) -> Comparison:
     local = config.model_copy(update={"cluster": config.cluster.model_copy(update={"learner_actors": 0})})
+    prompts, rows = chosen.texts, {**saved_prompts(run).rows, **chosen.rows}
     observer.stage("starting actors", 1)
-    with algorithm(local, prompts, None) as algo:
+    with algorithm(local, prompts, None, rows) as algo:
         observer.advance()
         warn_of_long_prompts(algo, prompts)
         if held_out is None and config.evaluation.tune:

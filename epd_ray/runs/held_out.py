@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from epd_ray.evaluation.statistics import Interval
+from epd_ray.evaluation.statistics import Interval, judged
 from epd_ray.evaluation.validation import STOPPED, Curve
 from epd_ray.report.page import digits
 
@@ -60,7 +60,7 @@ def held_out(curve: Curve | None, rows: Sequence[Mapping[str, float]]) -> HeldOu
         return None
     at = [v.iteration for v in curve.validations]
     kept = at.index(best[-1])
-    start, now = ({h: float(v.mean()) for h, v in curve.validations[i].scores.items()} for i in (0, kept))
+    start, now = ({h: float(judged(v).mean()) for h, v in curve.validations[i].scores.items()} for i in (0, kept))
     heads = [HeadRow(h, h in curve.watched, start[h], now[h], curve.head_gain(h, kept)) for h in curve.heads]
     alarms = [alarm for i in range(len(at)) if (alarm := curve.alarm(i))]
     return HeldOut(len(curve.prompts), at[kept], heads, alarms)

@@ -71,8 +71,9 @@ ORIGIN = TypeAdapter(Origin)
 
 def origin_of(config: RunConfig, prompts: PromptSplits) -> Origin:
     """What decides the results of a run that begins with this configuration and these prompts."""
-    splits = {f"{PROMPTS}:{split}": _prompts_digest(texts) for split, texts in vars(prompts).items()}
-    return Origin({**deciding(config), **splits})
+    splits = {f"{PROMPTS}:{split}": _prompts_digest(texts) for split, texts in prompts.splits.items()}
+    rows = {f"{PROMPTS}:rows": _rows_digest(prompts)} if prompts.rows else {}
+    return Origin({**deciding(config), **splits, **rows})
 
 
 def started(origin: Origin, run: RunDirectory) -> Origin:
@@ -88,6 +89,11 @@ def started(origin: Origin, run: RunDirectory) -> Origin:
 def _prompts_digest(texts: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:DIGITS]
     return f"{len(texts)} prompts (sha256 {digest})"
+
+
+def _rows_digest(prompts: PromptSplits) -> str:
+    digest = hashlib.sha256(json.dumps(dict(prompts.rows), sort_keys=True).encode()).hexdigest()[:DIGITS]
+    return f"{len(prompts.rows)} rows (sha256 {digest})"
 
 
 def read_origin(run: RunDirectory) -> Origin | None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.actors.cluster import stop_signals
 from epd_ray.config.deciding import changes
 from epd_ray.config.loading import to_yaml
@@ -55,7 +56,7 @@ def train(
     if again and place.begun():
         return _again(config, place, observer, accept)
     place.require_new()
-    prompts = load_prompts(config.prompts, config.seed)
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
     if config.evaluation.tune:
         require_apart(prompts.validation, prompts.test)
     origin = origin_of(config, prompts)
@@ -128,7 +129,8 @@ def _go_on(config: RunConfig, run: RunDirectory, found: Standing, place: Place, 
     with ExitStack() as stack:
         stack.enter_context(named_when_full(run.path))
         sinks = stack.enter_context(trackers(config.tracking, run, config.model_dump(mode="json")))
-        algo = stack.enter_context(algorithm(config, prompts.train, None if start is None else start.table))
+        table = None if start is None else start.table
+        algo = stack.enter_context(algorithm(config, prompts.train, table, prompts.rows))
         stack.enter_context(stop_signals())  # after Ray, which sets its own handler
         observer.advance()
         require_rivals(config.evaluation.baselines, algo.facts.form)

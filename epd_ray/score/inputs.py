@@ -1,11 +1,13 @@
 """Builds an index of the pictures and prompts in folders, WebDataset tars or Parquet files.
 
 An index is an Arrow table with one row per picture: id, prompt, error, and where its bytes lie, which is `file` with
-`offset` and `size`, or with `row_group` and `row` for Parquet. No picture is opened to build the index. The error of a
-picture without a prompt is NO_PROMPT, else null.
+`offset` and `size`, or with `row_group` and `row` for Parquet. Where heads read columns of a row, these stand in
+`columns` as JSON. No picture is opened to build the index. The error of a picture without a prompt is NO_PROMPT; of one
+that lacks what a head reads, it says so; else it is null.
 """
 
 import glob
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +19,22 @@ import pyarrow.parquet as pq
 
 from epd_ray.errors import PromptError, SourceError, importing, shown
 from epd_ray.prompts.files import read_prompts
-from epd_ray.prompts.tables import COLUMNS, find_column, listed, pick_column, require_text, text_of
+from epd_ray.prompts.panel import SETTING, Panel
+from epd_ray.prompts.tables import (
+    COLUMNS,
+    find_column,
+    further_columns,
+    further_names,
+    listed,
+    pick_column,
+    require_text,
+    text_of,
+)
 from epd_ray.prompts.text import read_text
-from epd_ray.score.names import named_prompts
+from epd_ray.score.names import Named, named_prompts
 from epd_ray.score.tars import tar_pictures
 from epd_ray.storage.pictures import IMAGE_SUFFIXES, files_below, in_order, is_hidden, say_left_out
+from epd_ray.types import Metadata
 
 IMAGE_COLUMN, ID_COLUMN = "image", "id"
 PLACES = {"range": ("offset", "size"), "row": ("row_group", "row")}
@@ -32,13 +45,16 @@ NO_PROMPT = "no prompt"
 class _Rows:
     """The rows of an index as they are collected; `places` are (offset, size) or (row_group, row)."""
 
+    panel: Panel
+    columns: list[Metadata] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, row_id: str, prompt: str | None, file: str, place: tuple[int, int]) -> None:
+    def add(self, row_id: str, prompt: str | None, columns: Metadata, file: str, place: tuple[int, int]) -> None:
+        self.columns.append(columns)
         self.ids.append(row_id)
         self.prompts.append((prompt or "").strip())
         self.files.append(file)
@@ -46,35 +62,44 @@ class _Rows:
 
     def table(self, kind: str) -> pa.Table:
         first, second = PLACES[kind]
+        texts = [json.dumps(columns, ensure_ascii=False, sort_keys=True) for columns in self.columns]
         return pa.table(
             {
                 "id": pa.array(self.ids, pa.string()),
                 "prompt": pa.array(self.prompts, pa.string()),
-                "error": pa.array([None if p else NO_PROMPT for p in self.prompts], pa.string()),
+                **({"columns": pa.array(texts, pa.string())} if self.panel.columns else {}),
+                "error": pa.array(map(self._error, self.prompts, self.columns), pa.string()),
                 "file": pa.array(self.files, pa.string()),
                 first: pa.array([a for a, _ in self.places], pa.int64()),
                 second: pa.array([b for _, b in self.places], pa.int64()),
             }
         )
 
+    def _error(self, prompt: str, columns: Metadata) -> str | None:
+        if not prompt:
+            return NO_PROMPT
+        return self.panel.problem(columns) if self.panel.columns else None
 
-def read_index(source: str, prompts: Path | None = None) -> pa.Table:
+
+def read_index(source: str, prompts: Path | None = None, panel: Panel | None = None) -> pa.Table:
     """The index of a source, in a fixed order.
 
     Args:
         source: a folder of images, a .tar or .parquet file, a folder of such files, or a glob pattern.
         prompts: prompt file for a folder of images: a table with file names and prompts (see `named_prompts`), or .txt
             with one prompt per line in the order of `in_order`; None takes the prompt of x.png from x.txt beside it.
+        panel: the heads, whose columns are read; None where they read none.
 
     Raises:
         SourceError: the source is missing, damaged, of several kinds, without any prompt, or holds an id twice.
-        PromptError: the prompt file cannot be used.
+        PromptError: the prompt file cannot be used, or no row has the column that names the heads.
     """
+    panel = panel or Panel({})
     root, files = _files(source, prompts)
     kind = _kind(source, files)
     if prompts is not None and kind != "images":
         raise SourceError(f"--prompts belongs to a folder of images, but {source} holds {kind}: leave it out")
-    rows = _Rows()
+    rows = _Rows(panel)
     if kind == "images":
         _index_folder(rows, root, files, prompts)
     else:
@@ -87,6 +112,9 @@ def read_index(source: str, prompts: Path | None = None) -> pa.Table:
     if not any(rows.prompts):
         fix = "give --prompts FILE, or put x.txt beside x.png" if kind == "images" else "put key.txt beside key.png"
         raise SourceError(f"{source} has {len(rows.ids)} pictures and no prompt: {fix}")
+    if panel.column is not None and not any(panel.column in columns for columns in rows.columns):
+        where = source if prompts is None else str(prompts)
+        raise PromptError(f"{where} has no column {panel.column!r}, which {SETTING} names: add it, or set another one")
     table = rows.table("row" if kind == "Parquet" else "range")
     _require_unique(table["id"], source)
     return table
@@ -164,8 +192,15 @@ def _require_unique(ids: pa.ChunkedArray, source: str) -> None:
 
 
 def _index_folder(rows: _Rows, root: Path, files: Sequence[Path], prompts: Path | None) -> None:
-    for file, text in zip(files, folder_prompts(root, files, prompts), strict=True):
-        rows.add(file.relative_to(root).as_posix(), text, str(file), (0, file.stat().st_size))
+    names = [file.relative_to(root).as_posix() for file in files]
+    if prompts is None or prompts.suffix.lower() == ".txt":
+        found = [
+            Named(name, text or "", {}) for name, text in zip(names, folder_prompts(root, files, prompts), strict=True)
+        ]
+    else:
+        found = [named or Named("", "", {}) for named in named_prompts(prompts, names, rows.panel.columns)]
+    for file, name, named in zip(files, names, found, strict=True):
+        rows.add(name, named.prompt, named.columns, str(file), (0, file.stat().st_size))
 
 
 def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> Sequence[str | None]:
@@ -186,7 +221,8 @@ def folder_prompts(root: Path, files: Sequence[Path], prompts: Path | None) -> S
         if len(lines) != len(files):
             raise PromptError(f"{prompts} has {len(lines)} prompts for {len(files)} pictures: one line each is needed")
         return lines
-    return named_prompts(prompts, [file.relative_to(root).as_posix() for file in files])
+    found = named_prompts(prompts, [file.relative_to(root).as_posix() for file in files])
+    return [None if named is None else named.prompt for named in found]
 
 
 def _prompt_beside(picture: Path) -> str | None:
@@ -200,10 +236,10 @@ def _prompt_beside(picture: Path) -> str | None:
 
 
 def _index_tar(rows: _Rows, path: Path, name: str) -> None:
-    pictures, left_out = tar_pictures(path)
+    pictures, left_out = tar_pictures(path, rows.panel.columns)
     rows.left_out += [f"{name}/{member}" for member in left_out]
     for picture in pictures:
-        rows.add(f"{name}/{picture.key}", picture.prompt, str(path), picture.place)
+        rows.add(f"{name}/{picture.key}", picture.prompt, picture.columns, str(path), picture.place)
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
@@ -222,13 +258,18 @@ def _index_parquet(rows: _Rows, path: Path, name: str) -> None:
                 raise SourceError(f"{path} has no column of prompts, expected one of {', '.join(COLUMNS)}")
             prompt = pick_column(others, path)
             require_text(schema, prompt, path)
+            further = further_names(schema.names, rows.panel.columns, path)
+            read = list(dict.fromkeys([prompt, *([id_column] if id_column else []), *further.values()]))
             number = 0
             for group in range(file.num_row_groups):
-                part = file.read_row_group(group, columns=[prompt, *([id_column] if id_column else [])])
+                part = file.read_row_group(group, columns=read)
+                cells = part.select(list(further.values())).to_pylist() if further else [{}] * len(part)
                 ids = part[id_column].to_pylist() if id_column else [None] * len(part)
                 for row, (text, given) in enumerate(zip(part[prompt].to_pylist(), ids, strict=True)):
                     row_id = f"{name}:{number}" if given is None else str(given)
-                    rows.add(row_id, text_of(text, prompt, f"{path}, row {number}"), str(path), (group, row))
+                    where = f"{path}, row {number}"
+                    columns = further_columns(cells[row], list(further), where)
+                    rows.add(row_id, text_of(text, prompt, where), columns, str(path), (group, row))
                     number += 1
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error

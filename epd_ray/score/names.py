@@ -3,10 +3,12 @@
 import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from epd_ray.errors import PromptError, shown
 from epd_ray.prompts.tables import TABLE_SUFFIXES, find_column, listed, pick_column, table_rows
+from epd_ray.types import Metadata
 
 log = logging.getLogger(__name__)
 
@@ -14,8 +16,23 @@ FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 """The first of these columns that exists holds the names of the files."""
 
 
-def named_prompts(table: Path, names: Sequence[str]) -> list[str | None]:
-    """The prompt of each picture; None for a picture that the table does not name.
+@dataclass(frozen=True)
+class Named:
+    """What a table says of a picture.
+
+    Attributes:
+        name: the picture's name there.
+        prompt: its prompt.
+        columns: those of the further columns that have a value.
+    """
+
+    name: str
+    prompt: str
+    columns: Metadata
+
+
+def named_prompts(table: Path, names: Sequence[str], further: Sequence[str] = ()) -> list[Named | None]:
+    """What a table says of each picture; None for a picture that it does not name.
 
     Names agree whatever their Unicode form (macOS and Linux differ) and whichever slashes they have. Where no name
     agrees, the leading folder that all names in the table share may be left out, so that images/a.png
@@ -24,35 +41,36 @@ def named_prompts(table: Path, names: Sequence[str]) -> list[str | None]:
     Args:
         table: file of TABLE_SUFFIXES with a column of FILE_COLUMNS and one of prompts.
         names: the pictures' paths inside their folder, with slashes.
+        further: names of columns to read, which a row may lack.
 
     Raises:
         PromptError: the table cannot be read, names no picture, or a name stands for two pictures or prompts.
     """
-    if not (found := _prompts_by_name(table)):
+    if not (found := _prompts_by_name(table, further)):
         raise PromptError(f"{table} is empty, expected file names and prompts")
     pictures = _by_plain_name(names, "pictures")
     if not found.keys() & pictures.keys():
         found = _without_shared_folder(table, found, pictures)
-    return [found[plain][1] if (plain := _plain(name)) in found else None for name in names]
+    return [found.get(_plain(name)) for name in names]
 
 
-def _prompts_by_name(table: Path) -> dict[str, tuple[str, str]]:
-    """Plain name -> (name in the table, prompt)."""
+def _prompts_by_name(table: Path, further: Sequence[str]) -> dict[str, Named]:
+    """Plain name -> what the table says of it."""
     if table.suffix.lower() not in TABLE_SUFFIXES:
         raise PromptError(f"--prompts {table}: expected .txt, {', '.join(TABLE_SUFFIXES)}")
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, Named] = {}
     try:
-        for place, texts in table_rows(table, _columns):
-            if not any(texts):  # such as the blank lines at the end of a spreadsheet
+        for row in table_rows(table, _columns, further):
+            if not any(row.texts):  # such as the blank lines at the end of a spreadsheet
                 continue
-            name, prompt = texts
+            name, prompt = row.texts
             if not name.strip():
-                raise PromptError(f"{table}, {place}: the prompt {shown(prompt)} has no file name")
+                raise PromptError(f"{table}, {row.place}: the prompt {shown(prompt)} has no file name")
             plain = _plain(name)
             if plain in found:
-                others = " and ".join(sorted({repr(name), repr(found[plain][0])}))
+                others = " and ".join(sorted({repr(name), repr(found[plain].name)}))
                 raise PromptError(f"{table} names {others} twice, expected one prompt per picture")
-            found[plain] = (name, prompt)
+            found[plain] = Named(name, prompt, row.columns)
     except OSError as error:
         raise PromptError(f"cannot read prompts from {table}: {error.strerror or error}") from error
     return found
@@ -80,9 +98,7 @@ def _by_plain_name(names: Iterable[str], what: str) -> dict[str, str]:
     return found
 
 
-def _without_shared_folder(
-    table: Path, found: dict[str, tuple[str, str]], pictures: dict[str, str]
-) -> dict[str, tuple[str, str]]:
+def _without_shared_folder(table: Path, found: dict[str, Named], pictures: dict[str, str]) -> dict[str, Named]:
     """The prompts without the leading folders that all names share, as many of them as it takes to find pictures.
 
     Raises:

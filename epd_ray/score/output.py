@@ -25,16 +25,21 @@ PART = re.compile(r"part-(\d{6})\.parquet")
 UNFINISHED = re.compile(r"\.(part-\d{6}\.parquet|_summary\.json)\.tmp")
 
 
-def score_schema(heads: Mapping[str, Any]) -> pa.Schema:
+COLUMNS = ("columns", pa.string(), False, "JSON of the columns that heads read, and of the one that names them")
+
+
+def score_schema(heads: Mapping[str, Any], with_columns: bool = False) -> pa.Schema:
     """The schema of every part.
 
     Args:
         heads: maps each head's name to a description in JSON values, which is kept in the file's metadata.
+        with_columns: whether heads read columns of a row.
     """
     scores = pa.struct([pa.field(head, pa.float32()) for head in heads])
     described = [
         ("id", pa.string(), False, "path in the folder, tar/key, the Parquet file's own id, or file:row; unique"),
         ("prompt", pa.string(), False, "text that the picture was scored against"),
+        *([COLUMNS] if with_columns else []),
         ("scores", scores, False, "each head's raw score; null if the head did not score the picture"),
         ("error", pa.string(), True, "what is wrong with the row; null if every head scored it"),
     ]
@@ -65,12 +70,14 @@ class ScoreDirectory:
     Args:
         path: a path that does not exist, an empty directory, or one with scores by the same heads.
         heads: maps each head's name to its registry name, options and backend.
+        with_columns: whether heads read columns of a row, which are kept too.
 
     Raises:
         RunDirectoryError: the path is a file, or the directory holds other files or scores by other heads.
     """
 
-    def __init__(self, path: Path, heads: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, heads: Mapping[str, Mapping[str, Any]], *, with_columns: bool = False) -> None:
+        self._about = ("id", "prompt", "columns") if with_columns else ("id", "prompt")
         self.path, self.heads = path, {name: dict(heads[name]) for name in sorted(heads)}
         if path.exists() and not path.is_dir():
             raise RunDirectoryError(f"{path} is a file, expected a directory for the scores")
@@ -89,7 +96,7 @@ class ScoreDirectory:
         held = parse_json(found, f"heads in {part}", RunDirectoryError, fix)
         if not isinstance(held, dict) or not all(isinstance(facts, dict) for facts in held.values()):
             raise RunDirectoryError(f"{part} holds no scores of this command: {fix}")
-        if not schema.equals(score_schema(held)):
+        if not schema.equals(score_schema(held, "columns" in self._about)):
             raise RunDirectoryError(f"{part} holds no scores of this command, whose columns are others: {fix}")
         if list(held) != list(self.heads):
             raise RunDirectoryError(
@@ -124,8 +131,8 @@ class ScoreDirectory:
                 raise RunDirectoryError(
                     f"{part} holds {shown(others['id'][0].as_py())}, which the source lacks: name another --out"
                 )
-        keys = pa.chunked_array([c for t in done for c in _keys(t).chunks], pa.string())
-        return index.filter(pc.invert(pc.is_in(_keys(index), value_set=keys.combine_chunks())))
+        keys = pa.chunked_array([c for t in done for c in self._keys(t).chunks], pa.string())
+        return index.filter(pc.invert(pc.is_in(self._keys(index), value_set=keys.combine_chunks())))
 
     def drop(self, rows: pa.Table) -> None:
         """Remove rows that will be scored again, and unfinished files that a killed run left.
@@ -146,11 +153,14 @@ class ScoreDirectory:
             elif len(kept) < len(table):
                 write_table(part, kept)
 
-    @staticmethod
-    def _scored(part: Path) -> pa.Table:
-        """Id and prompt of the rows without an error."""
-        table = read_table(part, DAMAGED, ["id", "prompt", "error"])
-        return table.filter(pc.is_null(table["error"])).select(["id", "prompt"])
+    def _scored(self, part: Path) -> pa.Table:
+        """What tells the rows without an error apart."""
+        table = read_table(part, DAMAGED, [*self._about, "error"])
+        return table.filter(pc.is_null(table["error"])).select(list(self._about))
+
+    def _keys(self, table: pa.Table) -> pa.ChunkedArray:
+        """The picture's id, prompt and columns in one string, which together determine its scores."""
+        return pc.binary_join_element_wise(*(table[name] for name in self._about), "\0")
 
     def add(self, tables: Sequence[pa.Table], models: Mapping[str, str]) -> None:
         """Write scored rows as the next part.
@@ -167,12 +177,13 @@ class ScoreDirectory:
         table = pa.concat_tables(tables)
         scores = [table[score_column(head)].combine_chunks() for head in self.heads]
         facts = {name: {**known, "model_id": models.get(name)} for name, known in self.heads.items()}
-        columns = [table["id"], table["prompt"], pa.StructArray.from_arrays(scores, list(self.heads)), table["error"]]
+        about = [table[name] for name in self._about]
+        columns = [*about, pa.StructArray.from_arrays(scores, list(self.heads)), table["error"]]
         number = 1 + max((int(part.name[5:11]) for part in self.parts), default=0)
         path = self.path / f"part-{number:06d}.parquet"
         if path.exists():
             raise RunDirectoryError(f"{path} is there already: another process writes scores into {self.path}")
-        write_table(path, pa.Table.from_arrays(columns, schema=score_schema(facts)))
+        write_table(path, pa.Table.from_arrays(columns, schema=score_schema(facts, "columns" in self._about)))
         self.parts.append(path)
 
     def totals(self) -> Totals:
@@ -194,8 +205,3 @@ class ScoreDirectory:
     def summarise(self, facts: Mapping[str, Any]) -> None:
         """Write `facts`, which are JSON values, as the summary."""
         write_text(self.path / SUMMARY, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def _keys(table: pa.Table) -> pa.ChunkedArray:
-    """The picture's id and prompt in one string, which together determine its scores."""
-    return pc.binary_join_element_wise(table["id"], table["prompt"], "\0")

@@ -1,5 +1,6 @@
 """Scores pictures by the hundred thousand: Ray Data reads and decodes them, and one actor pool per head scores them."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.actors.cluster import require_room, stop_signals, warn_of_idle_gpus
 from epd_ray.actors.configured import head_gpus, reward_spec, run_session
 from epd_ray.actors.pool import last_line
@@ -21,16 +23,19 @@ from epd_ray.actors.reward_pool import RewardSpec, unwrap
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.services import ClusterConfig
 from epd_ray.errors import ConfigError, EpdRayError, ModelError
+from epd_ray.prompts.panel import Panel
 from epd_ray.score.inputs import read_index
 from epd_ray.score.output import ScoreDirectory
 from epd_ray.score.rows import BLOCK_BYTES, decode, pieces
 from epd_ray.score.stage import HeadStage, model_column
 from epd_ray.telemetry.progress import Observer, counted, duration
+from epd_ray.types import Metadata
 
 PART_ROWS, PART_SECONDS = 10_000, 30.0  # a part is written when it has so many rows, or after so many seconds
 STORE_BYTES = 512 << 20  # bytes of the object store for each reward actor, and for reading
 ROOM_SECONDS = ClusterConfig().placement_timeout_s
 STILL_SECONDS = 1800.0  # scoring fails after so many seconds without progress
+TRIED_ROWS = 1000  # from which a row is taken with which a reward server is tried
 READING = {"CPU": 1.0}  # resources of a task that reads and decodes
 
 
@@ -73,9 +78,10 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
     """
     if without := [name for name, reward in config.rewards.items() if not reward.replicas]:
         raise ConfigError([f"rewards.{without[0]}.replicas is 0, but scoring needs actors: set it to at least 1"])
-    index = read_index(request.source, request.prompts)
+    panel = panel_of(config)
+    index = read_index(request.source, request.prompts, panel)
     heads = {n: {"head": r.head, "backend": r.backend, "options": r.options} for n, r in config.rewards.items()}
-    out = ScoreDirectory(request.out, heads)
+    out = ScoreDirectory(request.out, heads, with_columns=bool(panel.columns))
     todo = out.missing(index)
     specs = {name: reward_spec(reward) for name, reward in config.rewards.items()}
     limit = int(request.max_errors * len(index))
@@ -83,13 +89,22 @@ def score(request: ScoreRequest, config: RunConfig, observer: Observer) -> list[
     if len(todo):
         _PartWriter(out, limit).count(todo)  # too many rows without a prompt raise before Ray starts
         observer.stage("starting Ray", 1)
-        with run_session(config), stop_signals():
+        with run_session(config, _first_rows(todo)), stop_signals():
             observer.advance()
             warn_of_idle_gpus(head_gpus(config))
             out.drop(todo)
-            tables = scored(todo, specs, request.batch_size, config.cluster.placement_timeout_s)
+            judging = panel if panel.columns else None
+            tables = scored(todo, specs, request.batch_size, config.cluster.placement_timeout_s, judging)
             _write_all(tables, len(todo), _PartWriter(out, limit), observer)
     return _summarised(request, index, out, len(todo), time.perf_counter() - start)
+
+
+def _first_rows(index: pa.Table) -> dict[str, Metadata]:
+    """The columns of some pictures by their ids, with which reward servers are tried."""
+    if "columns" not in index.column_names:
+        return {}
+    few = index.filter(pc.is_null(index["error"])).slice(0, TRIED_ROWS)
+    return {row["id"]: json.loads(row["columns"]) for row in few.select(["id", "columns"]).to_pylist()}
 
 
 def _write_all(tables: Iterator[pa.Table], count: int, writer: "_PartWriter", observer: Observer) -> None:
@@ -106,7 +121,11 @@ def _write_all(tables: Iterator[pa.Table], count: int, writer: "_PartWriter", ob
 
 
 def scored(
-    index: pa.Table, specs: Mapping[str, RewardSpec], batch_size: int, timeout_s: float = ROOM_SECONDS
+    index: pa.Table,
+    specs: Mapping[str, RewardSpec],
+    batch_size: int,
+    timeout_s: float = ROOM_SECONDS,
+    panel: Panel | None = None,
 ) -> Iterator[pa.Table]:
     """Score the pictures of an index; yields tables of rows in the order in which they are finished.
 
@@ -118,6 +137,7 @@ def scored(
         specs: maps each head's name to its spec.
         batch_size: number of pictures per call of a head.
         timeout_s: seconds to wait for nodes to join the cluster.
+        panel: the heads, where the index has columns that they read; else None.
 
     Raises:
         EpdRayError: a head cannot be built, or its process died repeatedly on the same rows.
@@ -134,7 +154,7 @@ def scored(
             here = spec.python is None  # otherwise an actor in the head's environment requests the resources
             data = data.map_batches(
                 HeadStage,
-                fn_constructor_args=(name, spec, i == len(specs)),
+                fn_constructor_args=(name, spec, i == len(specs), panel),
                 batch_size=batch_size,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=least, max_size=most, initial_size=spec.replicas),

@@ -1,24 +1,29 @@
 """Decodes the pictures of rows and scores them. A failure becomes the error of its row, and other rows go on."""
 
+import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from epd_ray.errors import PictureError, RewardError
+from epd_ray.prompts.panel import Panel
 from epd_ray.score.inputs import image_path
 from epd_ray.storage.pictures import MOST_BYTES, decode_picture
-from epd_ray.types import FloatArray, ImageArray
+from epd_ray.types import FloatArray
 
 BLOCK_BYTES = 16 << 20  # bytes of pixels after which a table is handed on
 READ_ROWS = 64  # rows of a Parquet file that are in memory at a time
 ROWS_PER_TASK = 256
+ABOUT = ("id", "prompt", "columns", "error")  # what a decoded row keeps of the index, which may lack the columns
 
-Score = Callable[[ImageArray, Sequence[str], Sequence[str]], FloatArray]
-"""Returns raw scores [B] of images [B, 3, H, W], uint8, given their prompts and ids; raises RewardError on failure."""
+Score = Callable[..., FloatArray]
+"""Returns raw scores [B] of images [B, 3, H, W], uint8, given their prompts and ids. Where there is a panel, it gets
+their rows too, and returns NaN where the head does not judge one (see `Scorer.score`). It raises RewardError."""
 
 
 def pieces(index: pa.Table) -> list[pa.Table]:
@@ -40,7 +45,7 @@ def decode(piece: pa.Table) -> Iterator[pa.Table]:
     rows: list[dict[str, object]] = []
     size = 0
     for row, data in read(piece.to_pylist()):
-        kept = {name: row[name] for name in ("id", "prompt", "error")}
+        kept = {name: row[name] for name in ABOUT if name in row}
         if row["error"] is None:
             kept |= _decoded(data)
         rows.append(kept)
@@ -56,13 +61,15 @@ PIXELS = pa.schema(
     [
         ("id", pa.string()),
         ("prompt", pa.string()),
+        ("columns", pa.string()),
         ("error", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),
     ]
 )
-"""Decoded rows; pixels are RGB bytes [height, width, 3], and null for a row with an error."""
+"""Decoded rows; columns are JSON, and null where no head reads any. Pixels are RGB bytes [height, width, 3], and null
+for a row with an error."""
 
 
 def _decoded(data: bytes | str) -> dict[str, object]:
@@ -120,7 +127,7 @@ def _row_group(path: str, group: int) -> Iterator[tuple[int, bytes | None]]:
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score_rows(table: pa.Table, head: str, score: Score) -> pa.Table:
+def score_rows(table: pa.Table, head: str, score: Score, panel: Panel | None = None) -> pa.Table:
     """Add a column with a head's scores to decoded rows; a row that the head could not score gets an error.
 
     Pictures of equal size form a batch. If the head fails on a batch, its rows are scored one by one.
@@ -129,20 +136,24 @@ def score_rows(table: pa.Table, head: str, score: Score) -> pa.Table:
         table: rows with at least the columns of PIXELS.
         head: name of the head.
         score: the head's scoring function.
+        panel: which rows the head judges, and what it reads of them; None where it judges all and reads nothing.
     """
     values: list[float | None] = [None] * len(table)
     errors = table["error"].to_pylist()
     ids, prompts, pixels = table["id"].to_pylist(), table["prompt"].to_pylist(), table["pixels"]
+    columns = table["columns"].to_pylist() if panel is not None else []
     sizes = defaultdict(list)
     for i, size in enumerate(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)):
         if pixels[i].is_valid:
             sizes[size].append(i)
     for (height, width), rows in sizes.items():
         images = np.stack([np.frombuffer(pixels[i].as_buffer(), np.uint8).reshape(height, width, 3) for i in rows])
-        found = _attempt(score, images.transpose(0, 3, 1, 2), [prompts[i] for i in rows], [ids[i] for i in rows])
-        for i, value in zip(rows, found, strict=True):
+        batch: list[Any] = [images.transpose(0, 3, 1, 2), [prompts[i] for i in rows], [ids[i] for i in rows]]
+        if panel is not None:
+            batch.append([panel.given(head, json.loads(columns[i])) for i in rows])
+        for i, value in zip(rows, _attempt(score, batch), strict=True):
             if isinstance(value, float):
-                values[i] = value
+                values[i] = None if math.isnan(value) else value
             else:
                 errors[i] = "; ".join(filter(None, (errors[i], f"{head}: {value}")))
     there = table.column_names.index("error")
@@ -155,14 +166,12 @@ def score_column(head: str) -> str:
     return f"score:{head}"
 
 
-def _attempt(
-    score: Score, images: npt.NDArray[np.uint8], prompts: Sequence[str], ids: Sequence[str]
-) -> list[float | str]:
-    """For each row its score, or a text that says why the head could not score it."""
+def _attempt(score: Score, batch: Sequence[Any]) -> list[float | str]:
+    """For each row its score, or a text that says why the head could not score it; `batch` has a row in each part."""
     try:
-        return [float(value) for value in score(images, prompts, ids)]
+        return [float(value) for value in score(*batch)]
     except RewardError as error:
-        if len(ids) == 1:
+        if len(batch[0]) == 1:
             return [error.problem]
-    alone = [_attempt(score, images[i : i + 1], prompts[i : i + 1], ids[i : i + 1]) for i in range(len(ids))]
+    alone = [_attempt(score, [part[i : i + 1] for part in batch]) for i in range(len(batch[0]))]
     return [value for values in alone for value in values]

@@ -60,10 +60,9 @@ TIMINGS = ("generate_seconds", "score_seconds")
 
 def rollout_schema(heads: Sequence[str]) -> pa.Schema:
     """ROLLOUT_SCHEMA with the column `rewards`, a struct of each head's raw score (`rewards.clip` in SQL)."""
-    scores = pa.struct([pa.field(head, pa.float32(), nullable=False) for head in heads])
-    return ROLLOUT_SCHEMA.insert(
-        ROLLOUT_SCHEMA.get_field_index("reward"), _field("rewards", scores, "each head's raw score")
-    )
+    scores = pa.struct([pa.field(head, pa.float32()) for head in heads])
+    said = "each head's raw score; null where the head does not judge the prompt"
+    return ROLLOUT_SCHEMA.insert(ROLLOUT_SCHEMA.get_field_index("reward"), _field("rewards", scores, said))
 
 
 def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -71,7 +70,8 @@ def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
     Args:
         rows: one mapping per rollout with every column of ROLLOUT_SCHEMA, and `rewards`, which maps heads to raw
-            scores. `action` is [N, A] and the table's columns are [N, K], or flat; `image` is [3, H, W] uint8, or None.
+            scores, or None where a head does not judge the prompt. `action` is [N, A] and the table's columns are
+            [N, K], or flat; `image` is [3, H, W] uint8, or None.
 
     Raises:
         RewardError: a reward is missing or not finite.
@@ -112,8 +112,10 @@ def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
     rollout_id, rewards = row["rollout_id"], row["rewards"]
     if wrong := set(heads) ^ set(rewards):
         raise RewardError(min(wrong), "scored some rollouts of the batch, but not all", [rollout_id])
+    if all(value is None for value in rewards.values()):
+        raise RewardError("mix", f"no head judges the prompt {shown(row['prompt'])}", [rollout_id])
     for head, value in [*rewards.items(), ("mix", row["reward"])]:
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise RewardError(
                 head, f"{value} for prompt {shown(row['prompt'])}, expected a finite number", [rollout_id]
             )

@@ -44,7 +44,8 @@ class SweepTrial(RDPO):
 
     def _rdpo_config(self) -> RDPOConfig:
         start = given_solver(self._run_config)
-        built = rdpo_config(self._run_config, self._prompt_splits.train, None if start is None else start.table)
+        prompts, table = self._prompt_splits, None if start is None else start.table
+        built = rdpo_config(self._run_config, prompts.train, table, prompts.rows)
         return _with_room(built)
 
     @classmethod

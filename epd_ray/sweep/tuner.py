@@ -21,6 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.actors.cluster import require_room
 from epd_ray.actors.configured import run_session
 from epd_ray.config.documents import dump_yaml
@@ -67,7 +68,7 @@ def sweep(plan: Plan, out: Path, observer: Observer, callbacks: Sequence[Callbac
         KeyboardInterrupt: a signal stopped the sweep, which can be resumed.
     """
     _require_new(out)
-    prompts = load_prompts(plan.config.prompts, plan.config.seed)
+    prompts = load_prompts(plan.config.prompts, plan.config.seed, panel_of(plan.config))
     given_solver(plan.config)
     require_trackers(plan.config.tracking)
     with LocalPlace(out).claimed():
@@ -121,7 +122,7 @@ def create(out: Path, plan: Plan, prompts: PromptSplits) -> None:
 def _go_on(
     plan: Plan, prompts: PromptSplits, path: Path, observer: Observer, callbacks: Sequence[Callback]
 ) -> list[str]:
-    with _quiet(), run_session(plan.config), _sigterm():
+    with _quiet(), run_session(plan.config, prompts.rows), _sigterm():
         observer.stage("starting actors", 1)
         bundles = SweepTrial.default_resource_request({PLAN: plan}).bundles
         require_room({"a trial": bundles}, plan.config.cluster.placement_timeout_s)

@@ -103,10 +103,13 @@ def _named_kind(ending: str) -> Importer:
         rows = zip(NAMES, _prompts(numbers), strict=True)
         return ENCODE[ending]([["file_name", "prompt"], *map(list, rows)]), _prompts(numbers)
 
+    def read(path: Path) -> list[str | None]:
+        return [None if named is None else named.prompt for named in named_prompts(path, NAMES)]
+
     def one_each(found: list[str | None], path: Path) -> bool:
         return len(found) == len(NAMES) and any(text is not None for text in found)
 
-    return Importer(make, lambda path: named_prompts(path, NAMES), f"a.{ending}", holds=one_each)
+    return Importer(make, read, f"a.{ending}", holds=one_each)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -72,16 +72,17 @@ def evaluate_suite(config: RunConfig, request: Request, observer: Observer) -> l
         stack.enter_context(held(results.path / LOCK, str(results.path)))
         stack.enter_context(named_when_full(results.path))
         observer.stage("starting actors", 2)
-        stack.enter_context(run_session(config))
+        rows_of_all = {**({} if held_out is None else held_out.rows), **pictures.rows}
+        stack.enter_context(run_session(config, rows_of_all))
         stack.enter_context(stop_signals())  # after Ray has set its own signal handler
         features = stack.enter_context(
             open_features(spec, request.reference, len(pictures), results.path / CACHE, cluster)
         )
         observer.advance()
         local = config.model_copy(update={"cluster": cluster})
-        algo = stack.enter_context(algorithm(local, list(pictures.prompts)))
+        algo = stack.enter_context(algorithm(local, list(pictures.prompts), rows=rows_of_all))
         observer.advance()
-        tune = _no_tuning if held_out is None else _tuning(config, algo, pictures, held_out, results, observer)
+        tune = _no_tuning if held_out is None else _tuning(config, algo, held_out.texts, results, observer)
         suite = build_suite(request, sources, rivals, algo.facts, tune)
         subject = Subject(config, algo.facts, suite, pictures, source_of(config, request))
         results.claim(subject.manifest(features.extractor))
@@ -108,7 +109,6 @@ def _no_tuning(places: Sequence[Place]) -> Sequence[TunedPlace]:
 def _tuning(
     config: RunConfig,
     algo: RDPO,
-    pictures: Pictures,
     held_out: Sequence[str],
     results: ResultsDirectory,
     observer: Observer,

@@ -53,7 +53,7 @@ def rows(
         pictures: the prompts and seeds of the whole suite.
         shard: the number of the shard.
         images: the shard's pictures [B, 3, H, W], uint8.
-        scores: reward head -> its scores [B].
+        scores: reward head -> its scores [B]; NaN, and null in the table, where it does not judge the prompt.
         seconds: the time that the rollout actor took for the shard, in seconds.
         session: names the call of the command that drew the shard; times of different calls are not compared.
         extractor: computes a column of features; None leaves it out.
@@ -70,7 +70,7 @@ def rows(
         "session": [session] * len(members),
         "seconds": pa.array([seconds / len(members)] * len(members), pa.float32()),
     }
-    columns |= scores
+    columns |= {head: pa.array(values, from_pandas=True) for head, values in scores.items()}
     scenes = scenes_of(prompts) if pictures.judged else None
     if scenes is not None and (judged := accuracy(scenes, images)) is not None:
         columns[SCENE_ACCURACY] = judged

@@ -61,7 +61,8 @@ def _means(ours: Sequence[Row], other: Row | None = None) -> dict[str, Interval]
     for metric, first in ours[0].values.items():
         table = np.array([row.values[metric] for row in ours], np.float64)  # [S, P]
         less = np.zeros_like(first) if other is None else other.values[metric]
-        found[metric] = mean_over_seeds(table - less, same_prompts=True)
+        judged = (table - less)[:, ~np.isnan(first)]
+        found[metric] = mean_over_seeds(judged, same_prompts=True)
     return found
 
 

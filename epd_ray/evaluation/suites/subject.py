@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import JsonValue
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.backbones.index import fingerprint
 from epd_ray.config.run_config import RunConfig
 from epd_ray.config.sections import AUTO
@@ -22,10 +23,10 @@ from epd_ray.evaluation.suites.directory import Facts, Manifest
 from epd_ray.evaluation.suites.settings import FID_PICTURES, Request
 from epd_ray.evaluation.suites.solvers import digest
 from epd_ray.evaluation.tuning import require_apart
-from epd_ray.prompts.files import read_prompts
+from epd_ray.prompts.files import Prompts, read_rows
 from epd_ray.prompts.splits import BUILTIN, SHAPES, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
-from epd_ray.types import FeatureExtractor
+from epd_ray.types import FeatureExtractor, Metadata
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Pictures:
         images_per_prompt: J, the number of pictures of each prompt, which start from different noise.
         seeds: [P * J], the noise seed of each picture.
         images_per_job: the number of pictures in a shard, which are drawn in one batch and kept together.
+        rows: prompt -> the columns of its row that reward heads read.
     """
 
     prompts: tuple[str, ...]
     images_per_prompt: int
     seeds: tuple[int, ...]
     images_per_job: int
+    rows: Mapping[str, Metadata] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -74,10 +77,11 @@ class Pictures:
             "images_per_batch": self.images_per_job,
             "prompts_sha256": _digest(self.prompts),
             "seeds_sha256": _digest(self.seeds),
+            **({"rows_sha256": _digest([dict(self.rows.get(p, {})) for p in self.prompts])} if self.rows else {}),
         }
 
 
-def _digest(values: Sequence[str] | Sequence[int]) -> str:
+def _digest(values: Sequence[JsonValue]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
@@ -172,9 +176,11 @@ def pictures_of(config: RunConfig, request: Request) -> Pictures:
         PromptError: there are fewer prompts than are asked for, or their file cannot be used.
         ConfigError: suite embedded with prompts that describe no scene of the embedded model.
     """
-    prompts = _prompts(config, request)
+    chosen = _prompts(config, request)
+    prompts = chosen.texts
     seeds = noise_seeds(Purpose.TEST, config.seed, len(prompts) * request.images_per_prompt)
-    found = Pictures(tuple(prompts), request.images_per_prompt, tuple(seeds), config.cluster.images_per_job)
+    each = (request.images_per_prompt, tuple(seeds), config.cluster.images_per_job)
+    found = Pictures(tuple(prompts), *each, rows=chosen.rows)
     if request.suite == "embedded" and not found.judged:
         raise ConfigError(
             ["--suite embedded judges scenes, and some prompt does not describe one of the embedded model: leave out "
@@ -183,7 +189,7 @@ def pictures_of(config: RunConfig, request: Request) -> Pictures:
     return found
 
 
-def validation_of(config: RunConfig, request: Request, pictures: Pictures) -> list[str] | None:
+def validation_of(config: RunConfig, request: Request, pictures: Pictures) -> Prompts | None:
     """The prompts on which a suite tunes its rivals; None where they are not tuned.
 
     A paper's suites are not tuned, because they follow the paper's settings.
@@ -198,9 +204,9 @@ def validation_of(config: RunConfig, request: Request, pictures: Pictures) -> li
     source = {"train": SHAPES} if request.suite == "embedded" else {"train": BUILTIN}
     foreign = other and config.prompts.train == SHAPES  # captions of the embedded model's scenes
     update = source if request.suite == "embedded" or foreign else {}
-    found = load_prompts(config.prompts.model_copy(update=update), config.seed).validation
-    require_apart(found, pictures.prompts)
-    return found
+    splits = load_prompts(config.prompts.model_copy(update=update), config.seed, panel_of(config))
+    require_apart(splits.validation, pictures.prompts)
+    return Prompts(splits.validation, splits.rows)
 
 
 def source_of(config: RunConfig, request: Request) -> str:
@@ -212,18 +218,22 @@ def source_of(config: RunConfig, request: Request) -> str:
     return SHAPES if request.suite == "embedded" else config.prompts.train
 
 
-def _prompts(config: RunConfig, request: Request) -> list[str]:
+def _prompts(config: RunConfig, request: Request) -> Prompts:
     count = request.count
     if request.suite == "paper-fid":
-        return [""] * (count or FID_PICTURES)
+        return Prompts([""] * (count or FID_PICTURES))
+    panel = panel_of(config)
     if request.prompts is not None:
-        found = read_prompts(request.prompts)
+        found = read_rows(request.prompts, panel)
     else:
         source = {"train": SHAPES} if request.suite == "embedded" else {}
         wanted = {"test": count} if count is not None else {}
-        found = load_prompts(config.prompts.model_copy(update={**source, **wanted}), config.seed).test
-    if count is not None and count > len(found):
+        splits = load_prompts(config.prompts.model_copy(update={**source, **wanted}), config.seed, panel)
+        found = Prompts(splits.test, splits.rows)
+    if count is not None and count > len(found.texts):
         raise PromptError(
-            f"--count asks for {count} prompts, only {len(found)} are there: lower --count or give more prompts"
+            f"--count asks for {count} prompts, only {len(found.texts)} are there: lower --count or give more prompts"
         )
-    return found[:count]
+    kept = replace(found, texts=found.texts[:count])
+    panel.require_use((kept.rows.get(prompt, {}) for prompt in kept.texts), source_of(config, request))
+    return kept
