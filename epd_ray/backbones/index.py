@@ -111,9 +111,40 @@ def supported_index(model: str, revision: str | None) -> Index:
     """
     index = read_index(model, revision)
     if index.class_name not in FAMILIES.names():
-        known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
+        require_drivable(model, index.class_name)
     return index
+
+
+def require_drivable(model: str, class_name: str) -> None:
+    """Refuse a pipeline class that its own call cannot draw with from a prompt alone; diffusers is imported.
+
+    Args:
+        model: name of the model, for messages.
+        class_name: the pipeline's class.
+
+    Raises:
+        ModelError: diffusers has no such pipeline, or it needs more than a prompt.
+    """
+    import inspect
+
+    import diffusers
+
+    kind = getattr(diffusers, class_name, None)
+    if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
+        raise ModelError(
+            f"model {shown(model)} is a {class_name}, which diffusers {diffusers.__version__} does not have: "
+            "install a version that has it"
+        )
+    asked = inspect.signature(kind.__call__).parameters
+    missing = [name for name in ("prompt", "num_inference_steps") if name not in asked]
+    more = [name for name in ("strength", "mask_image", "control_image") if name in asked]
+    if missing or more:
+        why = f"takes no {missing[0]}" if missing else f"begins from a picture ({more[0]})"
+        known = ", ".join(FAMILIES.names())
+        raise ModelError(
+            f"model {shown(model)} is a {class_name}, whose call {why}: supported are {known}, and every pipeline that "
+            "draws from a prompt alone"
+        )
 
 
 def takes_prompts(model: str, revision: str | None) -> bool:
