@@ -34,6 +34,7 @@ OURS = frozenset(
 )  # arguments of a pipeline's call that the driver gives
 TRUE_SCALE = "true_cfg_scale"  # of pipelines whose guidance_scale is an input of the network, where that has one
 LATER = (0.9, 0.2, 0.7)  # shares of the timesteps that come later, at the three probes: no line goes through them
+ROUNDED = 1.0  # by which a timestep may be off: some schedulers round them down
 SHIFT_STEPS = 50  # some pipelines shift by the number of steps: the shift that is told is that of so many
 
 
@@ -89,8 +90,7 @@ class DrivenBackbone:
             "dtype": str(pick_dtype(options.dtype, self.device)).removeprefix("torch."),
             "scheduler": facts_of(config, self.form) if self._time is None else self._time.facts,
         }
-        if self._time is None:
-            self._check_levels()
+        self._levels_table = None if self._time else self._read_levels()
 
     # -- calls of the pipeline ------------------------------------------------------------------------------------------
 
@@ -219,12 +219,34 @@ class DrivenBackbone:
             raise ScheduleError(f"{self._named}: its {type(own).__name__} cannot be set so ({said})") from error
         return scheduler
 
-    def _check_levels(self) -> None:
-        """Refuse a flow whose timesteps are not its sigmas: the network would be told another time than the state's."""
-        scheduler = self._set(4, {})
-        sigmas = scheduler.sigmas[: len(scheduler.timesteps)]
-        if (scheduler.timesteps.cpu() - sigmas.cpu() * self._train_timesteps).abs().max() > 1:  # some round them down
-            raise ModelError(f"{self._named}: its timesteps are not {self._train_timesteps:g} * sigma: {ADAPTER}")
+    def _read_levels(self) -> tuple[Tensor, Tensor] | None:
+        """Which timestep the pipeline tells its network at which sigma of a flow.
+
+        Returns:
+            None where it is 1000 * sigma; otherwise sigmas and timesteps [T + 1], increasing, float64: some pipelines
+            shift the noise levels but not the time.
+
+        Raises:
+            ModelError: the timestep is no function of sigma.
+        """
+        timesteps, sigmas = _levels_of(self._set(4, {}))
+        if (timesteps - sigmas * self._train_timesteps).abs().max() <= ROUNDED:
+            return None
+        t, s = _levels_of(self._set(int(self._train_timesteps), {}))
+        table = torch.cat([s.new_zeros(1), s.flip(0)]), torch.cat([t.new_zeros(1), t.flip(0)])
+        if not bool((table[0].diff() > 0).all()) or (timesteps - interpolated(sigmas, *table)).abs().max() > ROUNDED:
+            raise ModelError(f"{self._named}: its timesteps do not follow from its sigmas: {ADAPTER}")
+        return table
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The scheduler's timestep [B] at sigma [B], which carries its gradient."""
+        if self._time is not None:
+            return self._time.timestep(sigma)
+        if sigma.device.type != "mps":  # which has no float64
+            sigma = sigma.double()  # so that sigma comes out of sigma * 1000 / 1000 again
+        if self._levels_table is None:
+            return sigma * self._train_timesteps
+        return interpolated(sigma, *(column.to(sigma) for column in self._levels_table))
 
     # -- the protocols Backbone and Pipelined ---------------------------------------------------------------------------
 
@@ -293,16 +315,11 @@ class DrivenBackbone:
     def drift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if not isinstance(conditioning, OpenCall):
             raise TypeError(f"conditioning is a {type(conditioning).__name__}, expected what encode gave")
-        timestep = self._wide(sigma) * self._train_timesteps if self._time is None else self._time.timestep(sigma)
+        timestep = self._timestep(sigma)
         k = conditioning.copies
         parts = [conditioning.call(x[j::k], sigma[j::k], timestep[j::k]) for j in range(k)]
         output = (parts[0] if k == 1 else torch.stack(parts, 1).flatten(0, 1)).float()
         return output if self._time is None else self._time.drift(x, sigma, output)
-
-    @staticmethod
-    def _wide(sigma: Tensor) -> Tensor:
-        """In float64 where there is one, so that sigma comes out of sigma * 1000 / 1000 again."""
-        return sigma if sigma.device.type == "mps" else sigma.double()
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
@@ -399,6 +416,19 @@ def read_guidance(pipeline: Any, parameters: Mapping[str, inspect.Parameter], ne
             "save it with a ClassifierFreeGuidance as its guider"
         )
     return Guidance(None, float(guider.guidance_scale), guider)
+
+
+def _levels_of(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """The timesteps of a scheduler's steps and their sigmas, float64, on the CPU."""
+    timesteps = scheduler.timesteps.double().cpu()
+    return timesteps, scheduler.sigmas[: len(timesteps)].double().cpu()
+
+
+def interpolated(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """The values [M] at x [B] between increasing places [M], along straight lines."""
+    right = torch.searchsorted(places, x.detach()).clamp(1, len(places) - 1)
+    share = (x - places[right - 1]) / (places[right] - places[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
 def _flows(scheduler: Any) -> bool:
