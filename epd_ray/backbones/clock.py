@@ -1,7 +1,8 @@
 """How a pipeline tells its network the time, found by watching its calls, so that each row can be told its own.
 
 Pipelines hand their network one number for the whole batch, made from the scheduler's timestep t: t itself, t / 1000,
-1 - t / 1000. All of them are a * t + b, so three timesteps show which arguments follow t, a and b, and whether it is so.
+1 - t / 1000. All of them are a * t + b, so three timesteps show which arguments follow t, with which a and b, and
+whether it is so.
 """
 
 import inspect
@@ -111,7 +112,9 @@ def read_clock(
     return Clock(tuple(found[0]), output, rows)
 
 
-def _following(model: str, calls: Sequence[dict[str, Any]], timesteps: Sequence[float]) -> list[tuple[str, float, float]]:
+def _following(
+    model: str, calls: Sequence[dict[str, Any]], timesteps: Sequence[float]
+) -> list[tuple[str, float, float]]:
     """The arguments of a call that follow the timestep, each with its a and b."""
     found = []
     for name in calls[0]:

@@ -1,8 +1,9 @@
 """A call of a diffusers pipeline that stops at each of its steps and goes on from a point that somebody else names.
 
-A solver is written against `drift(x, sigma)`, a pipeline's loop against `scheduler.step`. So the pipeline's own call runs
-in a thread of its own, with a scheduler that hands every output over and waits for the next point. At any time only one
-of the two threads works. A call changes its pipeline object, so each one has a shallow copy; the networks are shared.
+A solver is written against `drift(x, sigma)`, a pipeline's loop against `scheduler.step`. So the pipeline's own call
+runs in a thread of its own, with a scheduler that hands every output over and waits for the next point. At any time
+only one of the two threads works. A call changes its pipeline object, so each one has a shallow copy; the networks are
+shared.
 """
 
 import copy

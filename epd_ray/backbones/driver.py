@@ -19,7 +19,7 @@ from epd_ray.backbones.clock import ADAPTER, PROBES, Clock, Seen, bind, read_clo
 from epd_ray.backbones.conversation import LIMIT, NETWORKS, Answer, Moment, Planned, Session, Talk
 from epd_ray.backbones.discrete import DiscreteTime, network_input
 from epd_ray.backbones.grids import distinct, published_grid, scheduler_grid
-from epd_ray.backbones.index import read_index, require_drivable
+from epd_ray.backbones.index import read_index, unsupported
 from epd_ray.backbones.loading import PipelineOptions, open_pipeline
 from epd_ray.backbones.pipeline import count_tokens, quiet
 from epd_ray.errors import ModelError, ScheduleError, is_own_bug, shown
@@ -30,7 +30,11 @@ from epd_ray.weights.devices import pick_dtype
 
 BLANK = "a"  # the prompt of calls that draw noise or decode, whose network is not asked
 OURS = frozenset(
-    {"prompt", "num_inference_steps", "timesteps", "sigmas", "latents", "generator", "output_type", "return_dict"}
+    {
+        *("prompt", "num_inference_steps", "timesteps", "sigmas", "latents", "generator"),
+        *("output_type", "return_dict", "output", "callback_on_step_end", "num_images_per_prompt"),
+        *("num_videos_per_prompt", "self", "args", "kwargs", "state"),
+    }
 )  # arguments of a pipeline's call that the driver gives
 TRUE_SCALE = "true_cfg_scale"  # of pipelines whose guidance_scale is an input of the network, where that has one
 LATER = (0.9, 0.2, 0.7)  # shares of the timesteps that come later, at the three probes: no line goes through them
@@ -66,7 +70,7 @@ class DrivenBackbone:
         self.model_id, self.family = options.model, type(pipeline).__name__
         self.device = pipeline._execution_device
         self._named = f"model {shown(self.model_id)}, a {self.family}"
-        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self._parameters = call_parameters(pipeline)
         self._check_call()
         networks = [n for name in NETWORKS if (n := getattr(pipeline, name, None)) is not None]
         if len(networks) != 1:
@@ -92,13 +96,15 @@ class DrivenBackbone:
         }
         self._levels_table = None if self._time else self._read_levels()
 
-    # -- calls of the pipeline ------------------------------------------------------------------------------------------
+    # -- calls of the pipeline ----------------------------------------------------------------------------------------
 
     def _check_call(self) -> None:
         for name in self._call:
             if name in OURS or name not in self._parameters:
-                known = ", ".join(sorted(set(self._parameters) - OURS - {"self", "args", "kwargs"}))
-                raise ModelError(f"{self._named}: its call takes no argument {name} from outside, expected one of {known}")
+                known = ", ".join(sorted(set(self._parameters) - OURS))
+                raise ModelError(
+                    f"{self._named}: its call takes no argument {name} from outside, expected one of {known}"
+                )
 
     def _session(
         self,
@@ -131,6 +137,7 @@ class DrivenBackbone:
             given["negative_prompt"] = [given["negative_prompt"]] * batch
         given |= {
             "prompt": list(prompts), "num_inference_steps": steps or length, "output_type": "pt", "return_dict": False,
+            "output": "images",
             "generator": [torch_generator(seed) for seed in (seeds or [0] * batch)],
         }  # fmt: skip
         changes = self._guidance.changes(guidance_scale)
@@ -166,7 +173,7 @@ class DrivenBackbone:
             self._encoded[key] = self.pipeline.encode_prompt(*args, **kwargs)
         return self._encoded[key]
 
-    # -- what is found out when it is opened ----------------------------------------------------------------------------
+    # -- what is found out when it is opened --------------------------------------------------------------------------
 
     def _watch(self) -> tuple[Clock, int]:
         """Watch a call of two pictures: how the network is told the time, and how many passes an evaluation takes."""
@@ -248,7 +255,7 @@ class DrivenBackbone:
             return sigma * self._train_timesteps
         return interpolated(sigma, *(column.to(sigma) for column in self._levels_table))
 
-    # -- the protocols Backbone and Pipelined ---------------------------------------------------------------------------
+    # -- the protocols Backbone and Pipelined -------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> "OpenCall":
         return OpenCall(self, tuple(prompts), guidance_scale)
@@ -268,7 +275,7 @@ class DrivenBackbone:
         return self._levels(num_intervals, final_zero, {})
 
     def _levels(self, num_intervals: int, final_zero: bool, changes: Mapping[str, Any]) -> Tensor:
-        """The sigmas of a flow's own scheduler; without `final_zero` those of N + 1 steps, without the 0 at their end."""
+        """The sigmas of a flow's own scheduler; without `final_zero` those of N + 1 steps without their last, 0."""
         sigmas = distinct(self._set(num_intervals + (not final_zero), changes).sigmas.double())[: num_intervals + 1]
         if len(sigmas) != num_intervals + 1 or not bool((sigmas.diff() < 0).all()):
             raise ScheduleError(
@@ -325,7 +332,8 @@ class DrivenBackbone:
     def decode(self, x: Tensor) -> Tensor:
         session = self._session([BLANK] * len(x), 1.0, 1)
         zero = x.new_zeros(len(x))
-        pictures: Tensor = session.finish(Moment(x, zero, zero))[0]
+        drawn = session.finish(Moment(x, zero, zero))
+        pictures: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         if pictures.ndim == 5:  # a video [B, frames, 3, H, W]
             if pictures.shape[1] != 1:
                 raise ModelError(f"{self._named}: it draws {pictures.shape[1]} frames, expected 1: set num_frames to 1")
@@ -418,6 +426,16 @@ def read_guidance(pipeline: Any, parameters: Mapping[str, inspect.Parameter], ne
     return Guidance(None, float(guider.guidance_scale), guider)
 
 
+def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call by name; those of a modular pipeline are the inputs of its blocks."""
+    blocks = getattr(pipeline, "blocks", None)
+    if blocks is None:
+        return inspect.signature(type(pipeline).__call__).parameters
+    kind = inspect.Parameter.KEYWORD_ONLY
+    found = {i.name: inspect.Parameter(i.name, kind, default=i.default) for i in blocks.inputs if i.name}
+    return {**found, "output": inspect.Parameter("output", kind, default=None)}
+
+
 def _levels_of(scheduler: Any) -> tuple[Tensor, Tensor]:
     """The timesteps of a scheduler's steps and their sigmas, float64, on the CPU."""
     timesteps = scheduler.timesteps.double().cpu()
@@ -452,10 +470,26 @@ def open_driven(call: Mapping[str, Any] | None = None, **options: Any) -> Driven
     if opened.parts != "all":
         raise ModelError(f"model {shown(opened.model)} is driven by its own call, as a whole: set encoder_actors to 0")
     index = read_index(opened.model, opened.revision)
-    require_drivable(opened.model, index.class_name)
+    _require_drivable(opened.model, index.class_name)
     denoiser = next((name for name in NETWORKS if index.components.get(name)), NETWORKS[0])
     pipeline = open_pipeline(index, opened, denoiser)
     return DrivenBackbone(pipeline, opened, call, index.commit, index.fingerprint)
+
+
+def _require_drivable(model: str, class_name: str) -> None:
+    """Refuse a pipeline class that diffusers does not have, or that needs more than a prompt."""
+    import diffusers
+
+    kind = getattr(diffusers, class_name, None)
+    if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
+        raise unsupported(model, class_name, f"diffusers {diffusers.__version__} does not have")
+    asked = inspect.signature(kind.__call__).parameters
+    missing = [name for name in ("prompt", "num_inference_steps") if name not in asked]
+    more = [name for name in ("strength", "mask_image", "control_image") if name in asked]
+    more += [n for n, p in asked.items() if n != "self" and p.kind != p.VAR_KEYWORD and p.default is p.empty]
+    if missing or more:
+        why = f"takes no {missing[0]}" if missing else f"needs more than a prompt ({more[0]})"
+        raise unsupported(model, class_name, why)
 
 
 _PARAMETERS = list(inspect.signature(PipelineOptions).parameters.values())
