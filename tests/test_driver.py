@@ -61,7 +61,7 @@ def own_pictures(name: str, scheduler: Any, steps: int, guidance_scale: float) -
         how = {"true_cfg_scale": guidance_scale, "negative_prompt": [" ", " "]}
     if name == "hunyuan_image":
         how, pipeline.guider = {}, ClassifierFreeGuidance(guidance_scale=guidance_scale)
-    if name in ("wan", "ltx"):
+    if name in ("wan", "wan22", "ltx"):
         how["num_frames"] = 1
     how = {"max_sequence_length": TOKENS, **how, **CALLS.get(name, {})}
     if name in ("hunyuan_image",):
@@ -132,6 +132,29 @@ def test_a_time_that_is_not_sigma_is_refused_by_the_pipeline_itself() -> None:
     solver = Solver(table(0), backbone.sigmas(2), "flow", meta={"scheduler": backbone.facts["scheduler"]})
     with pytest.raises(TableError, match=r"timesteps are given, expected none: .*CogView4Pipeline"):
         own_pictures("cogview4", EPDScheduler.from_solver(solver), 2, 5.0)
+
+
+def test_rows_on_both_sides_of_a_boundary_ask_a_network_each() -> None:
+    backbone = driven("wan22")
+    conditioning = backbone.encode(PROMPTS, 5.0)
+    x = backbone.initial(noises(backbone, SEEDS))
+    high, low, both = (backbone.drift(x, torch.tensor(sigma), conditioning) for sigma in ([0.9, 0.9], [0.8, 0.8], [0.9, 0.8]))
+    assert torch.equal(both, torch.stack([high[0], low[1]]))
+    first, second = (drive(part, "wan") for part in halves(backbone.pipeline))
+    for ours, alone, sigma in ((high, first, 0.9), (low, second, 0.8)):
+        theirs = alone.drift(x, torch.full((2,), sigma), alone.encode(PROMPTS, 5.0))
+        assert torch.equal(ours, theirs)
+
+
+def halves(pipeline: Any) -> list[Any]:
+    """Pipelines of one network each."""
+    found = []
+    for network in (pipeline.transformer, pipeline.transformer_2):
+        half = copy.copy(pipeline)
+        half.transformer, half.transformer_2 = network, None
+        half.register_to_config(boundary_ratio=None)
+        found.append(half)
+    return found
 
 
 # ---- against the adapters

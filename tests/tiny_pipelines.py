@@ -279,18 +279,25 @@ def pixart() -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(tokenizer, encoder, tiny_vae(4, None), transformer, scheduler)
 
 
-def wan() -> WanPipeline:
+def wan(networks: int = 1) -> WanPipeline:
     encoder, tokenizer = umt5()
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDE, freq_dim=32,
-        ffn_dim=64, num_layers=1, rope_max_seq_len=32,
-    )  # fmt: skip
+    size = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": WIDE,
+        "freq_dim": 32, "ffn_dim": 64, "num_layers": 1, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    first, *second = [WanTransformer3DModel(**size) for _ in range(networks)]
     vae = AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.1, 0.9, 1.2, 1.0], scale_factor_temporal=4,
         scale_factor_spatial=2,
     )  # fmt: skip
-    return WanPipeline(tokenizer, encoder, vae, FlowMatchEulerDiscreteScheduler(shift=3.0), transformer)
+    more = {"transformer_2": second[0], "boundary_ratio": 0.875} if second else {}
+    return WanPipeline(tokenizer, encoder, vae, FlowMatchEulerDiscreteScheduler(shift=3.0), first, **more)
+
+
+def wan22() -> WanPipeline:
+    """Wan 2.2: another network from a noise level on."""
+    return wan(networks=2)
 
 
 def ltx() -> LTXPipeline:
@@ -315,7 +322,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
         qwen_image, flux2, flux2_klein, z_image, chroma, sana, lumina2, hunyuan_image, hidream, cogview4, aura_flow,
-        pixart, wan, ltx,
+        pixart, wan, wan22, ltx,
     )
 }  # fmt: skip
 PIXELS = dict.fromkeys(BUILDERS, 16) | {"sana": 32, "lumina2": 64, "ltx": 32}
@@ -334,9 +341,10 @@ def make(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(100 + list(BUILDERS).index(name))
         pipeline = BUILDERS[name]()
-        for parameter in pipeline.transformer.parameters():  # some begin as zeros, and would hide time and prompt
-            if parameter.count_nonzero() == 0:
-                torch.nn.init.normal_(parameter, std=0.1)
+        for network in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
+            for parameter in [] if network is None else network.parameters():
+                if parameter.count_nonzero() == 0:  # some begin as zeros, and would hide time and prompt
+                    torch.nn.init.normal_(parameter, std=0.1)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

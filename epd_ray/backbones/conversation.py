@@ -33,6 +33,7 @@ class Moment:
         sigma: [B], the noise levels.
         timestep: [B], the same in the scheduler's time.
         gradient: whether a graph is kept.
+        now: the timestep that the pipeline itself reads; None for that of the first row.
         after: the timesteps that the pipeline reads for the steps to come; None for the same as now.
     """
 
@@ -40,6 +41,7 @@ class Moment:
     sigma: Tensor
     timestep: Tensor
     gradient: bool = False
+    now: Tensor | None = None
     after: float | None = None
 
 
@@ -140,7 +142,7 @@ class AskingScheduler:
         del model_output
         self._made += 1
         with torch.no_grad():  # pipelines read their steps one by one from these tensors
-            now = moment.timestep[0]
+            now = moment.timestep[0] if moment.now is None else moment.now
             self.timesteps[self._made :] = now if moment.after is None else moment.after
             self.timesteps[self._made : self._made + 1] = now
             self.sigmas[self._made :] = moment.sigma[0]

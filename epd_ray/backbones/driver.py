@@ -20,7 +20,7 @@ from epd_ray.backbones.conversation import LIMIT, NETWORKS, Answer, Moment, Plan
 from epd_ray.backbones.discrete import DiscreteTime, network_input
 from epd_ray.backbones.grids import distinct, published_grid, scheduler_grid
 from epd_ray.backbones.index import read_index, unsupported
-from epd_ray.backbones.loading import PipelineOptions, open_pipeline
+from epd_ray.backbones.loading import PipelineOptions, open_pipeline, speed_up
 from epd_ray.backbones.pipeline import count_tokens, quiet
 from epd_ray.errors import ModelError, ScheduleError, is_own_bug, shown
 from epd_ray.randomness import torch_generator
@@ -73,7 +73,8 @@ class DrivenBackbone:
         self._parameters = call_parameters(pipeline)
         self._check_call()
         networks = [n for name in NETWORKS if (n := getattr(pipeline, name, None)) is not None]
-        if len(networks) != 1:
+        share = pipeline.config.get("boundary_ratio")  # of Wan 2.2: the timestep at which its networks change
+        if len(networks) != 1 + (share is not None):
             raise ModelError(f"{self._named}: it has {len(networks)} networks, expected one: {ADAPTER}")
         self._guidance = read_guidance(pipeline, self._parameters, networks[0], self._named)
         self.default_guidance = self._guidance.usual
@@ -82,6 +83,7 @@ class DrivenBackbone:
         self.form: Form = "flow" if self._time is None else "ve"
         self.schedule = "shift" if self._time is None else "uniform"
         self._train_timesteps = float(config.num_train_timesteps)
+        self._boundary = None if share is None else share * self._train_timesteps
         self._encoded: dict[str, Any] = {}
         self._plans: dict[int, Planned] = {}
         self._clock, passes = self._watch()
@@ -324,9 +326,17 @@ class DrivenBackbone:
             raise TypeError(f"conditioning is a {type(conditioning).__name__}, expected what encode gave")
         timestep = self._timestep(sigma)
         k = conditioning.copies
-        parts = [conditioning.call(x[j::k], sigma[j::k], timestep[j::k]) for j in range(k)]
+        parts = [self._output(conditioning, x[j::k], sigma[j::k], timestep[j::k]) for j in range(k)]
         output = (parts[0] if k == 1 else torch.stack(parts, 1).flatten(0, 1)).float()
         return output if self._time is None else self._time.drift(x, sigma, output)
+
+    def _output(self, conditioning: "OpenCall", x: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+        """The pipeline's output at x [B, ...]; where rows lie on both sides of a boundary, it is asked on each side."""
+        early = None if self._boundary is None else timestep >= self._boundary
+        if early is None or len(early.unique()) == 1:
+            return conditioning.call(x, sigma, timestep)
+        sides = [conditioning.call(x, sigma, timestep, timestep[early == side][0].detach()) for side in (True, False)]
+        return torch.where(early.reshape(-1, *[1] * (x.ndim - 1)), *sides)
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
@@ -366,12 +376,12 @@ class OpenCall:
         repeated.copies = self.copies * k
         return repeated
 
-    def call(self, x: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
-        """The pipeline's combined output at x [B, ...], sigma [B]."""
+    def call(self, x: Tensor, sigma: Tensor, timestep: Tensor, now: Tensor | None = None) -> Tensor:
+        """The pipeline's combined output at x [B, ...], sigma [B] and timestep [B]; `now` is that of the pipeline."""
         if self._sessions[0].left <= 1:  # the last step would end the call
             self._sessions[0] = self._begin()
         graph = torch.is_grad_enabled() and (x.requires_grad or sigma.requires_grad)
-        return self._sessions[0].evaluate(Moment(x, sigma, timestep, gradient=graph)).output
+        return self._sessions[0].evaluate(Moment(x, sigma, timestep, graph, now)).output
 
 
 @dataclass(frozen=True)
@@ -473,6 +483,9 @@ def open_driven(call: Mapping[str, Any] | None = None, **options: Any) -> Driven
     _require_drivable(opened.model, index.class_name)
     denoiser = next((name for name in NETWORKS if index.components.get(name)), NETWORKS[0])
     pipeline = open_pipeline(index, opened, denoiser)
+    for name in set(NETWORKS) - {denoiser}:
+        if getattr(pipeline, name, None) is not None:
+            speed_up(getattr(pipeline, name), opened)
     return DrivenBackbone(pipeline, opened, call, index.commit, index.fingerprint)
 
 

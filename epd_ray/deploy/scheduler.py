@@ -245,8 +245,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             timesteps: refused, because a network would be told them in place of those of the solver's points.
 
         Raises:
-            TableError: there are timesteps; or the pipeline that asks shall end before the last step, or would leave out
-                layers at other points than those in its window, see `LayerWindow`.
+            TableError: there are timesteps; or the pipeline that asks shall end before the last step, or would leave
+                out layers at other points than those in its window, see `LayerWindow`.
         """
         if timesteps is not None:
             raise TableError(
