@@ -138,7 +138,8 @@ def test_rows_on_both_sides_of_a_boundary_ask_a_network_each() -> None:
     backbone = driven("wan22")
     conditioning = backbone.encode(PROMPTS, 5.0)
     x = backbone.initial(noises(backbone, SEEDS))
-    high, low, both = (backbone.drift(x, torch.tensor(sigma), conditioning) for sigma in ([0.9, 0.9], [0.8, 0.8], [0.9, 0.8]))
+    levels = torch.tensor([[0.9, 0.9], [0.8, 0.8], [0.9, 0.8]])
+    high, low, both = (backbone.drift(x, sigma, conditioning) for sigma in levels)
     assert torch.equal(both, torch.stack([high[0], low[1]]))
     first, second = (drive(part, "wan") for part in halves(backbone.pipeline))
     for ours, alone, sigma in ((high, first, 0.9), (low, second, 0.8)):
@@ -230,6 +231,7 @@ def test_an_error_of_the_network_reaches_the_caller(monkeypatch: pytest.MonkeyPa
 
 def test_a_negative_prompt_and_a_size() -> None:
     backbone = drive(driven("qwen_image").pipeline, "qwen_image", negative_prompt="blue", height=16, width=32)
+    assert (backbone.facts["resolution"], backbone.facts["size"]) == (None, "32x16")
     latents = run(backbone, baseline("euler", 2), 5.0)
     assert backbone.decode(latents).shape == (2, 3, 16, 32)
     other = drive(driven("qwen_image").pipeline, "qwen_image", negative_prompt="star", height=16, width=32)

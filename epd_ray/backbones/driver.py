@@ -88,9 +88,11 @@ class DrivenBackbone:
         self._plans: dict[int, Planned] = {}
         self._clock, passes = self._watch()
         self.classifier_free = passes > 1
-        height, width = self._plan(1).size
+        named = None if {"height", "width"} & self._call.keys() else options.resolution
+        height, width = (named, named) if named else self._plan(1).size
         self.facts: Mapping[str, JsonValue] = {
-            "resolution": options.resolution or (height if height == width else f"{width}x{height}"),
+            "resolution": height if height == width else None,
+            **({} if height == width else {"size": f"{width}x{height}"}),
             "revision": commit or options.revision,
             **({} if fingerprint is None else {"fingerprint": fingerprint}),
             "dtype": str(pick_dtype(options.dtype, self.device)).removeprefix("torch."),
