@@ -68,7 +68,9 @@ def folder(name: str) -> Path:
 
 def load(folder: Path, **options: Any) -> PipelineBackbone:
     plain = {"device": "cpu", "dtype": "float32", "resolution": 16, "max_sequence_length": TOKENS}
-    return open_backbone(model=str(folder), **{**plain, **options})
+    opened = open_backbone(model=str(folder), **{**plain, **options})
+    assert isinstance(opened, PipelineBackbone)
+    return opened
 
 
 @cache

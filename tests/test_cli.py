@@ -117,7 +117,7 @@ ABSENT = {
     ("train", "backbone.model=./models/sd15"): "'./models/sd15' has no model_index.json",
     ("train", LOST): "'/nowhere/at/all'.*no folder '/nowhere/at'",
     ("train", "backbone.model=shape"): "did you mean 'shapes'",
-    ("train", "backbone.model=./video"): "'./video' is a WanPipeline.*StableDiffusionPipeline",
+    ("train", "backbone.model=./video"): "'./video' is a WanImageToVideoPipeline.*StableDiffusionPipeline",
     ("distill", LOST): "no folder",
     ("fetch", LOST): "no folder",
     ("sweep", "sweep.space={rdpo.lr: [0.001, 0.002]}", LOST): "no folder",
@@ -139,7 +139,7 @@ print({'torch', 'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modu
 def test_what_is_not_there_is_named_before_torch_and_ray_are_imported(tmp_path):
     (tmp_path / "models" / "sd15" / "base").mkdir(parents=True)
     (tmp_path / "video").mkdir()
-    (tmp_path / "video" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (tmp_path / "video" / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env["PYTHONPATH"] = str(Path(cli.__file__).parents[2])
     run = subprocess.run(

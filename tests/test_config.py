@@ -204,7 +204,10 @@ def test_resolved_yaml_reads_back(tmp_path):
         ("cluster.env=[HF_HOME, hf_AbCdEf]", "cluster.env: entry 1 is no name of a variable"),
         (f"cluster.env=[{'ab12' * 10}]", "cluster.env: entry 0 is no name of a variable"),
         ("rdpo.normalisation=zscor", "rdpo.normalisation: unknown 'zscor'; did you mean 'zscore'?"),
-        ("backbone.family=sd33", "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, simulated"),
+        (
+            "backbone.family=sd33",
+            "backbone.family: unknown backbone 'sd33'; known: auto, gaussian, pipeline, simulated",
+        ),
         ("backbone.options={a: 1}", "backbone.options: a given, but family auto has its own keys"),
         ("backbone.offload=disk", "backbone.offload: unknown 'disk'; known: model, none, sequential"),
         ("evaluation.baselines=[heunn]", "evaluation.baselines.0: unknown solver 'heunn'; did you mean 'heun'?"),

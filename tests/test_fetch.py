@@ -125,9 +125,11 @@ def test_a_head_whose_process_dies_is_named(cluster: Cluster, monkeypatch: pytes
 
 
 def test_an_unsupported_pipeline_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indices, "read_index", lambda *_: indices.Index("owner/name", "WanPipeline", {}, "abc"))
+    monkeypatch.setattr(
+        indices, "read_index", lambda *_: indices.Index("owner/name", "WanImageToVideoPipeline", {}, "abc")
+    )
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("it was downloaded"))
-    with pytest.raises(ModelError, match=r"'owner/name'.*WanPipeline.*StableDiffusion"):
+    with pytest.raises(ModelError, match=r"'owner/name'.*WanImageToVideoPipeline.*StableDiffusion"):
         fetch_model("owner/name", None)
 
 

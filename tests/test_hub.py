@@ -79,7 +79,7 @@ def test_damage_is_named_in_one_line(name: str, damage: Callable[[Path], Any], m
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "WanPipeline"])
+@pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "WanImageToVideoPipeline"])
 def test_other_pipelines_are_told_what_is_supported(name: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(ModelError, match=f"{name}.*DDIMPipeline, .*StableDiffusionXL") as caught:

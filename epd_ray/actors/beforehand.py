@@ -11,7 +11,7 @@ from typing import Any
 from epd_ray.actors.modules import importable
 from epd_ray.backbones.index import supported_index
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import AUTO
+from epd_ray.config.sections import OPENED
 from epd_ray.config.services import RewardConfig
 from epd_ray.embedded.models import EMBEDDED
 from epd_ray.errors import HubError, ModelError, RewardError
@@ -69,7 +69,7 @@ def require_models(config: RunConfig, rows: Mapping[str, Metadata] | None = None
     backbone = config.backbone
     if named_cluster(config.cluster.address)[0] is not None:
         return
-    if backbone.family == AUTO:
+    if backbone.family in OPENED:
         require_model(backbone.model, backbone.revision, "backbone.model")
     for name, reward in config.rewards.items():
         if reward.head in SERVERS:

@@ -11,6 +11,7 @@ BACKBONES: "Registry[Backbone]" = Registry(
     "backbone",
     {
         "auto": "epd_ray.backbones.auto:open_backbone",
+        "pipeline": "epd_ray.backbones.driver:open_driven",
         "gaussian": "epd_ray.backbones.gaussian:GaussianBackbone",
         "simulated": "epd_ray.backbones.simulated:SimulatedBackbone",
     },

@@ -1,6 +1,7 @@
 """Which pipeline a model is, by its model_index.json alone, without torch, so that a wrong name is told at once."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ FAMILIES: "Registry[Family]" = Registry(
         "StableDiffusionXLPipeline": "epd_ray.backbones.sd:SDXLFamily",
     },
 )
+NEEDS_PICTURES = re.compile("Inpaint|Img2Img|ImageToVideo|VideoToVideo|ControlNet|Edit|Upscale|Refiner")
+"""In the names of classes that no prompt alone is enough for; any other one shows it when it is opened."""
+
 UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "LDMPipeline")
 
 INDEX = "model_index.json"
@@ -107,13 +111,21 @@ def supported_index(model: str, revision: str | None) -> Index:
     """Read which pipeline a model is, see `read_index`.
 
     Raises:
-        ModelError: there is no such model, it is not a pipeline, or its family is not supported.
+        ModelError: there is no such model, it is not a pipeline, or it cannot draw from a prompt alone.
     """
     index = read_index(model, revision)
-    if index.class_name not in FAMILIES.names():
-        known = ", ".join(FAMILIES.names())
-        raise ModelError(f"model {shown(model)} is a {index.class_name}, supported are: {known}")
+    if index.class_name not in FAMILIES.names() and NEEDS_PICTURES.search(index.class_name):
+        raise unsupported(model, index.class_name, "needs more than a prompt")
     return index
+
+
+def unsupported(model: str, class_name: str, why: str) -> ModelError:
+    """The error for a pipeline class that cannot draw from a prompt alone."""
+    known = ", ".join(FAMILIES.names())
+    return ModelError(
+        f"model {shown(model)} is a {class_name}, which {why}: supported are {known}, and all others that draw from a "
+        "prompt alone"
+    )
 
 
 def takes_prompts(model: str, revision: str | None) -> bool:

@@ -96,14 +96,22 @@ def open_pipeline(index: Index, options: PipelineOptions, denoiser: str) -> Any:
     local = Path(index.location).is_dir()
     variant = pick_variant(Path(index.location), index.components.keys() - absent, options.model) if local else None
     with opening(options.model):
-        pipeline = getattr(diffusers, index.class_name).from_pretrained(
-            index.location,
-            revision=index.commit or options.revision,
-            dtype=dtype,
-            variant=variant,
-            low_cpu_mem_usage=is_accelerate_available(),
-            **absent,
-        )
+        try:
+            pipeline = getattr(diffusers, index.class_name).from_pretrained(
+                index.location,
+                revision=index.commit or options.revision,
+                dtype=dtype,
+                variant=variant,
+                low_cpu_mem_usage=is_accelerate_available(),
+                **absent,
+            )
+        except ValueError as error:
+            if "keep_in_fp32_modules" not in str(error):
+                raise
+            raise ModelError(
+                f"model {shown(options.model)} keeps some weights in float32, for which diffusers needs the accelerate "
+                "package: pip install accelerate"
+            ) from error
     tokenizers = [p for name, p in pipeline.components.items() if name.startswith("tokenizer") and p is not None]
     require_vocabulary(options.model, tokenizers)
     pipeline.set_progress_bar_config(disable=True)
@@ -153,7 +161,7 @@ def _cut_up(vae: Any, options: PipelineOptions) -> None:
 
 def lay_out(network: Any, device: torch.device) -> None:  # torch types `to` without memory_format
     """Use the channels-last memory format on CPUs, where convolutions were measured to be 1.15 to 1.2 times as fast."""
-    if device.type == "cpu":
+    if device.type == "cpu" and all(p.ndim < 5 for p in network.parameters()):  # those of videos have no such format
         network.to(memory_format=torch.channels_last)
 
 

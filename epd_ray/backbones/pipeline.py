@@ -147,7 +147,7 @@ class PipelineBackbone:
             raise ModelError(
                 f"model {shown(self.model_id)} has no text encoders (parts='image'): call encode_with first"
             )
-        with _quiet(self.pipeline):
+        with quiet(self.pipeline):
             if prompt is None:
                 return self._family.embed_nothing(self.device)
             return self._family.embed(prompt, self.device)
@@ -164,7 +164,7 @@ class PipelineBackbone:
     def truncated(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are too long for every text encoder, so that their ends are cut."""
         limits = self._family.text_limits
-        return sum(bool(limits) and all(_tokens(t, prompt) > most for t, most in limits) for prompt in prompts)
+        return sum(bool(limits) and all(count_tokens(t, prompt) > most for t, most in limits) for prompt in prompts)
 
     def sigmas(self, num_intervals: int, *, final_zero: bool = False) -> Tensor:
         return self._family.sigmas(num_intervals, final_zero, self.resolution)
@@ -219,7 +219,7 @@ class PipelineBackbone:
 
 
 @contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
+def quiet(pipeline: Any) -> Iterator[None]:
     """Suppress the libraries' warnings about each cut prompt, which quote its text; `truncated` counts such prompts."""
     loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
     for logger in loggers:
@@ -266,7 +266,8 @@ def _check_resolution(model: str, resolution: int, step: int) -> None:
         )
 
 
-def _tokens(tokenizer: Any, prompt: str) -> int:
+def count_tokens(tokenizer: Any, prompt: str) -> int:
+    """The number of tokens of a prompt, uncut."""
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 

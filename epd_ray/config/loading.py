@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from epd_ray.config.documents import dump_yaml, parse
 from epd_ray.config.problems import problems_of
 from epd_ray.config.run_config import FORMAT, RunConfig
-from epd_ray.config.sections import AUTO
+from epd_ray.config.sections import AUTO, OPENED
 from epd_ray.errors import SHOWN_CHARS, ConfigError, shown
 from epd_ray.prompts.splits import BUILTIN, SHAPES
 
@@ -84,7 +84,7 @@ def _defaults(written: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     backbone = asked.get("backbone")
     backbone = backbone if isinstance(backbone, dict) else {}
     defaults = RunConfig().model_dump(mode="json")
-    if backbone.get("family", AUTO) == AUTO and backbone.get("model", SHAPES) != SHAPES:
+    if backbone.get("family", AUTO) in OPENED and backbone.get("model", SHAPES) != SHAPES:
         defaults = _fill(defaults, FOR_OTHER_MODELS)
         defaults["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(str(backbone["model"])).name).strip("-") or "run"
     named = set(asked["rewards"]) if isinstance(asked.get("rewards"), dict) else set()

@@ -27,6 +27,8 @@ from epd_ray.prompts.files import SUFFIXES
 from epd_ray.prompts.splits import BUILTIN, SHAPES
 
 AUTO = "auto"
+PIPELINE = "pipeline"
+OPENED = (AUTO, PIPELINE)  # families that open a diffusers pipeline, with the keys of the section as options
 
 
 class BackboneConfig(Section):
@@ -34,8 +36,8 @@ class BackboneConfig(Section):
 
     family: str = Field(
         default="auto",
-        description="The backbone family. auto takes it from the pipeline's model_index.json; otherwise give a "
-        "registered name or module:Class.",
+        description="The backbone family. auto takes it from the pipeline's model_index.json; pipeline drives any "
+        "pipeline through its own call; otherwise give a registered name or module:Class.",
     )
     model: str = Field(
         default=SHAPES,
@@ -98,7 +100,9 @@ class BackboneConfig(Section):
         description="The memory in MiB that each process may use to keep the embeddings of prompts, at least 0.",
     )
     options: dict[str, JsonValue] = Field(
-        default={}, description="The keyword arguments of the backbone's constructor, for a family other than auto."
+        default={},
+        description="The keyword arguments of the backbone's constructor, for a family other than auto. For family "
+        "pipeline they are further arguments of the pipeline's call, such as negative_prompt, height and width.",
     )
 
     @field_validator("family")
@@ -116,15 +120,19 @@ class BackboneConfig(Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the backbone's constructor."""
-        if self.family == AUTO:
-            return self.model_dump(exclude={"family", "guidance_scale", "options"})
+        if self.family in OPENED:
+            common = self.model_dump(exclude={"family", "guidance_scale", "options"})
+            return common if self.family == AUTO else {**common, "call": self.options}
         named = {} if self.model == SHAPES else {"model": self.model}
         return {**named, **self.options}
 
     @property
     def portable(self) -> dict[str, Any]:
         """The arguments that a solver file keeps, which are those that do not depend on the machine."""
-        return {"max_sequence_length": self.max_sequence_length} if self.family == AUTO else self.arguments
+        if self.family not in OPENED:
+            return self.arguments
+        cut = {"max_sequence_length": self.max_sequence_length}
+        return cut if self.family == AUTO else {**cut, "call": self.options}
 
 
 class SolverConfig(Section):

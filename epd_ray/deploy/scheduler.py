@@ -232,6 +232,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         """Begin a denoising loop.
 
@@ -241,11 +242,17 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             device: where `timesteps` is put.
             sigmas: not used, because the solver has its own; logged once.
             mu: not used, because it only shapes sigmas.
+            timesteps: refused, because a network would be told them in place of those of the solver's points.
 
         Raises:
-            TableError: the pipeline that asks shall end before the last step, or would leave out layers at other points
-                than those in its window, see `LayerWindow`.
+            TableError: there are timesteps; or the pipeline that asks shall end before the last step, or would leave
+                out layers at other points than those in its window, see `LayerWindow`.
         """
+        if timesteps is not None:
+            raise TableError(
+                "timesteps are given, expected none: a learned solver has its own (leave timesteps out; pipelines that "
+                "give their own, as CogView4Pipeline, cannot have this scheduler: sample with epd-ray)"
+            )
         intervals = self.solver.table.intervals
         asking = _asking_call(self)
         pipe = asking.get("self")

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from epd_ray.actors.configured import run_session
 from epd_ray.actors.reward_pool import RewardSpec, insist, start_head, unwrap
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import AUTO
+from epd_ray.config.sections import OPENED
 from epd_ray.errors import EpdRayError, HubError, ModelError, shown
 from epd_ray.telemetry.progress import Observer
 from epd_ray.weights.hub import opening
@@ -97,7 +97,7 @@ def _items(config: RunConfig) -> list[Item]:
     # Other families have no files, or are classes of the user, whose files are not known here.
     model = [Item(f"model {backbone.model}", fetch_model, (backbone.model, backbone.revision))]
     heads = [Item(f"reward {name}", fetch_head, (name, spec)) for name, spec in specs.items()]
-    return [*(model if backbone.family == AUTO else []), *heads]
+    return [*(model if backbone.family in OPENED else []), *heads]
 
 
 def _on_all(item: Item, nodes: Sequence[Node]) -> Iterator[tuple[Node, float, BaseException | None]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from epd_ray.backbones import BACKBONES
-from epd_ray.config.sections import AUTO
+from epd_ray.config.sections import AUTO, OPENED, PIPELINE
 from epd_ray.drawing.sampler import finite_pictures, learned
 from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.errors import ConfigError, ModelError, TableError, first_problem, shown
@@ -112,7 +112,7 @@ def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
             f"to run it, pass --family {registry}"
         )
     model = options.model or made.model_id
-    if registry != AUTO:
+    if registry not in OPENED:
         if (options.device, options.dtype, options.resolution) != ("auto", "auto", None):
             raise ConfigError(
                 [f"backbone {shown(registry)} takes no --device, --dtype or --resolution: leave them out"]
@@ -128,6 +128,7 @@ def _open(made: _MadeWith, name: str, options: SampleOptions) -> Backbone:
         "max_sequence_length": made.options.get("max_sequence_length"),
         "device": options.device,
         "dtype": options.dtype,
+        **({"call": made.options.get("call")} if registry == PIPELINE else {}),
     }
     try:
         return BACKBONES.build(registry, arguments)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from epd_ray.config.loading import apply_override, load_config, read_yaml
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import AUTO
+from epd_ray.config.sections import AUTO, OPENED
 from epd_ray.errors import ConfigError, shown
 from epd_ray.evaluation.suites.paper import FID_TABLES, REWARD_TABLES, TITLES
 from epd_ray.prompts.splits import SHAPES
@@ -128,7 +128,7 @@ def _own_heads(suite: SuiteName, path: Path | None, overrides: Sequence[str]) ->
     heads = {name: _mapping(head) for name, head in _mapping(asked["rewards"]).items()}
     chosen = {name: head.get("head", CLIP) for name, head in heads.items() if "head" in head or name not in OWN_HEADS}
     backbone = _mapping(asked.get("backbone"))
-    other_model = backbone.get("family", AUTO) == AUTO and backbone.get("model", SHAPES) != SHAPES
+    other_model = backbone.get("family", AUTO) in OPENED and backbone.get("model", SHAPES) != SHAPES
     if suite != "paper" and not (suite == "prompts" and other_model and not chosen):
         return []
     missing = {name: head for name, head in OWN_HEADS.items() if head not in chosen.values()}

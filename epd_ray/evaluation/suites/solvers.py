@@ -66,7 +66,7 @@ def foresee(backbone: BackboneConfig) -> BackboneFacts | None:
         return None
     name = read_index(backbone.model, backbone.revision).class_name
     if name not in FAMILIES.names():
-        return None  # opening it raises an error that lists the classes that can be driven
+        return None  # it is driven by its own call, and known only when it is open
     family = cast("type[Family]", FAMILIES.get(name))
     scale = family.default_guidance if backbone.guidance_scale is None else backbone.guidance_scale
     more: dict[str, JsonValue] = {"resolution": backbone.resolution}
