@@ -15,6 +15,25 @@ Drift = Callable[[Tensor, Tensor], Tensor]
 Form = Literal["ve", "flow"]
 """How noise enters x: "ve" is clean + sigma * noise; "flow" is (1 - sigma) * clean + sigma * noise."""
 
+
+@runtime_checkable
+class GuidableDrift(Protocol):
+    """A drift whose guidance can be set for one evaluation after another."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def at(self, scale: Tensor | None, reuse: bool) -> Drift:
+        """The drift at a guidance scale.
+
+        Args:
+            scale: a number, or one for each of B samples; a scale of at most 1 leaves out the pass without the prompt.
+                None takes the scale that the model is run with.
+            reuse: whether the pass without the prompt is left out at any scale, and the difference that the prompt
+                makes is that of the last evaluation that had both passes.
+        """
+        ...
+
+
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 
@@ -157,6 +176,32 @@ class Backbone(Protocol):
 
     def decode(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in [0, 1], on any device."""
+        ...
+
+
+@runtime_checkable
+class Guidable(Protocol):
+    """What a backbone has beside `Backbone` where its guidance can differ between evaluations."""
+
+    def guided(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, scale: Tensor | None, difference: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The drift at a guidance scale of its own.
+
+        Args:
+            x: [B, ...], the state.
+            sigma: [B].
+            conditioning: B encoded prompts.
+            scale: a number or [B]; None takes the scale that the prompts were encoded for.
+            difference: the difference [B, ...] between the drifts with and without the prompt, which an earlier
+                evaluation found; the pass without the prompt is then left out. None asks for both passes.
+
+        Returns:
+            dx/dsigma [B, ...], float32, and the difference that both passes found; None after a single pass.
+
+        Raises:
+            TableError: a scale above 1 for prompts that were encoded without guidance.
+        """
         ...
 
 
