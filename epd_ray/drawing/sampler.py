@@ -146,7 +146,7 @@ class Sampler:
         if grid.start is not None:  # in VE form `initial` scales the noise to the model's first level
             x = x * (grid.start / backbone.sigmas(1)[0].item())
         if self.table is not None:
-            if starts is not None and not self.afs:
+            if starts is not None and not self.afs and not self.table.guides:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
         if self.afs:  # all rows begin at one sigma
