@@ -87,12 +87,16 @@ class Rollout:
 
     Attributes:
         rollout_id: id of the request.
-        action: [N, A] float32: segments (K+1 columns, or K with a start point), weights (K), trained scales (K each).
+        action: [N, A] float32: see epd_ray.policy.dirichlet: segments (K+1 columns, or K with a start point), weights
+            (K), trained scales (K each), and the further parts that are trained.
         log_prob: log probability of the action under the job's parameters, summed over intervals.
         positions: [N, K] float32 in [0, 1], where the table's points lie in each interval.
         weights: [N, K] float32, the points' weights; each row sums to 1.
         scale_dir: [N, K] float32; None when direction scales are not trained.
         scale_time: [N, K] float32; None when time scales are not trained.
+        grid: [N] float32, each interval's share of the schedule; None when the grid is not trained.
+        history: [N, H] float32, the weights of earlier drifts; None when they are not trained.
+        guidance: [N] float32, each interval's guidance scale; None when guidance is not trained.
     """
 
     rollout_id: str
@@ -102,6 +106,9 @@ class Rollout:
     weights: FloatArray
     scale_dir: FloatArray | None = None
     scale_time: FloatArray | None = None
+    grid: FloatArray | None = None
+    history: FloatArray | None = None
+    guidance: FloatArray | None = None
 
 
 @dataclass(frozen=True)

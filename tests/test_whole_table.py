@@ -1,12 +1,15 @@
 """A table that also sets its grid, its history and its guidance: against loops that are typed here."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from epd_ray.backbones.conditioning import TextConditioning, guided_at, guided_drift
+from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import TableError
-from epd_ray.solvers import SolverTable
+from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.conditioned import ConditionedDrift
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import epd
@@ -189,3 +192,58 @@ def test_guidance_is_refused_where_there_is_none() -> None:
         epd(curved, X, SIGMAS, table)
     with pytest.raises(TableError, match="sets guidance scale 2, but the prompts were encoded for 1"):
         run(table, scale=1.0)
+
+
+def flow_solver(**parts: Tensor) -> Solver:
+    positions, weights = torch.tensor([[0.0, 0.6]] * N).double(), torch.tensor([[0.4, 0.6]] * N).double()
+    return Solver(SolverTable(positions, weights, **parts), SIGMAS, "flow", meta={"guidance_scale": 3.0})
+
+
+HISTORY = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.6, -0.1], [0.4, 0.2]]).double()
+
+
+def test_a_saved_solver_has_its_grid_in_its_sigmas(tmp_path) -> None:
+    solver = flow_solver(grid=SHARES)
+    assert solver.table.grid is None and solver.sigmas.tolist() == regrid(SIGMAS, SHARES).tolist()
+    solver.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "solver.json").read_text())
+    assert record["format_version"] == 1 and "grid" not in record
+    assert torch.equal(Solver.from_pretrained(tmp_path).sigmas, solver.sigmas)
+
+
+def test_files_of_version_2_keep_history_and_guidance(tmp_path) -> None:
+    reuse = torch.tensor([False, True, False, False])
+    solver = flow_solver(history=HISTORY, guidance=torch.tensor([4.0, 3.0, 2.0, 1.0]).double(), reuse=reuse)
+    solver.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "solver.json").read_text())["format_version"] == 2
+    again = Solver.from_pretrained(tmp_path).table
+    assert torch.equal(again.history, HISTORY) and again.reused == [1]  # type: ignore[arg-type]
+    assert again.guidance.tolist() == [4.0, 3.0, 2.0, 1.0] and again.unguided == [1, 3]  # type: ignore[union-attr]
+    text = (tmp_path / "solver.json").read_text().replace('"format_version": 2', '"format_version": 3')
+    (tmp_path / "solver.json").write_text(text)
+    with pytest.raises(TableError, match="format_version is 3, expected 1 or 2"):
+        Solver.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_scheduler_weighs_earlier_drifts_too(parallel: bool) -> None:
+    solver = flow_solver(history=HISTORY)
+    scheduler = EPDScheduler.from_solver(solver)
+    if parallel:
+        scheduler.set_parallel(True)
+    scheduler.set_timesteps(N)
+    x = X.clone()
+    for t in scheduler.timesteps:
+        points = scheduler.point_inputs(x) if parallel else None
+        if points is None:
+            output = curved(x, t.double().expand(2) / 1000)
+        else:
+            flat = points.hidden.flatten(0, 1)
+            output = curved(flat, points.timesteps.double().repeat(2) / 1000)
+        x = scheduler.step(output, t, x).prev_sample
+    torch.testing.assert_close(x, solver.solve(curved, X), rtol=1e-4, atol=1e-5)
+
+
+def test_the_scheduler_refuses_guidance_that_it_cannot_set() -> None:
+    with pytest.raises(TableError, match="sets the guidance of each interval, which a scheduler cannot"):
+        EPDScheduler.from_solver(flow_solver(guidance=torch.full((N,), 2.0).double()))

@@ -28,6 +28,7 @@ from torch.distributions import Dirichlet, LogNormal, Normal, kl_divergence
 from epd_ray.errors import TableError
 from epd_ray.randomness import Purpose, stream
 from epd_ray.solvers import SolverTable
+from epd_ray.solvers.grid import levels
 from epd_ray.solvers.interval import bounded_time_scale, inner_sigma, largest_sigma
 from epd_ray.types import FloatArray, Form
 
@@ -220,7 +221,7 @@ class TableDistribution:
             total = total + distribution.log_prob(value).sum(-1)
         grid, history, guidance = self.space.split_further(action)
         if (shares := self.grid) is not None:
-            total = total + self._shared(shares.log_prob(grid))
+            total = total + self._shared(shares.log_prob(grid))  # type: ignore[no-untyped-call]
         for further, value in ((self.history, history), (self.guidance, guidance)):
             if further is not None:
                 total = total + further.log_prob(value).sum(-1)
@@ -235,7 +236,7 @@ class TableDistribution:
         total: Tensor = self.segments.entropy() + self.weights.entropy()
         for distribution in [*self.scales, *(part for part, _ in self._further)]:
             total = total + distribution.entropy().sum(-1)
-        return total if self.grid is None else total + self._shared(self.grid.entropy())
+        return total if self.grid is None else total + self._shared(self.grid.entropy())  # type: ignore[no-untyped-call]
 
     def kl_per_interval(self, other: "TableDistribution") -> Tensor:
         """KL(self || other) of each interval, [..., N]."""
@@ -381,11 +382,11 @@ def clamp_scale_time(table: SolverTable, sigmas: Tensor, form: Form) -> SolverTa
         sigmas: [N+1], decreasing, > 0.
         form: how noise enters x; in "ve" nothing is clamped.
     """
-    grid = sigmas.double()[:, None]
-    largest = largest_sigma(form, grid[0])
+    grid = levels(table, sigmas).double().unsqueeze(-1)  # [N + 1, 1] or [B, N + 1, 1]
+    largest = largest_sigma(form, sigmas[0].double())
     if largest is None or table.scale_time is None:
         return table
-    inner = inner_sigma(grid[:-1], grid[1:], table.positions.double())
+    inner = inner_sigma(grid[..., :-1, :], grid[..., 1:, :], table.positions.double())
     return replace(table, scale_time=bounded_time_scale(table.scale_time, inner, largest))
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+MAX_HISTORY = 3
+"""The largest number of earlier intervals whose drifts a table may weigh."""
+
 
 @dataclass(frozen=True)
 class Cost:

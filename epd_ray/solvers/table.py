@@ -5,16 +5,16 @@ the drifts of earlier intervals (`history`), a guidance scale for each interval 
 take the effect of guidance from an earlier one (`reuse`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import TableError
-from epd_ray.solvers.costs import Cost, has_start_point, known_points, table_cost
+from epd_ray.solvers.costs import MAX_HISTORY, Cost, has_start_point, known_points, table_cost
 
 Rows = list[list[float]]
 """A column [N, K] as it stands in a file."""
@@ -29,7 +29,7 @@ COLUMN_NAMES = {
 
 INTERVAL_NAMES = {"grid": "shares of the grid", "history": "history", "guidance": "guidance scale"}
 """Every column with values for each interval, in order, with its name for people: the one list of these columns."""
-MAX_HISTORY = 3
+PARTS = (*COLUMN_NAMES, *INTERVAL_NAMES, "reuse")
 _SUM_TOLERANCE = 1e-4
 SMALLEST_SHARE = 1e-5  # of an interval in the grid
 
@@ -156,7 +156,7 @@ class SolverTable:
         return cls(**{name: values.gather(-1, order) for name, values in columns.items()})
 
     @classmethod
-    def from_lists(cls, columns: Mapping[str, Rows | list[float] | list[bool] | None]) -> "SolverTable":
+    def from_lists(cls, columns: Mapping[str, Any]) -> "SolverTable":
         """The table [N, K], float64, of columns as a file has them; the inverse of `to_lists`.
 
         Args:
@@ -248,10 +248,13 @@ class SolverTable:
         """The columns with values for each interval that this table has, by name, in the order of INTERVAL_NAMES."""
         return _present({name: getattr(self, name) for name in INTERVAL_NAMES})
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every part that this table has, by name, in the order of PARTS."""
+        return self.columns() | self.interval_columns() | _present({"reuse": self.reuse})
+
     def to_lists(self) -> dict[str, JsonValue]:
         """The table as lists, as a file has them: None for a column of points that is absent; other parts may miss."""
-        columns = self.columns() | self.interval_columns() | _present({"reuse": self.reuse})
-        return dict.fromkeys(COLUMN_NAMES) | {name: values.tolist() for name, values in columns.items()}
+        return dict.fromkeys(COLUMN_NAMES) | {name: values.tolist() for name, values in self.tensors().items()}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "SolverTable":
         columns = self.columns() | self.interval_columns()
@@ -311,7 +314,7 @@ def _present(columns: Mapping[str, T | None]) -> dict[str, T]:
     return {name: values for name, values in columns.items() if values is not None}
 
 
-def _tensor(name: str, rows: Rows | list[float] | list[bool]) -> Tensor:
+def _tensor(name: str, rows: Sequence[Any]) -> Tensor:
     lengths = sorted({len(row) for row in rows if isinstance(row, list)})
     if len(lengths) > 1:
         raise TableError(f"{name} has rows of {lengths} values, expected one length")
