@@ -18,6 +18,24 @@ Form = Literal["ve", "flow"]
 Metadata = Mapping[str, JsonValue]
 """The columns of a prompt's row that reward heads read, by name; cells of .csv and .tsv files are text."""
 
+@runtime_checkable
+class GuidableDrift(Protocol):
+    """A drift whose guidance can be set for one evaluation after another."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def at(self, scale: Tensor | None, reuse: bool) -> Drift:
+        """The drift at a guidance scale.
+
+        Args:
+            scale: a number, or one for each of B samples; a scale of at most 1 leaves out the pass without the prompt.
+                None takes the scale that the model is run with.
+            reuse: whether the pass without the prompt is left out at any scale, and the difference that the prompt
+                makes is that of the last evaluation that had both passes.
+        """
+        ...
+
+
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 
@@ -71,12 +89,16 @@ class Rollout:
 
     Attributes:
         rollout_id: id of the request.
-        action: [N, A] float32: segments (K+1 columns, or K with a start point), weights (K), trained scales (K each).
+        action: [N, A] float32: see epd_ray.policy.dirichlet: segments (K+1 columns, or K with a start point), weights
+            (K), trained scales (K each), and the further parts that are trained.
         log_prob: log probability of the action under the job's parameters, summed over intervals.
         positions: [N, K] float32 in [0, 1], where the table's points lie in each interval.
         weights: [N, K] float32, the points' weights; each row sums to 1.
         scale_dir: [N, K] float32; None when direction scales are not trained.
         scale_time: [N, K] float32; None when time scales are not trained.
+        grid: [N] float32, each interval's share of the schedule; None when the grid is not trained.
+        history: [N, H] float32, the weights of earlier drifts; None when they are not trained.
+        guidance: [N] float32, each interval's guidance scale; None when guidance is not trained.
     """
 
     rollout_id: str
@@ -86,6 +108,9 @@ class Rollout:
     weights: FloatArray
     scale_dir: FloatArray | None = None
     scale_time: FloatArray | None = None
+    grid: FloatArray | None = None
+    history: FloatArray | None = None
+    guidance: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +186,32 @@ class Backbone(Protocol):
 
     def decode(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in [0, 1], on any device."""
+        ...
+
+
+@runtime_checkable
+class Guidable(Protocol):
+    """What a backbone has beside `Backbone` where its guidance can differ between evaluations."""
+
+    def guided(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, scale: Tensor | None, difference: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The drift at a guidance scale of its own.
+
+        Args:
+            x: [B, ...], the state.
+            sigma: [B].
+            conditioning: B encoded prompts.
+            scale: a number or [B]; None takes the scale that the prompts were encoded for.
+            difference: the difference [B, ...] between the drifts with and without the prompt, which an earlier
+                evaluation found; the pass without the prompt is then left out. None asks for both passes.
+
+        Returns:
+            dx/dsigma [B, ...], float32, and the difference that both passes found; None after a single pass.
+
+        Raises:
+            TableError: a scale above 1 for prompts that were encoded without guidance.
+        """
         ...
 
 

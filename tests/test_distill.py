@@ -14,7 +14,7 @@ from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.errors import ConfigError
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, base_parameters
 from epd_ray.solvers import SolverTable
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import analytic_drift, epd, multistep
 from epd_ray.solvers.table import dpm2_table
@@ -207,7 +207,7 @@ FROM_THE_START = tuple(replace(p, positions=(0.0, p.positions[1]), scale_dir=(0.
 
 def replayed(backbone, shard):
     """Where the deployed solver is after the fitted intervals, all of them from the start, and its slope there."""
-    drift = conditioned_drift(backbone, backbone.encode(shard.prompts, 1.0))
+    drift = ConditionedDrift(backbone, backbone.encode(shard.prompts, 1.0))
     sigmas, states = backbone.sigmas(shard.intervals), [backbone.initial(noises(backbone, shard.noise_seeds))]
     if shard.fitted:
         epd(drift, states[0], sigmas[: len(shard.fitted) + 1], table_of(shard.fitted), afs=shard.afs, order=shard.order,

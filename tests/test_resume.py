@@ -44,6 +44,7 @@ REFUSED = {
     *("seed", "backbone.family", "backbone.model", "backbone.revision", "backbone.guidance_scale"),
     *("backbone.resolution", "backbone.max_sequence_length", "rewards.clip.head", "rewards.clip.weight"),
     *("solver.intervals", "solver.points", "solver.start_point", "solver.afs", "solver.order"),
+    *("solver.grid", "solver.history", "solver.guidance", "solver.reuse"),
     *("prompts.train", "prompts.num_train", "prompts.validation", "prompts.test", "prompts.two_things"),
     *("distill.enabled", "distill.table", "distill.method", "distill.prompts", "distill.grid", "distill.lr"),
     *("distill.teacher_steps", "distill.min_weight", "distill.steps", "distill.batch", "distill.scale_range"),

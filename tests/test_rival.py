@@ -95,7 +95,7 @@ def test_an_option_does_what_it_does_in_the_pipeline(model: str, name: str, opti
 
 def stepped(backbone, sampler, name):
     from epd_ray.solvers import zoo
-    from epd_ray.solvers.conditioned import conditioned_drift, noises
+    from epd_ray.solvers.conditioned import ConditionedDrift, noises
 
     flow = backbone.form == "flow"
     given = {key: list(v) if isinstance(v, tuple) else v for key, v in sampler.options}
@@ -108,7 +108,7 @@ def stepped(backbone, sampler, name):
     sigmas = scheduler.sigmas.tolist()
     scale = [1.0 if flow or name == "euler" else (1 + s**2) ** 0.5 for s in sigmas]
     x = noises(backbone, SEEDS) * scheduler.init_noise_sigma
-    drift = conditioned_drift(backbone, backbone.encode(PROMPTS, 3.0))
+    drift = ConditionedDrift(backbone, backbone.encode(PROMPTS, 3.0))
     for t, sigma, c in zip(scheduler.timesteps, sigmas, scale, strict=False):
         d = drift(c * x, x.new_full((2,), sigma))
         x = scheduler.step(d, t, x, return_dict=False)[0]

@@ -24,7 +24,7 @@ from epd_ray.drawing.sampler import Sampler, baseline, nearest_baseline, schedul
 from epd_ray.errors import ConfigError, ScheduleError, TableError, UnknownNameError
 from epd_ray.evaluation.comparison import rivals
 from epd_ray.solvers import Form, dpm2_table, edm, heun, zoo
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.solvers.schedule_names import MODEL, SCHEDULES
 from epd_ray.solvers.schedulers import deis, dpmpp, unipc
 from epd_ray.solvers.schedules import check_sigmas, logsnr
@@ -422,7 +422,7 @@ def test_without_the_step_to_zero_a_method_stops_before_it() -> None:
         sampler = baseline(f"{name}@logsnr", 5, final_zero=False)
         sigmas = scheduled(backbone, 5, "logsnr", final_zero=False)
         expected = zoo.follow(
-            name, conditioned_drift(backbone, conditioning), backbone.initial(noise), sigmas, backbone.form
+            name, ConditionedDrift(backbone, conditioning), backbone.initial(noise), sigmas, backbone.form
         )
         assert sigmas[-1] > 0 and torch.equal(sampler.run(backbone, conditioning, noise), expected)
         assert not torch.equal(baseline(f"{name}@logsnr", 5).run(backbone, conditioning, noise), expected)

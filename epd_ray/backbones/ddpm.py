@@ -80,7 +80,7 @@ class DDPMFamily:
     def initial(self, noise: Tensor) -> Tensor:
         return self._time.sigma_max * noise
 
-    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float | Tensor) -> Tensor:
         """The drift from the UNet's output at x."""
         unet = self._pipeline.unet
         output = unet(network_input(x, sigma).to(unet.dtype), self._time.timestep(sigma), return_dict=False)[0]

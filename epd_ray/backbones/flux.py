@@ -8,6 +8,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.conditioning import per_row
 from epd_ray.backbones.flow import flow_shift, flow_sigmas, require_flow_scheduler, unscaled
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.backbones.pipeline import check_channels, decode_latents
@@ -85,11 +86,11 @@ class FluxFamily:
         packed: Tensor = self._pipeline._pack_latents(noise, *noise.shape)  # [B, C, H, W] -> [B, H/2 * W/2, 4C]
         return packed
 
-    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float | Tensor) -> Tensor:
         """The network's velocity, which is the drift in flow form; the network's timestep is sigma itself."""
         transformer = self._pipeline.transformer
         embeds, pooled = tensors
-        guidance = x.new_full(x.shape[:1], guidance_scale) if transformer.config.guidance_embeds else None
+        guidance = per_row(guidance_scale, x) if transformer.config.guidance_embeds else None
         velocity: Tensor = transformer(
             hidden_states=x.to(transformer.dtype), timestep=sigma.float(), guidance=guidance, pooled_projections=pooled,
             encoder_hidden_states=embeds, txt_ids=embeds.new_zeros(embeds.shape[1], 3), img_ids=self._ids(x),

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding, EmbeddingCache, Prompt
-from epd_ray.backbones.conditioning import TextConditioning, guided_drift
+from epd_ray.backbones.conditioning import TextConditioning, guided_at, guided_drift
 from epd_ray.backbones.grids import published_grid, scheduler_grid
 from epd_ray.backbones.loading import PipelineOptions
 from epd_ray.errors import ModelError, shown
@@ -86,7 +86,7 @@ class Family(Protocol):
         """See Backbone.initial."""
         ...
 
-    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float | Tensor) -> Tensor:
         """dx/dsigma before classifier-free guidance; float32, differentiable in x and sigma."""
         ...
 
@@ -208,6 +208,15 @@ class PipelineBackbone:
             return self._family.network(x, sigma, tensors, scale)
 
         return guided_drift(network, x, sigma, conditioning)
+
+    def guided(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, scale: Tensor | None, difference: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(conditioning, TextConditioning):
+            raise TypeError(f"conditioning is a {type(conditioning).__name__}, expected what encode gave")
+        return guided_at(
+            self._family.network, x, sigma, conditioning, scale, difference, classifier_free=self.classifier_free
+        )
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.backbones.cache import Embedding
+from epd_ray.backbones.conditioning import per_row
 from epd_ray.backbones.discrete import DiscreteTime, network_input
 from epd_ray.backbones.loading import PipelineOptions, square_size
 from epd_ray.backbones.pipeline import check_channels, decode_latents
@@ -84,7 +85,7 @@ class SDFamily:
     def initial(self, noise: Tensor) -> Tensor:
         return self._time.sigma_max * noise
 
-    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float | Tensor) -> Tensor:
         """The drift from the UNet's output at x."""
         unet = self._pipeline.unet
         output = unet(
@@ -94,10 +95,10 @@ class SDFamily:
         )[0]  # fmt: skip
         return self._time.drift(x, sigma, output.float())
 
-    def _embedded_guidance(self, x: Tensor, guidance_scale: float) -> Tensor | None:
+    def _embedded_guidance(self, x: Tensor, guidance_scale: float | Tensor) -> Tensor | None:
         if self._guidance_dim is None:
             return None
-        scales = torch.full((len(x),), guidance_scale - 1)
+        scales = per_row(guidance_scale - 1, x).cpu()
         embedded: Tensor = self._pipeline.get_guidance_scale_embedding(scales, embedding_dim=self._guidance_dim)
         return embedded.to(x.device, self._pipeline.unet.dtype)
 

@@ -91,7 +91,7 @@ class SD3Family:
     def initial(self, noise: Tensor) -> Tensor:
         return noise  # flow matching starts at sigma = 1
 
-    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float) -> Tensor:
+    def network(self, x: Tensor, sigma: Tensor, tensors: tuple[Tensor, ...], guidance_scale: float | Tensor) -> Tensor:
         """The network's velocity, which is the drift in flow form."""
         transformer = self._pipeline.transformer
         embeds, pooled = tensors

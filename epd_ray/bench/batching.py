@@ -11,7 +11,7 @@ from epd_ray.bench.flops import speed, tflop_per_eval
 from epd_ray.bench.models import EMBEDDED, RANDOM_MODELS, Subject, device_name, prompts
 from epd_ray.bench.record import Record, Value, Values, under
 from epd_ray.bench.timing import medians
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.types import Drift
 
 POINTS = 2
@@ -48,7 +48,7 @@ def _measure(subject: Subject, batch: int, repeats: int) -> Values:
         x = backbone.initial(noises(backbone, range(batch)))
         sigmas = backbone.sigmas(4).tolist()
         a, b = sigmas[1], sigmas[2]
-        drift = conditioned_drift(backbone, conditioning)
+        drift = ConditionedDrift(backbone, conditioning)
         ways: dict[str, Callable[[], None]] = {
             "batched": partial(_interval, drift, x, a, b, batched=True),
             "sequential": partial(_interval, drift, x, a, b, batched=False),

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from epd_ray.bench.models import device_name, prompts
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.types import Backbone, Drift
 
 PEAK_TFLOPS = {
@@ -59,7 +59,7 @@ def operations(drift: Drift, x: Tensor, sigma: Tensor) -> int:
 def tflop_per_eval(backbone: Backbone, guidance_scale: float) -> float:
     """10^12 operations of one evaluation for one picture, counted with one, because unfused attention takes memory."""
     with torch.inference_mode():
-        drift = conditioned_drift(backbone, backbone.encode(prompts(1), guidance_scale))
+        drift = ConditionedDrift(backbone, backbone.encode(prompts(1), guidance_scale))
         x, sigmas = backbone.initial(noises(backbone, [0])), backbone.sigmas(2)
         return 1e-12 * operations(drift, x, x.new_full((1,), float(sigmas[1])))
 

@@ -20,7 +20,7 @@ from epd_ray.drawing.sampler import baseline
 from epd_ray.errors import ConfigError
 from epd_ray.randomness import torch_generator
 from epd_ray.solvers import Solver, zoo
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import epd
 from epd_ray.solvers.table import uniform_table
@@ -97,7 +97,7 @@ def _solvers(
         name: partial(sampler.run, backbone, conditioning, noise) for name, sampler in samplers.items()
     }
     costs = {name: sampler.cost for name, sampler in samplers.items()}
-    drift = conditioned_drift(backbone, conditioning)
+    drift = ConditionedDrift(backbone, conditioning)
     x, sigmas = backbone.initial(noise), backbone.sigmas(parallel_nfe // 2)
     for points in POINTS:
         table = uniform_table(parallel_nfe // 2, points)

@@ -18,7 +18,7 @@ from epd_ray.policy.minibatches import image_order
 from epd_ray.policy.network import PolicyNetwork
 from epd_ray.rdpo.batch import propose
 from epd_ray.rdpo.config import RDPOConfig
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.solvers.epd import epd
 from epd_ray.types import Drift, FloatArray, ImageArray, RolloutRequest
 
@@ -109,7 +109,7 @@ class PlainLoop:
         if isinstance(b, PipelineBackbone):
             b.embeddings.clear()
         conditioning = self._clock("encode", lambda: b.encode([r.prompt for r in requests], self._guidance))
-        drift = one_after_another(conditioned_drift(b, conditioning), len(requests))
+        drift = one_after_another(ConditionedDrift(b, conditioning), len(requests))
         with torch.inference_mode():
             x = b.initial(noises(b, [r.noise_seed for r in requests]))
             latents = self._clock(

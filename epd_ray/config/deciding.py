@@ -39,6 +39,7 @@ PROMPTS, START = "prompts.json", "distilled/solver.json"
 """Files of a run that decide as keys do; PROMPTS has a key for each split, such as prompts.json:train."""
 _POLICY = (
     *("solver.intervals", "solver.points", "solver.start_point", "rdpo.scale_dir", "rdpo.scale_time"),
+    *("solver.grid", "solver.history", "solver.guidance", "solver.reuse"),
     *("rdpo.hidden_width", "rdpo.hidden_depth", "rdpo.concentration", "rdpo.concentration_bound", "rdpo.staleness"),
 )
 _MEASURE = (

@@ -25,6 +25,7 @@ from epd_ray.errors import shown
 from epd_ray.policy.minibatches import minibatch_problem
 from epd_ray.prompts.files import SUFFIXES
 from epd_ray.prompts.splits import BUILTIN, SHAPES
+from epd_ray.solvers.costs import MAX_HISTORY
 
 AUTO = "auto"
 PIPELINE = "pipeline"
@@ -167,6 +168,43 @@ class SolverConfig(Section):
         description="The number of drifts that the slope towards the points is extrapolated from, at least 1 (the "
         "interval's own drift alone) and at most 4.",
     )
+    grid: bool = Field(
+        default=False,
+        description="Whether the noise levels between the intervals are learned too, between the ends of the schedule.",
+    )
+    history: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_HISTORY,
+        description="The number of earlier intervals whose drifts an interval weighs with learned weights, at least 0, "
+        "at most 3 and below solver.intervals.",
+    )
+    guidance: bool = Field(
+        default=False,
+        description="Whether each interval's guidance scale is learned, starting at backbone.guidance_scale.",
+    )
+    reuse: tuple[int, ...] = Field(
+        default=(),
+        strict=False,
+        description="The intervals, counted from 1, that leave out the network's pass without the prompt and take the "
+        "difference that the prompt makes from an interval before them; from 2 to solver.intervals.",
+    )
+
+    @field_validator("history", "reuse")
+    @classmethod
+    def _within(cls, value: int | tuple[int, ...], info: ValidationInfo) -> int | tuple[int, ...]:
+        count = info.data.get("intervals", 0)
+        if isinstance(value, int):
+            if value >= count > 0:
+                raise ValueError(f"is {value}, below solver.intervals={count} is needed")
+        elif wrong := [i for i in value if not 2 <= i <= count]:
+            raise ValueError(f"has {wrong[0]}, from 2 to solver.intervals={count} is possible")
+        return value
+
+    @property
+    def reused(self) -> tuple[bool, ...]:
+        """[N], whether an interval reuses; empty where none does."""
+        return tuple(i + 1 in self.reuse for i in range(self.intervals)) if self.reuse else ()
 
 
 class PromptsConfig(Section):

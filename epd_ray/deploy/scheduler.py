@@ -54,6 +54,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         weights: [N, K], column of the table.
         scale_dir: [N, K], column of the table; None stands for ones.
         scale_time: [N, K], column of the table; None stands for ones.
+        history: [N, H], column of the table; None stands for zeros.
+        guidance: [N], column of the table; a solver that has it is refused.
+        reuse: [N], column of the table; a solver that has it is refused.
         form: how noise enters x, "ve" or "flow".
         afs: whether the first drift is analytical.
         multistep_order: order of the multistep slope that leads to the points, 1 to 4.
@@ -83,6 +86,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         weights: Rows | None = None,
         scale_dir: Rows | None = None,
         scale_time: Rows | None = None,
+        history: Rows | None = None,
+        guidance: list[float] | None = None,
+        reuse: list[bool] | None = None,
         form: Form | None = None,
         afs: bool = False,
         multistep_order: int = 1,
@@ -110,8 +116,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.network = Network(parse_facts(facts, form))
         self.form = cast(Form, form)
         table = SolverTable.from_lists(
-            {"positions": positions, "weights": weights, "scale_dir": scale_dir, "scale_time": scale_time}
-        )
+            {
+                "positions": positions, "weights": weights, "scale_dir": scale_dir, "scale_time": scale_time,
+                "history": history, "guidance": guidance, "reuse": reuse,
+            }
+        )  # fmt: skip
+        if table.guides:
+            raise TableError(
+                "the solver sets the guidance of each interval, which a scheduler cannot: a pipeline keeps one scale "
+                "(use epd_ray's own sampling, or a solver without the parts guidance and reuse)"
+            )
         self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, multistep_order)
         own = {name: value for name, value in self.config.items() if not name.startswith("_")}
         self.register_to_config(**_beside(own | {"use_flow_sigmas": form == "flow"}, replaced))

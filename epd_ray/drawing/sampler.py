@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epd_ray.errors import ModelError, ScheduleError, shown
 from epd_ray.solvers import Solver, SolverTable, zoo
-from epd_ray.solvers.conditioned import conditioned_drift
+from epd_ray.solvers.conditioned import ConditionedDrift
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import analytic_drift, epd
 from epd_ray.solvers.rival import Choice, Rival, grid_options, step_options, told
@@ -140,13 +140,13 @@ class Sampler:
             ConfigError: the method is for the other form of the ODE, or its package is missing.
             ScheduleError: the schedule is not for this backbone.
         """
-        drift = conditioned_drift(backbone, conditioning)
+        drift: Drift = ConditionedDrift(backbone, conditioning)
         grid = self.grid(backbone)
         sigmas, x = grid.sigmas, backbone.initial(noise)
         if grid.start is not None:  # in VE form `initial` scales the noise to the model's first level
             x = x * (grid.start / backbone.sigmas(1)[0].item())
         if self.table is not None:
-            if starts is not None and not self.afs:
+            if starts is not None and not self.afs and not self.table.guides:
                 drift = starts.begin(backbone, drift)
             return epd(drift, x, sigmas, self.table, afs=self.afs, order=self.order, form=backbone.form)
         if self.afs:  # all rows begin at one sigma

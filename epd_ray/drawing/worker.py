@@ -107,7 +107,9 @@ class RolloutWorker:
         table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
         sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
-        columns = {name: values.float().numpy() for name, values in table.columns().items()}  # each [B, N, K]
+        columns = {
+            name: values.float().numpy() for name, values in (table.columns() | table.interval_columns()).items()
+        }
         rollouts = tuple(
             Rollout(request.rollout_id, action.numpy(), float(value), **{name: c[i] for name, c in columns.items()})
             for i, (request, action, value) in enumerate(zip(job.requests, actions, log_probs, strict=True))

@@ -17,7 +17,7 @@ import torch
 from epd_ray.errors import RunDirectoryError, shown
 from epd_ray.evaluation.statistics import Interval, bootstrap_mean, judged, paired_difference
 from epd_ray.solvers import SolverTable
-from epd_ray.solvers.table import COLUMN_NAMES
+from epd_ray.solvers.table import PARTS
 from epd_ray.storage.documents import parse_json
 from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.types import FloatArray
@@ -224,18 +224,18 @@ class Best:
         if reward <= self.reward:
             return False
         self.reward, self.iteration = reward, iteration
-        self.columns = {name: values.numpy() for name, values in table.columns().items()}
+        self.columns = {name: values.numpy() for name, values in table.tensors().items()}
         return True
 
     def state(self) -> dict[str, Any]:
         """Numbers and arrays for a checkpoint; None for each column that the table does not have."""
-        absent = dict.fromkeys(COLUMN_NAMES)
+        absent = dict.fromkeys(PARTS)
         return {"reward": self.reward, "iteration": self.iteration, **absent, **self.columns}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Best":
         """The best table as it was at `state`."""
-        columns = {name: state[name] for name in COLUMN_NAMES if state.get(name) is not None}
+        columns = {name: state[name] for name in PARTS if state.get(name) is not None}
         return cls(state["reward"], state["iteration"], columns)
 
 

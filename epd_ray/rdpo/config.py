@@ -78,6 +78,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self.concentration, self.concentration_bound = rdpo.concentration, rdpo.concentration_bound
         self.scale_dir, self.scale_time = rdpo.scale_dir, rdpo.scale_time
         self.afs, self.order = solver.afs, solver.order
+        self.grid, self.history, self.guidance = solver.grid, solver.history, solver.guidance
+        self.reuse: tuple[bool, ...] = solver.reused
         self.hidden_width, self.hidden_depth = rdpo.hidden_width, rdpo.hidden_depth
         self.backbone_spec = EMBEDDED_BACKBONE
         self.encoder_spec: EncoderSpec | None = None
@@ -101,6 +103,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
         scale_time: bool = NotProvided,
         afs: bool = NotProvided,
         order: int = NotProvided,
+        grid: bool = NotProvided,
+        history: int = NotProvided,
+        guidance: bool = NotProvided,
+        reuse: tuple[bool, ...] = NotProvided,
     ) -> "RDPOConfig":
         """Set the solver to start from and what of it is learned.
 
@@ -110,6 +116,10 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
             scale_time: whether the policy also draws a time scale for each point.
             afs: whether the first step is analytical, which saves an evaluation.
             order: the order of the multistep slope from an interval's start to its points, 1 to 4.
+            grid: whether the policy also draws the intervals' shares of the schedule.
+            history: H, the number of earlier drifts whose weights the policy also draws, 0 to 3.
+            guidance: whether the policy also draws each interval's guidance scale.
+            reuse: [N], whether an interval takes the difference that the prompt makes from an earlier one; () for none.
         """
         return self._assign(locals())
 
@@ -253,7 +263,16 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     @property
     def space(self) -> TableSpace:
         """The space of the tables that the policy draws."""
-        return TableSpace(self.table.points, self.scale_dir, self.scale_time, self.table.start_point)
+        return TableSpace(
+            self.table.points,
+            self.scale_dir,
+            self.scale_time,
+            self.table.start_point,
+            self.grid,
+            self.history,
+            self.guidance,
+            self.reuse,
+        )
 
     def mixer(self) -> Mixer:
         """A new Mixer of the reward heads."""
@@ -304,7 +323,7 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     @property
     def policy_spec(self) -> PolicySpec:
         """The policy network that the learner builds."""
-        base = base_parameters(self.table, self.space, self.concentration)
+        base = base_parameters(self.table, self.space, self.concentration, self.backbone_spec.guidance_scale)
         bound = self.concentration * self.concentration_bound
         rows = tuple(tuple(row) for row in base.tolist())
         weights = plain_seed(Purpose.POLICY_WEIGHTS, self.seed or 0)
@@ -326,7 +345,8 @@ class RDPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def _spaces(self) -> tuple[gym.spaces.Box, gym.spaces.Box]:
         """The spaces of observations, which are empty of meaning, and of tables."""
         shape = (self.table.intervals, self.space.action_width)
-        return gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Box(0, np.inf, shape, np.float32)
+        least = -np.inf if self.history else 0.0
+        return gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Box(least, np.inf, shape, np.float32)
 
     def _refuse_others(self) -> None:
         """Refuse what the user has set and RDPO would not obey.

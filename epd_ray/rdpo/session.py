@@ -47,6 +47,10 @@ def rdpo_config(
             scale_time=rdpo.scale_time,
             afs=config.solver.afs,
             order=config.solver.order,
+            grid=config.solver.grid,
+            history=config.solver.history,
+            guidance=config.solver.guidance,
+            reuse=config.solver.reused,
         )
         .policy(
             concentration=rdpo.concentration,

@@ -12,7 +12,7 @@ from epd_ray.storage.checkpoint import State, read_checkpoint
 
 
 def _finite(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+    if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
         raise ValueError("expected finite numbers")
     return values
 
@@ -38,6 +38,10 @@ class _Best(BaseModel):
     weights: Numbers
     scale_dir: Numbers | None
     scale_time: Numbers | None
+    grid: Numbers | None = None
+    history: Numbers | None = None
+    guidance: Numbers | None = None
+    reuse: Numbers | None = None
 
 
 class _Own(BaseModel):

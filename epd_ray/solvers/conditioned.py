@@ -5,24 +5,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epd_ray.types import Backbone, Conditioning, Drift
+from epd_ray.errors import TableError
+from epd_ray.types import Backbone, Conditioning, Drift, Guidable
 
 
-def conditioned_drift(backbone: Backbone, conditioning: Conditioning) -> Drift:
-    """The backbone's drift for B fixed prompts.
+class ConditionedDrift:
+    """The backbone's drift for B fixed prompts, whose guidance can be set, see `types.GuidableDrift`.
 
     It takes B rows, or B * K rows where K points of each sample are evaluated at once (row b * K + k). The repeated
     conditioning is kept between calls.
+
+    Args:
+        backbone: the frozen model.
+        conditioning: B encoded prompts.
     """
-    repeated: dict[int, Conditioning] = {1: conditioning}
 
-    def drift(x: Tensor, sigma: Tensor) -> Tensor:
-        copies = len(x) // len(conditioning)
-        if copies not in repeated:
-            repeated[copies] = conditioning.repeat(copies)
-        return backbone.drift(x, sigma, repeated[copies])
+    def __init__(self, backbone: Backbone, conditioning: Conditioning) -> None:
+        self._backbone, self._conditioning = backbone, conditioning
+        self._repeated: dict[int, Conditioning] = {1: conditioning}
+        self._difference: Tensor | None = None  # [B, ...], what the prompt changed when both passes were last made
 
-    return drift
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self._backbone.drift(x, sigma, self._for(x))
+
+    def at(self, scale: Tensor | None, reuse: bool) -> Drift:
+        backbone = self._backbone
+        if not isinstance(backbone, Guidable):
+            raise TableError(
+                f"the table sets guidance, which a model of family {backbone.family} does not have: "
+                "take its parts guidance and reuse out"
+            )
+
+        def drift(x: Tensor, sigma: Tensor) -> Tensor:
+            rows = len(self._conditioning)
+            copies = len(x) // rows
+            own = scale if scale is None or scale.ndim == 0 else scale.repeat_interleave(copies)
+            known = None
+            if reuse and self._difference is not None:
+                known = self._difference.repeat_interleave(copies, 0)
+            found, difference = backbone.guided(x, sigma, self._for(x), own, known)
+            if difference is not None:  # of the last point, where there are several
+                self._difference = difference.unflatten(0, (rows, copies))[:, -1]
+            return found
+
+        return drift
+
+    def _for(self, x: Tensor) -> Conditioning:
+        copies = len(x) // len(self._conditioning)
+        if copies not in self._repeated:
+            self._repeated[copies] = self._conditioning.repeat(copies)
+        return self._repeated[copies]
 
 
 def noises(backbone: Backbone, seeds: Sequence[int]) -> Tensor:

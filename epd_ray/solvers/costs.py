@@ -1,9 +1,12 @@
 """What a picture costs by solver: the one place where evaluations and network passes are counted, without torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from pydantic import JsonValue
+
+MAX_HISTORY = 3
+"""The largest number of earlier intervals whose drifts a table may weigh."""
 
 
 @dataclass(frozen=True)
@@ -13,10 +16,13 @@ class Cost:
     Attributes:
         parallel_nfe: the longest chain of evaluations that wait for each other.
         model_evals: all evaluations.
+        unguided_evals: those of them that take one pass of the network at any guidance scale of the model, because the
+            table switches their guidance off or uses that of an earlier evaluation.
     """
 
     parallel_nfe: int
     model_evals: int
+    unguided_evals: int = 0
 
     def network_passes(self, guidance_scale: float | None, classifier_free: bool | None) -> int | None:
         """The passes of the network that one picture takes.
@@ -33,7 +39,8 @@ class Cost:
             return self.model_evals if unguided else None
         if guidance_scale is None:
             return None if classifier_free else self.model_evals
-        return self.model_evals * passes_per_eval(guidance_scale, classifier_free=classifier_free)
+        guided = self.model_evals - self.unguided_evals
+        return guided * passes_per_eval(guidance_scale, classifier_free=classifier_free) + self.unguided_evals
 
     def passes_by(self, meta: Mapping[str, JsonValue]) -> int | None:
         """The passes of the network by what a solver file says of its model; None if it does not say enough."""
@@ -74,7 +81,9 @@ def known_points(interval: int, *, start_point: bool, afs: bool = False) -> int:
     return int(start_point and not (afs and interval == 0))
 
 
-def table_cost(intervals: int, points: int, *, start_point: bool, afs: bool = False) -> Cost:
+def table_cost(
+    intervals: int, points: int, *, start_point: bool, afs: bool = False, unguided: Collection[int] = ()
+) -> Cost:
     """The cost of a solver table: one evaluation at each interval's start, then all its other points at once.
 
     Args:
@@ -82,9 +91,12 @@ def table_cost(intervals: int, points: int, *, start_point: bool, afs: bool = Fa
         points: K, at least 1.
         start_point: see `has_start_point`.
         afs: whether the first drift is analytical, which saves one evaluation.
+        unguided: the intervals whose evaluations take one pass of the network each.
     """
     inner = [points - known_points(i, start_point=start_point, afs=afs) for i in range(intervals)]
-    return Cost(sum(1 + (count > 0) for count in inner) - afs, sum(1 + count for count in inner) - afs)
+    evals = [1 + count - (afs and i == 0) for i, count in enumerate(inner)]
+    chain = sum(1 + (count > 0) for count in inner) - afs
+    return Cost(chain, sum(evals), sum(evals[i] for i in unguided))
 
 
 def sequential_cost(intervals: int, evals: int, last_evals: int | None = None, *, afs: bool = False) -> Cost:

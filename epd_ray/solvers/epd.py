@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from epd_ray.errors import ScheduleError, TableError, shown
+from epd_ray.solvers.grid import levels
 from epd_ray.solvers.interval import FLOW_SIGMA_MAX, inner_sigma
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.solvers.table import SolverTable
-from epd_ray.types import Drift, Form
+from epd_ray.types import Drift, Form, GuidableDrift
 
 Callback = Callable[[int, float, Tensor], None]
 """Called as callback(step_index, sigma_next, x) after each interval."""
@@ -65,41 +66,73 @@ def epd(
     batch = x.shape[0]
     if table.batch not in (None, batch):
         raise TableError(f"the table is for {table.batch} samples, but x has {batch} (pass one row per sample)")
-    columns = [values.to(x) for values in stages(table, sigmas)]  # each [B or 1, N, K]
-    history: deque[Tensor] = deque(maxlen=order)
-    for i, (a, b) in enumerate(pairwise(sigmas.tolist())):
-        history.appendleft(analytic_drift(x, a, form) if afs and i == 0 else drift(x, x.new_full((batch,), a)))
-        x = epd_step(drift, x, history, b - a, tuple(c[:, i] for c in columns), table.known_points(i, afs))
+    points = [values.to(x) for values in stages(table, sigmas)]  # each [B or 1, N, K]
+    weights = None if table.history is None else table.history.reshape(-1, table.intervals, table.history.shape[-1])
+    grid = levels(table, sigmas)
+    shared = grid.ndim == 1
+    ends = grid.tolist() if shared else grid.to(x).unbind(1)
+    history: deque[Tensor] = deque(maxlen=max(order, table.depth))
+    for i, (a, b) in enumerate(pairwise(ends)):
+        here = _guided(drift, table, i)
+        sigma = x.new_full((batch,), a) if shared else a
+        first = analytic_drift(x, a if shared else spread(a[:, None], x[:, None]), form) if afs and i == 0 else None
+        history.appendleft(here(x, sigma) if first is None else first)
+        width = b - a if shared else (b - a).reshape(-1, *[1] * (x.ndim - 1))
+        past = None if weights is None else weights[:, i].to(x)
+        x = epd_step(here, x, history, width, tuple(c[:, i] for c in points), table.known_points(i, afs), order, past)
         if callback is not None:
-            callback(i, b, x)
+            callback(i, b if shared else float(b.mean()), x)
     return x
 
 
+def _guided(drift: Drift, table: SolverTable, interval: int) -> Drift:
+    """The drift at the guidance that the table sets for an interval; the drift itself where it sets none."""
+    if not table.guides:
+        return drift
+    if not isinstance(drift, GuidableDrift):
+        raise TableError("the table sets guidance, but this drift has none: take its parts guidance and reuse out")
+    scale = None if table.guidance is None else table.guidance[..., interval]
+    return drift.at(scale, interval in table.reused)
+
+
 def epd_step(
-    drift: Drift, x: Tensor, history: Sequence[Tensor], width: float, points: tuple[Tensor, ...], known: int
+    drift: Drift,
+    x: Tensor,
+    history: Sequence[Tensor],
+    width: float | Tensor,
+    points: tuple[Tensor, ...],
+    known: int,
+    order: int = 4,
+    past: Tensor | None = None,
 ) -> Tensor:
     """One interval of `epd` after the drift at its start; the drift is called once, for all points not known yet.
 
     Args:
         drift: see `epd`.
         x: [B, ...], the state at the interval's start.
-        history: drifts at this start and at the starts before it, newest first, as many as the slope combines.
-        width: sigma at its end minus sigma at its start.
+        history: drifts at this start and at the starts before it, newest first, as many as there are.
+        width: sigma at its end minus sigma at its start, one for all samples or [B, 1, ...].
         points: the interval's rows of the three results of `stages`, each [B or 1, K], in the dtype of x.
         known: how many of the first points need no evaluation, see `SolverTable.known_points`.
+        order: how many drifts the slope towards the points combines at most.
+        past: the interval's row of the table's history, [B or 1, H]; None: none.
 
     Returns:
         The state at the interval's end, [B, ...].
     """
     inner, offsets, gains = points
-    slope = multistep(history).unsqueeze(1)  # [B, 1, ...]
+    slope = multistep([*history][:order]).unsqueeze(1)  # [B, 1, ...]
     parts = [history[0].unsqueeze(1)] if known else []
     if known < inner.shape[-1]:
         x_k = x.unsqueeze(1) + spread(offsets[:, known:], slope) * slope  # [B, K - known, ...]
         sigma_k = inner[:, known:].expand(len(x), -1)  # [B, K - known]
         parts.append(drift(x_k.flatten(0, 1), sigma_k.flatten()).reshape(x_k.shape))
     d_k = torch.cat(parts, 1)  # [B, K, ...]
-    return x + width * (spread(gains, d_k) * d_k).sum(1)
+    total = (spread(gains, d_k) * d_k).sum(1)
+    if past is not None and len(history) > 1:
+        older = torch.stack([history[0] - d for d in [*history][1 : past.shape[-1] + 1]], 1)  # [B, h, ...]
+        total = total + (spread(past[:, : older.shape[1]], older) * older).sum(1)
+    return x + width * total
 
 
 def check_options(table: SolverTable, sigmas: Tensor, *, afs: bool, order: int, form: Form | None) -> None:
@@ -149,14 +182,14 @@ def check_order(order: int) -> None:
         raise TableError(f"order is {order}, expected 1, 2, 3 or 4")
 
 
-def analytic_drift(x: Tensor, sigma: float, form: Form | None) -> Tensor:
+def analytic_drift(x: Tensor, sigma: float | Tensor, form: Form | None) -> Tensor:
     """An estimate of the first drift without the network.
 
     In VE form it is the drift of data distributed as a unit Gaussian, in flow form that of a denoiser that returns 0.
 
     Args:
         x: [B, ...], the state at sigma.
-        sigma: > 0.
+        sigma: > 0, one for all samples or a tensor [B, 1, ...].
         form: how noise enters x, "ve" or "flow".
 
     Returns:
@@ -191,8 +224,8 @@ def stages(table: SolverTable, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The sigmas c * s at which the drift is evaluated, the offsets s - a along the slope, and the gains w * o * c of
         the drifts, where s is the sigma at the point's position and a the sigma at the interval's start.
     """
-    grid = sigmas.double().to(table.positions.device)[:, None]  # [N + 1, 1]
-    a, b, r = grid[:-1], grid[1:], table.positions.double()
+    grid = levels(table, sigmas).double().to(table.positions.device)[..., None]  # [N + 1, 1] or [B, N + 1, 1]
+    a, b, r = grid[..., :-1, :], grid[..., 1:, :], table.positions.double()
     s = inner_sigma(a, b, r)
     c = torch.ones_like(s) if table.scale_time is None else table.scale_time.double()
     o = torch.ones_like(s) if table.scale_dir is None else table.scale_dir.double()

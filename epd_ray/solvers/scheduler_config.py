@@ -90,6 +90,9 @@ class SolverValues(BaseModel):
     weights: Rows
     scale_dir: Rows | None
     scale_time: Rows | None
+    history: Rows | None
+    guidance: list[float] | None
+    reuse: list[bool] | None
     afs: bool
     multistep_order: int
     backbone: str | None

@@ -19,6 +19,7 @@ from epd_ray.registry import did_you_mean
 from epd_ray.solvers.card import HUB_ID, local_model, model_card, takes_prompts
 from epd_ray.solvers.costs import Cost
 from epd_ray.solvers.epd import Callback, check_options, epd
+from epd_ray.solvers.grid import levels
 from epd_ray.solvers.presets import PRESETS
 from epd_ray.solvers.scheduler_config import SCHEDULER_FILE, scheduler_config
 from epd_ray.solvers.table import COLUMN_NAMES, Rows, SolverTable
@@ -26,8 +27,10 @@ from epd_ray.storage.documents import read_json
 from epd_ray.types import Drift, Form
 
 FILE_NAME = "solver.json"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Version 2 is a solver with a history, or with the guidance of each interval; every other solver is version 1."""
 REFERENCE_SUFFIX = ".pkl"
+FURTHER = ("history", "guidance", "reuse")
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Solver:
     """A solver for one backbone, resolution and guidance scale; checked when made.
 
     Args:
-        table: [N, K], shared by all samples.
+        table: [N, K], shared by all samples. Its grid, if it has one, is applied to the sigmas and is then gone.
         sigmas: [N+1], decreasing, > 0.
         form: how noise enters x, "ve" or "flow"; None where it is unknown.
         afs: whether the first drift is analytical, which saves one evaluation; needs `form`.
@@ -60,6 +63,9 @@ class Solver:
         if self.table.batch is not None:
             raise TableError(f"the table is for {self.table.batch} samples, expected [N, K] (pick one sample's table)")
         check_options(self.table, self.sigmas, afs=self.afs, order=self.order, form=self.form)
+        if self.table.grid is not None:
+            object.__setattr__(self, "sigmas", levels(self.table, self.sigmas))
+            object.__setattr__(self, "table", replace(self.table, grid=None))
 
     @property
     def cost(self) -> Cost:
@@ -217,7 +223,7 @@ class Solver:
 
     def _record(self) -> dict[str, JsonValue]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[self.table.history is not None or self.table.guides],
             "form": self.form,
             "afs": self.afs,
             "order": self.order,
@@ -229,15 +235,15 @@ class Solver:
     @classmethod
     def _parse(cls, record: Any) -> "Solver":
         version = record.get("format_version") if isinstance(record, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise TableError(
-                f"format_version is {shown(version)}, expected {FORMAT_VERSION} (another epd-ray wrote it)"
+                f"format_version is {shown(version)}, expected 1 or 2: a newer epd-ray wrote it, install that one"
             )
         try:
             file = _SolverFile.model_validate(record)
         except ValidationError as error:
             raise TableError(first_problem(error)) from error
-        table = SolverTable.from_lists({name: getattr(file, name) for name in COLUMN_NAMES})
+        table = SolverTable.from_lists({name: getattr(file, name) for name in (*COLUMN_NAMES, *FURTHER)})
         sigmas = torch.tensor(file.sigmas, dtype=torch.float64)
         return cls(table, sigmas, file.form, file.afs, file.order, file.meta)
 
@@ -254,6 +260,9 @@ class _SolverFile(BaseModel):
     weights: Rows
     scale_dir: Rows | None = None
     scale_time: Rows | None = None
+    history: Rows | None = None
+    guidance: list[float] | None = None
+    reuse: list[bool] | None = None
     meta: dict[str, JsonValue]
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class Plan:
         self.calls = calls[1:] if solver.afs and (parallel or not network.flow) else calls
         self.order = 1 + len(points)
         self._inner, self._offsets, self._gains = (values[0] for values in stages(solver.table, solver.sigmas))
+        self.depth = max(solver.order, solver.table.depth)
 
     def sigma(self, call: Call) -> Tensor:
         """The sigmas [k] at which a call evaluates the drift, float64, on the CPU."""
@@ -75,6 +77,18 @@ class Plan:
         """What the drifts [B, k, ...] at a call's points add to the interval's slope, [B, ...]."""
         return (spread(self._gains[call], drifts) * drifts).sum(1)
 
+    def slope(self, history: Sequence[Tensor]) -> Tensor:
+        """The slope [B, ...] that leads from an interval's start to its points."""
+        return multistep([*history][: self.solver.order])
+
+    def past(self, history: Sequence[Tensor], interval: int) -> Tensor | float:
+        """What the drifts of earlier intervals add to the interval's slope; 0 where the table has no history."""
+        weights = self.solver.table.history
+        if weights is None:
+            return 0.0
+        older = [*history][1 : weights.shape[-1] + 1]
+        return sum(float(w) * (history[0] - d) for w, d in zip(weights[interval], older, strict=False))
+
     def analytic(self, x: Tensor) -> Tensor:
         """The analytical first drift at x [B, ...], which needs no network."""
         return analytic_drift(x, self.solver.sigmas[0].item(), self.solver.form)
@@ -89,7 +103,7 @@ class Loop:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.made = plan, 0
-        self._history: deque[Tensor] = deque(maxlen=plan.solver.order)
+        self._history: deque[Tensor] = deque(maxlen=plan.depth)
         self._x: Tensor | None = None  # [B, ...], at the interval's start
         self._total: Tensor | float = 0.0  # sum of the interval's weighted drifts so far
         self._returned: Tensor | None = None
@@ -120,7 +134,7 @@ class Loop:
             if self._x is None:
                 points = self.plan.points(x, self.plan.analytic(x), self.call)
             else:
-                points = self.plan.points(self._x, multistep(self._history), self.call)  # [B, k, ...]
+                points = self.plan.points(self._x, self.plan.slope(self._history), self.call)  # [B, k, ...]
                 points = points.repeat(len(rows) // len(points), *[1] * (points.ndim - 1))
         else:
             points = x.unsqueeze(1)
@@ -149,12 +163,12 @@ class Loop:
                 if plan.solver.afs and interval == 0
                 else self._drift(output, state.unsqueeze(1), call)[:, 0]
             )
-            self._total = plan.at_start(self._history[0], interval)
+            self._total = plan.at_start(self._history[0], interval) + plan.past(self._history, interval)
         else:
             computed = plan.parallel or not self._history
             if not self._history:
                 self._history.appendleft(plan.analytic(state))
-            points = plan.points(self._x, multistep(self._history), call) if computed else state.unsqueeze(1)
+            points = plan.points(self._x, self.plan.slope(self._history), call) if computed else state.unsqueeze(1)
             self._total = self._total + plan.weighted(self._drift(output, points, call), call)
         self.made += 1
         if self.done or self.call[0] > interval:
@@ -162,7 +176,7 @@ class Loop:
             return self._remember(self._x + (b - a) * self._total, sample.dtype)
         if plan.parallel:
             return self._remember(self._x, sample.dtype)
-        return self._remember(plan.points(self._x, multistep(self._history), self.call)[:, 0], sample.dtype)
+        return self._remember(plan.points(self._x, self.plan.slope(self._history), self.call)[:, 0], sample.dtype)
 
     def _drift(self, output: Tensor, points: Tensor, call: Call) -> Tensor:
         # [B * k, ...] -> [B, k, ...]

@@ -1,15 +1,20 @@
-"""The solver as a table of numbers: where in each interval the drift is evaluated, and the weight of each drift."""
+"""The solver as a table of numbers: where in each interval the drift is evaluated, and how the drifts are combined.
 
-from collections.abc import Callable, Mapping
+Beside the points of each interval a table may hold, each part on its own: the intervals themselves (`grid`), weights of
+the drifts of earlier intervals (`history`), a guidance scale for each interval (`guidance`), and the intervals that
+take the effect of guidance from an earlier one (`reuse`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.errors import TableError
-from epd_ray.solvers.costs import Cost, has_start_point, known_points, table_cost
+from epd_ray.solvers.costs import MAX_HISTORY, Cost, has_start_point, known_points, table_cost
 
 Rows = list[list[float]]
 """A column [N, K] as it stands in a file."""
@@ -20,8 +25,13 @@ COLUMN_NAMES = {
     "scale_dir": "direction scales",
     "scale_time": "time scales",
 }
-"""Every column that a table may have, in order, with its name for people: the one list of columns."""
+"""Every column with a value for each point, in order, with its name for people: the one list of these columns."""
+
+INTERVAL_NAMES = {"grid": "shares of the grid", "history": "history", "guidance": "guidance scale"}
+"""Every column with values for each interval, in order, with its name for people: the one list of these columns."""
+PARTS = (*COLUMN_NAMES, *INTERVAL_NAMES, "reuse")
 _SUM_TOLERANCE = 1e-4
+SMALLEST_SHARE = 1e-5  # of an interval in the grid
 
 T = TypeVar("T")
 
@@ -36,6 +46,16 @@ class SolverTable:
         weights: w, of the same shape, >= 0, with sum 1 along K.
         scale_dir: o, of the same shape, > 0, a factor on each point's drift. None stands for ones.
         scale_time: c, of the same shape, > 0, a factor on the sigma of each point's evaluation. None stands for ones.
+        grid: g, [N] or [B, N], > 0, with sum 1: the share of each interval in the sigma schedule that the solver is run
+            on, see `epd_ray.solvers.grid.regrid`. None stands for equal shares, which change nothing.
+        history: h, [N, H] or [B, N, H] with H at most 3, any sign: the slope of interval i gains h[i, j] times the
+            difference of its own first drift and that of interval i - j - 1. Where there is no such interval, the
+            entry is 0. None stands for zeros.
+        guidance: s, [N] or [B, N], > 0, the guidance scale of each interval's evaluations. None stands for the scale
+            that the model is run with.
+        reuse: [N], bool, the same for all samples: whether an interval's evaluations leave out the pass without the
+            prompt, and take the difference that the prompt makes from the last evaluation that had both; never the
+            first. None stands for no interval.
 
     Raises:
         TableError: a value breaks one of these rules; the message names it with its row.
@@ -47,6 +67,10 @@ class SolverTable:
     weights: Tensor
     scale_dir: Tensor | None = None
     scale_time: Tensor | None = None
+    grid: Tensor | None = None
+    history: Tensor | None = None
+    guidance: Tensor | None = None
+    reuse: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.positions.shape)
@@ -74,6 +98,41 @@ class SolverTable:
         for name in ("scale_dir", "scale_time"):
             if (scale := self.columns().get(name)) is not None:
                 _require(scale > 0, scale, name, "above 0")
+        self._check_intervals()
+
+    def _check_intervals(self) -> None:
+        rows = tuple(self.positions.shape[:-1])  # [N] or [B, N]
+        for name, values in self.interval_columns().items():
+            if tuple(values.shape[: len(rows)]) != rows or values.ndim != len(rows) + (name == "history"):
+                wanted = str([*rows, "H"] if name == "history" else [*rows]).replace("'", "")
+                raise TableError(f"{name} has shape {list(values.shape)}, expected {wanted}")
+            if not values.is_floating_point():
+                raise TableError(f"{name} has dtype {values.dtype}, expected a floating one")
+            _require(values.isfinite(), values, name, "a finite number")
+        if self.grid is not None:
+            _require(self.grid >= SMALLEST_SHARE, self.grid, "grid", f"at least {SMALLEST_SHARE:g} (two sigmas meet)")
+            total = self.grid.double().sum(-1)
+            if bool((off := (total - 1).abs() > _SUM_TOLERANCE).any()):
+                raise TableError(
+                    f"grid sums to {total[off].flatten()[0].item():.6g}, expected 1 (pass normalised shares)"
+                )
+        if self.guidance is not None:
+            _require(self.guidance > 0, self.guidance, "guidance", "above 0")
+        if self.history is not None:
+            depth = self.history.shape[-1]
+            if not 1 <= depth <= MAX_HISTORY:
+                raise TableError(f"history has {depth} entries an interval, expected 1 to {MAX_HISTORY}")
+            first = torch.arange(self.intervals)[:, None] <= torch.arange(depth)
+            missing = (self.history != 0) & first.to(self.history.device)
+            _require(~missing, self.history, "history", "0, because there is no earlier interval")
+        if self.reuse is not None:
+            found: list[bool] = self.reuse.tolist()
+            if self.reuse.dtype != torch.bool or len(found) != self.intervals or found[0]:
+                expected = f"{self.intervals} truth values, the first false, because nothing is known there"
+                raise TableError(f"reuse is {found}, expected {expected}")
+            both = [i for i in range(self.intervals) if i not in self.unguided]
+            if early := [i for i in self.reused if not both or i < both[0]]:
+                raise TableError(f"reuse[{early[0]}] is true, but no interval before it makes both passes")
 
     @classmethod
     def from_unsorted(cls, positions: Tensor, weights: Tensor, **scales: Tensor | None) -> "SolverTable":
@@ -97,16 +156,17 @@ class SolverTable:
         return cls(**{name: values.gather(-1, order) for name, values in columns.items()})
 
     @classmethod
-    def from_lists(cls, columns: Mapping[str, Rows | None]) -> "SolverTable":
+    def from_lists(cls, columns: Mapping[str, Any]) -> "SolverTable":
         """The table [N, K], float64, of columns as a file has them; the inverse of `to_lists`.
 
         Args:
-            columns: N rows of K numbers by the name of the column; None is the same as leaving a column out.
+            columns: by the name of the column N rows of K numbers, N rows of H for the history, or N values; None is
+                the same as leaving a column out.
 
         Raises:
             TableError: rows of different lengths, or a value that the class refuses.
         """
-        return cls(**{name: _matrix(name, rows) for name, rows in _present(columns).items()})
+        return cls(**{name: _tensor(name, rows) for name, rows in _present(columns).items()})
 
     @property
     def intervals(self) -> int:
@@ -138,7 +198,31 @@ class SolverTable:
 
     def cost(self, afs: bool = False) -> Cost:
         """Evaluations of the drift per picture; `afs` says whether the first drift is analytical."""
-        return table_cost(self.intervals, self.points, start_point=self.start_point, afs=afs)
+        start = self.start_point
+        return table_cost(self.intervals, self.points, start_point=start, afs=afs, unguided=self.unguided)
+
+    @property
+    def depth(self) -> int:
+        """The number of drifts at intervals' starts that an interval combines: its own, and those of its history."""
+        return 1 if self.history is None else 1 + self.history.shape[-1]
+
+    @property
+    def unguided(self) -> list[int]:
+        """The intervals whose evaluations take one pass: those that reuse, and those whose scale is 1 or less."""
+        if self.guidance is None:
+            return self.reused
+        low = (self.guidance.reshape(-1, self.intervals) <= 1).all(0).tolist()
+        return [i for i in range(self.intervals) if low[i] or i in self.reused]
+
+    @property
+    def reused(self) -> list[int]:
+        """The intervals that take the difference that the prompt makes from an earlier evaluation."""
+        return [] if self.reuse is None else [i for i, reused in enumerate(self.reuse.tolist()) if reused]
+
+    @property
+    def guides(self) -> bool:
+        """Whether the table decides about guidance."""
+        return self.guidance is not None or bool(self.reused)
 
     def to(self, dtype: torch.dtype) -> "SolverTable":
         """The same table in another floating dtype."""
@@ -160,13 +244,21 @@ class SolverTable:
         """The columns that this table has, by name, in the order of COLUMN_NAMES."""
         return _present({name: getattr(self, name) for name in COLUMN_NAMES})
 
+    def interval_columns(self) -> dict[str, Tensor]:
+        """The columns with values for each interval that this table has, by name, in the order of INTERVAL_NAMES."""
+        return _present({name: getattr(self, name) for name in INTERVAL_NAMES})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every part that this table has, by name, in the order of PARTS."""
+        return self.columns() | self.interval_columns() | _present({"reuse": self.reuse})
+
     def to_lists(self) -> dict[str, JsonValue]:
-        """Every column as lists of floats, as a file has them; None for a column that this table does not have."""
-        found = {name: values.tolist() for name, values in self.columns().items()}
-        return {name: found.get(name) for name in COLUMN_NAMES}
+        """The table as lists, as a file has them: None for a column of points that is absent; other parts may miss."""
+        return dict.fromkeys(COLUMN_NAMES) | {name: values.tolist() for name, values in self.tensors().items()}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "SolverTable":
-        return SolverTable(**{name: change(values) for name, values in self.columns().items()})
+        columns = self.columns() | self.interval_columns()
+        return SolverTable(**{name: change(values) for name, values in columns.items()}, reuse=self.reuse)
 
 
 def dpm2_table(num_intervals: int) -> SolverTable:
@@ -222,10 +314,11 @@ def _present(columns: Mapping[str, T | None]) -> dict[str, T]:
     return {name: values for name, values in columns.items() if values is not None}
 
 
-def _matrix(name: str, rows: Rows) -> Tensor:
-    if len({len(row) for row in rows}) > 1:
-        raise TableError(f"{name} has rows of {sorted({len(row) for row in rows})} values, expected one length")
-    return torch.tensor(rows, dtype=torch.float64)
+def _tensor(name: str, rows: Sequence[Any]) -> Tensor:
+    lengths = sorted({len(row) for row in rows if isinstance(row, list)})
+    if len(lengths) > 1:
+        raise TableError(f"{name} has rows of {lengths} values, expected one length")
+    return torch.tensor(rows, dtype=torch.bool if name == "reuse" else torch.float64)
 
 
 def _first(mask: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epd_ray.solvers import SolverTable, dpm2
-from epd_ray.solvers.conditioned import conditioned_drift, noises
+from epd_ray.solvers.conditioned import ConditionedDrift, noises
 from epd_ray.solvers.epd import analytic_drift, check_options, epd_step, multistep, stages
 from epd_ray.solvers.table import COLUMN_NAMES
 from epd_ray.types import Backbone, Drift, Form
@@ -150,7 +150,7 @@ class ShardStates:
     def interval(self, shard: Shard) -> Interval:
         """The interval to fit: the one after the intervals that the shard has points for."""
         i = len(shard.fitted)
-        drift = conditioned_drift(self.backbone, self.backbone.encode(shard.prompts, self.guidance_scale))
+        drift = ConditionedDrift(self.backbone, self.backbone.encode(shard.prompts, self.guidance_scale))
         sigmas = self.backbone.sigmas(shard.intervals)
         start = self.backbone.initial(noises(self.backbone, shard.noise_seeds))
         self._advance(_Student(shard, drift, sigmas, self.backbone.form), start)

@@ -1,8 +1,8 @@
 """Stores a run's rollouts in Parquet: one file per iteration, one row per rollout.
 
-Every file's metadata holds schema_version, and each column's metadata a description. Version 2 has the columns of
-ROLLOUT_SCHEMA and the column `rewards` that `rollout_schema` adds. Version 1 lacked positions, weights, scales, seconds
-and image.
+Every file's metadata holds schema_version, and each column's metadata a description. Version 3 has the columns of
+ROLLOUT_SCHEMA and the column `rewards` that `rollout_schema` adds. Version 2 lacked grid, history and guidance, and
+version 1 also positions, weights, scales, seconds and image.
 """
 
 import io
@@ -20,7 +20,7 @@ from epd_ray.storage.parquet import read_table, write_table
 from epd_ray.storage.run_directory import ROLLOUT_SUFFIX, numbered
 from epd_ray.types import ImageArray
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FIX = "move it away, or put it back from a copy"
 NUMBERS = pa.list_(pa.float32())
 
@@ -38,11 +38,14 @@ ROLLOUT_SCHEMA = pa.schema(
         _field("noise_seed", pa.int64(), "seed of the initial noise"),
         _field("action_seed", pa.int64(), "seed with which the solver table was sampled from the policy"),
         _field("policy_version", pa.int32(), "number of learner updates of the policy that sampled the table"),
-        _field("action", NUMBERS, "[N, A], row by row: segments (K+1), weights (K), trained scales (K each)"),
+        _field("action", NUMBERS, "[N, A], row by row: segments, weights, and the trained parts"),
         _field("positions", NUMBERS, "[N, K], row by row: positions of the points in each interval, in [0, 1]"),
         _field("weights", NUMBERS, "[N, K], row by row: weights of the points; each row sums to 1"),
         _field("scale_dir", NUMBERS, "[N, K], row by row; null when no direction scales are trained", nullable=True),
         _field("scale_time", NUMBERS, "[N, K], row by row; null when no time scales are trained", nullable=True),
+        _field("grid", NUMBERS, "[N]: shares of the schedule; null when the grid is not trained", nullable=True),
+        _field("history", NUMBERS, "[N, H], row by row; null when no history is trained", nullable=True),
+        _field("guidance", NUMBERS, "[N]: guidance scales; null when guidance is not trained", nullable=True),
         _field("log_prob", pa.float64(), "log probability of the action when sampled, summed over intervals"),
         _field("reward", pa.float32(), "reward that the learner used, mixed from all heads"),
         _field("advantage", pa.float32(), "reward relative to its group, normalised over the batch"),
