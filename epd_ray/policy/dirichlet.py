@@ -224,7 +224,7 @@ class TableDistribution:
             total = total + self._shared(shares.log_prob(grid))  # type: ignore[no-untyped-call]
         for further, value in ((self.history, history), (self.guidance, guidance)):
             if further is not None:
-                total = total + further.log_prob(value).sum(-1)
+                total = total + further.log_prob(value).sum(-1)  # type: ignore[no-untyped-call]
         return total
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class TableDistribution:
         """Differential entropy of each interval, [..., N]."""
         total: Tensor = self.segments.entropy() + self.weights.entropy()
         for distribution in [*self.scales, *(part for part, _ in self._further)]:
-            total = total + distribution.entropy().sum(-1)
+            total = total + distribution.entropy().sum(-1)  # type: ignore[no-untyped-call]
         return total if self.grid is None else total + self._shared(self.grid.entropy())  # type: ignore[no-untyped-call]
 
     def kl_per_interval(self, other: "TableDistribution") -> Tensor:
