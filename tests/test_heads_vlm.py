@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPImageProcessorPil,
+    CLIPVisionModel,
     GotOcr2ForConditionalGeneration,
     GotOcr2ImageProcessorPil,
     GotOcr2Processor,
@@ -28,6 +29,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from epd_ray.errors import ConfigError, ModelError, RewardError
@@ -45,6 +48,7 @@ from tests.tiny_vlms import (
     pictures,
     qwen2,
     save_chat,
+    save_clip_t5,
     save_deqa,
     save_geneval2,
     save_got,
@@ -138,6 +142,64 @@ def test_vqascore(folder: Callable[[str], Path], head: Callable[[str], Any]) -> 
         logits, _ = published.generate(picture, f'Does this figure show "{prompt}"? Please answer Yes or No.', 1)
         expected.append(F.softmax(logits / 1.0, dim=-1)[yes])
     assert_near(head("vqascore").score(IMAGES, PROMPTS), torch.stack(expected))
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [((56, 56), 1e-6), ((40, 60), 1e-5)])
+def test_vqascore_on_clip_t5(clip_t5: Path, size: tuple[int, int], tolerance: float) -> None:
+    images = pictures(4, *size)
+    tensors = torch.load(clip_t5 / "pytorch_model.bin", weights_only=True)
+    network = T5ForConditionalGeneration(T5Config.from_dict(json.loads((clip_t5 / "config.json").read_text()))).eval()
+    network.load_state_dict({name: tensor for name, tensor in tensors.items() if "mm_" not in name})
+    vision = CLIPVisionModel.from_pretrained(clip_t5 / "tower").eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(clip_t5)
+    processor = CLIPImageProcessorPil.from_pretrained(clip_t5 / "tower")
+    expected = []
+    for picture, prompt in zip(as_files(images), PROMPTS, strict=True):
+        pixels = processor(on_grey(picture), return_tensors="pt").pixel_values
+        text = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. USER: <image>\n"
+            f'Does this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
+        )
+        before, after = (torch.tensor(tokenizer(chunk).input_ids) for chunk in text.split("<image>"))
+        labels = torch.tensor([tokenizer("Yes").input_ids])
+        with torch.inference_mode():
+            seen = vision(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+            for layer in (0, 2):
+                seen = linear(tensors, f"mm_projector.{layer}", seen if layer == 0 else F.gelu(seen))
+            embeds = torch.cat([network.shared(before), seen, network.shared(after)])[None]
+            logits = network(inputs_embeds=embeds, labels=labels).logits
+        expected.append((-nn.CrossEntropyLoss(reduction="mean")(logits[0], labels[0])).exp())
+    head = HEADS.get("vqascore")(model=str(clip_t5), device="cpu", batch_size=3)
+    assert_near(head.score(images, PROMPTS), torch.stack(expected), tolerance)
+
+
+@pytest.fixture(scope="module")
+def clip_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip_t5(tmp_path_factory.mktemp("clip_t5"))
+
+
+def on_grey(picture: Image.Image) -> Image.Image:
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in (0.48145466, 0.4578275, 0.40821073)))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mm_vision_tower": None}, "names no mm_vision_tower"),
+        ({"mm_vision_tower": "/nowhere/clip"}, "image encoder of CLIP-FlanT5|is no directory"),
+        ({"d_ff": 90}, "CLIP-FlanT5 model .* lacks .* or has them in another shape"),
+    ],
+)
+def test_a_clip_t5_that_is_not_whole(clip_t5: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    shutil.copytree(clip_t5, tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", **change)
+    with pytest.raises(ModelError, match=message) as caught:
+        HEADS.get("vqascore")(model=str(tmp_path / "model"), device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
@@ -413,10 +475,7 @@ def test_deqa(folder: Callable[[str], Path], head: Callable[[str], Any], size: t
     ids = [ids[1] for ids in tokenizer(RATINGS).input_ids]
     means, deviations = [], []
     for picture in as_files(images):
-        side = max(picture.size)
-        square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in (0.48145466, 0.4578275, 0.40821073)))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        pixels = CLIPImageProcessorPil.from_pretrained(directory)(square, return_tensors="pt").pixel_values[0]
+        pixels = CLIPImageProcessorPil.from_pretrained(directory)(on_grey(picture), return_tensors="pt").pixel_values[0]
         shares = owl_logits(t, pixels, before, after)[ids].softmax(-1)
         levels = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
         means.append(shares @ levels)

@@ -11,6 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GotOcr2Config,
     GotOcr2ForConditionalGeneration,
     GotOcr2ImageProcessorPil,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -302,6 +306,39 @@ def save_deqa(directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(OWL | {"vocab_size": len(words)}))
     square = {"height": SIDE, "width": SIDE}
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(directory)
+    return directory
+
+
+def save_clip_t5(directory: Path) -> Path:
+    """CLIP-FlanT5 as one .bin file, with its CLIP in a folder that its config.json names."""
+    letters = [*dict.fromkeys("abcdefghijklmnopqrstuvwxyzACDEINRSTUYP.:,'?\"{}()1234567890\n▁"), "▁Yes", "▁yes"]
+    words = ["<pad>", "</s>", "<unk>", *letters]
+    spec = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    spec.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spec.pre_tokenizer = pre_tokenizers.Split(Regex("▁[Yy]es|.|\n"), "isolated")
+    spec.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=spec, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(directory)
+    tower = directory / "tower"
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+                              image_size=SIDE, patch_size=PATCH)  # fmt: skip
+    config = T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+                      feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)  # fmt: skip
+    with torch.random.fork_rng():
+        encoder, network = CLIPVisionModel(vision), T5ForConditionalGeneration(config)
+        network.mm_projector = nn.Sequential(nn.Linear(32, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    randomise(encoder, 12)
+    randomise(network, 13)
+    with torch.no_grad():
+        network.lm_head.weight.mul_(4)  # so that answers differ
+    encoder.save_pretrained(tower)
+    square = {"height": SIDE, "width": SIDE}
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(tower)
+    torch.save(network.state_dict(), directory / "pytorch_model.bin")
+    (directory / "config.json").write_text(
+        json.dumps(config.to_dict() | {"model_type": "clip_t5", "mm_vision_tower": str(tower)})
+    )
     return directory
 
 

@@ -24,6 +24,11 @@ Tensors = dict[str, Tensor]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)  # fmt: skip
+"""The names that transformers gives to a model's weights, or to the index of their files."""
+
 INDEX = ".index.json"
 CONVERT = "save its state dict as safetensors"
 

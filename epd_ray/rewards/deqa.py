@@ -1,22 +1,19 @@
 """DeQA-Score (You et al. 2025): the quality of a picture, whatever its prompt, as a model that rates it in words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from epd_ray.embedded.models import resolve_model
 from epd_ray.errors import ModelError, shown
 from epd_ray.rewards.batches import cautious, check_batch_size, check_risk, in_batches, place
-from epd_ray.rewards.checkpoints import PROCESSOR_FILES, companion, find_file, read_sharded
+from epd_ray.rewards.checkpoints import WEIGHT_FILES, companion, find_file, read_sharded
 from epd_ray.rewards.owl2 import Owl2, OwlSizes
-from epd_ray.rewards.preprocess import as_pictures
 from epd_ray.rewards.text import open_tokenizer
+from epd_ray.rewards.towers import open_square_processor
 from epd_ray.storage.documents import parse_record
 from epd_ray.weights.hub import opening
 
-CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = "hf-internal-testing/llama-tokenizer"
 BEFORE = "USER: How would you rate the quality of this image?\n"
 AFTER = "\nASSISTANT: The quality of the image is"
@@ -67,7 +64,7 @@ class DeqaHead:
             config = find_file(model, ["config.json"], revision).read_bytes()
             sizes = parse_record(OwlSizes, config, f"{what}: config.json", ModelError, "give an mPLUG-Owl2")
             network = open_owl(model, revision, sizes, self._dtype, what)
-            self._pixels = open_squares(model, revision)
+            self._pixels = open_square_processor(model, revision)
         words = open_tokenizer(PreTrainedTokenizerFast, source)
         before, after, *ratings = (words(text).input_ids for text in (BEFORE, AFTER, *RATINGS))
         if any(ids[:1] != [words.bos_token_id] or len(ids) < 2 for ids in (before, after, *ratings)):
@@ -101,7 +98,7 @@ def open_owl(model: str, revision: str | None, sizes: OwlSizes, dtype: torch.dty
     Raises:
         ModelError: weights are missing, or have other shapes than config.json says.
     """
-    tensors = read_sharded(model, CHECKPOINTS, revision)
+    tensors = read_sharded(model, WEIGHT_FILES, revision)
     with torch.device("meta"):
         network = Owl2(sizes)
     for name, expected in network.state_dict().items():
@@ -110,28 +107,3 @@ def open_owl(model: str, revision: str | None, sizes: OwlSizes, dtype: torch.dty
     wanted = {name: tensors[name].to(dtype) for name in network.state_dict()}  # tables that it computes itself are left
     network.load_state_dict(wanted, assign=True)
     return network
-
-
-def open_squares(model: str, revision: str | None) -> Callable[[Tensor], Tensor]:
-    """A function from images [B, 3, H, W] in [0, 1] to pixels of squares, by the model's own image processor."""
-    from transformers import CLIPImageProcessorPil
-
-    find_file(model, PROCESSOR_FILES, revision)
-    processor = CLIPImageProcessorPil.from_pretrained(resolve_model(model), revision=revision)
-    grey = tuple(int(value * 255) for value in processor.image_mean)
-
-    def pixels(images: Tensor) -> Tensor:
-        squares = [on_square(picture, grey) for picture in as_pictures(images)]
-        processed: Tensor = processor(squares, return_tensors="pt").pixel_values
-        return processed
-
-    return pixels
-
-
-def on_square(picture: Image.Image, grey: tuple[int, ...]) -> Image.Image:
-    """A picture in the middle of a square as wide as its longer side."""
-    width, height = picture.size
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), grey)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return square

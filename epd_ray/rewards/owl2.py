@@ -69,13 +69,13 @@ class OwlSizes(BaseModel):
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
     """Attention [B, T, D] of queries [B, heads, T, head] to keys and values, of which there may be fewer heads."""
     out = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=key.shape[1] != query.shape[1])
-    joined: Tensor = out.transpose(1, 2).flatten(2)
-    return joined
+    return out.transpose(1, 2).flatten(2)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
     """[B, T, D] as [B, heads, T, D / heads]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split
 
 
 class VisionEmbeddings(nn.Module):

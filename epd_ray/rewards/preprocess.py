@@ -24,6 +24,15 @@ def as_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).numpy()]
 
 
+def on_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """A picture in the middle of a square as wide as its longer side."""
+    width, height = picture.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
 def pil_pixels(images: Tensor, size: int) -> Tensor:
     """Pixels [B, 3, size, size] from images [B, 3, H, W] in [0, 1]: resize in 8 bits with PIL, crop, normalise.
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from epd_ray.embedded.models import resolve_model
 from epd_ray.rewards.batches import in_batches
-from epd_ray.rewards.checkpoints import check_loaded
+from epd_ray.rewards.checkpoints import PROCESSOR_FILES, check_loaded, find_file
 from epd_ray.rewards.text import PromptTokenizer
 
 
@@ -85,6 +86,24 @@ def open_clip_processor(location: str, revision: str | None = None) -> Callable[
     def pixels(images: Tensor) -> Tensor:
         arrays = list(to_bytes(images).permute(0, 2, 3, 1).numpy())
         processed: Tensor = processor(arrays, return_tensors="pt").pixel_values
+        return processed
+
+    return pixels
+
+
+def open_square_processor(location: str, revision: str | None) -> Callable[[Tensor], Tensor]:
+    """As `open_clip_processor`, but a picture that is not square is seen whole, between bars of the mean colour."""
+    from transformers import CLIPImageProcessorPil
+
+    from epd_ray.rewards.preprocess import as_pictures, on_square
+
+    find_file(location, PROCESSOR_FILES, revision)
+    processor = CLIPImageProcessorPil.from_pretrained(resolve_model(location), revision=revision)
+    colour = tuple(int(value * 255) for value in processor.image_mean)
+
+    def pixels(images: Tensor) -> Tensor:
+        squares = [on_square(picture, colour) for picture in as_pictures(images)]
+        processed: Tensor = processor(squares, return_tensors="pt").pixel_values
         return processed
 
     return pixels
