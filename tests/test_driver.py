@@ -34,8 +34,6 @@ from tests.families import backbones as adapters
 from tests.tiny_models import TOKENS
 from tests.tiny_pipelines import BUILDERS, CALLS, PIXELS, make
 
-SLOW = {"hunyuan_image": "1034 text tokens", "hidream": "never fewer than 4096 image tokens"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BUILDERS]
 DISCRETE = {"pixart"}
 
 
@@ -64,7 +62,7 @@ def own_pictures(name: str, scheduler: Any, steps: int, guidance_scale: float) -
     if name in ("wan", "wan22", "ltx"):
         how["num_frames"] = 1
     how = {"max_sequence_length": TOKENS, **how, **CALLS.get(name, {})}
-    if name in ("hunyuan_image",):
+    if name == "hunyuan_image":
         del how["max_sequence_length"]
     pictures = pipeline(
         prompt=list(PROMPTS), num_inference_steps=steps, height=PIXELS[name], width=PIXELS[name], output_type="pt",
@@ -81,7 +79,7 @@ def euler_scheduler(name: str) -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=3.0) if name == "sana" else own
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_euler_is_the_pipelines_own_picture(name: str) -> None:
     backbone = driven(name)
     sampler = baseline("euler@model" if name in DISCRETE else "euler", 3)
@@ -106,7 +104,7 @@ def epd(solver_table: SolverTable) -> Sampler:
     return Sampler(EPD, 2, "epd", "EPD", solver_table)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_each_picture_has_a_table_of_its_own(name: str) -> None:
     """Every row is told its own times: together they are what each is under its table alone."""
     backbone = driven(name)
@@ -117,7 +115,7 @@ def test_each_picture_has_a_table_of_its_own(name: str) -> None:
         assert (own[1 - row] - alone[1 - row]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "cogview4"])
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n != "cogview4"])
 def test_the_scheduler_draws_the_same_in_the_unmodified_pipeline(name: str) -> None:
     backbone = driven(name)
     solver = Solver(table(0), backbone.sigmas(2), backbone.form, meta={"scheduler": backbone.facts["scheduler"]})

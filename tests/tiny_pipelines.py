@@ -112,6 +112,12 @@ def qwen_vl() -> tuple[Qwen2_5_VLForConditionalGeneration, T5Tokenizer]:
     ), tokenizer
 
 
+def short_template(pipeline: Any) -> Any:
+    """The encoder's tokenizer has letters alone, so that the published template would be 200 tokens."""
+    pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx = "draw {}", 4
+    return pipeline
+
+
 def qwen_image() -> QwenImagePipeline:
     encoder, tokenizer = qwen_vl()
     transformer = QwenImageTransformer2DModel(
@@ -123,7 +129,7 @@ def qwen_image() -> QwenImagePipeline:
         latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.1, 0.9, 1.2, 1.0],
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_shift=0.5, max_shift=0.9, shift_terminal=0.02)
-    return QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer)
+    return short_template(QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer))
 
 
 def flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
@@ -226,10 +232,12 @@ def hunyuan_image() -> HunyuanImagePipeline:
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
         spatial_compression_ratio=2, sample_size=16, scaling_factor=0.75,
     )  # fmt: skip
-    return HunyuanImagePipeline(
+    pipeline = HunyuanImagePipeline(
         FlowMatchEulerDiscreteScheduler(shift=5.0), vae, encoder, tokenizer, glyph_encoder, glyph_tokenizer,
         transformer, ClassifierFreeGuidance(guidance_scale=3.5),
     )  # fmt: skip
+    pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length = 24, 8  # it pads to them
+    return short_template(pipeline)
 
 
 def hidream() -> HiDreamImagePipeline:
@@ -243,10 +251,12 @@ def hidream() -> HiDreamImagePipeline:
         num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(8, 8), llama_layers=[0, 1],
         force_inference_output=True,
     )  # fmt: skip
-    return HiDreamImagePipeline(
+    pipeline = HiDreamImagePipeline(
         FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(4, 0.06), clips[0], clip_tokenizer, clips[1],
         clip_tokenizer, t5, t5_tokenizer, llama, llama_tokenizer, transformer,
     )  # fmt: skip
+    pipeline.default_sample_size = 8  # it draws as many pixels, whatever it is asked for
+    return pipeline
 
 
 def cogview4() -> CogView4Pipeline:
@@ -330,7 +340,6 @@ CALLS: dict[str, dict[str, Any]] = {  # what the small models need beside a prom
     "flux2_klein": {"text_encoder_out_layers": [1, 2, 3]},
     "flux2": {"text_encoder_out_layers": [1, 2, 3], "max_sequence_length": 320},
     "lumina2": {"system_prompt": "draw", "max_sequence_length": 64},
-    "qwen_image": {"max_sequence_length": 320},  # the template's letters come before those of the prompt
     "sana": {"complex_human_instruction": [], "use_resolution_binning": False},
     "pixart": {"use_resolution_binning": False, "clean_caption": False},
 }

@@ -337,8 +337,9 @@ class DrivenBackbone:
         early = None if self._boundary is None else timestep >= self._boundary
         if early is None or len(early.unique()) == 1:
             return conditioning.call(x, sigma, timestep)
-        sides = [conditioning.call(x, sigma, timestep, timestep[early == side][0].detach()) for side in (True, False)]
-        return torch.where(early.reshape(-1, *[1] * (x.ndim - 1)), *sides)
+        first = conditioning.call(x, sigma, timestep, timestep[early][0].detach())
+        second = conditioning.call(x, sigma, timestep, timestep[~early][0].detach())
+        return torch.where(early.reshape(-1, *[1] * (x.ndim - 1)), first, second)
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
