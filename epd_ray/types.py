@@ -18,6 +18,7 @@ Form = Literal["ve", "flow"]
 Metadata = Mapping[str, JsonValue]
 """The columns of a prompt's row that reward heads read, by name; cells of .csv and .tsv files are text."""
 
+
 @runtime_checkable
 class GuidableDrift(Protocol):
     """A drift whose guidance can be set for one evaluation after another."""

@@ -324,9 +324,7 @@ def test_an_iteration_is_rewarded_by_the_heads_of_each_prompt(small_ray: None, r
 def test_prompts_that_a_head_cannot_judge_are_refused_before_anything_starts() -> None:
     config = load_config(None, [*SIMULATED, HEADS, "prompts={train: any.csv, heads: judges}"])
     rows = {**LEVELS, "prompt 4": {"judges": "level"}}
-    with pytest.raises(
-        PromptError, match="the prompt 'prompt 4': no column 'level', which the reward head"
-    ):
+    with pytest.raises(PromptError, match="the prompt 'prompt 4': no column 'level', which the reward head"):
         rdpo_config(config, list(rows), rows=rows).validate()
 
 

@@ -98,7 +98,8 @@ def _split(wanted: Wanted, seed: int, panel: Panel) -> PromptSplits:
     if wanted.train == SHAPES:
         if panel.columns:
             panel.require({}, f"prompts.train={SHAPES}, whose captions have no columns")
-        return PromptSplits(**{s: _captions(s, count, seed, wanted.two_things) for s, count in counts.items()})
+        train, validation, test = (_captions(s, count, seed, wanted.two_things) for s, count in counts.items())
+        return PromptSplits(train, validation, test)
     if wanted.train == BUILTIN:
         chosen = {split: _first_builtin(split, count) for split, count in counts.items()}
         columns = {row.prompt: {"category": row.category} for rows in chosen.values() for row in rows}

@@ -174,7 +174,8 @@ class JudgeHead:
     def _body(self, file: bytes, told: str) -> bytes:
         picture: JsonValue = {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}
         content: list[JsonValue] = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": told}]
-        asked = {"model": self._model, "messages": [{"role": "user", "content": content}], **self._request}
+        message: JsonValue = {"role": "user", "content": content}
+        asked: dict[str, JsonValue] = {"model": self._model, "messages": [message], **self._request}
         return json.dumps(asked).encode()
 
     def _score(self, file: bytes, told: str) -> float:
