@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from epd_ray.cli.common import ending, local_path
+from epd_ray.cli.common import ending, local_path, say
 from epd_ray.cli.options import Commands
+from epd_ray.deploy.formats import ExportFormat
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-app = Commands(help="List, show, import and convert solver tables.")
+app = Commands(help="List, show, import, convert and export solver tables.")
 
 SourceArgument = Annotated[
     str,
@@ -63,6 +64,35 @@ def convert(solver: SourceArgument, out: OutOption) -> None:
         from epd_ray.runs.tables import convert as convert_it
 
         typer.echo(f"solver: {convert_it(solver, out)}")
+
+
+@app.command()
+def export(
+    solver: SourceArgument,
+    to: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="sigmas: the noise levels alone, as text. diffusers: those for its own schedulers. json, numpy: the "
+            "whole solver as plain values. comfyui: a custom node that runs the whole solver."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The file to write, which must not exist yet.",
+            show_default="named after the solver",
+            parser=local_path,
+        ),
+    ] = None,
+) -> None:
+    """Write a solver for another tool: ComfyUI, diffusers' own schedulers, JSON or NumPy."""
+    with ending():
+        from epd_ray.runs.tables import export as export_it
+
+        say(export_it(solver, to, out))
 
 
 def _print(content: "RenderableType") -> None:

@@ -1,1 +1,1 @@
-"""A trained solver in a diffusers pipeline: as its scheduler, or with the points of an interval evaluated at once."""
+"""A trained solver in other tools: in diffusers pipelines, and in files of other formats."""

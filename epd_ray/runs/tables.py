@@ -1,4 +1,4 @@
-"""`epd-ray tables`: show solver tables and convert them between formats."""
+"""`epd-ray tables`: show solver tables, and write them in other formats."""
 
 import os
 from itertools import pairwise
@@ -7,10 +7,13 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
+from epd_ray.deploy.export import export as export_solver
+from epd_ray.deploy.formats import ExportFormat
 from epd_ray.errors import TableError, shown
 from epd_ray.runs.presets import as_text
 from epd_ray.solvers import Solver
 from epd_ray.solvers.reference import SUFFIX, read_reference
+from epd_ray.solvers.solver import FILE_NAME
 from epd_ray.solvers.table import COLUMN_NAMES
 
 
@@ -99,6 +102,32 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
         return solver.save_pretrained(folder)
     except OSError as error:
         raise TableError(f"{folder} cannot be written: {error.strerror or error} (choose another --out)") from error
+
+
+def export(source: str | os.PathLike[str], to: ExportFormat, out: Path | None = None) -> list[str]:
+    """Write any solver for another tool.
+
+    Args:
+        source: see `load_solver`.
+        to: the format.
+        out: the file, whose name a node for ComfyUI has too; None means one in the current directory that is named
+            after the solver.
+
+    Returns:
+        Lines for people: the file, and what the format has no place for.
+
+    Raises:
+        TableError: see `load_solver` and `epd_ray.deploy.export.export`.
+        RunDirectoryError: the file cannot be written.
+    """
+    path = Path(source)
+    folder = path.parent if path.name == FILE_NAME else path
+    if folder.name in ("", ".", "solver"):  # the directory of a run's solver, which the run's name tells from others
+        folder = folder.resolve()
+        folder = folder.parent if folder.name == "solver" else folder
+    name = folder.name.removesuffix(SUFFIX) if out is None else out.stem
+    found = export_solver(load_solver(source), name, to, out)
+    return [f"{to}: {found.path}", *([] if found.lost is None else [found.lost])]
 
 
 def _intervals(solver: Solver) -> Table:
