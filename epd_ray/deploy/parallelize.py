@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from epd_ray.backbones.doors import DOORS, Door, door_of
+from epd_ray.deploy.guidance import GuidanceHook, guidable_door
+from epd_ray.deploy.inputs import SHARED, by_name, each_tensor, with_answer
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, shown
 from epd_ray.solvers import Solver
 from epd_ray.solvers.stepwise import PointInputs
 
 Pipeline = TypeVar("Pipeline")
-
-SHARED = frozenset({"txt_ids", "img_ids"})
-"""Inputs of a network without a batch dimension, whatever their first size is."""
 
 
 def parallelize(
@@ -49,32 +48,49 @@ def parallelize(
     """
     whole: Any = pipe
     door = _door(whole)
-    if not isinstance(solver, Solver):
-        solver = Solver.from_pretrained(solver)
-    if solver.form not in (None, door.form):
-        raise ModelError(
-            f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
-            f"of form {shown(door.form)}"
-        )
-    made_for = solver.meta.get("backbone", door.family)
-    if made_for != door.family:
-        raise ModelError(
-            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
-            f"{door.family} (take a solver of the same family)"
-        )
+    solver = _fitting(whole, door, solver)
+    if solver.table.guides:
+        guidable_door(whole, solver.table)
     restore(pipe)
     network: nn.Module = getattr(whole, door.network)
     used = _devices(devices, network)[: solver.table.points - solver.table.start_point]
     scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
     scheduler.set_parallel(True)
     expansion = _Expansion(weakref.ref(whole), scheduler, door, _Replicas(network, used[1:]))
-    handles = (
-        # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
-        network.register_forward_pre_hook(torch.compiler.disable(expansion.before), with_kwargs=True),
-        network.register_forward_hook(torch.compiler.disable(expansion.after), with_kwargs=True),
-    )
-    _installed[whole] = _Installed(whole.scheduler, expansion, handles)
-    whole.scheduler = scheduler
+    hooks: list[Any] = [expansion]
+    if solver.table.guides:  # around the other: what it leaves of the pipeline's rows is then expanded
+        hooks = [GuidanceHook(weakref.ref(whole), scheduler, door), expansion]
+    _install(whole, scheduler, network, hooks, expansion)
+    return pipe
+
+
+def guide(pipe: Pipeline, solver: Solver | str | os.PathLike[str]) -> Pipeline:
+    """Let a pipeline run a solver that sets the guidance of each interval, with one evaluation a call of its network.
+
+    The pipeline is changed in place, as by `parallelize`: it gets an EPDScheduler, and its network gets hooks that set
+    the guidance scale of each evaluation and leave out the pass without the prompt where the solver does. `restore`
+    undoes this. `parallelize` does the same where all points of an interval shall be one call.
+
+    Args:
+        pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image, image to image or inpainting, or a
+            Stable Diffusion pipeline with a ControlNet, which is itself still asked without the prompt.
+        solver: see `parallelize`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ModelError: a pipeline of another kind, or a solver that does not fit it.
+        TableError: too little is known about the network, or it is not the one that the solver was made for.
+    """
+    whole: Any = pipe
+    solver = solver if isinstance(solver, Solver) else Solver.from_pretrained(solver)
+    door = guidable_door(whole, solver.table)
+    solver = _fitting(whole, door, solver)
+    restore(pipe)
+    scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
+    hook = GuidanceHook(weakref.ref(whole), scheduler, door)
+    _install(whole, scheduler, getattr(whole, door.network), [hook] if solver.table.guides else [], None)
     return pipe
 
 
@@ -92,10 +108,41 @@ def restore(pipe: Pipeline) -> Pipeline:
     if installed is not None:
         for handle in installed.handles:
             handle.remove()
-        installed.expansion.close()
-        if whole.scheduler is installed.expansion.scheduler:
-            whole.scheduler = installed.scheduler
+        if installed.expansion is not None:
+            installed.expansion.close()
+        if whole.scheduler is installed.scheduler:
+            whole.scheduler = installed.former
     return pipe
+
+
+def _fitting(pipe: Any, door: Door, solver: Solver | str | os.PathLike[str]) -> Solver:
+    """The solver, read if need be, for a pipeline of its own form and family."""
+    solver = solver if isinstance(solver, Solver) else Solver.from_pretrained(solver)
+    if solver.form not in (None, door.form):
+        raise ModelError(
+            f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
+            f"of form {shown(door.form)}"
+        )
+    made_for = solver.meta.get("backbone", door.family)
+    if made_for != door.family:
+        raise ModelError(
+            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
+            f"{door.family} (take a solver of the same family)"
+        )
+    return solver
+
+
+def _install(
+    pipe: Any, scheduler: EPDScheduler, network: nn.Module, hooks: Sequence[Any], expansion: "_Expansion | None"
+) -> None:
+    """Put a scheduler into a pipeline, and hooks around its network, of which the first is the outermost."""
+    # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
+    handles = [
+        *(network.register_forward_pre_hook(torch.compiler.disable(h.before), with_kwargs=True) for h in hooks),
+        *(network.register_forward_hook(torch.compiler.disable(h.after), with_kwargs=True) for h in reversed(hooks)),
+    ]
+    _installed[pipe] = _Installed(pipe.scheduler, scheduler, expansion, tuple(handles))
+    pipe.scheduler = scheduler
 
 
 class _Replicas:
@@ -150,8 +197,7 @@ class _Expansion:
         if pipe is None or pipe.scheduler is not self.scheduler:
             return None
         self._within = self.scheduler.skips_layers()
-        names = (self._door.hidden, "timestep")  # the arguments that some pipelines pass by position
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(self._door, args, kwargs)
         points = self.scheduler.point_inputs(given[self._door.hidden])
         if points is None:
             return None
@@ -180,7 +226,7 @@ class _Expansion:
                 answer, self._whole = self._only_within(answer, self._within), None
         if answer is output[0]:
             return None
-        return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(answer)
+        return with_answer(output, answer)
 
     def _only_within(self, answer: Tensor, within: list[bool]) -> Tensor:
         """The answer [B * k, ...] without layers, and that with all layers at the points outside of the window."""
@@ -228,8 +274,9 @@ class _Mode:
 
 @dataclass(frozen=True)
 class _Installed:
-    scheduler: Any
-    expansion: _Expansion
+    former: Any  # scheduler
+    scheduler: EPDScheduler
+    expansion: _Expansion | None
     handles: tuple[Any, ...]
 
 
@@ -250,22 +297,12 @@ def _forward(network: nn.Module, inputs: dict[str, Any], mode: _Mode) -> Tensor:
 
 def _repeat(value: Any, rows: int, times: int) -> Any:
     """Repeat each row `times` times in a row, in every tensor that has `rows` rows."""
-    return _map(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
+    return each_tensor(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
 
 
 def _move(value: Any, device: torch.device) -> Any:
     # A non-blocking copy to the CPU could be read before it is complete.
-    return _map(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
-
-
-def _map(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _map(item, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
-    return value
+    return each_tensor(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
 def _replica(network: nn.Module, device: torch.device) -> nn.Module:
