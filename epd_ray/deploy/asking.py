@@ -23,6 +23,9 @@ def asking_call(scheduler: object) -> Mapping[str, Any]:
         named = {kind.__name__ for kind in type(owner).__mro__}  # the import of the class would take seconds
         if "DiffusionPipeline" in named and getattr(owner, "scheduler", None) is scheduler:
             return frame.f_locals
+        parts, state = frame.f_locals.get("components"), frame.f_locals.get("block_state")  # of a modular pipeline
+        if state is not None and getattr(parts, "scheduler", None) is scheduler:
+            return {**vars(state), "self": parts}
         frame = frame.f_back
     return {}
 

@@ -3,7 +3,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -73,7 +73,8 @@ def guide(pipe: Pipeline, solver: Solver | str | os.PathLike[str]) -> Pipeline:
 
     Args:
         pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image, image to image or inpainting, or a
-            Stable Diffusion pipeline with a ControlNet, which is itself still asked without the prompt.
+            Stable Diffusion pipeline with a ControlNet, which is itself still asked without the prompt. Or any pipeline
+            with a ClassifierFreeGuidance as its guider, as modular ones have, which is replaced in place of the hooks.
         solver: see `parallelize`.
 
     Returns:
@@ -85,6 +86,9 @@ def guide(pipe: Pipeline, solver: Solver | str | os.PathLike[str]) -> Pipeline:
     """
     whole: Any = pipe
     solver = solver if isinstance(solver, Solver) else Solver.from_pretrained(solver)
+    if solver.table.guides and getattr(whole, "guider", None) is not None:
+        _guide_by_guider(whole, solver)
+        return pipe
     door = guidable_door(whole, solver.table)
     solver = _fitting(whole, door, solver)
     restore(pipe)
@@ -106,8 +110,8 @@ def restore(pipe: Pipeline) -> Pipeline:
     whole: Any = pipe
     installed = _installed.pop(whole, None)
     if installed is not None:
-        for handle in installed.handles:
-            handle.remove()
+        for undo in installed.undo:
+            undo()
         if installed.expansion is not None:
             installed.expansion.close()
         if whole.scheduler is installed.scheduler:
@@ -141,8 +145,30 @@ def _install(
         *(network.register_forward_pre_hook(torch.compiler.disable(h.before), with_kwargs=True) for h in hooks),
         *(network.register_forward_hook(torch.compiler.disable(h.after), with_kwargs=True) for h in reversed(hooks)),
     ]
-    _installed[pipe] = _Installed(pipe.scheduler, scheduler, expansion, tuple(handles))
+    _installed[pipe] = _Installed(pipe.scheduler, scheduler, expansion, tuple(handle.remove for handle in handles))
     pipe.scheduler = scheduler
+
+
+def _guide_by_guider(pipe: Any, solver: Solver) -> None:
+    """`guide` for a pipeline whose guidance is a component."""
+    from epd_ray.deploy.guider import IntervalGuider  # here: diffusers takes long to import its guiders
+
+    if getattr(pipe, "ocr_guider", None) is not None:
+        raise ModelError(
+            f"{type(pipe).__name__} has a second guider, ocr_guider, in place of the first for some prompts "
+            "(set ocr_guider to None)"
+        )
+    restore(pipe)
+    scheduler = EPDScheduler.from_solver(solver, like=pipe.scheduler)
+    former, held = pipe.guider, weakref.ref(pipe)
+    guider = IntervalGuider(former, held, scheduler)
+
+    def undo() -> None:
+        if (whole := held()) is not None and whole.guider is guider:
+            whole.guider = former
+
+    _installed[pipe] = _Installed(pipe.scheduler, scheduler, None, (undo,))
+    pipe.guider, pipe.scheduler = guider, scheduler
 
 
 class _Replicas:
@@ -277,7 +303,7 @@ class _Installed:
     former: Any  # scheduler
     scheduler: EPDScheduler
     expansion: _Expansion | None
-    handles: tuple[Any, ...]
+    undo: tuple[Callable[[], object], ...]
 
 
 _installed: "weakref.WeakKeyDictionary[Any, _Installed]" = weakref.WeakKeyDictionary()
