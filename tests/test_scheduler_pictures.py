@@ -341,5 +341,10 @@ def test_noise_for_another_step_is_refused(form: str) -> None:
         scheduler.add_noise(x, x, later)
     scheduler.set_begin_index(scheduler.order)
     assert scheduler.add_noise(x, x + 1, later).flatten()[0].item() == pytest.approx(scheduler.sigmas[3].item())
+    scheduler.set_timesteps()
+    if scheduler.form == "ve":
+        scheduler.scale_model_input(x)
+    with pytest.raises(TableError, match=r"timesteps\[3\] is taken, expected timesteps\[0\].*set_begin_index"):
+        scheduler.step(x, scheduler.timesteps[3:][0], x)
     with pytest.raises(TableError, match="begin_index is 2, expected 0 or 3 or 6"):
         scheduler.set_begin_index(2)

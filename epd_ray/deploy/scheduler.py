@@ -422,7 +422,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Args:
             model_output: [B, ...], or [B * K, ...] for the points of an interval in one call (row b * K + k).
-            timestep: not used, because calls come in order.
+            timestep: the next one of `timesteps`; numbers and copies are not compared, because calls come in order.
             sample: [B, ...], the tensor that the call before returned. If the pipeline changed or replaced it, the new
                 values count: as the state at an interval's start, or as the one point that this call evaluated.
             return_dict: whether to return a SchedulerOutput or a tuple.
@@ -450,11 +450,25 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 "parallelize of epd_ray.deploy.parallelize on the pipeline)"
             )
         check_shapes(loop, model_output, sample)
+        self._check_place(timestep, loop.made)
         latents = loop.advance(model_output, sample)
         self._scaled = self._expanded = self._guided = False
         if loop.done:
             self._loop = None
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+
+    def _check_place(self, timestep: Any, made: int) -> None:
+        """Refuse a pipeline that cuts `timesteps` without `set_begin_index`; no value is read, only where it lies."""
+        if not isinstance(timestep, Tensor):
+            return
+        own = self.timesteps
+        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+            return
+        if (place := timestep.storage_offset() - own.storage_offset()) != made:
+            raise TableError(
+                f"timesteps[{place}] is taken, expected timesteps[{made}]: a learned solver takes all its timesteps in "
+                "order (use a pipeline that calls set_begin_index, or another scheduler)"
+            )
 
     def _current(self) -> Loop:
         if self._loop is None:
