@@ -302,7 +302,7 @@ def test_guidance_of_each_interval_beside_a_controlnet(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("steps", [2, 50])
+@pytest.mark.parametrize("steps", [1, 2, 50])
 def test_another_number_of_steps_would_begin_elsewhere(name: str, steps: int) -> None:
     pipe = open_as(name, "Img2ImgPipeline")
     pipe.scheduler = EPDScheduler.from_solver(solver_for(name))
@@ -321,6 +321,13 @@ def test_what_cannot_begin_later_says_what_to_do() -> None:
     pipe.scheduler = EPDScheduler.from_solver(solver_for("sd"))
     with pytest.raises(TableError, match=r"strength leaves none of the solver's 3 intervals .*at least 0.3"):
         call(pipe, image=picture(), strength=0.2)
+
+
+def test_a_point_that_cannot_be_repainted_is_refused() -> None:
+    pipe = open_as("sd", "InpaintPipeline")
+    pipe.scheduler = EPDScheduler.from_solver(solver_for("sd", afs=True))
+    with pytest.raises(TableError, match=r"the picture is repainted.*use a solver without afs"):
+        call(pipe, image=picture(), mask_image=left_half(), strength=1.0, height=16, width=16)
 
 
 def test_a_refiner_is_refused() -> None:

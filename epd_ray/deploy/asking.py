@@ -98,7 +98,7 @@ def first_call(asking: Mapping[str, Any], index: int, plan: Plan) -> int:
     Raises:
         TableError: the pipeline would begin elsewhere than at the start of the interval that is meant.
     """
-    if index == 0:
+    if index == 0 and asking.get("strength") in (None, 1):
         return 0
     intervals, order = plan.solver.table.intervals, plan.order
     steps = asking.get("num_inference_steps", intervals)
@@ -117,11 +117,11 @@ def first_call(asking: Mapping[str, Any], index: int, plan: Plan) -> int:
         raise TableError(
             f"strength leaves none of the solver's {intervals} intervals (pass strength at least {1 / intervals:.3g})"
         )
-    if plan.solver.afs:
+    if plan.solver.afs and index:
         raise TableError(
             "strength leaves out a first step that is analytical (pass strength=1, or use a solver without afs)"
         )
-    if plan.calls[index] != (index // order, None):
+    if index and plan.calls[index] != (index // order, None):
         starts = [i for i, (_, part) in enumerate(plan.calls) if part is None]
         raise TableError(f"begin_index is {index}, expected {' or '.join(map(str, starts))}: the start of an interval")
     return index

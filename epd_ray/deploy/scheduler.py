@@ -331,9 +331,14 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             Latents [B, ...] in the dtype of original_samples.
 
         Raises:
-            TableError: any other timestep.
+            TableError: any other timestep, or the pipeline repaints at a point that it cannot reach.
         """
         loop = self._current()
+        if loop.made > self._begin and self.solver.afs and self.form == "ve":
+            raise TableError(
+                "the picture is repainted, but the first point of an analytical first step is not the pipeline's to "
+                "repaint (use a solver without afs)"
+            )
         due = float(self.timesteps[loop.made])
         if not torch.allclose(asked := torch.as_tensor(timesteps).float().cpu(), torch.tensor(due), atol=1e-3):
             raise TableError(
