@@ -44,6 +44,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": tiny_models.save_sd3,
     "sd3_t5": lambda folder: tiny_models.save_sd3(folder, t5=True),
     "sd3_dynamic": sd3_dynamic,
+    "sd3_wide": lambda folder: tiny_models.save_sd3(folder, t5=True, channels=16),  # as inpainting needs them
     "flux": tiny_models.save_flux,
     "flux_schnell": lambda folder: tiny_models.save_flux(folder, guidance_embeds=False),
     "ddpm": tiny_models.save_ddpm,
@@ -51,7 +52,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "ldm": tiny_models.save_ldm,
 }
 UNCONDITIONAL = {"ddpm", "ddpm_sample", "ldm"}
-FREE = {"sd", "sd_v", "sdxl", "sd3", "sd3_t5", "sd3_dynamic"}  # classifier-free guidance
+FREE = {"sd", "sd_v", "sdxl", "sd3", "sd3_t5", "sd3_dynamic", "sd3_wide"}  # classifier-free guidance
 ONE_OF_EACH = ("sd", "sd_v", "sdxl", "sd3_t5", "flux", "ddpm", "ldm")
 TEXT = ("sd", "sdxl", "sd3_t5", "flux")
 

@@ -242,8 +242,3 @@ def test_the_scheduler_weighs_earlier_drifts_too(parallel: bool) -> None:
             output = curved(flat, points.timesteps.double().repeat(2) / 1000)
         x = scheduler.step(output, t, x).prev_sample
     torch.testing.assert_close(x, solver.solve(curved, X), rtol=1e-4, atol=1e-5)
-
-
-def test_the_scheduler_refuses_guidance_that_it_cannot_set() -> None:
-    with pytest.raises(TableError, match="sets the guidance of each interval, which a scheduler cannot"):
-        EPDScheduler.from_solver(flow_solver(guidance=torch.full((N,), 2.0).double()))

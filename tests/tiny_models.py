@@ -50,19 +50,19 @@ def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     return T5EncoderModel(config), tokenizer
 
 
-def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False) -> Path:
-    """An SD3 pipeline for 16 px images: latents [4, 8, 8], joint attention over 64 channels."""
+def save_sd3(directory: Path, *, shift: float = 2.0, t5: bool = False, channels: int = 4) -> Path:
+    """An SD3 pipeline for 16 px images: latents [channels, 8, 8], joint attention over 64 channels."""
     tokenizer = make_tokenizer(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=WIDTH,
+            sample_size=8, patch_size=2, in_channels=channels, out_channels=channels, num_layers=2,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=WIDTH,
             pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8, qk_norm="rms_norm",
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
+            sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06,
         )  # fmt: skip
         encoders = [CLIPTextModelWithProjection(text_config(tokenizer, WIDTH, n)) for n in (2, 3)]
@@ -85,9 +85,9 @@ def tiny_vae(channels: int, shift: float | None, *, quant: bool = False) -> Auto
 
 def tiny_unet(cross_attention: int, **options: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        **{"in_channels": 4, **options}, sample_size=8, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=cross_attention, attention_head_dim=8, norm_num_groups=4, **options,
+        cross_attention_dim=cross_attention, attention_head_dim=8, norm_num_groups=4,
     )  # fmt: skip
 
 

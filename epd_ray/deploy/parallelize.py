@@ -3,7 +3,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from epd_ray.backbones.doors import DOORS, Door, door_of
+from epd_ray.deploy.guidance import GuidanceHook, guidable_door
+from epd_ray.deploy.inputs import SHARED, by_name, each_tensor, with_answer
 from epd_ray.deploy.scheduler import EPDScheduler
 from epd_ray.errors import ModelError, shown
 from epd_ray.solvers import Solver
 from epd_ray.solvers.stepwise import PointInputs
 
 Pipeline = TypeVar("Pipeline")
-
-SHARED = frozenset({"txt_ids", "img_ids"})
-"""Inputs of a network without a batch dimension, whatever their first size is."""
 
 
 def parallelize(
@@ -49,32 +48,53 @@ def parallelize(
     """
     whole: Any = pipe
     door = _door(whole)
-    if not isinstance(solver, Solver):
-        solver = Solver.from_pretrained(solver)
-    if solver.form not in (None, door.form):
-        raise ModelError(
-            f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
-            f"of form {shown(door.form)}"
-        )
-    made_for = solver.meta.get("backbone", door.family)
-    if made_for != door.family:
-        raise ModelError(
-            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
-            f"{door.family} (take a solver of the same family)"
-        )
+    solver = _fitting(whole, door, solver)
+    if solver.table.guides:
+        guidable_door(whole, solver.table)
     restore(pipe)
     network: nn.Module = getattr(whole, door.network)
     used = _devices(devices, network)[: solver.table.points - solver.table.start_point]
     scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
     scheduler.set_parallel(True)
     expansion = _Expansion(weakref.ref(whole), scheduler, door, _Replicas(network, used[1:]))
-    handles = (
-        # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
-        network.register_forward_pre_hook(torch.compiler.disable(expansion.before), with_kwargs=True),
-        network.register_forward_hook(torch.compiler.disable(expansion.after), with_kwargs=True),
-    )
-    _installed[whole] = _Installed(whole.scheduler, expansion, handles)
-    whole.scheduler = scheduler
+    hooks: list[Any] = [expansion]
+    if solver.table.guides:  # around the other: what it leaves of the pipeline's rows is then expanded
+        hooks = [GuidanceHook(weakref.ref(whole), scheduler, door), expansion]
+    _install(whole, scheduler, network, hooks, expansion)
+    return pipe
+
+
+def guide(pipe: Pipeline, solver: Solver | str | os.PathLike[str]) -> Pipeline:
+    """Let a pipeline run a solver that sets the guidance of each interval, with one evaluation a call of its network.
+
+    The pipeline is changed in place, as by `parallelize`: it gets an EPDScheduler, and its network gets hooks that set
+    the guidance scale of each evaluation and leave out the pass without the prompt where the solver does. `restore`
+    undoes this. `parallelize` does the same where all points of an interval shall be one call.
+
+    Args:
+        pipe: a Stable Diffusion (1, 2, XL, 3) or FLUX pipeline for text to image, image to image or inpainting, or a
+            Stable Diffusion pipeline with a ControlNet, which is itself still asked without the prompt. Or any pipeline
+            with a ClassifierFreeGuidance as its guider, as modular ones have, which is replaced in place of the hooks.
+        solver: see `parallelize`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ModelError: a pipeline of another kind, or a solver that does not fit it.
+        TableError: too little is known about the network, or it is not the one that the solver was made for.
+    """
+    whole: Any = pipe
+    solver = solver if isinstance(solver, Solver) else Solver.from_pretrained(solver)
+    if solver.table.guides and getattr(whole, "guider", None) is not None:
+        _guide_by_guider(whole, solver)
+        return pipe
+    door = guidable_door(whole, solver.table)
+    solver = _fitting(whole, door, solver)
+    restore(pipe)
+    scheduler = EPDScheduler.from_solver(solver, like=whole.scheduler)
+    hook = GuidanceHook(weakref.ref(whole), scheduler, door)
+    _install(whole, scheduler, getattr(whole, door.network), [hook] if solver.table.guides else [], None)
     return pipe
 
 
@@ -90,12 +110,65 @@ def restore(pipe: Pipeline) -> Pipeline:
     whole: Any = pipe
     installed = _installed.pop(whole, None)
     if installed is not None:
-        for handle in installed.handles:
-            handle.remove()
-        installed.expansion.close()
-        if whole.scheduler is installed.expansion.scheduler:
-            whole.scheduler = installed.scheduler
+        for undo in installed.undo:
+            undo()
+        if installed.expansion is not None:
+            installed.expansion.close()
+        if whole.scheduler is installed.scheduler:
+            whole.scheduler = installed.former
     return pipe
+
+
+def _fitting(pipe: Any, door: Door, solver: Solver | str | os.PathLike[str]) -> Solver:
+    """The solver, read if need be, for a pipeline of its own form and family."""
+    solver = solver if isinstance(solver, Solver) else Solver.from_pretrained(solver)
+    if solver.form not in (None, door.form):
+        raise ModelError(
+            f"the solver is for a model of form {shown(solver.form)}, but {type(pipe).__name__} is "
+            f"of form {shown(door.form)}"
+        )
+    made_for = solver.meta.get("backbone", door.family)
+    if made_for != door.family:
+        raise ModelError(
+            f"the solver is for the backbone family {made_for}, but {type(pipe).__name__} is of the family "
+            f"{door.family} (take a solver of the same family)"
+        )
+    return solver
+
+
+def _install(
+    pipe: Any, scheduler: EPDScheduler, network: nn.Module, hooks: Sequence[Any], expansion: "_Expansion | None"
+) -> None:
+    """Put a scheduler into a pipeline, and hooks around its network, of which the first is the outermost."""
+    # torch.compile leaves the hooks out of its graphs, which would else be made anew for each interval.
+    handles = [
+        *(network.register_forward_pre_hook(torch.compiler.disable(h.before), with_kwargs=True) for h in hooks),
+        *(network.register_forward_hook(torch.compiler.disable(h.after), with_kwargs=True) for h in reversed(hooks)),
+    ]
+    _installed[pipe] = _Installed(pipe.scheduler, scheduler, expansion, tuple(handle.remove for handle in handles))
+    pipe.scheduler = scheduler
+
+
+def _guide_by_guider(pipe: Any, solver: Solver) -> None:
+    """`guide` for a pipeline whose guidance is a component."""
+    from epd_ray.deploy.guider import IntervalGuider  # here: diffusers takes long to import its guiders
+
+    if getattr(pipe, "ocr_guider", None) is not None:
+        raise ModelError(
+            f"{type(pipe).__name__} has a second guider, ocr_guider, in place of the first for some prompts "
+            "(set ocr_guider to None)"
+        )
+    restore(pipe)
+    scheduler = EPDScheduler.from_solver(solver, like=pipe.scheduler)
+    former, held = pipe.guider, weakref.ref(pipe)
+    guider = IntervalGuider(former, held, scheduler)
+
+    def undo() -> None:
+        if (whole := held()) is not None and whole.guider is guider:
+            whole.guider = former
+
+    _installed[pipe] = _Installed(pipe.scheduler, scheduler, None, (undo,))
+    pipe.guider, pipe.scheduler = guider, scheduler
 
 
 class _Replicas:
@@ -150,8 +223,7 @@ class _Expansion:
         if pipe is None or pipe.scheduler is not self.scheduler:
             return None
         self._within = self.scheduler.skips_layers()
-        names = (self._door.hidden, "timestep")  # the arguments that some pipelines pass by position
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(self._door, args, kwargs)
         points = self.scheduler.point_inputs(given[self._door.hidden])
         if points is None:
             return None
@@ -180,7 +252,7 @@ class _Expansion:
                 answer, self._whole = self._only_within(answer, self._within), None
         if answer is output[0]:
             return None
-        return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(answer)
+        return with_answer(output, answer)
 
     def _only_within(self, answer: Tensor, within: list[bool]) -> Tensor:
         """The answer [B * k, ...] without layers, and that with all layers at the points outside of the window."""
@@ -228,9 +300,10 @@ class _Mode:
 
 @dataclass(frozen=True)
 class _Installed:
-    scheduler: Any
-    expansion: _Expansion
-    handles: tuple[Any, ...]
+    former: Any  # scheduler
+    scheduler: EPDScheduler
+    expansion: _Expansion | None
+    undo: tuple[Callable[[], object], ...]
 
 
 _installed: "weakref.WeakKeyDictionary[Any, _Installed]" = weakref.WeakKeyDictionary()
@@ -250,22 +323,12 @@ def _forward(network: nn.Module, inputs: dict[str, Any], mode: _Mode) -> Tensor:
 
 def _repeat(value: Any, rows: int, times: int) -> Any:
     """Repeat each row `times` times in a row, in every tensor that has `rows` rows."""
-    return _map(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
+    return each_tensor(value, lambda t: t.repeat_interleave(times, 0) if t.ndim and len(t) == rows else t)
 
 
 def _move(value: Any, device: torch.device) -> Any:
     # A non-blocking copy to the CPU could be read before it is complete.
-    return _map(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
-
-
-def _map(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _map(item, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
-    return value
+    return each_tensor(value, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
 def _replica(network: nn.Module, device: torch.device) -> nn.Module:

@@ -1,6 +1,5 @@
 """A trained solver as a diffusers scheduler, for unmodified pipelines: `pipe.scheduler = EPDScheduler...`."""
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from epd_ray.backbones.doors import door_of
+from epd_ray.deploy.asking import asking_call, check_ends, check_windows, control_windows, default_steps, first_call
 from epd_ray.deploy.window import LayerWindow
 from epd_ray.errors import ScheduleError, TableError, shown
 from epd_ray.solvers import Solver, SolverTable
@@ -26,7 +26,7 @@ from epd_ray.solvers.scheduler_config import (
     facts_of,
     parse_facts,
 )
-from epd_ray.solvers.stepwise import Loop, Plan, PointInputs, check_shapes
+from epd_ray.solvers.stepwise import GuidedCall, Loop, Plan, PointInputs, check_shapes
 from epd_ray.solvers.table import Rows
 from epd_ray.storage.documents import read_json
 from epd_ray.types import Form
@@ -42,7 +42,11 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     An interval takes `order` calls of the network: K + 1, or K with a start point, and at most 2 in parallel mode. The
     analytical first step saves the first call, except for flow models: their pipelines let no scheduler change the
     network's first input, so that call is made and its output not used. The state is kept in float32, whatever the
-    dtype of the pipeline's latents. Pipelines that start from a noisy picture or end before the last step are refused.
+    dtype of the pipeline's latents. A pipeline for image to image begins at the start of an interval: with
+    num_inference_steps = N, a `strength` of m / N runs the last m intervals. Terms of the table's history whose
+    interval was left out count nothing, and an interval that would reuse guidance from there makes both passes. Where a
+    pipeline repaints what lies outside of a mask, it does so at each start and at each point. A table that sets
+    guidance needs the hooks of `guide` or `parallelize`. Pipelines that end before the last step are refused.
     To open a saved pipeline that has this scheduler, import `epd_ray.deploy.scheduler` first.
 
     Its configuration also holds that of the scheduler that it replaced, under that scheduler's own keys, so that
@@ -55,8 +59,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         scale_dir: [N, K], column of the table; None stands for ones.
         scale_time: [N, K], column of the table; None stands for ones.
         history: [N, H], column of the table; None stands for zeros.
-        guidance: [N], column of the table; a solver that has it is refused.
-        reuse: [N], column of the table; a solver that has it is refused.
+        guidance: [N], column of the table; None leaves the guidance scale to the pipeline.
+        reuse: [N], column of the table; None stands for no interval.
         form: how noise enters x, "ve" or "flow".
         afs: whether the first drift is analytical.
         multistep_order: order of the multistep slope that leads to the points, 1 to 4.
@@ -121,11 +125,6 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 "history": history, "guidance": guidance, "reuse": reuse,
             }
         )  # fmt: skip
-        if table.guides:
-            raise TableError(
-                "the solver sets the guidance of each interval, which a scheduler cannot: a pipeline keeps one scale "
-                "(use epd_ray's own sampling, or a solver without the parts guidance and reuse)"
-            )
         self.solver = Solver(table, torch.tensor(sigmas, dtype=torch.float64), self.form, afs, multistep_order)
         own = {name: value for name, value in self.config.items() if not name.startswith("_")}
         self.register_to_config(**_beside(own | {"use_flow_sigmas": form == "flow"}, replaced))
@@ -268,15 +267,23 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 "give their own, as CogView4Pipeline, cannot have this scheduler: sample with epd-ray)"
             )
         intervals = self.solver.table.intervals
-        asking = _asking_call(self)
+        asking = asking_call(self)
         pipe = asking.get("self")
-        if getattr(pipe, "denoising_end", None) is not None:
+        check_ends(pipe, intervals)
+        if self.solver.table.reused and asking.get("do_true_cfg"):
             raise TableError(
-                f"denoising_end is {pipe.denoising_end}, expected None: a learned solver does all its "  # type: ignore[union-attr]
-                f"{intervals} intervals (leave denoising_end out, or use another scheduler)"
+                "the solver leaves out passes without the prompt, which the pipeline makes one by one for "
+                "true_cfg_scale (leave true_cfg_scale out, or use a solver without the part reuse)"
             )
+        self._windows = control_windows(asking)
+        check_windows(self._windows, self._plan, 0)
         window = LayerWindow.asked(asking, self._plan)
-        fine = (None, intervals, _default_steps(pipe), window and len(window.places))
+        if window is not None and self.parallel and self.solver.table.unguided:
+            raise TableError(
+                "skip_guidance_layers needs both passes of each evaluation, of which this solver leaves some out "
+                "(leave skip_guidance_layers out, or take guide in place of parallelize)"
+            )
+        fine = (None, intervals, default_steps(pipe), window and len(window.places))
         if sigmas is not None or num_inference_steps not in fine:
             given = "sigmas" if sigmas is not None else f"num_inference_steps={num_inference_steps}"
             self._warn_once("steps", f"{given} is not used: this solver has {intervals} intervals of its own")
@@ -291,33 +298,65 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.sigmas = torch.cat([evaluated, self.solver.sigmas[-1:]]).float()  # [calls + 1]
         self.timesteps = self.network.timestep(evaluated).to(device)  # [calls]
         self.num_inference_steps = intervals
-        self._loop, self._scaled, self._expanded = Loop(self._plan), False, False
+        self._loop, self._begin = Loop(self._plan), 0
+        self._scaled = self._expanded = self._guided = False
         self._window = window
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Accept 0 only: a loop begins at the first timestep.
+        """Leave out the first calls, for a pipeline that begins from a noisy picture.
+
+        Args:
+            begin_index: 0, or the first call of an interval.
 
         Raises:
-            TableError: any other index.
+            TableError: any other index; or it is not where the `strength` of the pipeline that asks would begin.
         """
-        if begin_index:
-            raise TableError(f"begin_index is {begin_index}, expected 0: a learned solver starts from noise alone")
+        if begin_index == 0 and self._loop is None:
+            return
+        self._begin = first_call(asking_call(self), begin_index, self._plan)
+        check_windows(self._windows, self._plan, self._begin)
+        self._current().made = self._begin
 
-    def add_noise(self, *_: Any, **__: Any) -> Tensor:
-        """Pipelines that start from a noisy picture, or repaint a part of one, call this.
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A clean picture at the noise level of the latents that the next call takes.
+
+        Pipelines that begin from a noisy picture, or repaint a part of one, call this.
+
+        Args:
+            original_samples: [B, ...], clean latents.
+            noise: [B, ...], unit normal.
+            timesteps: that of the next call, any number of times.
+
+        Returns:
+            Latents [B, ...] in the dtype of original_samples.
 
         Raises:
-            TableError: always.
+            TableError: any other timestep, or the pipeline repaints at a point that it cannot reach.
         """
-        raise TableError("a noisy picture is asked for, as by img2img or inpainting: a learned solver starts from "
-                         "noise alone (use a text-to-image pipeline, or another scheduler)")  # fmt: skip
+        loop = self._current()
+        if loop.made > self._begin and self.solver.afs and self.form == "ve":
+            raise TableError(
+                "the picture is repainted, but the first point of an analytical first step is not the pipeline's to "
+                "repaint (use a solver without afs)"
+            )
+        due = float(self.timesteps[loop.made])
+        if not torch.allclose(asked := torch.as_tensor(timesteps).float().cpu(), torch.tensor(due), atol=1e-3):
+            raise TableError(
+                f"noise for timestep {asked.flatten()[0].item():g} is asked for, expected {due:g}, the next one of "
+                "this solver (use a pipeline that calls set_begin_index, or another scheduler)"
+            )
+        sigma = loop.level
+        clean = original_samples.float() * (1 - sigma if self.form == "flow" else 1.0)
+        return (clean + sigma * noise.float()).to(original_samples.dtype)
 
-    scale_noise = add_noise  # its name in schedulers for flow models
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """The same as `add_noise`, under the name and with the order of schedulers for flow models."""
+        return self.add_noise(sample, noise, timestep)
 
     @property
     def begin_index(self) -> int:
-        """Always 0: a loop begins at the first timestep."""
-        return 0
+        """The first call of this loop; above 0 where a pipeline begins from a noisy picture."""
+        return self._begin
 
     @property
     def step_index(self) -> int | None:
@@ -363,6 +402,16 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         timesteps = self.network.timestep(self._plan.sigma(loop.call)).to(hidden.device)
         return PointInputs(loop.seen(hidden), timesteps)
 
+    def guided_call(self) -> GuidedCall | None:
+        """What the table says about the guidance of the next call; the hooks of `guide` and `parallelize` ask for it.
+
+        None for a table that does not set guidance, or outside of a loop.
+        """
+        if self._loop is None or not self.solver.table.guides:
+            return None
+        self._guided = True
+        return self._loop.guided
+
     def skips_layers(self) -> list[bool] | None:
         """For each point of the next call, whether it is in the pipeline's window of left-out layers; None without one.
 
@@ -378,7 +427,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Args:
             model_output: [B, ...], or [B * K, ...] for the points of an interval in one call (row b * K + k).
-            timestep: not used, because calls come in order.
+            timestep: the next one of `timesteps`; numbers and copies are not compared, because calls come in order.
             sample: [B, ...], the tensor that the call before returned. If the pipeline changed or replaced it, the new
                 values count: as the state at an interval's start, or as the one point that this call evaluated.
             return_dict: whether to return a SchedulerOutput or a tuple.
@@ -400,12 +449,31 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             )
         if self.parallel and loop.call[1] is not None and not self._expanded:
             raise TableError("the network did not see the points (parallelize the pipeline that this scheduler is in)")
+        if self.solver.table.guides and not self._guided:
+            raise TableError(
+                "the solver sets the guidance of each interval, which a scheduler alone cannot (call guide or "
+                "parallelize of epd_ray.deploy.parallelize on the pipeline)"
+            )
         check_shapes(loop, model_output, sample)
+        self._check_place(timestep, loop.made)
         latents = loop.advance(model_output, sample)
-        self._scaled = self._expanded = False
+        self._scaled = self._expanded = self._guided = False
         if loop.done:
             self._loop = None
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+
+    def _check_place(self, timestep: Any, made: int) -> None:
+        """Refuse a pipeline that cuts `timesteps` without `set_begin_index`; no value is read, only where it lies."""
+        if not isinstance(timestep, Tensor):
+            return
+        own = self.timesteps
+        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+            return
+        if (place := timestep.storage_offset() - own.storage_offset()) != made:
+            raise TableError(
+                f"timesteps[{place}] is taken, expected timesteps[{made}]: a learned solver takes all its timesteps in "
+                "order (use a pipeline that calls set_begin_index, or another scheduler)"
+            )
 
     def _current(self) -> Loop:
         if self._loop is None:
@@ -439,23 +507,3 @@ def _beside(own: dict[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, 
 
 
 _OF_OURS = frozenset({"use_flow_sigmas"})  # pipelines read it to know how this scheduler behaves
-
-
-def _asking_call(scheduler: EPDScheduler) -> Mapping[str, Any]:
-    """The variables of the pipeline's call that is under way with this scheduler; empty outside of such a call.
-
-    Diffusers never tells a scheduler where it is, so this looks for the caller's `self`.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        named = {kind.__name__ for kind in type(owner).__mro__}  # the import of the class would take seconds
-        if "DiffusionPipeline" in named and getattr(owner, "scheduler", None) is scheduler:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
-
-
-def _default_steps(pipe: Any) -> int | None:
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps") if pipe else None
-    return None if parameter is None else parameter.default

@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,24 @@ class PointInputs:
 
     hidden: Tensor
     timesteps: Tensor
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """What the table says about the guidance of the next call of the network.
+
+    Attributes:
+        scale: the guidance scale; None for that of the pipeline.
+        gains: [k], what a difference of the network's output is multiplied with to be one of the drift, at each point.
+        effect: [B, ...], what the prompt adds to the drift, where this call leaves out the pass without the prompt and
+            takes it from an earlier call; None where it does not.
+        keep: takes what the prompt adds to the drift [B, ...], where both passes were made.
+    """
+
+    scale: float | None
+    gains: Tensor
+    effect: Tensor | None
+    keep: Callable[[Tensor], None]
 
 
 class Plan:
@@ -89,6 +107,17 @@ class Plan:
         older = [*history][1 : weights.shape[-1] + 1]
         return sum(float(w) * (history[0] - d) for w, d in zip(weights[interval], older, strict=False))
 
+    def gains(self, call: Call) -> Tensor:
+        """What the network's output is multiplied with in the drift at a call's points, [k]."""
+        sigma = self.sigma(call)
+        return self.network.drift(torch.ones_like(sigma)[None], torch.zeros_like(sigma)[None], sigma)[0]
+
+    def level(self, call: Call) -> float:
+        """The sigma of the latents that the caller holds before a call: at an interval's start, or at its point."""
+        interval, part = call
+        start = self.solver.sigmas[interval].item()
+        return start if part is None or self.parallel else start + self._offsets[interval, part].item()
+
     def analytic(self, x: Tensor) -> Tensor:
         """The analytical first drift at x [B, ...], which needs no network."""
         return analytic_drift(x, self.solver.sigmas[0].item(), self.solver.form)
@@ -103,6 +132,7 @@ class Loop:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.made = plan, 0
+        self._effect: Tensor | None = None  # [B, ...], of the prompt on the drift, when both passes were last made
         self._history: deque[Tensor] = deque(maxlen=plan.depth)
         self._x: Tensor | None = None  # [B, ...], at the interval's start
         self._total: Tensor | float = 0.0  # sum of the interval's weighted drifts so far
@@ -119,6 +149,22 @@ class Loop:
     def call(self) -> Call:
         """The next call."""
         return self.plan.calls[self.made]
+
+    @property
+    def level(self) -> float:
+        """The sigma of the latents that the caller holds."""
+        return self.plan.solver.sigmas[self.call[0]].item() if self._x is None else self.plan.level(self.call)
+
+    @property
+    def guided(self) -> GuidedCall:
+        """What the table says about the guidance of the next call."""
+        table, interval = self.plan.solver.table, self.call[0]
+        scale = None if table.guidance is None else table.guidance[interval].item()
+        effect = self._effect if interval in table.reused else None
+        return GuidedCall(scale, self.plan.gains(self.call), effect, self._keep)
+
+    def _keep(self, effect: Tensor) -> None:
+        self._effect = effect
 
     def seen(self, rows: Tensor) -> Tensor:
         """The network's input in the next call.
