@@ -17,7 +17,8 @@ from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
 from epd_ray.runs.stage_one import fit_start_table, made_by
 from epd_ray.solvers.rival import require_rivals
 from epd_ray.solvers.zoo import require_installed
-from epd_ray.stage_one.shard import as_table, refine
+from epd_ray.stage_one.shard import as_table
+from epd_ray.stage_one.teacher import refine
 from epd_ray.telemetry.progress import Observer
 from epd_ray.types import FloatArray, ImageArray
 
