@@ -7,7 +7,7 @@ import torch
 from pydantic import JsonValue
 
 from epd_ray.drawing.sampler import Sampler, alike, to_uint8
-from epd_ray.errors import ModelError, shown
+from epd_ray.errors import ModelError, TableError, shown
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
@@ -45,6 +45,35 @@ class BackboneFacts:
     shift: float | None = None
     published: bool = False
     guidable: bool = False
+
+
+def require_guidance(facts: BackboneFacts, *, scales: bool, reuse: bool) -> None:
+    """Refuse the parts of a table that are about guidance for a model that cannot follow them.
+
+    Args:
+        facts: what the rollout actors report about the model.
+        scales: whether each interval has a guidance scale of its own.
+        reuse: whether intervals leave out the pass without the prompt.
+
+    Raises:
+        TableError: the model has no guidance that could differ between evaluations, no such pass, or no guidance.
+    """
+    off = "set solver.guidance=false and solver.reuse=0"
+    if (scales or reuse) and not facts.guidable:
+        raise TableError(
+            f"guidance is learned or reused, but a model of family {facts.family} has none that could differ between "
+            f"evaluations: {off}"
+        )
+    if reuse and not facts.classifier_free:
+        raise TableError(
+            f"solver.reuse leaves out passes without the prompt, but a model of family {facts.family} makes none: set "
+            "solver.reuse=0"
+        )
+    if (scales or reuse) and facts.guidance_scale <= 1:
+        raise TableError(
+            f"guidance is learned or reused, but the guidance scale is {facts.guidance_scale:g}, above 1 is needed: "
+            f"set backbone.guidance_scale, or {off}"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +158,8 @@ class RolloutWorker:
         actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
         log_probs = log_prob(policy, actions)
         sigmas = self.backbone.sigmas(self.sampler.intervals)
-        table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
+        space = replace(self.space, reuse=job.reuse or self.space.reuse)
+        table = clamp_scale_time(space.table(actions), sigmas, self.backbone.form)
         sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
         columns = {

@@ -10,7 +10,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.solvers.costs import Cost
-from epd_ray.solvers.table import COLUMN_NAMES, SolverTable
+from epd_ray.solvers.table import SolverTable
+from epd_ray.solvers.wording import columns_as_text
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = (
@@ -41,9 +42,9 @@ def model_card(
     prompted = takes_prompts(meta)
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
     spans = pairwise(sigmas.tolist())
-    columns = table.columns()
-    rows = zip(spans, *(values.tolist() for values in columns.values()), strict=True)
-    steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(map(_decimals, row))} |\n" for (a, b), *row in rows)
+    columns = columns_as_text(table, ", ")
+    rows = zip(spans, *columns.values(), strict=True)
+    steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(row)} |\n" for (a, b), *row in rows)
     return _CARD.format(
         task="text-to-image" if prompted else "unconditional-image-generation",
         tags="diffusers, " if has_scheduler else "",
@@ -57,7 +58,7 @@ def model_card(
         source=source,
         about=about,
         rewards=_rewards(meta.get("rewards_before"), meta.get("rewards_after")),
-        heads=" | ".join(COLUMN_NAMES[name].capitalize() for name in columns),
+        heads=" | ".join(name.capitalize() for name in columns),
         rules="---|" * len(columns),
         steps=steps,
     )
@@ -114,10 +115,6 @@ def _mean(value: JsonValue) -> str:
 
 def _code(value: JsonValue) -> str:
     return f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
-
-
-def _decimals(values: list[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
 
 
 _PIPELINE = """\

@@ -199,7 +199,8 @@ def _choose_reuse(
     work: Work, stage: StageOne, fits: Sequence[Fit], sigmas: Sequence[float]
 ) -> tuple[StageOne, int]:
     """The stage with the intervals that reuse, and the passes that it took to choose them."""
-    found = reduce(add, work("distill_changes", [(shard,) for shard in stage.shards(fits)]))
+    followed = replace(stage, parts=replace(stage.parts, guidance=True))  # which keeps what the prompt changes
+    found = reduce(add, work("distill_changes", [(shard,) for shard in followed.shards(fits)]))
     widths = [b - a for a, b in pairwise(sigmas)]
     scales = [fit.points.guidance or stage.guidance_scale for fit in fits]
     reuse = best_reuse(found.distance, widths, scales, stage.reuse_count)
