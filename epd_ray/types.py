@@ -1,15 +1,19 @@
 """Records and protocols that several packages share. Records are frozen; rows are joined by id, never by position."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
-from torch import Tensor
 
-Drift = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:  # torch takes more than a second to import, and reading a configuration needs none of it
+    from torch import Tensor
+
+Drift = Callable[["Tensor", "Tensor"], "Tensor"]
 """A function that returns dx/dsigma at x [B, ...] and sigma [B], with the shape and dtype of x."""
 
 Form = Literal["ve", "flow"]
@@ -138,7 +142,7 @@ class Conditioning(Protocol):
 
     def __len__(self) -> int: ...
 
-    def repeat(self, k: int) -> "Conditioning":
+    def repeat(self, k: int) -> Conditioning:
         """Repeat each row k times: row b becomes rows b*k to b*k + k - 1, so that one batch can hold K points."""
         ...
 

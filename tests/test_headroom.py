@@ -1,6 +1,7 @@
 """The headroom of a model: what wins at each number of evaluations, its report, and what is refused."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -69,6 +70,23 @@ def test_the_frechet_distance_of_the_test_pictures_is_measured() -> None:
     seen = FeatureStatistics.of(Colours().features(algo.images)).gaussian()
     assert found.best.frechet_distance == pytest.approx(frechet_distance(seen, reference), rel=1e-5)
     assert searched(6).best.frechet_distance is None
+
+
+def test_a_head_counts_on_the_prompts_that_it_judges(tmp_path) -> None:
+    class Routed(Algo):
+        def sample_scored(self, sampler, prompts, seeds, on_images=None):
+            found = super().sample_scored(sampler, prompts, seeds, on_images)
+            found.scores["watched"][::3] = np.nan
+            return found
+
+    found = searched(6, Routed())
+    values = found.best.scores["watched"]
+    assert found == Measurement(**json.loads(json.dumps(asdict(found), allow_nan=False)))
+    assert [value is None for value in values] == [True, False, False] * 4
+    assert found.best.means["watched"].mean == pytest.approx(np.mean([value for value in values if value is not None]))
+    lines = write_report([found], "mine", tmp_path)
+    assert "A head counts on the prompts that it judges: watched on 8." in " ".join(lines)
+    assert not {"nan", "None"} & set(" ".join(lines).split())
 
 
 def test_methods_have_exactly_the_evaluations_that_are_asked_for() -> None:
@@ -155,7 +173,7 @@ def test_a_stopped_search_goes_on(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "Search", Counted)
     monkeypatch.setattr(module, "run_session", lambda *_: Nothing())
-    monkeypatch.setattr(module, "algorithm", lambda *_: Nothing())
+    monkeypatch.setattr(module, "algorithm", lambda *_, rows: Nothing())
     subject = Subject(load_config(None, ["prompts.validation=8", "prompts.test=8"]), (4, 8, 12))
     with pytest.raises(KeyboardInterrupt):
         module.measure(subject, tmp_path, Quiet())

@@ -1,6 +1,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from epd_ray.rewards import HEADS
 from epd_ray.solvers.schedule_names import SCHEDULES
 from epd_ray.solvers.schedules import check_sigmas
 from epd_ray.types import Backbone, RewardHead
-from tests import tiny_heads, tiny_models, tiny_vlms
+from tests import tiny_heads, tiny_models, tiny_pipelines, tiny_vlms
 from tests.families import edit
 from tests.test_http import Server, decoded, scores, send
 from tests.test_judge import chat, question
 from tests.tiny_models import TOKENS, save_clip
 
 PROMPTS = ["a small red circle", "a large blue star"]
+AUTO = {"device": "cpu", "dtype": "float32", "resolution": 16, "max_sequence_length": TOKENS}
 MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {  # entries that need files: builder, more options
     "aesthetic": (tiny_heads.save_aesthetic, {"device": "cpu"}),
     "clip": (save_clip, {"device": "cpu"}),
@@ -35,6 +37,7 @@ MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {  # entries 
     "mps": (tiny_heads.save_mps, {"device": "cpu"}),
     "ocr": (tiny_vlms.save_got, {"device": "cpu", "max_new_tokens": 8}),
     "pickscore": (save_clip, {"device": "cpu"}),
+    "pipeline": (partial(tiny_pipelines.save, "z_image"), AUTO),
     "unifiedreward": (tiny_vlms.save_unifiedreward, {"device": "cpu", "max_new_tokens": 8}),
     "vqascore": (tiny_vlms.save_vqascore, {"device": "cpu"}),
 }
@@ -59,7 +62,6 @@ PIPELINES: dict[str, Callable[[Path], Path]] = {  # of the backbone "auto"
     "StableDiffusionXLPipeline": tiny_models.save_sdxl,
 }
 UNCONDITIONAL = {"DDIMPipeline", "DDPMPipeline", "LDMPipeline"}
-AUTO = {"device": "cpu", "dtype": "float32", "resolution": 16, "max_sequence_length": TOKENS}
 
 
 @pytest.fixture(scope="session")

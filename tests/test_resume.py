@@ -46,6 +46,7 @@ REFUSED = {
     *("solver.intervals", "solver.points", "solver.start_point", "solver.afs", "solver.order"),
     *("solver.grid", "solver.history", "solver.guidance", "solver.reuse"),
     *("prompts.train", "prompts.num_train", "prompts.validation", "prompts.test", "prompts.two_things"),
+    "prompts.heads",
     *("distill.enabled", "distill.table", "distill.method", "distill.prompts", "distill.grid", "distill.lr"),
     *("distill.teacher_steps", "distill.min_weight", "distill.steps", "distill.batch", "distill.scale_range"),
     *("rdpo.concentration", "rdpo.concentration_bound", "rdpo.scale_dir", "rdpo.scale_time", "rdpo.hidden_width"),

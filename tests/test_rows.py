@@ -28,6 +28,7 @@ from epd_ray.runs.evaluate import evaluate
 from epd_ray.runs.origin import origin_of
 from epd_ray.runs.saved import read_splits
 from epd_ray.runs.train import train
+from epd_ray.solvers import Solver
 from epd_ray.storage.rollouts import read_rollouts, rollout_table, write_rollouts
 from tests.conftest import SIMULATED, TINY
 from tests.fakes import LevelHead, Quiet
@@ -288,7 +289,7 @@ def test_z_scores_count_the_judged_alone() -> None:
 
 
 def test_rollouts_have_nulls_where_a_head_does_not_judge(tmp_path: Path) -> None:
-    rows = [row(i, rewards={"clip": 0.5, "ocr": value}) for i, value in enumerate([None, 2.0])]
+    rows = [row(i, prompt=f"p{i}", rewards={"clip": 0.5, "ocr": value}) for i, value in enumerate([None, 2.0])]
     path = write_rollouts(tmp_path, 3, rollout_table(rows))
     assert read_rollouts(path)["rewards"].to_pylist() == [{"clip": 0.5, "ocr": None}, {"clip": 0.5, "ocr": 2.0}]
     for wrong in ({"clip": None, "ocr": None}, {"clip": 0.5, "ocr": NAN}):
@@ -326,6 +327,7 @@ def test_prompts_that_a_head_cannot_judge_are_refused_before_anything_starts() -
     rows = {**LEVELS, "prompt 4": {"judges": "level"}}
     with pytest.raises(PromptError, match="the prompt 'prompt 4': no column 'level', which the reward head"):
         rdpo_config(config, list(rows), rows=rows).validate()
+    rdpo_config(config.model_copy(update={"rewards": {}}), list(rows)).validate()  # to distill, which judges nothing
 
 
 @pytest.mark.slow
@@ -345,6 +347,7 @@ def test_a_run_and_its_evaluations_with_heads_that_judge_some_prompts(
         assert {int(row["prompt"].split()[1]) % 2 for row in found if row["level"] is None} == {1}
     means = json.loads((tmp_path / "run" / "evaluation.json").read_text())["solvers"][0]["metrics"]["level"]
     assert means["mean"] == pytest.approx(np.mean([2.4, 2.6, 2.8, 3.0]))
+    assert Solver.from_pretrained(tmp_path / "run" / "solver").meta["rewards_after"]["level"] == pytest.approx(2.7)
     more = write(tmp_path, "more.csv", "prompt,judges,level\nx,sim,\ny,level,7\nz,sim level,9\n")
     lines = evaluate(tmp_path / "run", None, more, "test", Quiet())
     assert lines[-1].startswith("report: ")

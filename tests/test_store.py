@@ -40,6 +40,9 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "weights": np.array([[0.5, 0.5], [0.25, 0.75]], np.float32),
         "scale_dir": None,
         "scale_time": np.full((2, 2), 1.5, np.float32),
+        "grid": np.array([0.25, 0.75], np.float32),
+        "history": np.array([[1.0], [1.5]], np.float32),
+        "guidance": np.array([7.5, 1.0], np.float32),
         "log_prob": -1.5,
         "rewards": {"clip": 0.25 + index, "aesthetic": 5.0},
         "reward": 0.25 + index,
@@ -143,12 +146,14 @@ def test_rollouts_come_back(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["iteration-000003.parquet"]
     back = pq.read_table(path)
     assert back.equals(table)
-    assert back.schema.metadata == {b"schema_version": b"2"}
+    assert back.schema.metadata == {b"schema_version": b"3"}
     assert all(field.metadata[b"description"] for field in back.schema)
     assert back.column("noise_seed").to_pylist() == [2**62, 2**62 + 1]
     assert back.column("action")[1].as_py() == list(range(1, 11))
     assert back.column("weights")[0].as_py() == [0.5, 0.5, 0.25, 0.75]
     assert back.column("scale_dir")[0].as_py() is None and back.column("scale_time")[0].as_py() == [1.5] * 4
+    assert back.column("grid")[1].as_py() == [0.25, 0.75] and back.column("history")[1].as_py() == [1.0, 1.5]
+    assert back.column("guidance")[1].as_py() == [7.5, 1.0]
     assert back.column("image").null_count == 2
     assert back.flatten().column("rewards.clip").to_pylist() == [0.25, 1.25]
     frame = back.to_pandas()
@@ -233,6 +238,9 @@ def test_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytes
         ({"rewards": {"clip": 0.1, "aesthetic": float("inf")}}, "aesthetic", "inf for prompt"),
         ({"rewards": {"clip": 0.1}}, "aesthetic", "but not all"),
         ({"reward": float("nan")}, "mix", "nan for prompt"),
+        ({"reward": None}, "mix", "None for prompt"),
+        ({"rewards": {"clip": 0.1, "aesthetic": None}}, "aesthetic", "judges the prompt .*, but has no score of some"),
+        ({"rewards": {"clip": None, "aesthetic": None}}, "mix", "no head judges the prompt"),
     ],
 )
 def test_a_wrong_reward_is_an_error(changes: dict[str, Any], head: str, said: str) -> None:
@@ -252,6 +260,9 @@ def test_a_wrong_reward_is_an_error(changes: dict[str, Any], head: str, said: st
         ([row(0, action=np.array([[0.5, np.nan]]))], "action is"),
         ([row(0, weights=np.array([[0.5, np.inf]]))], "weights is"),
         ([row(0, scale_time=np.array([[0.5, np.nan]]))], "scale_time is"),
+        ([row(0, grid=np.array([0.5, np.nan]))], "grid is"),
+        ([row(0, history=np.array([[np.inf], [1.0]]))], "history is"),
+        ([row(0, guidance=np.array([np.nan, 1.0]))], "guidance is"),
     ],
 )
 def test_wrong_rows_are_named(rows: list[dict[str, Any]], said: str) -> None:
@@ -344,6 +355,14 @@ def test_a_run_that_is_cleared_keeps_its_lock(tmp_path):
     assert [path.name for path in run.path.iterdir()] == [".lock"]
 
 
-def test_a_reward_is_never_null() -> None:
-    scores = rollout_schema(["a", "b"]).field("rewards").type
-    assert [(scores.field(i).name, scores.field(i).nullable) for i in range(2)] == [("a", False), ("b", False)]
+def test_a_reward_is_null_only_where_a_head_does_not_judge_the_prompt() -> None:
+    schema = rollout_schema(["a", "b"])
+    scores = schema.field("rewards").type
+    assert [(scores.field(i).name, scores.field(i).nullable) for i in range(2)] == [("a", True), ("b", True)]
+    assert not schema.field("rewards").nullable and not schema.field("reward").nullable
+    rows = [row(0, prompt="p", rewards={"a": None, "b": 1.0}), row(1, prompt="q", rewards={"a": 2.0, "b": None})]
+    again = {**rows[0], "rollout_id": "r2"}
+    assert rollout_table([*rows, again])["rewards"].to_pylist() == [row["rewards"] for row in (*rows, again)]
+    with pytest.raises(RewardError, match="'a': judges the prompt 'p', but has no score of some") as caught:
+        rollout_table([*rows, {**again, "rewards": {"a": 3.0, "b": 1.0}}])
+    assert (caught.value.head, caught.value.rollout_ids) == ("a", ("r0",))

@@ -216,7 +216,7 @@ def test_directories_that_are_taken(tmp_path):
 def stopped_early(monkeypatch):
     """No Ray, and Tune is stopped before it makes a trial; gives the arguments of what is faked."""
     asked = {}
-    monkeypatch.setattr("epd_ray.sweep.tuner.run_session", lambda of: asked.update(session=of) or nullcontext())
+    monkeypatch.setattr("epd_ray.sweep.tuner.run_session", lambda of, rows: asked.update(session=of) or nullcontext())
     monkeypatch.setattr("epd_ray.sweep.tuner.require_room", lambda *of: asked.update(room=of))
     monkeypatch.setattr("epd_ray.sweep.tuner._tune", lambda *of: [])
     return asked

@@ -195,7 +195,7 @@ def test_refuses_meta_that_is_not_json(tmp_path: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, expected 1"),
+        ({"format_version": 3}, "format_version is 3, expected 1 or 2"),
         ({"sigmas": [1.0, 0.5]}, "3 intervals, but 2 sigmas"),
         ({"sigmas": [1.0, 0.6, 0.3, 0.0]}, "terminal 0"),
         ({"weights": [[0.3, 0.7], [0.5, 0.5]]}, "weights has shape"),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from epd_ray.registry import Registry
 
-if TYPE_CHECKING:  # epd_ray.types imports torch, and the names alone are often enough
+if TYPE_CHECKING:  # epd_ray.types imports NumPy, and the names alone are often enough
     from epd_ray.types import Backbone
 
 BACKBONES: "Registry[Backbone]" = Registry(

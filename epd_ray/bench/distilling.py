@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from epd_ray.actors.beforehand import panel_of
 from epd_ray.bench.models import scorers
 from epd_ray.bench.record import Record, Value, Values, under
 from epd_ray.bench.settings import NO_SCALES, PUBLISHED_SOLVER, TWO_POINTS
@@ -19,10 +20,11 @@ from epd_ray.config.loading import load_config
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import RolloutWorker
+from epd_ray.evaluation.statistics import judged
 from epd_ray.prompts.splits import load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
+from epd_ray.rdpo.config import RDPOConfig
 from epd_ray.rdpo.session import rdpo_config
-from epd_ray.rewards.scoring import Scorer
 from epd_ray.runs.stage_one import descent_of, stage_one
 from epd_ray.stage_one.fit import fit_table, losses
 from epd_ray.stage_one.shard import Fit, as_table
@@ -47,7 +49,8 @@ def distill(overrides: Sequence[str] = (), intervals: Sequence[int] = (2, 3), pr
 
     `residual_<i>` is the distance to the teacher on held-out prompts after interval i, relative to the teacher's step,
     and `final_rms` the root mean square distance of the final latents, relative to their size. `reward` is the mean raw
-    score of the first head there. `seconds` is the time of fitting and `peak_mib` the resident memory above the start.
+    score of the first head on those of the prompts that it judges. `seconds` is the time of fitting and `peak_mib` the
+    resident memory above the start.
 
     Args:
         overrides: changes of the default run, for every way.
@@ -68,8 +71,8 @@ def distill(overrides: Sequence[str] = (), intervals: Sequence[int] = (2, 3), pr
 def _distilled(name: str, overrides: Sequence[str]) -> Values:
     torch.set_num_threads(1)
     config = load_config(None, [*overrides, *DISTILLATIONS[name]])
-    prompts = load_prompts(config.prompts, config.seed)
-    own = rdpo_config(config, prompts.train)
+    prompts = load_prompts(config.prompts, config.seed, panel_of(config))
+    own = rdpo_config(config, prompts.train, rows=prompts.rows)
     worker = own.worker_spec.build()
     facts = worker.describe(config.solver.intervals)
 
@@ -86,7 +89,7 @@ def _distilled(name: str, overrides: Sequence[str]) -> Values:
     return {
         **{f"residual_{i}": loss.residual for i, loss in enumerate(left)},
         "final_rms": (left[-1].distance / left[-1].size) ** 0.5,
-        "reward": _reward(config, worker, scorers(own.reward_specs)[0], fits, held, seeds),
+        "reward": _reward(config, worker, own, fits, held, seeds),
         "seconds": fitted.seconds,
         "peak_mib": peak,
     }
@@ -95,20 +98,21 @@ def _distilled(name: str, overrides: Sequence[str]) -> Values:
 def _reward(
     config: RunConfig,
     worker: RolloutWorker,
-    scorer: Scorer,
+    own: RDPOConfig,
     fits: Sequence[Fit],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> float:
-    """Mean raw score of the pictures that a fitted table draws."""
+    """Mean raw score of the first head over the pictures of a fitted table whose prompts it judges."""
     s, size = config.solver, config.cluster.images_per_job
     sampler = Sampler("epd", s.intervals, "distilled", "distilled", as_table(fits), s.afs, s.order)
-    scores = []
+    scorer, scores = scorers(own.reward_specs)[0], []
     for i in range(0, len(prompts), size):
         part = prompts[i : i + size]
         images = worker.sample(sampler, part, seeds[i : i + size])
-        scores.append(scorer.score(images, part, [str(j) for j in range(i, i + len(part))]))
-    return float(np.concatenate(scores).mean())
+        ids = [str(j) for j in range(i, i + len(part))]
+        scores.append(scorer.score(images, part, ids, own.routes.given(scorer.name, part)))
+    return float(judged(np.concatenate(scores)).mean())
 
 
 def _peak_mib() -> float:

@@ -92,7 +92,7 @@ def headroom(
 
     Raises:
         ConfigError: settings that are wrong, or validation prompts that are test prompts too.
-        PromptError: there are fewer prompts than are asked for.
+        PromptError: there are fewer prompts than are asked for, or a head judges none of a split.
         RunDirectoryError: the folder holds results of other settings.
     """
     subject = Subject(load_config(config, overrides), tuple(sorted(set(evals))), reference, features)
@@ -233,7 +233,10 @@ class Search:
             guidance_scale=rival.guidance_scale or self.scope.guidance_scale,
             network_passes=sampler.model_evals * self._passes(rival),
             validation=float(np.mean(validation)),
-            scores={metric: [round(float(v), 6) for v in values] for metric, values in scores.items()},
+            scores={
+                metric: [None if np.isnan(v) else round(float(v), 6) for v in values]
+                for metric, values in scores.items()
+            },
             frechet_distance=distance,
         )
 

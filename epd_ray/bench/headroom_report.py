@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import rc_context
 
 from epd_ray.evaluation.records import Tuned
-from epd_ray.evaluation.statistics import Interval, bootstrap_mean, paired_difference
+from epd_ray.evaluation.statistics import Interval, bootstrap_mean, judged, paired_difference
 from epd_ray.evaluation.wording import named, plain
 from epd_ray.report.figures import STYLE, Measured, cost_curve, publish
 from epd_ray.solvers.rival import Rival
@@ -35,7 +36,8 @@ class Point:
         guidance_scale: the guidance scale of its pictures.
         network_passes: the passes of the network for a picture.
         validation: the mean of the trained reward on the validation prompts.
-        scores: metric -> its value for each test prompt; "reward" is the trained one.
+        scores: metric -> its value for each test prompt, None where its head does not judge the prompt; "reward" is the
+            trained one, which every prompt has.
         frechet_distance: the distance of the pictures to the reference set; None if it was not measured.
     """
 
@@ -44,13 +46,17 @@ class Point:
     guidance_scale: float
     network_passes: int
     validation: float
-    scores: Mapping[str, list[float]]
+    scores: Mapping[str, list[float | None]]
     frechet_distance: float | None = None
 
     @property
     def means(self) -> dict[str, Interval]:
-        """Metric -> its mean with the 95 % interval over the prompts."""
-        return {metric: bootstrap_mean(values) for metric, values in self.scores.items()}
+        """Metric -> its mean with the 95 % interval over the prompts that its head judges."""
+        return {metric: bootstrap_mean(judged(_floats(values))) for metric, values in self.scores.items()}
+
+
+def _floats(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+    return np.array(values, np.float64)  # None becomes NaN
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def write_report(found: Sequence[Measurement], model: str, folder: Path) -> list
         f"{counted(drawn, 'validation picture')} by the trained reward and measured on "
         f"{counted(len(found[0].best.scores[REWARD]), 'test prompt')}. Brackets hold 95 % intervals; the last column "
         f"is the paired difference to {found[-1].evals} evaluations at their best in the trained reward."
+        f"{_shares(found)}"
     )
     write_text(folder / "headroom.md", "\n".join([about, "", *lines, "", said]) + "\n")
     with rc_context(STYLE):
@@ -125,6 +132,14 @@ def write_report(found: Sequence[Measurement], model: str, folder: Path) -> list
             name = "headroom" if metric == REWARD else f"headroom_{metric.replace('/', '-')}"
             publish(cost_curve(curves(found, metric), {BEST}, named(metric)), name, folder)
     return [*plain(rows), "", about, f"table and plots: {folder / 'headroom.md'}", said]
+
+
+def _shares(found: Sequence[Measurement]) -> str:
+    """A sentence about the heads that do not judge every test prompt; empty where all do."""
+    scores = found[0].best.scores
+    counts = {metric: sum(value is not None for value in values) for metric, values in scores.items()}
+    fewer = [f"{named(metric)} on {n}" for metric, n in counts.items() if n < len(scores[REWARD])]
+    return f" A head counts on the prompts that it judges: {', '.join(fewer)}." if fewer else ""
 
 
 def told_apart(found: Sequence[Measurement]) -> list[str]:
@@ -161,13 +176,13 @@ def curves(found: Sequence[Measurement], metric: str) -> dict[str, list[Measured
 
 
 def _measured(point: Point, metric: str) -> Measured:
-    mean = bootstrap_mean(point.scores[metric])
+    mean = bootstrap_mean(judged(_floats(point.scores[metric])))
     return Measured({"network passes": point.network_passes}, mean.mean, mean.low, mean.high)
 
 
 def difference(one: Measurement, last: Measurement) -> Interval:
     """The paired difference in the trained reward: a number of evaluations minus the reference."""
-    return paired_difference(one.best.scores[REWARD], last.best.scores[REWARD])
+    return paired_difference(_floats(one.best.scores[REWARD]), _floats(last.best.scores[REWARD]))
 
 
 def verdict(found: Sequence[Measurement]) -> str:

@@ -17,7 +17,7 @@ from epd_ray.bench.settings import DEFAULTS
 from epd_ray.config.loading import load_config
 from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.evaluation.statistics import interval_over, mean_over_seeds
+from epd_ray.evaluation.statistics import interval_over, judged, mean_over_seeds
 from epd_ray.policy.search import CmaSearch, RandomSearch, Search
 from epd_ray.prompts.splits import PromptSplits, load_prompts
 from epd_ray.randomness import Purpose, noise_seeds, request_seeds, stream
@@ -50,7 +50,7 @@ class Found:
         scale_dir: [N][K] direction scales of this table, None where it has none.
         images: number of images drawn before this table was found.
         validation: held-out rewards at the checks, of which the first is that of the distilled table.
-        test: raw score of the first head on each test prompt.
+        test: raw score of the first head on each test prompt that it judges.
     """
 
     positions: list[list[float]]
@@ -154,10 +154,10 @@ def search(
         budget: number of training images of a method.
 
     Returns:
-        The mean over the test prompts per method and seed. Over the seeds: the mean of each method and RDPO's paired
-        difference to it, each with an interval, and `last_check`, the held-out reward at the last check, which a method
-        has where nothing chooses among its tables. `interval_over` says whether the intervals are over seeds and
-        prompts or, with a single seed, over prompts alone.
+        The mean over the test prompts that the first head judges, per method and seed. Over the seeds: the mean of each
+        method and RDPO's paired difference to it, each with an interval, and `last_check`, the held-out reward at the
+        last check, which a method has where nothing chooses among its tables. `interval_over` says whether the
+        intervals are over seeds and prompts or, with a single seed, over prompts alone.
 
     Raises:
         RunDirectoryError: the folder holds results of other settings.
@@ -231,5 +231,5 @@ def _test(config: RunConfig, prompts: PromptSplits, algo: RDPO, table: SolverTab
     s = config.solver
     sampler = Sampler("epd", s.intervals, "test", "test", table, s.afs, s.order)
     sampled = algo.sample_scored(sampler, prompts.test, noise_seeds(Purpose.TEST, config.seed, len(prompts.test)))
-    values: list[float] = next(iter(sampled.scores.values())).tolist()
+    values: list[float] = judged(next(iter(sampled.scores.values()))).tolist()
     return values

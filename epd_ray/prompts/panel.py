@@ -30,8 +30,8 @@ class Panel:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of all columns that are read."""
-        routing = [] if self.column is None else [self.column]
+        """The names of all columns that are read; none where there is no head."""
+        routing = [self.column] if self.column is not None and self.weights else []
         return tuple(dict.fromkeys([*routing, *(name for needed in self.needs.values() for name in needed)]))
 
     def judges(self, row: Metadata) -> dict[str, float]:

@@ -14,6 +14,7 @@ from epd_ray.config.run_config import RunConfig
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.errors import RunDirectoryError, is_own_bug, shown
 from epd_ray.evaluation.comparison import SceneJudge, scenes_of
+from epd_ray.evaluation.statistics import judged
 from epd_ray.evaluation.suites.tune import Tuning
 from epd_ray.evaluation.validation import STOPPED, Best, Curve, Validation, write_curve
 from epd_ray.evaluation.verdict import closing
@@ -263,6 +264,8 @@ class Trainer:
         seeds = noise_seeds(Purpose.TEST, self.config.seed, len(prompts))
         draw, keep = self.algo.sample_scored, self.config.evaluation.pictures
         found = comparison(draw, who, prompts, seeds, "test", self.run, keep, self.observer)
-        means = {row.sampler.key: {m: round(float(v.mean()), 6) for m, v in row.values.items()} for row in found.rows}
+        means = {
+            row.sampler.key: {m: round(float(judged(v).mean()), 6) for m, v in row.values.items()} for row in found.rows
+        }
         self._save_best(rewards_before=means["distilled"], rewards_after=means["rdpo"])
         return closing(found.evaluation)

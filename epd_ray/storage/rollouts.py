@@ -77,7 +77,7 @@ def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
             [N, K], or flat; `image` is [3, H, W] uint8, or None.
 
     Raises:
-        RewardError: a reward is missing or not finite.
+        RewardError: a reward is missing or not finite, or a head has scores for some rollouts of a prompt alone.
         ValueError: there are no rows, a column is missing or unknown, a rollout_id occurs twice, or another number is
             not finite.
     """
@@ -93,6 +93,7 @@ def rollout_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
             raise ValueError(f"rollout {row['rollout_id']} appears twice")
         seen.add(row["rollout_id"])
         _check_numbers(row, heads)
+    _check_nulls(rows, heads)
     return pa.Table.from_pylist([_as_cells(row, schema) for row in rows], schema=schema)
 
 
@@ -117,8 +118,9 @@ def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
         raise RewardError(min(wrong), "scored some rollouts of the batch, but not all", [rollout_id])
     if all(value is None for value in rewards.values()):
         raise RewardError("mix", f"no head judges the prompt {shown(row['prompt'])}", [rollout_id])
-    for head, value in [*rewards.items(), ("mix", row["reward"])]:
-        if value is not None and not math.isfinite(value):
+    given = [(head, value) for head, value in rewards.items() if value is not None]
+    for head, value in [*given, ("mix", row["reward"])]:
+        if value is None or not math.isfinite(value):
             raise RewardError(
                 head, f"{value} for prompt {shown(row['prompt'])}, expected a finite number", [rollout_id]
             )
@@ -126,6 +128,16 @@ def _check_numbers(row: Mapping[str, Any], heads: Sequence[str]) -> None:
     for name in (*lists, "log_prob", "advantage"):
         if not np.isfinite(row[name]).all():
             raise ValueError(f"rollout {rollout_id}: {name} is {row[name]}, expected finite numbers")
+
+
+def _check_nulls(rows: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> None:
+    """A head judges a prompt or it does not: it scored all rollouts of the prompt, or none."""
+    for head in heads:
+        judged = {row["prompt"] for row in rows if row["rewards"][head] is not None}
+        lost = [row for row in rows if row["rewards"][head] is None and row["prompt"] in judged]
+        if lost:
+            problem = f"judges the prompt {shown(lost[0]['prompt'])}, but has no score of some of its rollouts"
+            raise RewardError(head, problem, [row["rollout_id"] for row in lost])
 
 
 def write_rollouts(folder: Path, iteration: int, table: pa.Table) -> Path:

@@ -141,7 +141,8 @@ def _parameter(values: list[float]) -> bytes:
 
 def _splits(numbers: list[int]) -> tuple[bytes, Any]:
     texts = [f"a red circle {n} é" for n in numbers]
-    value = {"train": texts[:2], "validation": texts[2:3], "test": texts[3:]}
+    rows = {text: {"level": n, "sign": [str(n), None]} for text, n in zip(texts, numbers, strict=True)}
+    value = {"train": texts[:2], "validation": texts[2:3], "test": texts[3:], "rows": rows}
     return _dumped(value), value
 
 

@@ -224,8 +224,9 @@ def _rollout_rows(numbers: list[int]) -> pa.Table:
         {
             "rollout_id": f"r{i}", "group_id": f"g{i % 2}", "iteration": 3, "prompt": text, "noise_seed": n,
             "action_seed": i, "policy_version": 2, "action": [0.5, 0.5, 1.0], "positions": [0.5], "weights": [1.0],
-            "scale_dir": None, "scale_time": [n / 8], "log_prob": n / 8, "reward": n / 8, "advantage": -n / 8,
-            "generate_seconds": 0.5, "score_seconds": 0.25, "image": None, "rewards": {"clip": n / 8},
+            "scale_dir": None, "scale_time": [n / 8], "grid": [1.0], "history": None, "guidance": [n / 8],
+            "log_prob": n / 8, "reward": n / 8, "advantage": -n / 8, "generate_seconds": 0.5,
+            "score_seconds": 0.25, "image": None, "rewards": {"clip": n / 8},
         }
         for i, (n, text) in enumerate(zip(numbers, _prompts(numbers), strict=True))
     ]  # fmt: skip
