@@ -133,7 +133,8 @@ def test_the_path_is_that_of_brute_force_and_beats_even_steps() -> None:
         return float((y - exact).square().sum())
 
     even = (0, 4, 8, 12)
-    assert total(best) < 0.7 * total(even) and left(best) < 0.7 * left(even)
+    # The path is the best in the sum of its local errors; what is left at the end also has their interplay in it.
+    assert total(best) < 0.7 * total(even) and left(best) < 0.85 * left(even)
 
 
 def test_a_scaled_step_costs_what_its_best_scale_leaves() -> None:
