@@ -262,7 +262,8 @@ def test_number_of_workers_changes_no_bit() -> None:
 def test_gradient_goes_on_from_the_whole_fit() -> None:
     stage = replace(TWO, parts=Parts(history=1, guidance=True))
     before = fitted(stage)
-    after = fitted(stage, descent=Descent(steps=8, lr=0.05, batch=2, min_weight=0.05, scale_range=0.7, start_point=True))
+    descent = Descent(steps=8, lr=0.05, batch=2, min_weight=0.05, scale_range=0.7, start_point=True)
+    after = fitted(stage, descent=descent)
     assert after[0].residual <= before[0].residual * (1 + 1e-3)
     assert all(f.points.guidance and f.points.history for f in after)
     left = losses(on(worker(Guided())), stage, after)

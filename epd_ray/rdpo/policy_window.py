@@ -32,7 +32,7 @@ class PolicyWindow:
 
     @property
     def reuse(self) -> tuple[bool, ...]:
-        """[N], whether an interval of every table reuses the difference that the prompt makes; empty where none does."""
+        """[N], whether an interval of every table reuses the prompt's difference; empty where none does."""
         return self._spec.space.reuse
 
     def take_reuse(self, reuse: tuple[bool, ...]) -> None:

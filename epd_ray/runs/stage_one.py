@@ -44,7 +44,8 @@ def given_solver(config: RunConfig) -> Solver | None:
     asked = config.solver.reuse
     if len(listed) != asked if isinstance(asked, int) else listed != sorted(asked):
         raise TableError(
-            f"{config.distill.table} reuses in the intervals {listed}, the run has {shown(asked)}: set solver.reuse={listed}"
+            f"{config.distill.table} reuses in the intervals {listed}, the run has {shown(asked)}: "
+            f"set solver.reuse={listed}"
         )
     return solver
 

@@ -1,7 +1,7 @@
 """Stage 1 over all intervals: the tasks that go to the workers, and the table that their answers make."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -67,7 +67,7 @@ class StageOne:
     start_point: bool = False
     scale_range: float = 0.0
     noise_levels: bool = False
-    parts: Parts = Parts()
+    parts: Parts = field(default_factory=Parts)
     reuse_count: int = 0
     guidance_scale: float = 1.0
 
@@ -185,7 +185,7 @@ def _fit_interval(
 def _choose_levels(
     work: Work, stage: StageOne, sigmas: Sequence[float]
 ) -> tuple[StageOne, Sequence[float], list[float], int]:
-    """The stage with its places on the teacher's fine grid, its sigmas and their shares, and the passes that it took."""
+    """The stage with its places on the teacher's fine grid, its sigmas and their shares, and the passes it took."""
     schedule = torch.tensor(sigmas, dtype=torch.float64)
     fine = refine(schedule, stage.teacher_steps)
     errors = reduce(add, work("distill_grid", [(shard,) for shard in stage.shards(())]))
@@ -195,9 +195,7 @@ def _choose_levels(
     return replace(stage, parts=parts), chosen.tolist(), shares_at(schedule, chosen), errors.passes
 
 
-def _choose_reuse(
-    work: Work, stage: StageOne, fits: Sequence[Fit], sigmas: Sequence[float]
-) -> tuple[StageOne, int]:
+def _choose_reuse(work: Work, stage: StageOne, fits: Sequence[Fit], sigmas: Sequence[float]) -> tuple[StageOne, int]:
     """The stage with the intervals that reuse, and the passes that it took to choose them."""
     followed = replace(stage, parts=replace(stage.parts, guidance=True))  # which keeps what the prompt changes
     found = reduce(add, work("distill_changes", [(shard,) for shard in followed.shards(fits)]))
@@ -244,9 +242,7 @@ def _best_of(
     answers = work("distill_whole", [(shard, positions, scales) for shard in shards])
     sums = [reduce(add, equations) for equations in zip(*answers, strict=True)]
     fits = [
-        best_with_history(
-            total, positions, stage.points, stage.min_weight, stage.scale_range, stage.parts.history
-        )
+        best_with_history(total, positions, stage.points, stage.min_weight, stage.scale_range, stage.parts.history)
         for total in sums
     ]
     index = min(range(len(fits)), key=lambda i: fits[i].residual)
@@ -263,9 +259,7 @@ def losses(work: Work, stage: StageOne, fits: Sequence[Fit]) -> list[Loss]:
     return found
 
 
-def _evaluate(
-    work: Work, shards: Sequence[Shard], like: Points
-) -> Callable[[Points, Sequence[int], bool], list[Loss]]:
+def _evaluate(work: Work, shards: Sequence[Shard], like: Points) -> Callable[[Points, Sequence[int], bool], list[Loss]]:
     """The losses of points that have the history and the guidance of others."""
 
     def evaluate(points: Points, chosen: Sequence[int], gradient: bool) -> list[Loss]:

@@ -1,8 +1,8 @@
 """Which intervals leave out the pass without the prompt: those where what the prompt changes has changed least.
 
 An interval that reuses the difference of an earlier one moves its next state by (b - a) (s - 1) times the change of the
-difference, with s its guidance scale. The squares of these, along the student's own states, are the costs; the intervals
-that make both passes are the stops of the cheapest way through the schedule.
+difference, with s its guidance scale. The squares of these, along the student's own states, are the costs; the
+intervals that make both passes are the stops of the cheapest way through the schedule.
 """
 
 from collections.abc import Sequence
