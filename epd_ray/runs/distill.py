@@ -67,8 +67,8 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         lines = []
         for sampler, distance in zip([ours, *others], distances, strict=True):
             passes = sampler.cost.network_passes(algo.facts.guidance_scale, algo.facts.classifier_free)
-            cost = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations, {passes:>2} passes"
-            lines.append(f"{sampler.label:<18} {cost}  distance from the teacher's pictures {distance.mean():.4f}")
+            took = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations, {passes:>2} passes"
+            lines.append(f"{sampler.label:<18} {took}  distance from the teacher's pictures {distance.mean():.4f}")
     return [*lines, str(cost), f"solver: {out}"]
 
 

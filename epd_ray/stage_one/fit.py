@@ -177,8 +177,8 @@ def _fit_interval(
     if descent is not None:
         start = fit
         found = descend(_evaluate(work, shards, start.points), len(shards), ends, start.points, descent)
-        rest = {"history": start.points.history, "guidance": start.points.guidance}
-        fit = Fit(replace(found.points, **rest), found.residual, start.passes + found.passes)
+        points = replace(found.points, history=start.points.history, guidance=start.points.guidance)
+        fit = Fit(points, found.residual, start.passes + found.passes)
     return replace(fit, points=replace(fit.points, reuse=len(fitted) in stage.parts.reuse))
 
 

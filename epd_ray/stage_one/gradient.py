@@ -237,7 +237,8 @@ def raw_parameters(points: Points, options: Descent) -> Tensor:
 
 
 def _points(columns: Tensor) -> Points:
-    return Points(*(tuple(row) for row in columns.tolist()))
+    positions, weights, *scales = (tuple(row) for row in columns.tolist())
+    return Points(positions, weights, *scales[:2])  # the direction's and the time's, as many as there are
 
 
 def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
@@ -253,4 +254,4 @@ def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> P
     if len(rows) == 4:
         inner = inner_sigma(*sigmas, torch.from_numpy(r))
         rows[3] = bounded_time_scale(torch.from_numpy(rows[3]), inner, options.max_sigma).numpy()
-    return Points(*(tuple(row) for row in rows.tolist()))
+    return _points(torch.from_numpy(rows))

@@ -276,7 +276,7 @@ class ShardStates:
         if not history or not older:
             return found
         width = float(found.sigmas[1] - found.sigmas[0])
-        return replace(found, moved=width * sum(h * d for h, d in zip(history, older, strict=False)))
+        return replace(found, moved=width * torch.stack([h * d for h, d in zip(history, older, strict=False)]).sum(0))
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot be part of an autograd graph
     def intervals(self, shard: Shard, scales: Sequence[float | None]) -> list[Interval]:
