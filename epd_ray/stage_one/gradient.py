@@ -238,7 +238,8 @@ def raw_parameters(points: Points, options: Descent) -> Tensor:
 
 def _points(columns: Tensor) -> Points:
     positions, weights, *scales = (tuple(row) for row in columns.tolist())
-    return Points(positions, weights, *scales[:2])  # the direction's and the time's, as many as there are
+    direction, time = (*scales, None, None)[:2]  # as many as there are
+    return Points(positions, weights, direction, time)
 
 
 def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
