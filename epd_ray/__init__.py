@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from epd_ray.registry import lazy_names
 
 if TYPE_CHECKING:
-    from epd_ray.deploy.parallelize import parallelize
+    from epd_ray.deploy.parallelize import guide, parallelize
     from epd_ray.deploy.scheduler import EPDScheduler
     from epd_ray.rdpo.algorithm import RDPO
     from epd_ray.rdpo.config import RDPOConfig
@@ -18,9 +18,10 @@ else:  # torch, diffusers and Ray take seconds to import
             "RDPO": "epd_ray.rdpo",
             "RDPOConfig": "epd_ray.rdpo",
             "Solver": "epd_ray.solvers.solver",
+            "guide": "epd_ray.deploy.parallelize",
             "parallelize": "epd_ray.deploy.parallelize",
         },
     )
 
 
-__all__ = ["RDPO", "EPDScheduler", "RDPOConfig", "Solver", "parallelize"]
+__all__ = ["RDPO", "EPDScheduler", "RDPOConfig", "Solver", "guide", "parallelize"]

@@ -80,12 +80,15 @@ class RolloutJob:
         parameters: [N, W] float32, the policy's output in the order that epd_ray.policy.dirichlet gives. Actors receive
             no other weights of the policy.
         requests: in a fixed order.
+        reuse: [N], whether an interval of every table reuses the difference that the prompt makes; empty stands for
+            what the worker was built with.
     """
 
     job_id: tuple[int, int]
     policy_version: int
     parameters: FloatArray
     requests: tuple[RolloutRequest, ...]
+    reuse: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from epd_ray.stage_one.least_squares import (
     scaled_least_squares,
     simplex_least_squares,
 )
-from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, refine, table_of
+from epd_ray.stage_one.shard import Points, Shard, ShardStates, as_table, table_of
+from epd_ray.stage_one.teacher import refine
 
 PROMPTS = tuple(f"prompt {i}" for i in range(8))
 SEEDS = tuple(range(8))

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from epd_ray.config.loading import load_config
-from epd_ray.errors import ConfigError, RunDirectoryError
+from epd_ray.errors import ConfigError, RunDirectoryError, TableError
 from epd_ray.runs.distill import distill, rms
 from epd_ray.solvers import Solver
 from epd_ray.solvers.zoo import Method
@@ -87,3 +90,34 @@ def test_simulated_models_need_no_file(small_ray, tmp_path):
     config = load_config(None, [*SIMULATED, *HERE, "distill={enabled: true, prompts: 4, grid: 5}"])
     distill(config, tmp_path / "out", Quiet())
     assert Solver.from_pretrained(tmp_path / "out").table.intervals == 3
+
+
+@pytest.mark.slow  # it samples with the embedded network
+def test_the_embedded_model_gets_every_part(small_ray, tmp_path):
+    parts = ["solver.grid=true", "solver.history=1", "solver.guidance=true", "solver.reuse=1"]
+    size = ["solver.intervals=3", "distill={prompts: 4, grid: 5, teacher_steps: 2}", "evaluation.baselines=[]"]
+    lines = distill(load_config(None, [*HERE, *size, *parts]), tmp_path / "out", Quiet())
+    solver = Solver.from_pretrained(tmp_path / "out")
+    table = solver.table
+    assert len(table.reused) == 1 and table.history is not None and table.grid is None  # sigmas hold it
+    assert table.guidance is not None and len(set(table.guidance.tolist())) > 1
+    took = solver.meta["stage_one"]
+    assert took["network_passes"] > 0 and f"stage 1: 4 prompts, {took['network_passes']:,} network passes" in lines[-2]
+
+
+def test_guidance_of_a_model_without_it_is_refused_before_anything_is_fitted(small_ray, tmp_path):
+    config = load_config(None, [*SIMULATED, *HERE, "distill={enabled: true, prompts: 4, grid: 5}", "solver.reuse=1"])
+    with pytest.raises(TableError, match=r"a model of family .* has none that could differ"):
+        distill(config, tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_keeps_the_intervals_that_stage_one_chose(build):
+    algo = build("solver.intervals=3")
+    algo.rebase(replace(algo.mean_table(), reuse=torch.tensor([False, False, True])))
+    assert algo.mean_table().reused == [2]
+    state = algo.export_state()
+    again = build("solver.intervals=3")
+    assert again.mean_table().reused == []
+    again.import_state(state)
+    assert again.mean_table().reused == [2]

@@ -190,6 +190,8 @@ def test_restore_leaves_no_trace() -> None:
 def test_a_scheduler_alone_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
     solver = solver_for("sd3_t5", guidance=SCALES)
     solver.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "from epd_ray import guide\n" in card and '\npipe = guide(pipe, "' in card
     pipe = pipeline(folder("sd3_t5"))
     pipe.scheduler = EPDScheduler.from_pretrained(tmp_path)
     with pytest.raises(TableError, match=r"which a scheduler alone cannot.*call guide or parallelize") as caught:

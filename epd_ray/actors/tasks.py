@@ -15,11 +15,12 @@ from epd_ray.backbones.cache import Prompt
 from epd_ray.drawing.sampler import Sampler
 from epd_ray.drawing.worker import RolloutWorker
 from epd_ray.policy.dirichlet import TableSpace
+from epd_ray.stage_one.fit import StageOneMethod
 from epd_ray.telemetry.memory import Memory, peak_memory
 from epd_ray.types import Backbone, RolloutJob
 from epd_ray.weights.devices import one_thread
 
-Method = Literal["describe", "steps", "truncated", "generate", "sample", "distill", "distill_loss"]
+Method = Literal["describe", "steps", "truncated", "generate", "sample", StageOneMethod]
 
 
 @dataclass(frozen=True)

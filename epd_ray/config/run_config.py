@@ -138,6 +138,22 @@ class RunConfig(Section):
 
     @field_validator("distill")
     @classmethod
+    def _finds_the_parts(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
+        solver = info.data.get("solver", SolverConfig())
+        if solver.reuse_count and not distill.enabled:
+            raise ValueError(
+                f"enabled is false, but stage 1 chooses the {solver.reuse_count} intervals of solver.reuse: set it "
+                "true, or list the intervals"
+            )
+        if _runs(distill) and solver.grid and distill.teacher_steps == 1:
+            raise ValueError(
+                "teacher_steps is 1, at least 2 is needed for solver.grid: two noise levels would meet between the "
+                "teacher's"
+            )
+        return distill
+
+    @field_validator("distill")
+    @classmethod
     def _solvable(cls, distill: DistillConfig, info: ValidationInfo) -> DistillConfig:
         if not _runs(distill):
             return distill

@@ -4,7 +4,7 @@ The defaults are the run that `epd-ray train` makes on the embedded model. A key
 says the unit, the bounds, and what null means.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -183,11 +183,11 @@ class SolverConfig(Section):
         default=False,
         description="Whether each interval's guidance scale is learned, starting at backbone.guidance_scale.",
     )
-    reuse: tuple[int, ...] = Field(
+    reuse: int | Annotated[tuple[int, ...], Field(strict=False)] = Field(
         default=(),
-        strict=False,
-        description="The intervals, counted from 1, that leave out the network's pass without the prompt and take the "
-        "difference that the prompt makes from an interval before them; from 2 to solver.intervals.",
+        description="The intervals that leave out the network's pass without the prompt and take the difference that "
+        "the prompt makes from an interval before them: their number, at least 0 and below solver.intervals, which "
+        "stage 1 chooses, or a list of them, counted from 1, each from 2 to solver.intervals.",
     )
 
     @field_validator("history", "reuse")
@@ -195,16 +195,26 @@ class SolverConfig(Section):
     def _within(cls, value: int | tuple[int, ...], info: ValidationInfo) -> int | tuple[int, ...]:
         count = info.data.get("intervals", 0)
         if isinstance(value, int):
-            if value >= count > 0:
-                raise ValueError(f"is {value}, below solver.intervals={count} is needed")
+            if value < 0 or value >= count > 0:
+                raise ValueError(f"is {value}, at least 0 and below solver.intervals={count} is needed")
         elif wrong := [i for i in value if not 2 <= i <= count]:
             raise ValueError(f"has {wrong[0]}, from 2 to solver.intervals={count} is possible")
         return value
 
     @property
     def reused(self) -> tuple[bool, ...]:
-        """[N], whether an interval reuses; empty where none does."""
-        return tuple(i + 1 in self.reuse for i in range(self.intervals)) if self.reuse else ()
+        """[N], whether an interval reuses; empty where none does, or where stage 1 chooses them."""
+        return tuple(i + 1 in self.listed for i in range(self.intervals)) if self.listed else ()
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """The intervals that reuse, counted from 1; empty where none does, or where stage 1 chooses them."""
+        return () if isinstance(self.reuse, int) else self.reuse
+
+    @property
+    def reuse_count(self) -> int:
+        """How many intervals that reuse stage 1 chooses."""
+        return self.reuse if isinstance(self.reuse, int) else 0
 
 
 class PromptsConfig(Section):

@@ -1,19 +1,21 @@
 """The work of a rollout actor: draw tables and pictures. Every answer depends on the request alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import JsonValue
 
 from epd_ray.drawing.sampler import Sampler, alike, to_uint8
-from epd_ray.errors import ModelError, shown
+from epd_ray.errors import ModelError, TableError, shown
 from epd_ray.policy.dirichlet import TableDistribution, TableSpace, clamp_scale_time
 from epd_ray.solvers.conditioned import noises
 from epd_ray.stage_one.gradient import Loss, distill_loss
-from epd_ray.stage_one.least_squares import NormalEquations, normal_equations
+from epd_ray.stage_one.grid import LocalErrors, local_errors
+from epd_ray.stage_one.least_squares import NormalEquations, equations_with_history, normal_equations
+from epd_ray.stage_one.reuse import Changes, changes
 from epd_ray.stage_one.shard import Points, Shard, ShardStates
-from epd_ray.types import Backbone, Form, ImageArray, Pipelined, Rollout, RolloutJob
+from epd_ray.types import Backbone, Form, Guidable, ImageArray, Pipelined, Rollout, RolloutJob
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class BackboneFacts:
         more: the backbone's further facts, such as resolution, revision and scheduler, as JSON values.
         shift: the factor by which the model's pipeline shifts a flow's noise levels; None where there is none.
         published: whether a paper publishes noise levels for the model.
+        guidable: whether guidance can differ between evaluations.
     """
 
     family: str
@@ -41,6 +44,36 @@ class BackboneFacts:
     more: Mapping[str, JsonValue]
     shift: float | None = None
     published: bool = False
+    guidable: bool = False
+
+
+def require_guidance(facts: BackboneFacts, *, scales: bool, reuse: bool) -> None:
+    """Refuse the parts of a table that are about guidance for a model that cannot follow them.
+
+    Args:
+        facts: what the rollout actors report about the model.
+        scales: whether each interval has a guidance scale of its own.
+        reuse: whether intervals leave out the pass without the prompt.
+
+    Raises:
+        TableError: the model has no guidance that could differ between evaluations, no such pass, or no guidance.
+    """
+    off = "set solver.guidance=false and solver.reuse=0"
+    if (scales or reuse) and not facts.guidable:
+        raise TableError(
+            f"guidance is learned or reused, but a model of family {facts.family} has none that could differ between "
+            f"evaluations: {off}"
+        )
+    if reuse and not facts.classifier_free:
+        raise TableError(
+            f"solver.reuse leaves out passes without the prompt, but a model of family {facts.family} makes none: set "
+            "solver.reuse=0"
+        )
+    if (scales or reuse) and facts.guidance_scale <= 1:
+        raise TableError(
+            f"guidance is learned or reused, but the guidance scale is {facts.guidance_scale:g}, above 1 is needed: "
+            f"set backbone.guidance_scale, or {off}"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +113,7 @@ class RolloutWorker:
             dict(b.facts),
             b.shift if isinstance(b, Pipelined) else None,
             isinstance(b, Pipelined) and b.published,
+            isinstance(b, Guidable),
         )
 
     def steps(self, samplers: Sequence[Sampler]) -> list[tuple[float, ...]]:
@@ -92,11 +126,31 @@ class RolloutWorker:
 
     def distill(self, shard: Shard, grid: Sequence[float]) -> NormalEquations:
         """The least-squares problem of a shard, see epd_ray.stage_one.least_squares.normal_equations."""
-        return normal_equations(self.states.interval(shard), grid)
+        found = normal_equations(self.states.interval(shard), grid)
+        return replace(found, passes=self.states.passes)
+
+    def distill_whole(
+        self, shard: Shard, positions: Sequence[float], scales: Sequence[float | None]
+    ) -> list[NormalEquations]:
+        """The least-squares problems of a shard with its earlier drifts, one for each guidance scale."""
+        intervals = self.states.intervals(shard, scales)
+        found = [equations_with_history(one, positions, shard.parts.history) for one in intervals]
+        return [replace(found[0], passes=self.states.passes), *found[1:]]
+
+    def distill_grid(self, shard: Shard) -> LocalErrors:
+        """What the teacher's single steps miss, see epd_ray.stage_one.grid.local_errors."""
+        found = local_errors(self.states.fine(shard))
+        return replace(found, passes=self.states.passes)
+
+    def distill_changes(self, shard: Shard) -> Changes:
+        """How much the difference that the prompt makes changes between intervals, see epd_ray.stage_one.reuse."""
+        found = changes(self.states.along(shard))
+        return replace(found, passes=self.states.passes)
 
     def distill_loss(self, shard: Shard, points: Points, gradient: bool) -> Loss:
         """The loss of a shard and its gradient on request, see epd_ray.stage_one.gradient.distill_loss."""
-        return distill_loss(self.states.interval(shard), points, gradient)
+        found = distill_loss(self.states.interval(shard, points), points, gradient)
+        return replace(found, passes=self.states.passes)
 
     def generate(self, job: RolloutJob) -> Generated:
         """Draw a table and its picture for each request; the whole job is one batch."""
@@ -104,7 +158,8 @@ class RolloutWorker:
         actions = torch.stack([torch.from_numpy(policy.draw(r.action_seed)) for r in job.requests])  # [B, N, A]
         log_probs = log_prob(policy, actions)
         sigmas = self.backbone.sigmas(self.sampler.intervals)
-        table = clamp_scale_time(self.space.table(actions), sigmas, self.backbone.form)
+        space = replace(self.space, reuse=job.reuse or self.space.reuse)
+        table = clamp_scale_time(space.table(actions), sigmas, self.backbone.form)
         sampler = self.sampler.with_table(table)
         images = self.sample(sampler, [r.prompt for r in job.requests], [r.noise_seed for r in job.requests])
         columns = {

@@ -43,7 +43,8 @@ class Ahead:
         version = max(0, iteration - self._staleness)
         parameters = self._policies.parameters(version)
         requests = propose(self._plan, self._prompts, iteration)
-        return [RolloutJob((iteration, i), version, parameters, r) for i, r in enumerate(requests)]
+        reuse = self._policies.reuse
+        return [RolloutJob((iteration, i), version, parameters, r, reuse) for i, r in enumerate(requests)]
 
     def fill(self, done: int, needed: int = -1) -> None:
         """Submit iterations up to the staleness bound.

@@ -33,7 +33,7 @@ from epd_ray.actors.tasks import Method, Task, rollout_task
 from epd_ray.actors.waiting import Watch
 from epd_ray.config.sections import DistillConfig, PromptsConfig
 from epd_ray.drawing.sampler import Sampler
-from epd_ray.drawing.worker import BackboneFacts
+from epd_ray.drawing.worker import BackboneFacts, require_guidance
 from epd_ray.embedded.scenes import distinct_scenes
 from epd_ray.errors import ConfigError
 from epd_ray.policy.dirichlet import TableDistribution, clamp_scale_time
@@ -51,7 +51,7 @@ from epd_ray.rdpo.side_work import SideWork
 from epd_ray.rdpo.surface import Refusals
 from epd_ray.solvers import SolverTable
 from epd_ray.stage_one.fit import StageOne, fit_table
-from epd_ray.stage_one.shard import as_table
+from epd_ray.stage_one.shard import Parts, as_table
 from epd_ray.telemetry.memory import Memory
 from epd_ray.types import OnImages, Sampled
 
@@ -133,6 +133,7 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
         self._mixer = own.mixer()
         self._side = SideWork(self._pipeline, own.images_per_job, list(own.reward_specs), self._mixer)
         self.facts: BackboneFacts = self.work("describe", [(own.table.intervals,)])[0]
+        require_guidance(self.facts, scales=own.guidance, reuse=any(own.reuse))
         self._policies = PolicyWindow(own.policy_spec, own.staleness)
         self._learner = LastingLearner(
             self.learner_group, self._rebuild_learner_group, self._pipeline, own.task_timeout_s
@@ -270,11 +271,23 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
         """
         if self.policy_version:
             raise RuntimeError(f"rebase after {self.policy_version} updates: make a new RDPO for another table")
+        self._take_reuse(tuple(i in table.reused for i in range(table.intervals)) if table.reused else ())
         state = self._learner.state
         rebased(state, table, self.config.policy_spec, self.config.concentration)
         self.drop_ahead()
         self._learner.take(state)
         self._policies.take(0, self._learner.state)
+
+    def _take_reuse(self, reuse: tuple[bool, ...]) -> None:
+        """Let other intervals reuse the difference that the prompt makes, from now on."""
+        if reuse == self.config.reuse:
+            return
+        chosen = self.config.copy(copy_frozen=False)
+        chosen.reuse = reuse
+        chosen.table = replace(chosen.table, reuse=torch.tensor(reuse) if any(reuse) else None)
+        chosen.freeze()
+        self.config = chosen
+        self._policies.take_reuse(reuse)
 
     def distill(self) -> SolverTable:
         """Run stage 1: fit the table to a finer solver, on the first training prompts, and start the policy from it.
@@ -300,6 +313,9 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
             order=own.order,
             start_point=own.table.start_point,
             scale_range=fit.scale_range if own.scale_dir else 0.0,
+            noise_levels=own.grid,
+            parts=Parts(own.history, own.guidance, tuple(i for i, reused in enumerate(own.reuse) if reused)),
+            guidance_scale=self.facts.guidance_scale,
         )
         table = as_table(fit_table(self.work, stage, self.facts.sigmas))
         self.rebase(table)
@@ -424,7 +440,8 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
         return {RDPO_RESULTS: self._own_state(), COMPONENT_LEARNER: self._learner.state[COMPONENT_LEARNER]}
 
     def _own_state(self) -> dict[str, Any]:
-        return {"iteration": self.policy_version, "window": self._policies.state(), "mixer": self._mixer.state()}
+        parts = {"window": self._policies.state(), "mixer": self._mixer.state(), "reuse": list(self._policies.reuse)}
+        return {"iteration": self.policy_version, **parts}
 
     def import_state(self, state: dict[str, Any]) -> None:
         """Go on from `export_state`."""
@@ -433,6 +450,7 @@ class RDPO(Refusals, Algorithm):  # type: ignore[misc]
 
     def _take_over(self, own: dict[str, Any]) -> None:
         self._mixer.restore(own["mixer"])
+        self._take_reuse(tuple(own.get("reuse", self.config.reuse)))
         self._policies.restore(own["window"])
         self._policies.take(own["iteration"], self._learner.state)
         self.drop_ahead()

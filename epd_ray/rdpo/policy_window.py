@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,15 @@ class PolicyWindow:
         self._spec, self._kept = spec, staleness + 1
         self._network = PolicyNetwork(spec)
         self._parameters: OrderedDict[int, FloatArray] = OrderedDict()
+
+    @property
+    def reuse(self) -> tuple[bool, ...]:
+        """[N], whether an interval of every table reuses the prompt's difference; empty where none does."""
+        return self._spec.space.reuse
+
+    def take_reuse(self, reuse: tuple[bool, ...]) -> None:
+        """Let other intervals reuse; the policy does not draw that, so its parameters stay as they are."""
+        self._spec = replace(self._spec, space=replace(self._spec.space, reuse=reuse))
 
     @property
     def version(self) -> int:

@@ -4,12 +4,15 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
 
 from epd_ray.actors.cluster import warn_of_idle_gpus
 from epd_ray.actors.configured import head_gpus, reward_spec, run_session
 from epd_ray.actors.encoder import EncoderSpec
 from epd_ray.config.run_config import RunConfig
-from epd_ray.config.sections import RDPOSection
+from epd_ray.config.sections import RDPOSection, SolverConfig
 from epd_ray.config.services import ClusterConfig
 from epd_ray.drawing.truncation import warn_of_truncation
 from epd_ray.prompts.splits import SHAPES
@@ -42,7 +45,7 @@ def rdpo_config(
     built: RDPOConfig = (
         RDPOConfig()
         .solver(
-            table=table or uniform_table(config.solver.intervals, config.solver.points, config.solver.start_point),
+            table=table or _even(config.solver),
             scale_dir=rdpo.scale_dir,
             scale_time=rdpo.scale_time,
             afs=config.solver.afs,
@@ -50,7 +53,7 @@ def rdpo_config(
             grid=config.solver.grid,
             history=config.solver.history,
             guidance=config.solver.guidance,
-            reuse=config.solver.reused,
+            reuse=config.solver.reused if table is None or table.reuse is None else tuple(table.reuse.tolist()),
         )
         .policy(
             concentration=rdpo.concentration,
@@ -87,6 +90,12 @@ def rdpo_config(
         .debugging(seed=config.seed, log_level="ERROR")
     )
     return _placed(built, config.cluster)
+
+
+def _even(solver: SolverConfig) -> SolverTable:
+    """Evenly spaced points of equal weight, with the intervals that reuse."""
+    table = uniform_table(solver.intervals, solver.points, solver.start_point)
+    return replace(table, reuse=torch.tensor(solver.reused)) if solver.reused else table
 
 
 def learning_rate(rdpo: RDPOSection) -> float | list[list[float]]:

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 
 from epd_ray.solvers import Solver
 from epd_ray.solvers.interval import inner_sigma
+from epd_ray.solvers.table import COLUMN_NAMES
+from epd_ray.solvers.wording import columns_as_text
 
 PAPER, INK, MUTED, RULE, ACCENT = "#ffffff", "#1b1d20", "#6b7078", "#d9dbdf", "#c2410c"
 THEMED = {PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent"}
@@ -124,11 +126,12 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
     """Draw the points of solver tables: a line for each interval, and a circle at each point.
 
     The area of a circle, and the number beside it if there are at most 3 points, is the point's weight times its
-    direction scale.
+    direction scale. Under the line stand the history and the guidance scale of the solver that is drawn in colour, and
+    whether the interval leaves out the pass without the prompt.
 
     Args:
-        tables: key -> solver, all with the same sigmas.
-        ours: the key of the solver that is drawn in colour.
+        tables: key -> solver, all with as many intervals.
+        ours: the key of the solver that is drawn in colour, whose sigmas stand at the lines.
     """
     intervals = max(solver.table.intervals for solver in tables.values())
     figure = Figure(figsize=(7.2, 0.8 + 0.8 * intervals), layout="constrained")
@@ -146,7 +149,14 @@ def solver_drawing(tables: Mapping[str, Solver], ours: str) -> Figure:
                 axes.plot(r, line, ms=18 * math.sqrt(w), **look)
             if len(positions) <= 3:
                 _write_weights(axes, line, positions.tolist(), weights.tolist(), mine)
-    sigmas = next(iter(tables.values())).sigmas.tolist()
+    shown = tables.get(ours) or next(iter(tables.values()))
+    sigmas = shown.sigmas.tolist()
+    further = columns_as_text(replace(shown.table, scale_dir=None, scale_time=None))
+    for name in (COLUMN_NAMES["positions"], COLUMN_NAMES["weights"]):
+        del further[name]
+    for line, values in enumerate(zip(*further.values(), strict=True), 1):
+        told = ", ".join(f"{name} {value}" for name, value in zip(further, values, strict=True))
+        axes.text(0.5, line + 0.32, told, color=MUTED, size=7.5, ha="center", va="center")
     for line, (a, b) in enumerate(itertools.pairwise(sigmas), 1):
         axes.plot((0, 1), (line, line), color=RULE, lw=1.4, zorder=1)
         axes.text(-0.045, line, f"{a:.3g}", color=MUTED, ha="right", va="center")

@@ -1,9 +1,11 @@
 """`epd-ray distill`: stage 1 alone. It fits a solver to a finer one and needs no reward."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from epd_ray.config.loading import resolve
 from epd_ray.config.run_config import RunConfig
@@ -14,10 +16,11 @@ from epd_ray.prompts.splits import load_prompts
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.rdpo.session import algorithm, warn_of_long_prompts
-from epd_ray.runs.stage_one import fit_start_table, made_by
+from epd_ray.runs.stage_one import cost_of, fit_start_table, made_by
 from epd_ray.solvers.rival import require_rivals
 from epd_ray.solvers.zoo import require_installed
-from epd_ray.stage_one.shard import as_table, refine
+from epd_ray.stage_one.shard import as_table
+from epd_ray.stage_one.teacher import refine
 from epd_ray.telemetry.progress import Observer
 from epd_ray.types import FloatArray, ImageArray
 
@@ -49,21 +52,24 @@ def distill(config: RunConfig, out: Path, observer: Observer) -> list[str]:
         warn_of_long_prompts(algo, [*prompts.train[: config.distill.prompts], *prompts.validation])
         fits = fit_start_table(config, prompts, algo, observer)
         residuals = [fit.residual for fit in fits]
-        solver = made_by(config, algo.facts, as_table(fits), stage="distilled", residuals=residuals)
+        cost = cost_of(fits, config, prompts, algo.facts)
+        about = {"stage": "distilled", "residuals": residuals, "stage_one": asdict(cost)}
+        solver = made_by(config, algo.facts, as_table(fits), **about)
         solver.save_pretrained(out)
         held_out = prompts.validation
         seeds = noise_seeds(Purpose.VALIDATION, config.seed, len(held_out))
         ours = learned(solver, "distilled", "EPD distilled")
         others = rivals(config.evaluation.baselines, ours, config.evaluation.equal_evals)
-        fine = tuple(refine(solver.sigmas, config.distill.teacher_steps).tolist())
+        schedule = torch.tensor(algo.facts.sigmas, dtype=torch.float64)
+        fine = tuple(refine(schedule, config.distill.teacher_steps).tolist())
         teacher = Sampler("dpm2", len(fine) - 1, "teacher", "teacher", sigmas=fine)
         distances = _distances(algo, teacher, [ours, *others], held_out, seeds, observer)
         lines = []
         for sampler, distance in zip([ours, *others], distances, strict=True):
             passes = sampler.cost.network_passes(algo.facts.guidance_scale, algo.facts.classifier_free)
-            cost = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations, {passes:>2} passes"
-            lines.append(f"{sampler.label:<18} {cost}  distance from the teacher's pictures {distance.mean():.4f}")
-    return [*lines, f"solver: {out}"]
+            took = f"parallel NFE {sampler.parallel_nfe:>2}, {sampler.model_evals:>2} evaluations, {passes:>2} passes"
+            lines.append(f"{sampler.label:<18} {took}  distance from the teacher's pictures {distance.mean():.4f}")
+    return [*lines, str(cost), f"solver: {out}"]
 
 
 def _distances(

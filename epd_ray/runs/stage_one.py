@@ -1,14 +1,15 @@
 """Where a run starts: the solver table that stage 1 fits to a finer solver, or one that the user gives."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from epd_ray.config.deciding import digest_without_seed
 from epd_ray.config.run_config import RunConfig
-from epd_ray.drawing.worker import BackboneFacts
-from epd_ray.errors import TableError
+from epd_ray.drawing.worker import BackboneFacts, require_guidance
+from epd_ray.errors import TableError, shown
 from epd_ray.prompts.splits import PromptSplits
 from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
@@ -16,7 +17,7 @@ from epd_ray.solvers import Solver, SolverTable
 from epd_ray.solvers.interval import largest_sigma
 from epd_ray.stage_one.fit import StageOne, fit_table
 from epd_ray.stage_one.gradient import Descent
-from epd_ray.stage_one.shard import Fit
+from epd_ray.stage_one.shard import Fit, Parts, as_table
 from epd_ray.telemetry.progress import Observer
 
 
@@ -39,6 +40,13 @@ def given_solver(config: RunConfig) -> Solver | None:
             f"{config.distill.table} has {table.intervals} intervals of {table.points} points, the run {wanted[0]} of "
             f"{wanted[1]}: set solver.intervals and solver.points to match"
         )
+    listed = [i + 1 for i in table.reused]
+    asked = config.solver.reuse
+    if len(listed) != asked if isinstance(asked, int) else listed != sorted(asked):
+        raise TableError(
+            f"{config.distill.table} reuses in the intervals {listed}, the run has {shown(asked)}: "
+            f"set solver.reuse={listed}"
+        )
     return solver
 
 
@@ -50,27 +58,72 @@ def fit_start_table(
     Returns:
         The fit of each interval, N of them, in the order of sampling.
     """
-    chosen = prompts.train[: config.distill.prompts]
-    stage = stage_one(config, chosen, noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen)))
-    if observer is not None:
-        observer.stage("distilling", stage.intervals)
+    chosen, facts, solver = prompts.train[: config.distill.prompts], algo.facts, config.solver
+    require_guidance(facts, scales=solver.guidance, reuse=bool(solver.reuse))
+    seeds = noise_seeds(Purpose.STAGE_ONE, config.seed, len(chosen))
+    stage = stage_one(config, chosen, seeds, facts.guidance_scale)
 
-    def show(fit: Fit) -> None:
+    def begin(name: str, steps: int) -> None:
         if observer is not None:
-            observer.advance(1, residual=fit.residual)
+            observer.stage(name, steps)
 
-    return fit_table(algo.work, stage, algo.facts.sigmas, descent_of(config, algo.facts), after_each=show)
+    def show(fit: Fit | None) -> None:
+        if observer is not None:
+            observer.advance(1, **({} if fit is None else {"residual": fit.residual}))
+
+    descent = descent_of(config, facts)
+    return fit_table(algo.work, stage, facts.sigmas, descent, begin=begin, after_each=show)
 
 
-def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -> StageOne:
+@dataclass(frozen=True)
+class StageOneCost:
+    """What stage 1 took. No picture is decoded for it.
+
+    Attributes:
+        prompts: the number of prompts.
+        network_passes: the passes of the network, those of all prompts together. A worker that goes on with what
+            another one began makes the states again, so they grow a little with the number of workers.
+        images: the pictures that the fitted solver draws with as many passes.
+    """
+
+    prompts: int
+    network_passes: int
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"stage 1: {self.prompts} prompts, {self.network_passes:,} network passes, as many as the fitted solver "
+            f"needs for {self.images:,} pictures"
+        )
+
+
+def cost_of(fits: Sequence[Fit], config: RunConfig, prompts: PromptSplits, facts: BackboneFacts) -> StageOneCost:
+    """What a stage 1 took.
+
+    Args:
+        fits: its result.
+        config: the configuration of the run.
+        prompts: the prompts of the run.
+        facts: what the rollout actors report about the model.
+    """
+    passes = sum(fit.passes for fit in fits)
+    each = as_table(fits).cost(config.solver.afs).network_passes(facts.guidance_scale, facts.classifier_free)
+    return StageOneCost(len(prompts.train[: config.distill.prompts]), passes, round(passes / (each or 1)))
+
+
+def stage_one(
+    config: RunConfig, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None
+) -> StageOne:
     """The settings of stage 1 for a run.
 
     Args:
         config: the configuration of the run.
         prompts: the B prompts on which the table is fitted.
         seeds: one noise seed per prompt.
+        guidance_scale: the guidance scale of the run; None takes that of the configuration.
     """
     s, d = config.solver, config.distill
+    scale = config.backbone.guidance_scale if guidance_scale is None else guidance_scale
     return StageOne(
         intervals=s.intervals,
         points=s.points,
@@ -84,6 +137,10 @@ def stage_one(config: RunConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         order=s.order,
         start_point=s.start_point,
         scale_range=_scale_range(config),
+        noise_levels=s.grid,
+        parts=Parts(s.history, s.guidance, tuple(i - 1 for i in s.listed)),
+        reuse_count=s.reuse_count,
+        guidance_scale=1.0 if scale is None else scale,
     )
 
 

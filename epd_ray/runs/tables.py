@@ -14,7 +14,7 @@ from epd_ray.runs.presets import as_text
 from epd_ray.solvers import Solver
 from epd_ray.solvers.reference import SUFFIX, read_reference
 from epd_ray.solvers.solver import FILE_NAME
-from epd_ray.solvers.table import COLUMN_NAMES
+from epd_ray.solvers.wording import columns_as_text
 
 
 def load_solver(source: str | os.PathLike[str]) -> Solver:
@@ -131,10 +131,8 @@ def export(source: str | os.PathLike[str], to: ExportFormat, out: Path | None = 
 
 
 def _intervals(solver: Solver) -> Table:
-    table = solver.table
-    columns = table.columns()
-    found = Table("interval", "sigma", *(COLUMN_NAMES[name] for name in columns))
+    columns = columns_as_text(solver.table)
+    found = Table("interval", "sigma", *columns)
     for i, (a, b) in enumerate(pairwise(solver.sigmas.tolist())):
-        values = (" ".join(f"{v:.4f}" for v in rows[i].tolist()) for rows in columns.values())
-        found.add_row(str(i + 1), f"{a:.5g} to {b:.5g}", *values)
+        found.add_row(str(i + 1), f"{a:.5g} to {b:.5g}", *(rows[i] for rows in columns.values()))
     return found

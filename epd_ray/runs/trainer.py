@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -22,7 +23,7 @@ from epd_ray.randomness import Purpose, noise_seeds
 from epd_ray.rdpo.algorithm import RDPO
 from epd_ray.runs.compare import comparison, contest
 from epd_ray.runs.origin import Origin, started
-from epd_ray.runs.stage_one import fit_start_table, made_by, weights_of
+from epd_ray.runs.stage_one import cost_of, fit_start_table, made_by, weights_of
 from epd_ray.runs.trackers import Sink
 from epd_ray.solvers import Solver, SolverTable, check_fit
 from epd_ray.stage_one.shard import as_table
@@ -107,13 +108,15 @@ class Trainer:
                     used,
                 )
         table = None if start is None else start.table
-        residuals: list[float] = []
+        about: dict[str, Any] = {"residuals": []}
         if table is None and self.config.distill.enabled:
             fits = fit_start_table(self.config, self.prompts, self.algo, self.observer)
-            table, residuals = as_table(fits), [f.residual for f in fits]
+            table, cost = as_table(fits), cost_of(fits, self.config, self.prompts, self.algo.facts)
+            about = {"residuals": [f.residual for f in fits], "stage_one": asdict(cost)}
+            self.observer.note(str(cost))
             self.algo.rebase(table)
         table = table or self.algo.mean_table()
-        self._solver(table, stage="distilled", residuals=residuals).save_pretrained(self.run.distilled)
+        self._solver(table, stage="distilled", **about).save_pretrained(self.run.distilled)
         self.origin = started(self.origin, self.run)
         write_text(self.run.origin, self.origin.text())
         self.run.metrics.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from epd_ray.solvers.costs import Cost
-from epd_ray.solvers.table import COLUMN_NAMES, SolverTable
+from epd_ray.solvers.table import SolverTable
+from epd_ray.solvers.wording import columns_as_text
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = (
@@ -41,9 +42,9 @@ def model_card(
     prompted = takes_prompts(meta)
     about = "".join(f"| {key} | {_code(value)} |\n" for key, value in meta.items() if key not in _SHOWN)
     spans = pairwise(sigmas.tolist())
-    columns = table.columns()
-    rows = zip(spans, *(values.tolist() for values in columns.values()), strict=True)
-    steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(map(_decimals, row))} |\n" for (a, b), *row in rows)
+    columns = columns_as_text(table, ", ")
+    rows = zip(spans, *columns.values(), strict=True)
+    steps = "".join(f"| {a:.5g} to {b:.5g} | {' | '.join(row)} |\n" for (a, b), *row in rows)
     return _CARD.format(
         task="text-to-image" if prompted else "unconditional-image-generation",
         tags="diffusers, " if has_scheduler else "",
@@ -53,11 +54,11 @@ def model_card(
         parallel_nfe=cost.parallel_nfe,
         model_evals=cost.model_evals,
         passes=_passes(cost, meta),
-        pipeline=_pipeline(meta, table.intervals, source, base) if has_scheduler else "",
+        pipeline=_pipeline(table, meta, source, base) if has_scheduler else "",
         source=source,
         about=about,
         rewards=_rewards(meta.get("rewards_before"), meta.get("rewards_after")),
-        heads=" | ".join(COLUMN_NAMES[name].capitalize() for name in columns),
+        heads=" | ".join(name.capitalize() for name in columns),
         rules="---|" * len(columns),
         steps=steps,
     )
@@ -93,10 +94,19 @@ def _base_model(meta: Mapping[str, JsonValue]) -> str | None:
     return model if HUB_ID.fullmatch(model) else None
 
 
-def _pipeline(meta: Mapping[str, JsonValue], intervals: int, source: str, base: str | None) -> str:
+def _pipeline(table: SolverTable, meta: Mapping[str, JsonValue], source: str, base: str | None) -> str:
     guidance = meta.get("guidance_scale")
     scale = f", guidance_scale={guidance:g}" if isinstance(guidance, (int, float)) else ""
-    return _PIPELINE.format(base=base or "path/to/the/pipeline", source=source, scale=scale, n=intervals)
+    name, line, how = _GUIDE if table.guides else _SCHEDULER
+    return _PIPELINE.format(
+        how=how,
+        name=name,
+        line=line.format(source=source),
+        base=base or "path/to/the/pipeline",
+        source=source,
+        scale=scale,
+        n=table.intervals,
+    )
 
 
 def _rewards(before: JsonValue, after: JsonValue) -> str:
@@ -116,19 +126,27 @@ def _code(value: JsonValue) -> str:
     return f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
 
 
-def _decimals(values: list[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
-
+_SCHEDULER = (
+    "EPDScheduler",
+    'pipe.scheduler = EPDScheduler.from_pretrained("{source}", like=pipe.scheduler)',
+    "as its scheduler",
+)
+_GUIDE = (
+    "guide",
+    'pipe = guide(pipe, "{source}")',
+    "with hooks around its network, because this solver sets the guidance of each interval",
+)
+"""The name that is imported, the line that puts the solver into a pipeline, and what that does."""
 
 _PIPELINE = """\
-In a diffusers pipeline, as its scheduler:
+In a diffusers pipeline, {how}:
 
 ```python
 from diffusers import DiffusionPipeline
-from epd_ray import EPDScheduler
+from epd_ray import {name}
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.scheduler = EPDScheduler.from_pretrained("{source}", like=pipe.scheduler)
+{line}
 image = pipe("a red circle", num_inference_steps={n}{scale}).images[0]
 ```
 

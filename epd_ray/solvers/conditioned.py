@@ -18,14 +18,21 @@ class ConditionedDrift:
     Args:
         backbone: the frozen model.
         conditioning: B encoded prompts.
+
+    Attributes:
+        difference: [B, ...], what the prompt changed when both passes were last made; None before that.
+        evals: the rows that were evaluated so far.
+        unguided: those of them that took one pass although the prompts are guided.
     """
 
     def __init__(self, backbone: Backbone, conditioning: Conditioning) -> None:
         self._backbone, self._conditioning = backbone, conditioning
         self._repeated: dict[int, Conditioning] = {1: conditioning}
-        self._difference: Tensor | None = None  # [B, ...], what the prompt changed when both passes were last made
+        self.difference: Tensor | None = None
+        self.evals = self.unguided = 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.evals += len(x)
         return self._backbone.drift(x, sigma, self._for(x))
 
     def at(self, scale: Tensor | None, reuse: bool) -> Drift:
@@ -41,11 +48,14 @@ class ConditionedDrift:
             copies = len(x) // rows
             own = scale if scale is None or scale.ndim == 0 else scale.repeat_interleave(copies)
             known = None
-            if reuse and self._difference is not None:
-                known = self._difference.repeat_interleave(copies, 0)
+            if reuse and self.difference is not None:
+                known = self.difference.repeat_interleave(copies, 0)
             found, difference = backbone.guided(x, sigma, self._for(x), own, known)
+            self.evals += len(x)
             if difference is not None:  # of the last point, where there are several
-                self._difference = difference.unflatten(0, (rows, copies))[:, -1]
+                self.difference = difference.unflatten(0, (rows, copies))[:, -1]
+            elif backbone.classifier_free:
+                self.unguided += len(x)
             return found
 
         return drift

@@ -41,12 +41,14 @@ class Loss:
         gradient: derivatives of the distance, one row for each column of the points, [2 to 4, K]; zeros where none were
             asked for.
         size: number of latent values that the distance sums over.
+        passes: the network passes that it took, those of back-propagation included.
     """
 
     distance: float
     step: float
     gradient: Matrix
     size: int
+    passes: int = 0
 
     @property
     def residual(self) -> float:
@@ -58,6 +60,7 @@ class Loss:
             self.step + other.step,
             self.gradient + other.gradient,
             self.size + other.size,
+            self.passes + other.passes,
         )
 
 
@@ -95,7 +98,8 @@ def step_distance(interval: Interval, table: SolverTable, checkpointed: bool = T
         A float64 scalar on the CPU.
     """
     drift = _in_turn(interval, checkpointed and torch.is_grad_enabled())
-    return _squared(epd(drift, interval.x, interval.sigmas, table) - interval.target)
+    reached = epd(drift, interval.x, interval.sigmas, table)
+    return _squared((reached if interval.moved is None else reached + interval.moved) - interval.target)
 
 
 def _in_turn(interval: Interval, checkpointed: bool) -> Drift:
@@ -168,17 +172,20 @@ def descend(evaluate: Evaluate, shards: int, sigmas: tuple[float, float], start:
     raw = raw_parameters(start, options).requires_grad_()
     optimizer = torch.optim.Adam([raw], options.lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-    batches = _batches(shards, options.batch)
+    batches, passes = _batches(shards, options.batch), 0
     for _ in range(options.steps):
         columns = point_columns(raw, sigmas, options)
         loss = total(evaluate(_points(columns), next(batches), True))
+        passes += loss.passes
         optimizer.zero_grad()
         columns.backward(torch.from_numpy(loss.gradient / loss.step))
         optimizer.step()
         decay.step()
     ends = [drawable(p, sigmas, options) for p in (start, _points(point_columns(raw, sigmas, options)))]
-    fits = [Fit(p, total(evaluate(p, range(shards), False)).residual) for p in ends]
-    return min(fits, key=lambda fit: fit.residual)
+    found = [(total(evaluate(p, range(shards), False)), p) for p in ends]
+    passes += sum(loss.passes for loss, _ in found)
+    loss, points = min(found, key=lambda one: one[0].residual)
+    return Fit(points, loss.residual, passes)
 
 
 def _with_scales(points: Points, options: Descent) -> Points:
@@ -230,7 +237,9 @@ def raw_parameters(points: Points, options: Descent) -> Tensor:
 
 
 def _points(columns: Tensor) -> Points:
-    return Points(*(tuple(row) for row in columns.tolist()))
+    positions, weights, *scales = (tuple(row) for row in columns.tolist())
+    direction, time = (*scales, None, None)[:2]  # as many as there are
+    return Points(positions, weights, direction, time)
 
 
 def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> Points:
@@ -246,4 +255,4 @@ def drawable(points: Points, sigmas: tuple[float, float], options: Descent) -> P
     if len(rows) == 4:
         inner = inner_sigma(*sigmas, torch.from_numpy(r))
         rows[3] = bounded_time_scale(torch.from_numpy(rows[3]), inner, options.max_sigma).numpy()
-    return Points(*(tuple(row) for row in rows.tolist()))
+    return _points(torch.from_numpy(rows))

@@ -8,10 +8,17 @@ evaluated at a grid of positions, and weights on K of them are found that come c
 with G = D D' and c = D t. G and c are sums over prompts, so the worker of a shard returns only a matrix of a few dozen
 numbers. The weights are at least a floor and add up to 1. Where direction scales are allowed, they are multiplied by
 one scale o in [1 - S, 1 + S] per interval.
+
+A history adds columns: the differences of the drift at the interval's start and the drifts at earlier starts. Their
+weights have no bound, so they follow from the others: with G and c split into points (p) and history (h),
+
+    h = G_hh^-1 (c_h - G_hp o w),
+
+and the points' own problem is the one above with G_pp - G_ph G_hh^-1 G_hp and c_p - G_ph G_hh^-1 c_h.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -31,14 +38,24 @@ RIDGE = 1e-9
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """The least-squares problem of one shard, or the sum over several: G [M, M], c [M], and the squared norm |t|^2."""
+    """The least-squares problem of one shard, or the sum over several.
+
+    Attributes:
+        gram: G, [M, M].
+        cross: c, [M].
+        target: the squared norm |t|^2.
+        passes: the network passes that it took.
+    """
 
     gram: Matrix
     cross: Matrix
     target: float
+    passes: int = field(default=0, compare=False)
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.target + other.target)
+        return NormalEquations(
+            self.gram + other.gram, self.cross + other.cross, self.target + other.target, self.passes + other.passes
+        )
 
 
 @torch.no_grad()
@@ -52,10 +69,30 @@ def normal_equations(interval: Interval, grid: Sequence[float]) -> NormalEquatio
         interval: the states of B prompts.
         grid: M positions to try, in [0, 1).
     """
-    directions = drifts_inside(interval, grid)  # M of [B, ...]
+    return _equations(interval, drifts_inside(interval, grid))
+
+
+@torch.no_grad()
+def equations_with_history(interval: Interval, positions: Sequence[float], depth: int) -> NormalEquations:
+    """The same, with a column more for each earlier drift that there is, after those of the positions.
+
+    Args:
+        interval: the states of B prompts.
+        positions: M positions, in [0, 1). A first one of 0 takes no evaluation where the drift there is known.
+        depth: H, the largest number of earlier drifts.
+    """
+    now, *older = interval.drifts
+    start = [now.cpu()] if interval.known and positions[0] == 0 else []
+    inside = drifts_inside(interval, positions[len(start) :])
+    return _equations(interval, [*start, *inside, *((now - d).cpu() for d in older[:depth])])
+
+
+def _equations(interval: Interval, directions: Sequence[Tensor]) -> NormalEquations:
+    """The least-squares problem in M directions [B, ...], which are on the CPU."""
     step = float(interval.sigmas[1] - interval.sigmas[0])
     wanted = ((interval.target - interval.x) / step).cpu()
-    total = NormalEquations(np.zeros((len(grid), len(grid))), np.zeros(len(grid)), 0.0)
+    count = len(directions)
+    total = NormalEquations(np.zeros((count, count)), np.zeros(count), 0.0)
     for row in range(len(wanted)):
         flat = torch.stack([d[row].flatten() for d in directions]).double()  # [M, L]
         goal = wanted[row].flatten().double()
@@ -105,6 +142,42 @@ def best_points(
             best = Fit(Points(tuple(grid[j] for j in index), tuple(weights.tolist()), scales), residual)
     assert best is not None
     return best
+
+
+def best_with_history(
+    equations: NormalEquations,
+    positions: Sequence[float],
+    points: int,
+    min_weight: float,
+    scale_range: float,
+    depth: int,
+) -> Fit:
+    """The best points together with the weights of the earlier drifts.
+
+    Args:
+        equations: the sum over all shards, with the columns of `equations_with_history`.
+        positions: see `best_points`, as are `points`, `min_weight` and `scale_range`.
+        depth: H, the number of weights in the table; those without an earlier interval are 0.
+    """
+    count = len(positions)
+    own, shared = equations.gram[:count, :count], equations.gram[:count, count:]
+    free, wanted = equations.gram[count:, count:], equations.cross[count:]
+    size = len(wanted)
+    free = free + RIDGE * max(np.trace(free), 1e-300) * np.eye(size)
+    solved, moved = np.linalg.solve(free, shared.T), np.linalg.solve(free, wanted)
+    rest = max(equations.target - float(wanted @ moved), RIDGE * equations.target)
+    left = NormalEquations(own - shared @ solved, equations.cross[:count] - shared @ moved, rest)
+    fit = best_points(left, positions, points, min_weight, scale_range)
+    index = [positions.index(r) for r in fit.points.positions]
+    found, gram, cross = fit.points, left.gram[np.ix_(index, index)], left.cross[index]
+    if points == 1 and scale_range:  # exactly, where a search for the scale comes near it
+        scale = float(np.clip(cross[0] / gram[0, 0], 1 - scale_range, 1 + scale_range))
+        found = replace(found, scale_dir=(scale,))
+    steps = np.array(found.weights) * np.array(found.scale_dir or 1.0)
+    history = moved - solved[:, index] @ steps
+    distance = float(steps @ gram @ steps - 2 * steps @ cross) + left.target
+    weights = (*history.tolist(), *[0.0] * (depth - size)) if depth else None
+    return Fit(replace(found, history=weights), distance / equations.target, equations.passes)
 
 
 def scaled_least_squares(gram: Matrix, cross: Matrix, min_weight: float, scale_range: float) -> tuple[Matrix, float]:
