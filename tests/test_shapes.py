@@ -181,7 +181,9 @@ def test_a_stage_that_is_interrupted_ends_with_the_weights_of_one_that_is_not(tm
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", end=12)
     assert json.loads((tmp_path / "parts/one.json").read_text())["step"] == 12
+    seconds = torch.load(tmp_path / "parts/one.pt", weights_only=True)["seconds"]
     resumed = run(tmp_path / "parts")
+    assert 0 < seconds < resumed.elapsed  # which counts the seconds before the interruption too
     assert resumed.step == 20 and 0 < resumed.optimizers[0].param_groups[0]["lr"] < 0.1 / 3
     assert torch.equal(resumed.module.weight, whole.module.weight)
     assert torch.equal(resumed.ema["weight"], whole.ema["weight"])
