@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from epd_ray.backbones.auto import open_backbone
 from epd_ray.config.loading import load_config
 from epd_ray.errors import ConfigError, RunDirectoryError, TableError
 from epd_ray.runs.distill import distill, rms
@@ -99,7 +100,10 @@ def test_the_embedded_model_gets_every_part(small_ray, tmp_path):
     lines = distill(load_config(None, [*HERE, *size, *parts]), tmp_path / "out", Quiet())
     solver = Solver.from_pretrained(tmp_path / "out")
     table = solver.table
-    assert len(table.reused) == 1 and table.history is not None and table.grid is None  # sigmas hold it
+    assert len(table.reused) == 1 and table.history is not None
+    usual = open_backbone(model=load_config(None, []).backbone.model, device="cpu").sigmas(3)
+    assert table.grid is None and torch.equal(solver.sigmas[[0, -1]], usual[[0, -1]])  # the sigmas hold the grid
+    assert (solver.sigmas[1:-1] / usual[1:-1] - 1).abs().max() > 0.02
     assert table.guidance is not None and len(set(table.guidance.tolist())) > 1
     took = solver.meta["stage_one"]
     assert took["network_passes"] > 0 and f"stage 1: 4 prompts, {took['network_passes']:,} network passes" in lines[-2]
