@@ -356,7 +356,7 @@ def test_a_run_and_its_evaluations_with_heads_that_judge_some_prompts(
         evaluate(tmp_path / "run", None, more, "test", Quiet())
     out = tmp_path / "suite"
     write(tmp_path, "more.csv", "prompt,judges,level\nx,sim,\ny,level,7\nz,sim level,9\n")
-    request = Request("prompts", out, (str(tmp_path / "run" / "solver"),), prompts=more, images_per_prompt=2)
+    request = Request("prompts", out, (str(tmp_path / "run" / "solver"),), prompts=more)
     config = load_config(None, [*settings, "evaluation.baselines=[euler]"])
     evaluate_suite(config, request, Quiet())
     found = pq.read_table(out / "results.parquet").to_pylist()
